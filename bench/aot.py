@@ -1,0 +1,121 @@
+"""Compile kernels ahead of time, for GPUs that are not there, and read what the compiler made of them.
+
+    with recording() as launches:
+        density_forward(x_on_meta, …)
+    compile_for("sm_90", launches[0]).stack
+
+A recorded launch is compiled through Triton's own launch path with a driver that only names a target, so arguments are
+specialised exactly as they would be on that GPU. Not usable in a process with TRITON_INTERPRET=1: interpreted functions
+cannot be compiled.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import triton
+from triton.backends.compiler import GPUTarget
+
+from daam.kernels import launch
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A kernel and the arguments it was launched with; tensors among them may be on the meta device."""
+
+    kernel: Any
+    args: tuple
+    meta: dict
+
+    @property
+    def name(self) -> str:
+        return self.kernel.fn.__name__
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What a launch needs on a target: registers a thread, stack and shared memory in bytes; and its assembly text.
+
+    stack is what spilled: 0 on a kernel that fits. On AMD GPUs it is the private segment.
+    """
+
+    registers: int
+    stack: int
+    shared: int
+    assembly: str
+
+    @property
+    def load_bits(self) -> int:
+        """Width in bits of the widest load from global memory; 0 where there is none."""
+        widths = [32 * int(n) for n in re.findall(r"global_load_dwordx(\d)", self.assembly)]
+        for vector, bits in re.findall(r"ld\.global(?:\.\w+::\w+)*(?:\.v(\d))?\.b(\d+)", self.assembly):
+            widths.append(int(vector or 1) * int(bits))
+        return max(widths, default=0)
+
+
+class _Offline:
+    """A driver that answers which target to compile for, and nothing else."""
+
+    def __init__(self, name: str):
+        self.name = name
+
+    def get_current_target(self) -> GPUTarget:
+        return TARGETS[self.name]
+
+    def get_current_device(self) -> str:
+        return self.name  # the key of Triton's table of compiled kernels: one a target
+
+    def get_current_stream(self, device: str) -> int:
+        return 0
+
+
+@contextlib.contextmanager
+def recording() -> Iterator[list[Launch]]:
+    """Record launches instead of running them."""
+    launches: list[Launch] = []
+
+    def record(kernel, grid, *args, device, **meta):
+        launches.append(Launch(kernel, args, meta))
+
+    with mock.patch.object(launch, "launch", record):
+        yield launches
+
+
+def compile_for(target: str, recorded: Launch) -> Compiled:
+    """Compile a recorded launch for one of TARGETS."""
+    options = launch.OPTIONS if TARGETS[target].backend == "hip" else launch.NVIDIA_OPTIONS
+    with mock.patch.object(triton.runtime.driver, "_active", _Offline(target)):
+        kernel = recorded.kernel.warmup(*recorded.args, **recorded.meta, **options, grid=(1,))
+    if TARGETS[target].backend == "hip":
+        assembly = kernel.asm["amdgcn"]
+        registers, stack = (
+            int(re.search(rf"\.{key}:\s+(\d+)", assembly)[1]) for key in ("vgpr_count", "private_segment_fixed_size")
+        )
+    else:
+        assembly = kernel.asm["ptx"]
+        registers, stack = _resource_usage(kernel.asm["cubin"])
+    return Compiled(registers, stack, kernel.metadata.shared, assembly)
+
+
+def _resource_usage(cubin: bytes) -> tuple[int, int]:
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run([tool, "-res-usage", file.name], check=True, capture_output=True, text=True).stdout
+    return int(re.search(r"REG:(\d+)", text)[1]), int(re.search(r"STACK:(\d+)", text)[1])

@@ -1,0 +1,10 @@
+"""Density adaptive attention (DAAM, arXiv 2401.11143) on Triton kernels, with an eager fallback."""
+
+from daam.backend import backend_for, use_backend
+from daam.checkpoints import to_published_state_dict
+from daam.functional import density_attention
+from daam.modules import MultiHeadDAAM
+
+__version__ = "0.1.0"
+
+__all__ = ["MultiHeadDAAM", "backend_for", "density_attention", "to_published_state_dict", "use_backend"]

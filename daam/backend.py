@@ -1,0 +1,132 @@
+"""Which backend a call runs on: auto, triton or eager, and why.
+
+The argument `backend` decides first, then `use_backend`, then the environment variable DAAM_BACKEND; the latter two
+stand in for "auto" alone. "auto" takes Triton for tensors on a GPU that Triton drives and eager for all others.
+"triton" where it cannot run is an error that says why. With TRITON_INTERPRET=1 set before Triton is imported, "triton"
+also runs on CPU tensors, in its interpreter.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.util
+import os
+import threading
+import warnings
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+BACKENDS = ("auto", "triton", "eager")
+
+_TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
+_NOT_INSTALLED = "Triton is not installed"
+
+# Not a ContextVar: Dynamo cannot trace one, and fullgraph is part of the contract.
+_context = threading.local()
+
+
+def backend_for(x: Tensor, backend: str = "auto") -> tuple[str, str]:
+    """The backend that a call on x runs on, and the reason.
+
+    Args:
+        x: the tensor that would be passed; only its device matters.
+        backend: "auto", "triton" or "eager", as passed to the call.
+
+    Returns:
+        ("triton" or "eager", reason), the reason in words.
+
+    Raises:
+        ValueError: the backend, or DAAM_BACKEND, is none of the three.
+        RuntimeError: "triton" is asked for and cannot run on x; the message says why.
+    """
+    name, source = _requested(backend)
+    if name == "eager":
+        return "eager", f"requested by {source}"
+    problem = _problem(x)
+    if name == "triton":
+        if problem is not None:
+            raise RuntimeError(f'backend "triton", requested by {source}, cannot run: {problem}')
+        return "triton", f"requested by {source}"
+    if problem is None and x.is_cuda:
+        return "triton", f"x is on {x.device}, which Triton drives"
+    if x.is_cuda and not torch.compiler.is_compiling():
+        _warn_once(problem)
+    return "eager", problem or "x is on the CPU"
+
+
+@contextlib.contextmanager
+def use_backend(backend: str) -> Iterator[None]:
+    """Make every call of this thread that leaves `backend` at "auto" use this one: `with daam.use_backend("eager"): …`.
+
+    Backward passes run on the backend of their forward pass, wherever they are called. Blocks nest; "auto" restores the
+    choice by device.
+
+    Raises:
+        ValueError: the backend is none of auto, triton, eager.
+    """
+    _check(backend, "backend")
+    previous = getattr(_context, "backend", None)
+    _context.backend = backend
+    try:
+        yield
+    finally:
+        _context.backend = previous
+
+
+def interpreting() -> bool:
+    """Whether kernels run in Triton's interpreter, on CPU tensors."""
+    return _TRITON_INSTALLED and os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _requested(backend: str) -> tuple[str, str]:
+    _check(backend, "backend")
+    if backend != "auto":
+        return backend, "the argument backend"
+    context = getattr(_context, "backend", None)
+    if context is not None:
+        return context, "daam.use_backend"
+    environment = os.environ.get("DAAM_BACKEND")
+    if environment is not None:
+        _check(environment, "the environment variable DAAM_BACKEND")
+        return environment, "the environment variable DAAM_BACKEND"
+    return "auto", "default"
+
+
+def _check(backend: str, name: str) -> None:
+    if backend not in BACKENDS:
+        raise ValueError(f"{name} is {backend!r}, expected one of {', '.join(map(repr, BACKENDS))}")
+
+
+def _problem(x: Tensor) -> str | None:
+    """Why Triton cannot run on x; None where it can."""
+    if not _TRITON_INSTALLED:
+        return _NOT_INSTALLED
+    if x.is_cuda:
+        # A fake tensor has no device to ask about, and a tracer may not open a driver: the launch itself would tell.
+        return None if torch.compiler.is_compiling() or isinstance(x, FakeTensor) else _driver_problem()
+    if x.is_meta or interpreting():
+        return None
+    return f"x is on {x.device.type}, which Triton does not drive (TRITON_INTERPRET=1 runs kernels on CPU tensors)"
+
+
+@functools.cache
+def _driver_problem() -> str | None:
+    """Asked once a process: opening a driver is slow, and whether it opens does not change."""
+    try:
+        import triton
+    except ImportError as error:
+        return f"Triton cannot be imported: {error}"
+    try:
+        triton.runtime.driver.active.get_current_target()
+    except RuntimeError as error:
+        return f"Triton finds no driver it can use: {error}"
+    return None
+
+
+@functools.cache
+def _warn_once(problem: str) -> None:
+    warnings.warn(f"density attention runs on the eager backend on a GPU: {problem}", stacklevel=4)

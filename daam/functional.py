@@ -1,0 +1,150 @@
+"""The public functions: check the arguments, choose the backend, call it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from daam import ops
+from daam.backend import backend_for
+
+_FLOATING = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
+
+
+def density_attention(
+    x: Tensor,
+    mean_offset: Tensor,
+    c: Tensor,
+    *,
+    norm_axis: int = 1,
+    eps: float = 1e-5,
+    mask: Tensor | None = None,
+    residual: bool = False,
+    return_weights: bool = False,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Density attention: gate every feature by how probable it is under a learnable Gaussian.
+
+    Heads cut norm_axis into contiguous chunks of equal length. Over each chunk, at a fixed place of all other axes,
+
+        z = (x - mean - mean_offset) / sqrt(var + eps)      weights = exp(-z² / (2c))      y = x·weights
+
+    with the chunk's mean and biased variance (arXiv 2401.11143, Algorithm 1; c is not squared, as in its code).
+
+    Args:
+        x: (…, norm_axis, …), rank 2 or more, fp16, bf16, fp32 or fp64, any strides; nothing is copied to change them.
+        mean_offset, c: (num_heads, P) in any floating dtype, in units of the chunk's values and of z². P is the size of
+            x's last axis, or 1 to share one number; where norm_axis is the last axis, P is its size // num_heads, or 1.
+        norm_axis: the axis that is normalised; its size must be divisible by num_heads.
+        eps: added to the variance.
+        mask: bool, x.shape[:norm_axis + 1], True where x is valid. Statistics run over valid positions; elsewhere
+            weights and y are 0 (y is x with residual), and nothing that stands there reaches a result or a gradient.
+        residual: return x·weights + x.
+        return_weights: return the weights too; they are differentiable.
+        backend: "auto", "triton" or "eager"; see `daam.backend_for`.
+
+    Returns:
+        y, or (y, weights), in x's shape, dtype and memory order. Arithmetic is fp32, or fp64 for fp64 x, under autocast
+        too.
+
+    Raises:
+        TypeError: x, mean_offset, c or mask has the wrong type or dtype, or is a DTensor.
+        ValueError: rank, norm_axis, num_heads, eps, a shape, a device or the backend does not fit; the message says
+            what came.
+        RuntimeError: backend "triton" cannot run here; the message says why.
+    """
+    axis = _check_x(x, norm_axis)
+    last = x.dim() - 1
+    _check_params(x, {"mean_offset": mean_offset, "c": c}, axis)
+    features = x.shape[last] // c.shape[0] if axis == last else x.shape[last]
+    if c.shape[1] not in (1, features):
+        raise ValueError(f"c has shape {tuple(c.shape)}, expected ({c.shape[0]}, {features}) or ({c.shape[0]}, 1)")
+    return _in_memory_order(ops.density, x, (mean_offset, c), mask, axis, eps, residual, return_weights, backend)
+
+
+def _check_x(x: Any, norm_axis: int) -> int:
+    """norm_axis counted from the front."""
+    _check_tensor("x", x)
+    if x.dtype not in _FLOATING:
+        raise TypeError(f"x has dtype {x.dtype}, expected one of float16, bfloat16, float32, float64")
+    if x.dim() < 2:
+        raise ValueError(f"x has rank {x.dim()} (shape {tuple(x.shape)}), expected rank 2 or more")
+    if isinstance(norm_axis, bool) or not isinstance(norm_axis, int):
+        raise TypeError(f"norm_axis is {norm_axis!r}, expected an int")
+    if not -x.dim() <= norm_axis < x.dim():
+        raise ValueError(
+            f"norm_axis is {norm_axis}, expected {-x.dim()} to {x.dim() - 1} for x of shape {tuple(x.shape)}"
+        )
+    return norm_axis % x.dim()
+
+
+def _check_tensor(name: str, t: Any) -> None:
+    if not isinstance(t, Tensor):
+        raise TypeError(f"{name} is a {type(t).__name__}, expected a Tensor")
+    if type(t) not in (Tensor, torch.nn.Parameter) and hasattr(t, "device_mesh"):
+        raise TypeError(
+            f"{name} is a DTensor, expected a plain Tensor: call this under "
+            "torch.distributed.tensor.experimental.local_map, with norm_axis not sharded"
+        )
+
+
+def _check_params(x: Tensor, params: dict[str, Tensor], axis: int) -> None:
+    """That the parameters are (num_heads, P), floating, alike and on x's device, and that num_heads divides the axis."""
+    first, shape = next((name, p.shape) for name, p in params.items())
+    for name, p in params.items():
+        _check_tensor(name, p)
+        if p.dtype not in _FLOATING:
+            raise TypeError(f"{name} has dtype {p.dtype}, expected one of float16, bfloat16, float32, float64")
+        if p.dim() != 2 or p.shape[0] < 1:
+            raise ValueError(f"{name} has shape {tuple(p.shape)}, expected (num_heads, P) with num_heads at least 1")
+        if p.shape != shape:
+            raise ValueError(f"{name} has shape {tuple(p.shape)}, expected {tuple(shape)}, the shape of {first}")
+        if p.device != x.device:
+            raise ValueError(f"{name} is on {p.device}, expected x's device {x.device}")
+    heads, size = shape[0], x.shape[axis]
+    if heads > size:
+        raise ValueError(f"num_heads is {heads}, more heads than the {size} positions of norm_axis {axis}")
+    if size % heads:
+        raise ValueError(f"num_heads is {heads}, expected a divisor of the {size} positions of norm_axis {axis}")
+
+
+def _check_mask(x: Tensor, mask: Any, axis: int) -> None:
+    _check_tensor("mask", mask)
+    if mask.dtype != torch.bool:
+        raise TypeError(f"mask has dtype {mask.dtype}, expected bool, True where x is valid")
+    if mask.shape != x.shape[: axis + 1]:
+        raise ValueError(
+            f"mask has shape {tuple(mask.shape)}, expected x's shape up to norm_axis, {tuple(x.shape[: axis + 1])}"
+        )
+    if mask.device != x.device:
+        raise ValueError(f"mask is on {mask.device}, expected x's device {x.device}")
+
+
+def _in_memory_order(
+    op: Callable[..., Sequence[Tensor]], x: Tensor, params: tuple[Tensor, ...], mask: Tensor | None, axis: int,
+    eps: float, residual: bool, return_weights: bool, backend: str,
+) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
+    """Call an operator on x with its dimensions in memory order, a view, and give its outputs x's order back.
+
+    Operators then only ever allocate contiguous outputs, and a channels-last x has channels-last outputs and gradient.
+    """
+    if not eps >= 0:
+        raise ValueError(f"eps is {eps!r}, expected 0 or more")
+    if mask is not None:
+        _check_mask(x, mask, axis)
+        mask = mask.reshape(*mask.shape, *[1] * (x.dim() - mask.dim()))
+    name, _ = backend_for(x, backend)
+    feature_axis = x.dim() - 1
+    if x.is_contiguous() or 0 in x.stride():  # the order of expanded dimensions means nothing
+        outputs = op(x, *params, mask, axis, feature_axis, eps, residual, return_weights, name)
+    else:
+        order = sorted(range(x.dim()), key=x.stride, reverse=True)
+        mask = None if mask is None else mask.permute(order)
+        axis, feature_axis = order.index(axis), order.index(feature_axis)
+        outputs = op(x.permute(order), *params, mask, axis, feature_axis, eps, residual, return_weights, name)
+        back = [order.index(d) for d in range(x.dim())]
+        outputs = [t.permute(back) for t in outputs]
+    return tuple(outputs) if return_weights else outputs[0]

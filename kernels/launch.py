@@ -1,0 +1,152 @@
+"""Launch configurations as data, and the one place that launches.
+
+A configuration is a pure function of chunk length, inner size, memory order and dtype: same shape, same bits, on every
+machine and rank, and no autotuning. What a chunk is summed in never depends on outer sizes, so that a batch equals its
+rows bit for bit.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from daam.kernels.layout import View, inner_dim
+
+
+@dataclass(frozen=True)
+class Tile:
+    """The block a program holds in registers: positions along the chunk, places along the inner dimension, and the
+    warps it takes.
+    """
+
+    chunk: int
+    inner: int
+    num_warps: int
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """The tiles of one pass. Ladders of (longest chunk, resident tile), and the tiles of longer chunks, which are
+    streamed.
+
+    rows: the axis is the fastest dimension; columns: the inner dimension is.
+    """
+
+    rows: tuple[tuple[int, Tile], ...]
+    columns: tuple[tuple[int, Tile], ...]
+    streamed_rows: Tile
+    streamed_columns: Tile
+
+
+LONGEST_ROW, LONGEST_COLUMN = 4096, 256  # longest resident chunks; half of them in fp64. At 8192 backward spills
+
+
+def _tiles(row_elements: int, column_elements: int) -> Tiles:
+    """Tiles by the elements a warp holds, 32 of them for each element a thread holds.
+
+    Rows: one warp a row while it can hold it, since a short row spread over more costs a barrier a sum; shorter rows
+        share a program.
+    Columns: 2048 elements a program, in no fewer than 16 columns, so that accesses stay whole sectors, and no more than
+        512.
+    """
+    powers = [2**k for k in range(LONGEST_ROW.bit_length())]
+    width = {n: min(512, max(16, 2048 // n)) for n in powers}
+    return Tiles(
+        rows=tuple((n, Tile(n, max(1, row_elements // n), max(1, n // row_elements))) for n in powers),
+        columns=tuple(
+            (n, Tile(n, width[n], min(8, max(2, n * width[n] // column_elements))))
+            for n in powers
+            if n <= LONGEST_COLUMN
+        ),
+        streamed_rows=Tile(4 * row_elements, 1, 4),
+        streamed_columns=Tile(32, column_elements // 8, 4),
+    )
+
+
+# What is alive at once decides: beyond 32 elements a thread forward, half of it with a mask, and 16 or 8 backward,
+# registers spill.
+FORWARD = _tiles(row_elements=1024, column_elements=512)
+BACKWARD = _tiles(row_elements=512, column_elements=256)
+
+# Triton 3.10 changes the default of FP fusion, and with it the last bits: pinned. Without a limit of its own on
+# registers ptxas aims at some occupancy and spills a few bytes to reach it.
+OPTIONS = {"enable_fp_fusion": True}
+NVIDIA_OPTIONS = {**OPTIONS, "maxnreg": 255}
+
+MAX_PROGRAMS = 4096  # per head; beyond that programs take several tiles and load their parameters once
+FILL = 264  # programs that keep a large GPU (132 multiprocessors) busy
+MAX_HEADS = 65_535  # heads are grid axis 1
+
+
+def streams(x: Tensor, axis: int, heads: int, by_axis: bool) -> bool:
+    """Whether a chunk is too long to stay on chip between its statistics and its output. Depends on nothing but x and
+    the axis.
+    """
+    longest = LONGEST_ROW if by_axis else LONGEST_COLUMN
+    return x.shape[axis] // heads > (longest // 2 if x.dtype == torch.float64 else longest)
+
+
+def stats_shape(x: Tensor, axis: int, heads: int, feature_axis: int, along: str) -> tuple[int, ...] | None:
+    """Shape of the statistics that a forward pass keeps for its backward pass; None where they are recomputed.
+
+    Four numbers a chunk, kept for streamed chunks only: there they save a pass over x and cost under 5 % of its bytes.
+    """
+    inner = inner_dim(x, axis, feature_axis, along)
+    if not streams(x, axis, heads, inner is None or x.stride(axis) < x.stride(inner)):
+        return None
+    return (4, *x.shape[:axis], heads, *x.shape[axis + 1 :])
+
+
+def tile_for(tiles: Tiles, view: View, streamed: bool, dtype: torch.dtype) -> Tile:
+    """The tile of a call, from those of its pass. Columns narrower than the tile shrink it; rows never do, since their
+    number is a batch size.
+    """
+    if streamed:
+        tile = tiles.streamed_rows if view.by_axis else tiles.streamed_columns
+    else:
+        tile = next(tile for longest, tile in (tiles.rows if view.by_axis else tiles.columns) if view.chunk <= longest)
+    inner, num_warps = tile.inner, tile.num_warps
+    if dtype == torch.float64:  # twice the registers a value
+        inner, num_warps = (max(1, inner // 4), num_warps) if inner > 1 else (1, 2 * num_warps)
+    if not view.by_axis:
+        inner = min(inner, 1 << (view.inner - 1).bit_length())
+    return Tile(tile.chunk, inner, num_warps)
+
+
+def programs(tiles: int, heads: int, multiple: int = 1, tiles_each: int = 1) -> int:
+    """Programs a head for a number of tiles: about tiles_each tiles each where that still fills the GPU, and a multiple
+    of `multiple`.
+    """
+    each = max(1, min(tiles_each, tiles * heads // FILL), -(-tiles // MAX_PROGRAMS))
+    return min(tiles, -(-tiles // (each * multiple)) * multiple)
+
+
+def index_bits(view: View, tile: Tile) -> int:
+    """32, or 64 where an offset inside one tile can pass 2**31 - 1. Offsets of whole tiles are 64 bits wide always."""
+    reach = max(
+        (tile.chunk - 1) * t.strides[0] + (tile.inner - 1) * t.strides[1] for t in view.operands if t is not None
+    )
+    return 32 if reach < 2**31 else 64
+
+
+def split_float(value: float) -> tuple[float, float]:
+    """A float as two fp32 values that add up to it: Triton passes floats as fp32, which is too little for fp64
+    arithmetic.
+    """
+    high = ctypes.c_float(value).value
+    return high, value - high
+
+
+def launch(kernel, grid: tuple[int, int], *args, device: torch.device, **meta) -> None:
+    """Launch on the device of the tensors, which need not be the current one. grid is (programs, heads)."""
+    if grid[1] > MAX_HEADS:
+        raise ValueError(f'num_heads is {grid[1]}, the backend "triton" takes at most {MAX_HEADS}')
+    options = OPTIONS if torch.version.hip else NVIDIA_OPTIONS
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            kernel[grid](*args, **meta, **options)
+    else:
+        kernel[grid](*args, **meta, **options)

@@ -1,0 +1,104 @@
+"""Any tensors, an axis and heads -> outer dimensions, axis and one inner dimension, without a copy.
+
+A kernel sees every tensor of a call as (outer…, axis, inner): heads cut the axis into chunks, the inner dimension is
+the other side of a tile, and the outer dimensions are decoded from one number. Dimensions that merge in every tensor of
+the call are merged, so that common layouts have one outer dimension or none. Sizes and strides reach the kernel as
+tuples, so there may be any number of them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Strided(NamedTuple):
+    """A tensor as kernels take it: its data and its strides in elements, axis first, then inner, then outer from the
+    fastest.
+    """
+
+    data: Tensor
+    strides: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class View:
+    """What all tensors of one call look like to a kernel.
+
+    sizes: of the outer dimensions, the fastest first. chunk: positions of one head along the axis. inner: size of the
+        inner dimension.
+    by_axis: whether neighbours along the axis stand closer in memory than neighbours along the inner dimension
+        ("rows").
+    operands: the tensors of the call, in the order given.
+    """
+
+    sizes: tuple[int, ...]
+    heads: int
+    chunk: int
+    inner: int
+    by_axis: bool
+    operands: tuple[Strided | None, ...]
+
+    @property
+    def places(self) -> int:
+        return math.prod(self.sizes)
+
+
+def varies(param: Tensor, axis: int, feature_axis: int) -> str:
+    """What a (heads, P) parameter varies along, beside the heads: "nothing", "chunk" (P is the chunk's length) or
+    "inner".
+    """
+    if param.shape[1] == 1:
+        return "nothing"
+    return "chunk" if feature_axis == axis else "inner"
+
+
+def inner_dim(x: Tensor, axis: int, feature_axis: int, along: str) -> int | None:
+    """The dimension of x that becomes the inner one: that of the parameters, else the fastest; None where only the axis
+    is left.
+
+    Dimensions of size 1 have strides that mean nothing: they are left out everywhere.
+    """
+    if along == "inner":
+        return feature_axis
+    others = [d for d in reversed(range(x.dim())) if d != axis and x.shape[d] != 1]
+    return min(others, key=x.stride, default=None)
+
+
+def view(x: Tensor, others: Sequence[Tensor | None], axis: int, heads: int, feature_axis: int, along: str) -> View:
+    """The view of a call on x and on others that have its dimensions; where one is broadcast its stride is 0."""
+    inner = inner_dim(x, axis, feature_axis, along)
+    tensors = [t for t in (x, *others) if t is not None]
+    groups: list[
+        tuple[int, tuple[int, ...], bool]
+    ] = []  # size, stride in each tensor, holds the inner dimension; slowest first
+    for dim, size in enumerate(x.shape):
+        if dim == axis or size == 1:
+            continue
+        strides, is_inner = tuple(t.stride(dim) for t in tensors), dim == inner
+        previous, before, was_inner = groups[-1] if groups else (1, strides, False)
+        together = bool(groups) and all(a == b * size for a, b in zip(before, strides, strict=True))
+        if together and not (along == "inner" and (is_inner or was_inner)):
+            groups[-1] = (previous * size, strides, is_inner or was_inner)
+        else:
+            groups.append((size, strides, is_inner))
+    inner_size, inner_strides = next(
+        ((size, strides) for size, strides, is_inner in groups if is_inner), (1, (0,) * len(tensors))
+    )
+    outer = [(size, strides) for size, strides, is_inner in reversed(groups) if not is_inner]
+    strided = iter(
+        Strided(t, (t.stride(axis), inner_strides[i], *(strides[i] for _, strides in outer)))
+        for i, t in enumerate(tensors)
+    )
+    return View(
+        sizes=tuple(size for size, _ in outer),
+        heads=heads,
+        chunk=x.shape[axis] // heads,
+        inner=inner_size,
+        by_axis=inner is None or x.stride(axis) < x.stride(inner),
+        operands=tuple(None if t is None else next(strided) for t in (x, *others)),
+    )

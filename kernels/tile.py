@@ -1,0 +1,85 @@
+"""What every kernel does with a tile: addresses, loads, parameters and centred statistics.
+
+A tile is [BLOCK_CHUNK, BLOCK_INNER]: positions along one chunk x places along the inner dimension, each column a chunk
+of its own. It stands `at` (place, row, col, rows, cols): the outer place, the first position along the axis and along
+the inner dimension, all int64, and the ranges that count on from there. Tensors come as `layout.Strided`, or None.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def pointers(t, sizes, at):
+    """Pointers of the tile. sizes are those of the outer dimensions, the fastest first."""
+    place, row, col, rows, cols = at
+    offset = row * t.strides[0] + col * t.strides[1]
+    for i in tl.static_range(len(sizes)):
+        offset += (place % sizes[i]) * t.strides[2 + i]
+        place = place // sizes[i]
+    return t.data + offset + rows[:, None] * t.strides[0] + cols[None, :] * t.strides[1]
+
+
+@triton.jit
+def load(t, sizes, at, inside, ACC: tl.constexpr):
+    """A tile in the dtype of the arithmetic, 0 outside."""
+    return tl.load(pointers(t, sizes, at), inside, 0.0).to(ACC)
+
+
+@triton.jit
+def store(t, sizes, at, inside, values):
+    tl.store(pointers(t, sizes, at), values.to(t.data.dtype.element_ty), inside)
+
+
+@triton.jit
+def valid_in(mask, sizes, at, inside):
+    """Where a tile holds positions that count: inside, and True in the mask if there is one."""
+    if mask is None:
+        return inside
+    else:
+        return inside & (tl.load(pointers(mask, sizes, at), inside, 0) != 0)
+
+
+@triton.jit
+def chunk_pointers(t, sizes, at, head):
+    """Pointers [1, BLOCK_INNER] to the numbers of each column's chunk, and the distance to the next number's."""
+    place, _row, col, _rows, cols = at
+    return pointers(t, sizes, (place, head, col, tl.arange(0, 1), cols)), t.strides[len(sizes) + 2]
+
+
+@triton.jit
+def load_param(p, head, at, row_ok, col_ok, first_row, other, ACC: tl.constexpr, VARIES: tl.constexpr):
+    """A (heads, P) parameter of one head in a shape that broadcasts against a tile whose first position in the chunk is
+    first_row; `other` fills the tile's rim. p has the strides (head, feature).
+    """
+    _place, _row, col, rows, cols = at
+    data = p.data + head * p.strides[0]
+    if VARIES == "chunk":
+        return tl.load(data + (first_row + rows) * p.strides[1], row_ok, other).to(ACC)[:, None]
+    elif VARIES == "inner":
+        return tl.load(data + (col + cols) * p.strides[1], col_ok, other).to(ACC)[None, :]
+    else:
+        return tl.load(data + tl.zeros([1, 1], tl.int32)).to(ACC)
+
+
+@triton.jit
+def share_of(valid, mask, chunk, ACC: tl.constexpr, BLOCK_INNER: tl.constexpr):
+    """1/n of each column, n its valid positions, or 1 where it has none."""
+    if mask is None:
+        return 1.0 / tl.full([BLOCK_INNER], chunk, ACC)
+    else:
+        return 1.0 / tl.maximum(tl.sum(valid.to(ACC), 0), 1.0)
+
+
+@triton.jit
+def centre(x, valid, share):
+    """x - mean over the valid positions of each column and 0 elsewhere; and the mean, in two parts.
+
+    A large mean is rounded by as much as small deviations measure: the second part, the mean of x less the first, takes
+    that back.
+    """
+    mean = tl.sum(x, 0) * share
+    # where: 0 - mean at a masked place would enter the sums
+    d = tl.where(valid, x - mean[None, :], 0.0)
+    rest = tl.sum(d, 0) * share
+    return tl.where(valid, d - rest[None, :], 0.0), mean, rest
