@@ -62,7 +62,7 @@ class Compiled:
     @property
     def load_bits(self) -> int:
         """Width in bits of the widest load from global memory; 0 where there is none."""
-        widths = [32 * int(n) for n in re.findall(r"global_load_dwordx(\d)", self.assembly)]
+        widths = [32 * int(n) for n in re.findall(r"(?:global|buffer)_load_dwordx(\d)", self.assembly)]
         for vector, bits in re.findall(r"ld\.global(?:\.\w+::\w+)*(?:\.v(\d))?\.b(\d+)", self.assembly):
             widths.append(int(vector or 1) * int(bits))
         return max(widths, default=0)

@@ -22,7 +22,15 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 BACKENDS = ("auto", "triton", "eager")
 
-_TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
+
+def _installed(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except (ImportError, ValueError):  # an import hook may refuse it
+        return False
+
+
+_TRITON_INSTALLED = _installed("triton")
 _NOT_INSTALLED = "Triton is not installed"
 
 # Not a ContextVar: Dynamo cannot trace one, and fullgraph is part of the contract.

@@ -60,7 +60,7 @@ def density_attention(
     last = x.dim() - 1
     _check_params(x, {"mean_offset": mean_offset, "c": c}, axis)
     features = x.shape[last] // c.shape[0] if axis == last else x.shape[last]
-    if c.shape[1] not in (1, features):
+    if c.shape[1] != 1 and c.shape[1] != features:
         raise ValueError(f"c has shape {tuple(c.shape)}, expected ({c.shape[0]}, {features}) or ({c.shape[0]}, 1)")
     return _in_memory_order(ops.density, x, (mean_offset, c), mask, axis, eps, residual, return_weights, backend)
 
@@ -92,14 +92,15 @@ def _check_tensor(name: str, t: Any) -> None:
 
 
 def _check_params(x: Tensor, params: dict[str, Tensor], axis: int) -> None:
-    """That the parameters are (num_heads, P), floating, alike and on x's device, and that num_heads divides the axis."""
-    first, shape = next((name, p.shape) for name, p in params.items())
+    """That the parameters are (num_heads, P), floating, alike and on x's device, and num_heads divides the axis."""
+    first, shape = next(iter(params)), None
     for name, p in params.items():
         _check_tensor(name, p)
         if p.dtype not in _FLOATING:
             raise TypeError(f"{name} has dtype {p.dtype}, expected one of float16, bfloat16, float32, float64")
         if p.dim() != 2 or p.shape[0] < 1:
             raise ValueError(f"{name} has shape {tuple(p.shape)}, expected (num_heads, P) with num_heads at least 1")
+        shape = p.shape if shape is None else shape
         if p.shape != shape:
             raise ValueError(f"{name} has shape {tuple(p.shape)}, expected {tuple(shape)}, the shape of {first}")
         if p.device != x.device:

@@ -60,7 +60,9 @@ _lib.define(
     f"density_backward(Tensor? grad_y, Tensor? grad_weights, {_INPUTS}, Tensor? stats, {_VIEW},"
     " bool need_x, bool need_params) -> (Tensor dx, Tensor d_mean_offset, Tensor d_c)"
 )
-_lib.define(f"density({_INPUTS}, {_VIEW}, bool return_weights, str backend, str version) -> Tensor[]")
+_lib.define(
+    f"density({_INPUTS}, {_VIEW}, bool return_weights, str backend, str version) -> (Tensor y, Tensor weights)"
+)
 
 
 def _density_forward_triton(*args):
@@ -181,22 +183,28 @@ class Density(torch.autograd.Function):
 def density(
     x: Tensor, mean_offset: Tensor, c: Tensor, mask: Tensor | None, axis: int, feature_axis: int, eps: float,
     residual: bool, return_weights: bool, backend: str,
-) -> list[Tensor]:  # fmt: skip
-    """[y] or [y, weights] of density attention, differentiable, on either backend, in eager mode and compiled."""
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """(y,) or (y, weights) of density attention, differentiable, on either backend, in eager mode and compiled."""
     args = (x, mean_offset, c, mask, axis, feature_axis, eps, residual, return_weights, backend)
     if torch.compiler.is_compiling():
-        return torch.ops.daam.density.default(*args, _VERSION)
+        return torch.ops.daam.density.default(*args, _VERSION)[: 1 + return_weights]
     return _density(*args)
 
 
-def _density(x, mean_offset, c, mask, axis, feature_axis, eps, residual, return_weights, backend, version=_VERSION):
-    if _forward_mode() or (_transformed() and torch.compiler.is_compiling()):
-        return list(reference.density(x, mean_offset, c, mask, axis, feature_axis, eps, residual)[: 1 + return_weights])
+def _density(x, mean_offset, c, mask, axis, feature_axis, eps, residual, return_weights, backend):
+    args = (x, mean_offset, c, mask, axis, feature_axis, eps, residual)
+    if _forward_mode():
+        return reference.density(*args)[: 1 + return_weights]
     save_stats = torch.is_grad_enabled() and (x.requires_grad or mean_offset.requires_grad or c.requires_grad)
-    outputs = Density.apply(
-        x, mean_offset, c, mask, axis, feature_axis, eps, residual, return_weights, save_stats, backend
-    )
-    return list(outputs[: 1 + return_weights])
+    return Density.apply(*args, return_weights, save_stats, backend)[: 1 + return_weights]
 
 
-_lib.impl("density", _density, "CompositeImplicitAutograd")
+def _density_traced(x, mean_offset, c, mask, axis, feature_axis, eps, residual, return_weights, backend, version):
+    args = (x, mean_offset, c, mask, axis, feature_axis, eps, residual)
+    if _transformed() or _forward_mode():
+        return reference.density(*args)
+    y, *weights = _density(*args, return_weights, backend)
+    return y, weights[0] if weights else x.new_empty(0)
+
+
+_lib.impl("density", _density_traced, "CompositeImplicitAutograd")

@@ -32,10 +32,12 @@ class _Chunks:
         self.dtype = compute_dtype(x)
         self.axis, self.feature_axis, self.heads = axis, feature_axis, heads
         self.length, self.dim, self.rank = x.shape[axis] // heads, axis + 1, x.dim() + 1
-        self.mask = None if mask is None else self.split(mask)
+        self.invalid = None if mask is None else self.split(~mask)
         self.raw = self.split(x)
         self.x = self.valid(self.raw)
-        self.count = self.length if mask is None else self.mask.sum(self.dim, keepdim=True).clamp_(min=1)
+        self.count = self.length
+        if mask is not None:
+            self.count = (self.length - self.invalid.sum(self.dim, keepdim=True)).clamp(min=1)
 
     def split(self, t: Tensor) -> Tensor:
         t = t if t.dtype == torch.bool else t.to(self.dtype)
@@ -45,7 +47,7 @@ class _Chunks:
         return t.flatten(self.axis, self.dim).to(dtype)
 
     def valid(self, t: Tensor) -> Tensor:
-        return t if self.mask is None else torch.where(self.mask, t, 0)
+        return t if self.invalid is None else t.masked_fill(self.invalid, 0)  # unlike where, keeps the order of strides
 
     def mean(self, t: Tensor) -> Tensor:
         return t.sum(self.dim, keepdim=True) / self.count

@@ -182,7 +182,7 @@ def _backward(
     at = (first, row, own, rows, cols)
     offset = load_param(mean_offset, head, at, row_ok, own + cols < extent.inner, row, 0.0, ACC, VARIES)
     inverse_c = 1.0 / load_param(c, head, at, row_ok, own + cols < extent.inner, row, 1.0, ACC, VARIES)
-    total_he = tl.zeros([BLOCK_CHUNK if VARIES == "chunk" else BLOCK_INNER], ACC)
+    total_he = tl.zeros([BLOCK_CHUNK if VARIES == "chunk" else 1, BLOCK_INNER if VARIES == "inner" else 1], ACC)
     total_hee = total_he
     for tile in range(first, extent.tiles, tl.num_programs(0) // extent.row_blocks):
         place, col = tl.cast(tile, tl.int64) // extent.blocks, tl.cast(tile, tl.int64) % extent.blocks * BLOCK_INNER
@@ -210,26 +210,31 @@ def _backward(
             store(dx, extent.sizes, at, inside, grad)
         if partials is not None:
             if VARIES == "chunk":
-                total_he += tl.sum(he, 1)
-                total_hee += tl.sum(he * e, 1)
+                total_he += tl.sum(he, 1)[:, None]
+                total_hee += tl.sum(he * e, 1)[:, None]
+            elif VARIES == "inner":
+                total_he += sum_he
+                total_hee += sum_hee
             else:
-                total_he += tl.sum(sum_he, 0)
-                total_hee += tl.sum(sum_hee, 0)
+                # summed over the columns here: carried through the loop as a row, they crash LLVM's vectoriser (Triton
+                # 3.9, short rows)
+                total_he += tl.sum(sum_he, 1)[:, None]
+                total_hee += tl.sum(sum_hee, 1)[:, None]
     if partials is not None:
         # (2, group, head, P): a group is the programs that together hold every parameter of a head once
         step, group, of_head = partials.strides
         if VARIES == "chunk":
-            at_row = partials.data + first * group + head * of_head + row + rows
-            tl.store(at_row, total_he, row_ok)
-            tl.store(at_row + step, total_hee, row_ok)
+            at_rows = partials.data + first * group + head * of_head + (row + rows)[:, None]
+            tl.store(at_rows, total_he, row_ok[:, None])
+            tl.store(at_rows + step, total_hee, row_ok[:, None])
         elif VARIES == "inner":
-            at_col = partials.data + first // extent.blocks * group + head * of_head + own + cols
-            tl.store(at_col, total_he, own + cols < extent.inner)
-            tl.store(at_col + step, total_hee, own + cols < extent.inner)
+            at_cols = partials.data + first // extent.blocks * group + head * of_head + (own + cols)[None, :]
+            tl.store(at_cols, total_he, (own + cols < extent.inner)[None, :])
+            tl.store(at_cols + step, total_hee, (own + cols < extent.inner)[None, :])
         else:
             at_head = partials.data + first * group + head * of_head
-            tl.store(at_head, tl.sum(total_he, 0))
-            tl.store(at_head + step, tl.sum(total_hee, 0))
+            tl.store(at_head + tl.zeros([1, 1], tl.int32), total_he)
+            tl.store(at_head + step + tl.zeros([1, 1], tl.int32), total_hee)
 
 
 # --- Launchers ----------------------------------------------------------------------------------

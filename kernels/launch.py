@@ -47,15 +47,14 @@ LONGEST_ROW, LONGEST_COLUMN = 4096, 256  # longest resident chunks; half of them
 def _tiles(row_elements: int, column_elements: int) -> Tiles:
     """Tiles by the elements a warp holds, 32 of them for each element a thread holds.
 
-    Rows: one warp a row while it can hold it, since a short row spread over more costs a barrier a sum; shorter rows
-        share a program.
-    Columns: 2048 elements a program, in no fewer than 16 columns, so that accesses stay whole sectors, and no more than
-        512.
+    Rows: one warp a row while it can hold it, since a short row spread over more costs a barrier a sum; up to 32 short
+    rows share a program. Columns: 2048 elements a program, in no fewer than 16 columns, so that accesses stay whole
+    sectors, and no more than 512.
     """
     powers = [2**k for k in range(LONGEST_ROW.bit_length())]
     width = {n: min(512, max(16, 2048 // n)) for n in powers}
     return Tiles(
-        rows=tuple((n, Tile(n, max(1, row_elements // n), max(1, n // row_elements))) for n in powers),
+        rows=tuple((n, Tile(n, min(32, max(1, row_elements // n)), max(1, n // row_elements))) for n in powers),
         columns=tuple(
             (n, Tile(n, width[n], min(8, max(2, n * width[n] // column_elements))))
             for n in powers

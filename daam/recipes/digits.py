@@ -36,9 +36,7 @@ LAYERS, FEATURES, HEADS, CLASSES = 12, 64, 4, 5  # 4 heads over 12 layers: chunk
 
 
 class Encoder(nn.Module):
-    """A pre-norm transformer over the 16 patches of 2 x 2 pixels of an 8 x 8 image. Returns every layer's hidden
-    states.
-    """
+    """A pre-norm transformer over the 16 patches of 2 x 2 pixels of an image: the hidden states of all layers."""
 
     def __init__(self) -> None:
         super().__init__()

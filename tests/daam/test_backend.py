@@ -1,0 +1,133 @@
+"""Which backend is chosen, by whom, and what is said about it."""
+
+import threading
+import warnings
+from unittest import mock
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import daam
+from daam import backend as module
+
+X = torch.randn(2, 6, 4)
+P = torch.ones(3, 4)
+
+
+@pytest.fixture(autouse=True)
+def clean(monkeypatch):
+    monkeypatch.delenv("DAAM_BACKEND", raising=False)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    for cached in (module._driver_problem, module._warn_once):
+        cached.cache_clear()
+    yield
+    for cached in (module._driver_problem, module._warn_once):
+        cached.cache_clear()
+
+
+@pytest.fixture
+def cuda():
+    """A fake tensor says it is on a GPU; here it must not look fake."""
+    with FakeTensorMode():
+        x = torch.empty(2, 6, 4, device="cuda")
+    with mock.patch.object(module, "FakeTensor", type(None)):
+        yield x
+
+
+def test_auto_on_the_cpu_is_eager_without_a_word():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert daam.backend_for(X) == (
+            "eager",
+            "x is on cpu, which Triton does not drive (TRITON_INTERPRET=1 runs kernels on CPU tensors)",
+        )
+
+
+def test_triton_where_it_cannot_run_says_why():
+    with pytest.raises(RuntimeError, match='"triton", requested by the argument backend, cannot run: x is on cpu'):
+        daam.density_attention(X, P, P, backend="triton")
+
+
+def test_precedence(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")  # so that triton can be chosen; nothing is launched
+    monkeypatch.setattr(module, "_TRITON_INSTALLED", True)
+    monkeypatch.setenv("DAAM_BACKEND", "triton")
+    assert daam.backend_for(X) == ("triton", "requested by the environment variable DAAM_BACKEND")
+    with daam.use_backend("eager"):
+        assert daam.backend_for(X) == ("eager", "requested by daam.use_backend")
+        with daam.use_backend("triton"):
+            assert daam.backend_for(X)[0] == "triton"
+            assert daam.backend_for(X, "eager") == ("eager", "requested by the argument backend")
+        with daam.use_backend("auto"):
+            assert daam.backend_for(X)[0] == "eager", "auto: by device again, whatever the environment says"
+        assert daam.backend_for(X)[0] == "eager"
+    assert daam.backend_for(X)[0] == "triton"
+
+
+def test_the_context_is_one_thread_s():
+    seen = []
+    with daam.use_backend("eager"):
+        thread = threading.Thread(target=lambda: seen.append(daam.backend_for(X)[1]))
+        thread.start()
+        thread.join()
+    assert seen == [daam.backend_for(X)[1]]
+
+
+def test_the_context_is_left_on_an_error():
+    with pytest.raises(KeyError), daam.use_backend("eager"):
+        raise KeyError
+    assert "use_backend" not in daam.backend_for(X)[1]
+
+
+def test_unknown_backends(monkeypatch):
+    with pytest.raises(ValueError, match="backend is 'gpu', expected one of"), daam.use_backend("gpu"):
+        pass
+    monkeypatch.setenv("DAAM_BACKEND", "fast")
+    with pytest.raises(ValueError, match="the environment variable DAAM_BACKEND is 'fast'"):
+        daam.backend_for(X)
+
+
+def test_a_gpu_without_a_driver_falls_back_with_one_warning(cuda):
+    pytest.importorskip("triton")
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a driver")
+    with pytest.warns(UserWarning, match="eager backend on a GPU: Triton finds no driver"):
+        assert daam.backend_for(cuda)[0] == "eager"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert daam.backend_for(cuda)[0] == "eager"
+    with pytest.raises(RuntimeError, match="cannot run: Triton finds no driver"):
+        daam.backend_for(cuda, "triton")
+
+
+def test_a_gpu_without_triton_falls_back_with_one_warning(cuda, monkeypatch):
+    monkeypatch.setattr(module, "_TRITON_INSTALLED", False)
+    with pytest.warns(UserWarning, match="Triton is not installed"):
+        assert daam.backend_for(cuda) == ("eager", "Triton is not installed")
+
+
+def test_a_gpu_with_a_driver_takes_triton(cuda):
+    with mock.patch.object(module, "_driver_problem", return_value=None):
+        assert daam.backend_for(cuda) == ("triton", "x is on cuda:0, which Triton drives")
+
+
+def test_fake_and_meta_tensors_never_open_a_driver(monkeypatch):
+    monkeypatch.setattr(module, "_TRITON_INSTALLED", True)
+    with mock.patch.object(module, "_driver_problem", side_effect=AssertionError("opened a driver")):
+        with FakeTensorMode():
+            assert daam.backend_for(torch.empty(2, 3, device="cuda"))[0] == "triton"
+        assert daam.backend_for(torch.empty(2, 3, device="meta"))[0] == "eager"
+        assert daam.backend_for(torch.empty(2, 3, device="meta"), "triton")[0] == "triton"
+
+
+def test_backward_runs_on_the_backend_of_forward():
+    x = X.clone().requires_grad_()
+    with daam.use_backend("eager"):
+        y = daam.density_attention(x, P, P)
+    with (
+        mock.patch.object(module, "backend_for", side_effect=AssertionError("asked again")),
+        daam.use_backend("triton"),
+    ):
+        y.sum().backward()
+    assert x.grad.isfinite().all()

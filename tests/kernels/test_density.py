@@ -1,0 +1,419 @@
+"""The kernels of density attention against float64, on a GPU or in the interpreter."""
+
+import itertools
+import subprocess
+import sys
+from unittest import mock
+
+import pytest
+import torch
+from helpers import (
+    EPS,
+    GOLDEN,
+    GRADS,
+    LAYOUTS,
+    Case,
+    check_golden,
+    error,
+    inputs,
+    oracle,
+    places_summed,
+    recorded_launches,
+    run,
+)
+
+import daam
+from daam import reference
+from daam.kernels import launch
+
+pytestmark = pytest.mark.kernel
+
+# Every axis of every rank, all chunk lengths, features, heads, layouts, gradients and flags of the contract, each next to several of
+# the others. Chunks beyond LONGEST_* (halved in float64) are streamed.
+CASES = [
+    Case((7, 21), 0),
+    Case((8, 33), 0, heads=8, params="one", grads="expanded"),
+    Case((150, 21), 0, heads=2, layout="transposed", grads="sliced", residual=True),
+    Case((5, 1000), 1, layout="sliced", grads="transposed"),
+    Case((3, 74), -1, heads=2, mask=True, grads="expanded"),
+    Case((9, 3), 1, heads=1, residual=True, params="one"),
+    Case((33, 24), -1, heads=8, layout="transposed", mask=True, residual=True),
+    Case((2, 24, 33), 1, heads=8),
+    Case((2, 40, 21), 1, heads=8, grads="transposed", mask=True),
+    Case((3, 8, 33), 1, heads=8, params="one", mask=True, weights=False),
+    Case((2, 13, 1000), 1, residual=True, grads="expanded", weights=False),
+    Case((2, 26, 21), 1, heads=2, layout="sliced", grads="sliced", mask=True),
+    Case((2, 37, 1), 1, layout="transposed", grads="contiguous"),
+    Case((3, 37, 21), 2, params="one", layout="transposed", residual=True),
+    Case((13, 3, 21), 0, params="features", grads="transposed", mask=True, residual=True),
+    Case((4, 5, 33), 0, heads=2, params="one", layout="sliced"),
+    Case((2, 150, 33), 1, layout="transposed", mask=True, params="one"),
+    Case((2, 300, 21), 1, heads=2, mask=True, residual=True),
+    Case((2, 3, 5, 21), 2, layout="channels_last", grads="sliced"),
+    Case((2, 6, 5, 4), 1, heads=2, layout="channels_last", grads="channels_last", mask=True),
+    Case((2, 6, 5, 4), 1, heads=2, params="one", layout="contiguous", grads="transposed"),
+    Case((2, 5, 4, 26), -1, heads=2, layout="channels_last", grads="expanded", residual=True),
+    Case((3, 2, 5, 3, 5), 0, params="one", grads="sliced"),
+    Case((2, 3, 5, 2, 21), 2, layout="transposed", grads="expanded", mask=True),
+    Case((2, 3, 2, 2, 37), -1, params="features", layout="sliced", residual=True, mask=True),
+    Case((2, 2, 3, 2, 3, 5), 3, layout="sliced", grads="expanded"),
+    Case((2, 300, 5), 1, params="features", grads="expanded", weights=False),
+    Case((1, 2500), 1, params="features", mask=True),
+    Case((1, 5000), 1, heads=2, params="one", layout="sliced", residual=True),
+    Case((2, 3, 2200), 2, params="features", grads="expanded"),
+    Case((1, 5, 1), 1, params="one"),
+    Case((1, 1), 0),
+]
+
+
+def check(case: Case, device, tolerance: float = 1e-11) -> None:
+    given = inputs(case, device=device)
+    expected = oracle(case, given)
+    with recorded_launches() as names:
+        result = run(case, given, "triton")
+    assert "_forward" in names and ("_backward" in names or "_sums" in names)
+    assert result.keys() == expected.keys()
+    errors = {name: error(result[name], expected[name]) for name in expected}
+    assert max(errors.values()) < tolerance, errors
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_agrees_with_float64(case, device):
+    check(case, device)
+
+
+@pytest.mark.parametrize(
+    "case", [c for c in CASES if c.shape in ((2, 24, 33), (33, 24), (2, 300, 21), (2, 3, 2200), (8, 33))], ids=str
+)
+def test_agrees_where_programs_take_several_tiles(case, device):
+    """Small tensors have a program for every tile: here programs loop, and share partial sums."""
+    with mock.patch.multiple(launch, MAX_PROGRAMS=3, FILL=1):
+        check(case, device)
+
+
+FULL = [
+    Case(shape, axis, heads, params, layout, grads, mask, residual)
+    for (shape, axis), heads, params, layout, grads, mask, residual in itertools.product(
+        [((16, 21), 0), ((5, 1000), 1), ((3, 40, 33), 1), ((2, 296, 21), 1), ((2, 8, 5, 6), 1), ((2, 3, 5, 2, 72), -1), ((1, 4992), 1)],
+        (1, 2, 8), ("features", "one"), LAYOUTS, GRADS, (False, True), (False, True),
+    )
+]  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", FULL, ids=str)
+def test_agrees_with_float64_in_every_combination(case, device):
+    check(case, device)
+
+
+# Several parameters each: the one sum of a single parameter can be near 0, and its relative error anything.
+RULE = [
+    Case((4, 6, 21), 1, heads=2, mask=True, residual=True),
+    Case((6, 48), 1, heads=8, params="one"),
+    Case((2, 300, 9), 1, offset=30.0),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", RULE, ids=str)
+def test_errors_are_those_of_eager(case, dtype, device):
+    """Worst of 8 seeds: error <= 2·(eager's error + 2·eps·M), M = sqrt(places summed) for gradients of parameters."""
+    worst = {}
+    for seed in range(8):
+        given = inputs(case, dtype, seed, device)
+        expected = oracle(case, given)
+        for backend in ("triton", "eager"):
+            for name, result in run(case, given, backend).items():
+                key = (name, backend)
+                worst[key] = max(worst.get(key, 0.0), error(result, expected[name]))
+    # the interpreter truncates to bf16, which costs one bit
+    eps = {**EPS, torch.bfloat16: 2**-7}[dtype] if device.type == "cpu" else EPS[dtype]
+    for name in expected:
+        own = 1.0 if not name.startswith("d_") else places_summed(case, name) ** 0.5
+        unit = eps if not name.startswith("d_") else EPS[torch.float32]
+        bound = 2 * (worst[name, "eager"] + 2 * unit * own)
+        assert worst[name, "triton"] <= bound, (name, worst[name, "triton"], worst[name, "eager"])
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_published_cases(name, device):
+    check_golden(name, "triton", device)
+
+
+@pytest.mark.parametrize(
+    ("shape", "axis", "kernels"),
+    [
+        ((2, 24, 33), 1, ["_forward", "_backward"]),
+        ((3, 1000), 1, ["_forward", "_backward"]),
+        ((2, 300, 5), 1, ["_stats", "_forward", "_sums", "_backward"]),
+        ((2, 5000), 1, ["_stats", "_forward", "_sums", "_backward"]),
+    ],
+)
+def test_path(shape, axis, kernels, device):
+    """Which kernels a regime takes: short and long chunks, axis or features fastest."""
+    case = Case(shape, axis)
+    with recorded_launches() as names:
+        run(case, inputs(case, torch.float32, device=device), "triton")
+    assert names == kernels
+
+
+@pytest.mark.parametrize("needs", list(itertools.product([False, True], repeat=3))[1:], ids=str)
+@pytest.mark.parametrize("shape", [(2, 6, 5), (2, 300, 5)], ids=str)
+def test_frozen_inputs(shape, needs, device):
+    """All combinations of requires_grad: None for the frozen ones, the same numbers for the others, and no work for nothing."""
+    case = Case(shape, 1, heads=2)
+    given = inputs(case, device=device)
+    expected = oracle(case, given)
+    tensors = [
+        t.detach().requires_grad_(need) for t, need in zip((given.x, given.mean_offset, given.c), needs, strict=True)
+    ]
+    with recorded_launches() as names:
+        y, weights = daam.density_attention(*tensors, return_weights=True, backend="triton")
+        torch.autograd.backward([y, weights], [given.grad_y, given.grad_weights])
+    for t, need, name in zip(tensors, needs, ("dx", "d_mean_offset", "d_c"), strict=True):
+        assert (t.grad is not None) == need
+        assert not need or error(t.grad, expected[name]) < 1e-11
+    streamed = shape[1] == 300
+    assert ("_backward" in names) == (needs[0] or not streamed), "sums are enough for parameters of streamed chunks"
+
+
+def test_gradcheck(device):
+    """Numerical derivatives of the kernels themselves, and of their double backward."""
+    given = inputs(Case((2, 4, 2), 1, heads=2), device=device)
+    mask = torch.tensor([[True, True, False, True], [True] * 4], device=device)
+    leaves = [t.detach().requires_grad_() for t in (given.x, given.mean_offset, given.c)]
+
+    def attend(*args):
+        return daam.density_attention(*args, mask=mask, return_weights=True, residual=True, backend="triton")
+
+    assert torch.autograd.gradcheck(attend, leaves, fast_mode=True)
+    assert torch.autograd.gradgradcheck(attend, leaves, fast_mode=True)
+
+
+def test_double_backward_drops_nothing(device):
+    """A gradient penalty on a loss linear in y, where once_differentiable would silently drop the second order."""
+    given = inputs(Case((2, 6, 3), 1, heads=2), device=device)
+    grads = []
+    for backend in ("triton", "eager"):
+        x, c = given.x.detach().requires_grad_(), given.c.detach().requires_grad_()
+        y = daam.density_attention(x, given.mean_offset, c, backend=backend)
+        (dx,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+        grads.append(torch.autograd.grad(y.sum() + dx.square().sum(), (x, c)))
+    for ours, theirs in zip(*grads, strict=True):
+        assert error(ours, theirs.cpu()) < 1e-11
+
+
+@pytest.mark.parametrize(
+    "case", [Case((3, 24, 9), 1, heads=8), Case((3, 40), -1), Case((2, 300, 9), 1), Case((3, 4200), 1)], ids=str
+)
+def test_repeats_are_the_same_bits(case, device):
+    given = inputs(case, torch.float32, device=device)
+    first, second = run(case, given, "triton"), run(case, given, "triton")
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
+
+
+@pytest.mark.parametrize("case", [Case((3, 24, 9), 1, heads=8), Case((5, 40), -1), Case((2, 300, 9), 1)], ids=str)
+def test_a_batch_equals_its_rows_bit_for_bit(case, device):
+    given = inputs(case, torch.float32, device=device)
+    whole = run(case, given, "triton")
+    for i in range(case.shape[0]):
+        one = Case((1, *case.shape[1:]), case.axis, case.heads)
+        part = type(given)(
+            given.x[i : i + 1], given.mean_offset, given.c, None, given.grad_y[i : i + 1], given.grad_weights[i : i + 1]
+        )
+        row = run(one, part, "triton")
+        for name in ("y", "weights", "dx"):
+            assert torch.equal(row[name], whole[name][i : i + 1]), name
+
+
+@pytest.mark.parametrize("shape", [(2, 6, 5), (2, 300, 5), (4, 12)], ids=str)
+def test_nan_and_inf_stay_in_their_chunk(shape, device):
+    case = Case(shape, 1, heads=2, params="one", weights=False)
+    given = inputs(case, torch.float32, device=device)
+    clean = run(case, given, "triton")
+    half = shape[1] // 2
+    for bad in (float("nan"), float("inf")):
+        given.x = given.x.clone()
+        given.x[(0, 1) if len(shape) == 2 else (0, 1, 2)] = bad
+        result = run(case, given, "triton")
+        reach = (0, slice(0, half)) if len(shape) == 2 else (0, slice(0, half), 2)
+        for name in ("y", "dx"):
+            assert result[name][reach].isnan().all(), name
+            rest = torch.ones(shape, dtype=torch.bool)
+            rest[reach] = False
+            assert torch.equal(result[name].cpu()[rest], clean[name].cpu()[rest]), name
+        assert error(run(case, given, "eager")["y"].nan_to_num(), result["y"].nan_to_num().cpu().double()) < 1e-6
+
+
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("shape", [(2, 6, 5), (2, 300, 5), (3, 12)], ids=str)
+def test_what_is_masked_reaches_nothing(shape, residual, device):
+    """NaN in x and in both gradients at masked positions changes no result; there y is 0 or x, dx is 0 or grad_y."""
+    case = Case(shape, 1, heads=2, mask=True, residual=residual)
+    given = inputs(case, torch.float32, device=device)
+    clean = run(case, given, "triton")
+    hidden = ~given.mask.reshape(*given.mask.shape, *[1] * (len(shape) - 2)).expand(shape)
+    for name in ("x", "grad_y", "grad_weights"):
+        setattr(given, name, getattr(given, name).masked_fill(hidden, float("nan")))
+    result = run(case, given, "triton")
+    for name in clean:
+        if name in ("y", "dx") and residual:
+            assert result[name][hidden].isnan().all()
+            assert torch.equal(result[name][~hidden], clean[name][~hidden])
+        else:
+            assert torch.equal(result[name], clean[name]), name
+    assert (clean["weights"][hidden] == 0).all()
+    if not residual:
+        assert (clean["y"][hidden] == 0).all() and (clean["dx"][hidden] == 0).all()
+
+
+@pytest.mark.parametrize("length", [24, 300])
+def test_padding_under_a_mask_changes_nothing(length, device):
+    given = inputs(Case((2, length, 5), 1), device=device)
+    y = daam.density_attention(given.x, given.mean_offset, given.c, backend="triton")
+    padded = torch.cat([given.x, torch.full((2, 9, 5), 7.0, dtype=torch.float64, device=device)], 1)
+    mask = torch.arange(length + 9, device=device).expand(2, -1) < length
+    z = daam.density_attention(padded, given.mean_offset, given.c, mask=mask, backend="triton")
+    assert error(z[:, :length], y.cpu()) < 1e-13
+
+
+@pytest.mark.parametrize("shape", [(0, 6, 5), (2, 6, 0), (0, 300, 5), (2, 0, 6)], ids=str)
+def test_empty(shape, device):
+    axis = 2 if shape[1] == 0 else 1
+    case = Case(shape, axis, params="one", heads=2)
+    given = inputs(case, torch.float32, device=device)
+    with recorded_launches() as names:
+        result = run(case, given, "triton")
+    assert not names
+    assert result["y"].shape == result["dx"].shape == torch.Size(shape)
+    assert (result["d_c"] == 0).all() and result["d_c"].shape == (2, 1)
+
+
+@pytest.mark.parametrize("shape", [(2, 24, 9), (6, 40), (2, 300, 9), (2, 4200)], ids=str)
+def test_nothing_is_written_beside_the_tensors(shape, device):
+    """Every tensor of every launch stands between canaries."""
+    original, launches = launch.launch, []
+
+    def guarded(kernel, grid, *args, **meta):
+        moved = []
+
+        def fence(arg):
+            if not hasattr(arg, "strides"):
+                return arg
+            t = arg.data
+            room = 1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))
+            buffer = torch.full([room + 512], 77, dtype=t.dtype, device=t.device)
+            inside = buffer[256 : 256 + room].as_strided(t.shape, t.stride(), 256)
+            inside.copy_(t)
+            moved.append((t, inside, buffer, room))
+            return arg._replace(data=inside)
+
+        original(kernel, grid, *map(fence, args), **meta)
+        for t, inside, buffer, room in moved:
+            canary = torch.full([256], 77, dtype=t.dtype, device=t.device)
+            assert torch.equal(buffer[:256], canary) and torch.equal(buffer[256 + room :], canary), kernel.fn.__name__
+            t.copy_(inside)
+        launches.append(kernel.fn.__name__)
+
+    case = Case(shape, 1)
+    given = inputs(case, device=device)
+    with mock.patch.object(launch, "launch", guarded):
+        result = run(case, given, "triton")
+    expected = oracle(case, given)
+    assert launches and max(error(result[name], expected[name]) for name in expected) < 1e-11
+
+
+@pytest.mark.parametrize("backend", ["triton", "eager"])
+@pytest.mark.parametrize(
+    ("shape", "dtype"), [((4, 24, 33), torch.bfloat16), ((2, 600, 9), torch.bfloat16), ((1, 5000), torch.float32)]
+)
+def test_saved_for_backward(shape, dtype, backend, device):
+    """Beyond x, the parameters and the mask: statistics, in fp32, of at most 5 % of the bytes of x; nothing without a gradient."""
+    case = Case(shape, 1, mask=True)
+    given = inputs(case, dtype, device=device)
+    saved = []
+
+    def attend(*tensors):
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+            daam.density_attention(*tensors, mask=given.mask, return_weights=True, backend=backend)
+
+    attend(given.x, given.mean_offset, given.c)
+    assert not saved
+    leaves = [t.detach().requires_grad_() for t in (given.x, given.mean_offset, given.c)]
+    attend(*leaves)
+    known = {t.untyped_storage().data_ptr() for t in (given.x, given.mean_offset, given.c, given.mask)}
+    extra = [t for t in saved if t.untyped_storage().data_ptr() not in known]
+    assert all(t.dtype == torch.float32 for t in extra)
+    assert sum(t.nbytes for t in extra) <= 0.05 * given.x.nbytes
+    assert bool(extra) == (backend == "triton" and shape != (4, 24, 33))
+
+
+def test_offsets_beyond_32_bits(device):
+    """A view that spans more than 2**31 elements, most of which never exist: a 32-bit offset would leave the tensor."""
+    code = """if True:
+        import torch, daam
+        x = torch.empty(2 * (2**30 + 16) + 16, dtype=torch.float16, device="DEVICE").as_strided((3, 16), (2**30 + 16, 1))
+        x.copy_(torch.randn(3, 16))
+        c = torch.ones(1, 16, device="DEVICE")
+        for view, axis in ((x, 0), (x, 1)):
+            for heads in (1, 3) if axis == 0 else (1, 4):
+                p = c[:, :1].expand(heads, 1)
+                leaf = view.detach().requires_grad_()
+                for backend in ("triton", "eager"):
+                    y = daam.density_attention(leaf, 0 * p, p, norm_axis=axis, backend=backend)
+                    (dx,) = torch.autograd.grad(y, leaf, torch.ones_like(y))
+                    if backend == "triton":
+                        kernel = y, dx
+                assert (kernel[0] - y).abs().max() < 2e-3 and (kernel[1] - dx).abs().max() < 2e-3
+    """.replace("DEVICE", str(device))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("mean", [1e2, 1e4])
+def test_a_large_mean_costs_no_accuracy(mean, device):
+    """The mean in two parts: fp32 results on the chunks that stand far from 0 are as good as x itself."""
+    for case in (Case((2, 24, 5), 1, offset=mean), Case((3, 1000), 1, offset=mean), Case((2, 600, 5), 1, offset=mean)):
+        given = inputs(case, torch.float32, device=device)
+        expected, result = oracle(case, given), run(case, given, "triton")
+        for name in ("weights", "y", "dx", "d_mean_offset", "d_c"):
+            assert error(result[name], expected[name]) < 2e-5, name
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_dtypes_and_autocast(dtype, device):
+    """y, weights and dx in x's dtype, gradients of parameters in theirs; autocast changes no bit."""
+    case = Case((2, 6, 5), 1, heads=2)
+    given = inputs(case, dtype, device=device)
+    plain = run(case, given, "triton")
+    with torch.autocast(device.type, torch.bfloat16):
+        cast = run(case, given, "triton")
+    for name, t in plain.items():
+        assert t.dtype == (given.c.dtype if name.startswith("d_") else dtype), name
+        assert torch.equal(t, cast[name]), name
+    half = torch.bfloat16
+    c = given.c.to(half).requires_grad_()
+    daam.density_attention(given.x, given.mean_offset, c, backend="triton").sum().backward()
+    assert c.grad.dtype == half and c.grad.stride() == c.stride()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_memory_order_is_kept(layout, device):
+    case = Case((2, 6, 5, 4), 1, layout=layout)
+    given = inputs(case, device=device)
+    result = run(case, given, "triton")
+    like = torch.empty_like(given.x)
+    for name in ("y", "weights", "dx"):
+        assert result[name].stride() == like.stride(), name
+
+
+def test_the_lean_reference_is_what_runs_where_triton_is_asked_for_and_absent(device):
+    """Kernels differ from the reference in their last bits: the recorded launches are not decoration."""
+    case = Case((2, 24, 33), 1, heads=8)
+    given = inputs(case, torch.float32, device=device)
+    with recorded_launches() as names:
+        run(case, given, "eager")
+    assert not names
+    with mock.patch.object(reference, "density_forward", side_effect=AssertionError("the reference ran")):
+        run(case, given, "triton")
