@@ -60,9 +60,7 @@ _lib.define(
     f"density_backward(Tensor? grad_y, Tensor? grad_weights, {_INPUTS}, Tensor? stats, {_VIEW},"
     " bool need_x, bool need_params) -> (Tensor dx, Tensor d_mean_offset, Tensor d_c)"
 )
-_lib.define(
-    f"density({_INPUTS}, {_VIEW}, bool return_weights, str backend, str version) -> (Tensor y, Tensor weights)"
-)
+_lib.define(f"density({_INPUTS}, {_VIEW}, bool return_weights, str backend, str version) -> (Tensor y, Tensor weights)")
 
 
 def _density_forward_triton(*args):

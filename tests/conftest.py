@@ -1,6 +1,6 @@
-"""Where kernel tests run, and a net under all of them.
+"""Where kernel tests run, and a net under all tests.
 
-A test that asks for `device` runs on a GPU with `--device cuda`, else on the CPU, where kernels need TRITON_INTERPRET=1.
+A test that asks for `device` runs on a GPU with `--device cuda`, else on the CPU, where it needs TRITON_INTERPRET=1.
 """
 
 import os
@@ -40,5 +40,6 @@ def poisoned_memory():
     """Fill what torch.empty gives with NaN: an element that nobody writes shows."""
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.empty(8).isnan().all()
     yield
     torch.use_deterministic_algorithms(before)

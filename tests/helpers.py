@@ -22,7 +22,7 @@ EPS = {torch.float16: 2**-11, torch.bfloat16: 2**-8, torch.float32: 2**-24, torc
 
 @dataclass(frozen=True)
 class Case:
-    """One call: shape and axis as the user sees them; layout and grads name strides; params is P: "features" or "one"."""
+    """One call: shape and axis as a user sees them; layout and grads name strides, params is P: "features" or "one"."""
 
     shape: tuple[int, ...]
     axis: int

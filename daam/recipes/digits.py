@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import platform
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -36,7 +37,7 @@ LAYERS, FEATURES, HEADS, CLASSES = 12, 64, 4, 5  # 4 heads over 12 layers: chunk
 
 
 class Encoder(nn.Module):
-    """A pre-norm transformer over the 16 patches of 2 x 2 pixels of an image: the hidden states of all layers."""
+    """A pre-norm transformer over the 16 patches of 2 x 2 pixels of an image: all layers' hidden states."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -56,7 +57,7 @@ class Encoder(nn.Module):
 
 
 def pooled_layers(encoder: nn.Module, images: Tensor) -> Tensor:
-    """(images, layers, features): the hidden states of a frozen encoder, averaged over their positions layer by layer."""
+    """(images, layers, features): the hidden states of a frozen encoder, averaged over positions layer by layer."""
     encoder.eval()
     with torch.no_grad():
         return torch.stack([hidden.mean(1) for hidden in encoder(images)], dim=1)
@@ -247,6 +248,12 @@ def plot_gate(weights: Tensor, path: Path) -> None:
     plt.close(figure)
 
 
+def device_name(device: str) -> str:
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--device", default="cpu", help='where to train; "cuda" uses the kernels')
@@ -263,8 +270,8 @@ def main(argv: list[str] | None = None) -> None:
     data = load_digits()
     images = torch.tensor(data.images, dtype=torch.float32, device=args.device) / 16
     labels = torch.tensor(data.target, device=args.device)
-    name, reason = daam.backend_for(images, args.backend)
-    print(f"density attention runs on the {name} backend: {reason}")
+    backend, reason = daam.backend_for(images, args.backend)
+    print(f"density attention runs on the {backend} backend: {reason}")
 
     encoder = train_encoder(images[labels < 5], labels[labels < 5], args.encoder_epochs)
     x, digits = pooled_layers(encoder, images[labels >= 5]), labels[labels >= 5] - 5
@@ -280,7 +287,9 @@ def main(argv: list[str] | None = None) -> None:
     args.output.mkdir(parents=True, exist_ok=True)
     plot_curves(results, args.output / "learning-curves.png")
     plot_gate(weights, args.output / "gate.png")
-    (args.output / "results.json").write_text(json.dumps([asdict(r) for r in results], indent=1) + "\n")
+    run = {"device": device_name(args.device), "backend": backend, "torch": torch.__version__, "daam": daam.__version__}
+    report = {**run, "encoder_epochs": args.encoder_epochs, "results": [asdict(r) for r in results]}
+    (args.output / "results.json").write_text(json.dumps(report, indent=1) + "\n")
     print(f"\nDigits 5-9 on a frozen encoder of digits 0-4, {LAYERS} layers x {FEATURES} features, {args.seeds} seeds")
     print_table(results)
     print(f"\nPictures and results: {args.output.resolve()}")

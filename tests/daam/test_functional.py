@@ -10,6 +10,7 @@ from daam import density_attention
 
 X = torch.randn(2, 6, 4)
 P = torch.ones(3, 4)
+Q = torch.ones(4, 4)
 
 
 class FakeDTensor(torch.Tensor):
@@ -26,7 +27,7 @@ class FakeDTensor(torch.Tensor):
         (ValueError, "norm_axis is 3, expected -3 to 2 for x of shape (2, 6, 4)", (X, P, P), {"norm_axis": 3}),
         (ValueError, "norm_axis is -4, expected -3 to 2", (X, P, P), {"norm_axis": -4}),
         (TypeError, "norm_axis is 1.0, expected an int", (X, P, P), {"norm_axis": 1.0}),
-        (ValueError, "num_heads is 4, expected a divisor of the 6 positions", (X, torch.ones(4, 4), torch.ones(4, 4)), {}),
+        (ValueError, "num_heads is 4, expected a divisor of the 6 positions", (X, Q, Q), {}),
         (ValueError, "num_heads is 3, more heads than the 2 positions of norm_axis 0", (X, P, P), {"norm_axis": 0}),
         (ValueError, "num_heads is 3, more heads than the 0 positions", (X[:, :0], P, P), {}),
         (TypeError, "mean_offset is a float, expected a Tensor", (X, 0.0, P), {}),
@@ -39,7 +40,7 @@ class FakeDTensor(torch.Tensor):
         (ValueError, "c is on meta, expected x's device cpu", (X, P, P.to("meta")), {}),
         (TypeError, "mask has dtype torch.float32, expected bool", (X, P, P), {"mask": torch.ones(2, 6)}),
         (TypeError, "mask is a list", (X, P, P), {"mask": [True]}),
-        (ValueError, "mask has shape (2, 6, 4), expected x's shape up to norm_axis, (2, 6)", (X, P, P), {"mask": X > 0}),
+        (ValueError, "mask has shape (2, 6, 4), expected x's shape up to norm_axis", (X, P, P), {"mask": X > 0}),
         (ValueError, "mask is on meta", (X, P, P), {"mask": (X[..., 0] > 0).to("meta")}),
         (ValueError, "eps is -1.0, expected 0 or more", (X, P, P), {"eps": -1.0}),
         (ValueError, "eps is nan", (X, P, P), {"eps": float("nan")}),

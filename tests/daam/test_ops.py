@@ -1,4 +1,4 @@
-"""The operators and the autograd.Function in PyTorch's machinery: opcheck, compile, functorch, fakes, export, checkpointing.
+"""The operators and the autograd.Function in PyTorch: opcheck, compile, functorch, fakes, export, checkpointing.
 
 Without a GPU the operators run in Triton's interpreter (marked kernel) or on their CPU implementation; both are tested.
 """

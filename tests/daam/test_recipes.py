@@ -17,7 +17,9 @@ def test_digits(tmp_path, capsys):
     digits.main(arguments)
     printed = capsys.readouterr().out
     assert {path.name for path in out.iterdir()} == {"learning-curves.png", "gate.png", "results.json"}
-    results = json.loads((out / "results.json").read_text())
+    report = json.loads((out / "results.json").read_text())
+    assert report["backend"] == "eager" and report["torch"] == torch.__version__ and "CPU" in report["device"]
+    results = report["results"]
     assert [r["name"] for r in results] == list(digits.decoders("eager"))
     for result in results:
         assert result["name"] in printed

@@ -37,7 +37,8 @@ def test_closed_form_agrees_with_autograd(case):
     expected, axis = oracle(case, given), case.axis % len(case.shape)
     mask = None if given.mask is None else given.mask.reshape(*given.mask.shape, *[1] * (len(case.shape) - axis - 1))
     grads = reference.density_grad(
-        given.grad_y, given.grad_weights, given.x, given.mean_offset, given.c, mask, axis, len(case.shape) - 1, 1e-5, case.residual
+        given.grad_y, given.grad_weights, given.x, given.mean_offset, given.c, mask, axis, len(case.shape) - 1, 1e-5,
+        case.residual,
     )  # fmt: skip
     for name, grad in zip(("dx", "d_mean_offset", "d_c"), grads, strict=True):
         assert error(grad, expected[name]) < 1e-12, name

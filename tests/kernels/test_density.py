@@ -28,8 +28,8 @@ from daam.kernels import launch
 
 pytestmark = pytest.mark.kernel
 
-# Every axis of every rank, all chunk lengths, features, heads, layouts, gradients and flags of the contract, each next to several of
-# the others. Chunks beyond LONGEST_* (halved in float64) are streamed.
+# Every axis of every rank, all chunk lengths, features, heads, layouts, gradients and flags of the contract, each next
+# to several of the others. Chunks beyond launch.LONGEST_* (halved in float64) are streamed.
 CASES = [
     Case((7, 21), 0),
     Case((8, 33), 0, heads=8, params="one", grads="expanded"),
@@ -94,7 +94,8 @@ def test_agrees_where_programs_take_several_tiles(case, device):
 FULL = [
     Case(shape, axis, heads, params, layout, grads, mask, residual)
     for (shape, axis), heads, params, layout, grads, mask, residual in itertools.product(
-        [((16, 21), 0), ((5, 1000), 1), ((3, 40, 33), 1), ((2, 296, 21), 1), ((2, 8, 5, 6), 1), ((2, 3, 5, 2, 72), -1), ((1, 4992), 1)],
+        [((16, 21), 0), ((5, 1000), 1), ((3, 40, 33), 1), ((2, 296, 21), 1), ((2, 8, 5, 6), 1), ((2, 3, 5, 2, 72), -1),
+         ((1, 4992), 1)],
         (1, 2, 8), ("features", "one"), LAYOUTS, GRADS, (False, True), (False, True),
     )
 ]  # fmt: skip
@@ -160,7 +161,7 @@ def test_path(shape, axis, kernels, device):
 @pytest.mark.parametrize("needs", list(itertools.product([False, True], repeat=3))[1:], ids=str)
 @pytest.mark.parametrize("shape", [(2, 6, 5), (2, 300, 5)], ids=str)
 def test_frozen_inputs(shape, needs, device):
-    """All combinations of requires_grad: None for the frozen ones, the same numbers for the others, and no work for nothing."""
+    """All combinations of requires_grad: None for the frozen ones, the same numbers for the others, no idle work."""
     case = Case(shape, 1, heads=2)
     given = inputs(case, device=device)
     expected = oracle(case, given)
@@ -329,7 +330,7 @@ def test_nothing_is_written_beside_the_tensors(shape, device):
     ("shape", "dtype"), [((4, 24, 33), torch.bfloat16), ((2, 600, 9), torch.bfloat16), ((1, 5000), torch.float32)]
 )
 def test_saved_for_backward(shape, dtype, backend, device):
-    """Beyond x, the parameters and the mask: statistics, in fp32, of at most 5 % of the bytes of x; nothing without a gradient."""
+    """Beyond x, the parameters and the mask: fp32 statistics of at most 5 % of x's bytes; without gradients nothing."""
     case = Case(shape, 1, mask=True)
     given = inputs(case, dtype, device=device)
     saved = []
@@ -353,7 +354,8 @@ def test_offsets_beyond_32_bits(device):
     """A view that spans more than 2**31 elements, most of which never exist: a 32-bit offset would leave the tensor."""
     code = """if True:
         import torch, daam
-        x = torch.empty(2 * (2**30 + 16) + 16, dtype=torch.float16, device="DEVICE").as_strided((3, 16), (2**30 + 16, 1))
+        x = torch.empty(2 * (2**30 + 16) + 16, dtype=torch.float16, device="DEVICE")
+        x = x.as_strided((3, 16), (2**30 + 16, 1))
         x.copy_(torch.randn(3, 16))
         c = torch.ones(1, 16, device="DEVICE")
         for view, axis in ((x, 0), (x, 1)):
