@@ -98,7 +98,7 @@ def recording() -> Iterator[list[Launch]]:
 
 def compile_for(target: str, recorded: Launch) -> Compiled:
     """Compile a recorded launch for one of TARGETS."""
-    options = launch.OPTIONS if TARGETS[target].backend == "hip" else launch.NVIDIA_OPTIONS
+    options = launch.options(recorded.meta["num_warps"], nvidia=TARGETS[target].backend == "cuda")
     with mock.patch.object(triton.runtime.driver, "_active", _Offline(target)):
         kernel = recorded.kernel.warmup(*recorded.args, **recorded.meta, **options, grid=(1,))
     if TARGETS[target].backend == "hip":

@@ -8,7 +8,7 @@ rows bit for bit.
 from __future__ import annotations
 
 import ctypes
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -41,7 +41,7 @@ class Tiles:
     streamed_columns: Tile
 
 
-LONGEST_ROW, LONGEST_COLUMN = 4096, 256  # longest resident chunks; half of them in fp64. At 8192 backward spills
+LONGEST_ROW, LONGEST_COLUMN = 4096, 256  # longest resident chunks: rows of 8192 spill backward
 
 
 def _tiles(row_elements: int, column_elements: int) -> Tiles:
@@ -70,11 +70,6 @@ def _tiles(row_elements: int, column_elements: int) -> Tiles:
 FORWARD = _tiles(row_elements=1024, column_elements=512)
 BACKWARD = _tiles(row_elements=512, column_elements=256)
 
-# Triton 3.10 changes the default of FP fusion, and with it the last bits: pinned. Without a limit of its own on
-# registers ptxas aims at some occupancy and spills a few bytes to reach it.
-OPTIONS = {"enable_fp_fusion": True}
-NVIDIA_OPTIONS = {**OPTIONS, "maxnreg": 255}
-
 MAX_PROGRAMS = 4096  # per head; beyond that programs take several tiles and load their parameters once
 FILL = 264  # programs that keep a large GPU (132 multiprocessors) busy
 MAX_HEADS = 65_535  # heads are grid axis 1
@@ -85,7 +80,7 @@ def streams(x: Tensor, axis: int, heads: int, by_axis: bool) -> bool:
     the axis.
     """
     longest = LONGEST_ROW if by_axis else LONGEST_COLUMN
-    return x.shape[axis] // heads > (longest // 2 if x.dtype == torch.float64 else longest)
+    return x.shape[axis] // heads > (longest // 4 if x.dtype == torch.float64 else longest)
 
 
 def stats_shape(x: Tensor, axis: int, heads: int, feature_axis: int, along: str) -> tuple[int, ...] | None:
@@ -101,18 +96,19 @@ def stats_shape(x: Tensor, axis: int, heads: int, feature_axis: int, along: str)
 
 def tile_for(tiles: Tiles, view: View, streamed: bool, dtype: torch.dtype) -> Tile:
     """The tile of a call, from those of its pass. Columns narrower than the tile shrink it; rows never do, since their
-    number is a batch size.
+    number is a batch size. In fp64, where a value and all made of it take two registers, threads hold a quarter.
     """
+    quarter = 4 if dtype == torch.float64 else 1
     if streamed:
         tile = tiles.streamed_rows if view.by_axis else tiles.streamed_columns
+        tile = replace(tile, chunk=tile.chunk // quarter)
     else:
         tile = next(tile for longest, tile in (tiles.rows if view.by_axis else tiles.columns) if view.chunk <= longest)
-    inner, num_warps = tile.inner, tile.num_warps
-    if dtype == torch.float64:  # twice the registers a value
-        inner, num_warps = (max(1, inner // 4), num_warps) if inner > 1 else (1, 2 * num_warps)
-    if not view.by_axis:
-        inner = min(inner, 1 << (view.inner - 1).bit_length())
-    return Tile(tile.chunk, inner, num_warps)
+        # fewer columns, or more warps for the one there is
+        tile = replace(
+            tile, inner=max(1, tile.inner // quarter), num_warps=tile.num_warps * max(1, quarter // tile.inner)
+        )
+    return tile if view.by_axis else replace(tile, inner=min(tile.inner, 1 << (view.inner - 1).bit_length()))
 
 
 def programs(tiles: int, heads: int, multiple: int = 1, tiles_each: int = 1) -> int:
@@ -139,13 +135,22 @@ def split_float(value: float) -> tuple[float, float]:
     return high, value - high
 
 
+def options(num_warps: int, nvidia: bool) -> dict[str, int | bool]:
+    """Compiler options of a launch. FP fusion is pinned: Triton 3.10 changes its default, and with it the last bits.
+
+    Registers are limited to what a program of so many warps can have: left alone, ptxas aims at some occupancy and
+    spills a few bytes to reach it.
+    """
+    return {"enable_fp_fusion": True, **({"maxnreg": min(255, 2048 // num_warps)} if nvidia else {})}
+
+
 def launch(kernel, grid: tuple[int, int], *args, device: torch.device, **meta) -> None:
     """Launch on the device of the tensors, which need not be the current one. grid is (programs, heads)."""
     if grid[1] > MAX_HEADS:
         raise ValueError(f'num_heads is {grid[1]}, the backend "triton" takes at most {MAX_HEADS}')
-    options = OPTIONS if torch.version.hip else NVIDIA_OPTIONS
+    meta |= options(meta["num_warps"], nvidia=not torch.version.hip)
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
-            kernel[grid](*args, **meta, **options)
+            kernel[grid](*args, **meta)
     else:
-        kernel[grid](*args, **meta, **options)
+        kernel[grid](*args, **meta)

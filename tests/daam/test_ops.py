@@ -285,8 +285,8 @@ def test_two_devices_in_one_process_launch_on_their_own(backend):
     entered, kernel = [], mock.MagicMock()
     device = mock.MagicMock(side_effect=lambda d: entered.append(d) or mock.MagicMock())
     with mock.patch.multiple(torch.cuda, current_device=lambda: 0, device=device):
-        launch.launch(kernel, (1, 1), device=torch.device("cuda", 1))
-        launch.launch(kernel, (1, 1), device=torch.device("cuda", 0))
+        launch.launch(kernel, (1, 1), device=torch.device("cuda", 1), num_warps=4)
+        launch.launch(kernel, (1, 1), device=torch.device("cuda", 0), num_warps=4)
     assert entered == [torch.device("cuda", 1)]
     assert kernel.__getitem__.call_count == 2
 

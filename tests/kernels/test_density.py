@@ -29,7 +29,7 @@ from daam.kernels import launch
 pytestmark = pytest.mark.kernel
 
 # Every axis of every rank, all chunk lengths, features, heads, layouts, gradients and flags of the contract, each next
-# to several of the others. Chunks beyond launch.LONGEST_* (halved in float64) are streamed.
+# to several of the others. Chunks beyond launch.LONGEST_* (a quarter of that in float64) are streamed.
 CASES = [
     Case((7, 21), 0),
     Case((8, 33), 0, heads=8, params="one", grads="expanded"),
