@@ -23,7 +23,19 @@ from torch import Tensor
 from daam.kernels.call import Call
 from daam.kernels.launch import BACKWARD, FORWARD, split_float, stats_shape
 from daam.kernels.layout import Strided, varies
-from daam.kernels.tile import centre, chunk_pointers, load, load_param, share_of, store, valid_in
+from daam.kernels.tile import (
+    centre,
+    chunk_numbers,
+    columns_inside,
+    inside_of,
+    load,
+    load_param,
+    place_of,
+    ranges,
+    share_of,
+    store,
+    valid_in,
+)  # fmt: skip
 
 # --- Kernels ------------------------------------------------------------------------------------
 # x, mask, y, … are `layout.Strided` or None, extent is `call.Extent`. A program of `_forward` and `_backward` takes the
@@ -32,14 +44,14 @@ from daam.kernels.tile import centre, chunk_pointers, load, load_param, share_of
 
 
 @triton.jit
-def _weights(d, offset, inverse_c, r2, valid):
-    """e and exp(-e²·r2/(2c)), with log2(e) folded into the constant: one exp2 an element."""
-    e = d - offset
-    return e, tl.where(valid, tl.exp2(e * e * (-0.7213475204444817 * inverse_c * r2)), 0.0)
+def _params(mean_offset, c, head, row, at, extent, ACC: tl.constexpr, VARIES: tl.constexpr):
+    """mean_offset and 1/c for the tile that begins at `row` of its chunk."""
+    offset = load_param(mean_offset, head, row, at, extent, 0.0, ACC, VARIES)
+    return offset, 1.0 / load_param(c, head, row, at, extent, 1.0, ACC, VARIES)
 
 
 @triton.jit
-def _deviation(x, valid, mask, stats, extent, at, head, col_ok, eps, ACC: tl.constexpr, BLOCK_INNER: tl.constexpr):
+def _deviation(x, valid, mask, stats, extent, at, head, eps, ACC: tl.constexpr, BLOCK_INNER: tl.constexpr):
     """x - mean, r2 and 1/n: from the tile, which then holds whole chunks, or from what `_stats` left."""
     if stats is None:
         share = share_of(valid, mask, extent.chunk, ACC, BLOCK_INNER)
@@ -47,10 +59,16 @@ def _deviation(x, valid, mask, stats, extent, at, head, col_ok, eps, ACC: tl.con
         r2 = 1.0 / (tl.sum(d * d, 0) * share + eps[0] + eps[1])
         return d, r2[None, :], share[None, :]
     else:
-        numbers, step = chunk_pointers(stats, extent.sizes, at, head)
-        ok = col_ok[None, :]
-        d = (x - tl.load(numbers, ok, 0.0)) - tl.load(numbers + step, ok, 0.0)
-        return d, tl.load(numbers + 2 * step, ok, 0.0), tl.load(numbers + 3 * step, ok, 0.0)
+        at_mean, step, ok = chunk_numbers(stats, extent, at, head)
+        d = (x - tl.load(at_mean, ok, 0.0)) - tl.load(at_mean + step, ok, 0.0)
+        return d, tl.load(at_mean + 2 * step, ok, 0.0), tl.load(at_mean + 3 * step, ok, 0.0)
+
+
+@triton.jit
+def _weights(d, offset, inverse_c, r2, valid):
+    """e and exp(-e²·r2/(2c)), with log2(e) folded into the constant: one exp2 an element."""
+    e = d - offset
+    return e, tl.where(valid, tl.exp2(e * e * (-0.7213475204444817 * inverse_c * r2)), 0.0)
 
 
 @triton.jit
@@ -75,21 +93,17 @@ def _forward(
 ):  # fmt: skip
     head, program = tl.program_id(1).to(tl.int64), tl.program_id(0).to(tl.int64)
     first, row = program // extent.row_blocks, program % extent.row_blocks * BLOCK_CHUNK
-    rows, cols = tl.arange(0, BLOCK_CHUNK).to(INDEX), tl.arange(0, BLOCK_INNER).to(INDEX)
-    row_ok = row + rows < extent.chunk
-    col = first % extent.blocks * BLOCK_INNER
-    at = (first, row, col, rows, cols)
-    offset = load_param(mean_offset, head, at, row_ok, col + cols < extent.inner, row, 0.0, ACC, VARIES)
-    inverse_c = 1.0 / load_param(c, head, at, row_ok, col + cols < extent.inner, row, 1.0, ACC, VARIES)
+    rows, cols = ranges(INDEX, BLOCK_CHUNK, BLOCK_INNER)
+    place, col = place_of(first, extent, BLOCK_INNER)
+    offset, inverse_c = _params(mean_offset, c, head, row, (place, row, col, rows, cols), extent, ACC, VARIES)
     for tile in range(first, extent.tiles, tl.num_programs(0) // extent.row_blocks):
-        place, col = tl.cast(tile, tl.int64) // extent.blocks, tl.cast(tile, tl.int64) % extent.blocks * BLOCK_INNER
+        place, col = place_of(tile, extent, BLOCK_INNER)
         at = (place, head * extent.chunk + row, col, rows, cols)
-        col_ok = col + cols < extent.inner
-        inside = row_ok[:, None] & col_ok[None, :]
+        inside = inside_of(extent, row, at)
         valid = valid_in(mask, extent.sizes, at, inside)
         raw = load(x, extent.sizes, at, inside, ACC)
         xv = tl.where(valid, raw, 0.0)
-        d, r2, _share = _deviation(xv, valid, mask, stats, extent, at, head, col_ok, eps, ACC, BLOCK_INNER)
+        d, r2, _share = _deviation(xv, valid, mask, stats, extent, at, head, eps, ACC, BLOCK_INNER)
         _e, w = _weights(d, offset, inverse_c, r2, valid)
         out = xv * w
         if RESIDUAL:
@@ -109,16 +123,15 @@ def _stats(
     All blocks measure from the mean of the first that holds a valid position: differences stay small where the mean is
     large.
     """
-    head, tile = tl.program_id(1).to(tl.int64), tl.program_id(0).to(tl.int64)
-    place, col = tile // extent.blocks, tile % extent.blocks * BLOCK_INNER
-    rows, cols = tl.arange(0, BLOCK_CHUNK).to(INDEX), tl.arange(0, BLOCK_INNER).to(INDEX)
-    col_ok = col + cols < extent.inner
+    head = tl.program_id(1).to(tl.int64)
+    rows, cols = ranges(INDEX, BLOCK_CHUNK, BLOCK_INNER)
+    place, col = place_of(tl.program_id(0), extent, BLOCK_INNER)
     mean = tl.zeros([BLOCK_INNER], ACC)
     rest, square, n = mean, mean, mean
     for start in range(0, extent.chunk, BLOCK_CHUNK):
         row = tl.cast(start, tl.int64)
         at = (place, head * extent.chunk + row, col, rows, cols)
-        inside = (row + rows < extent.chunk)[:, None] & col_ok[None, :]
+        inside = inside_of(extent, row, at)
         valid = valid_in(mask, extent.sizes, at, inside)
         xv = tl.where(valid, load(x, extent.sizes, at, inside, ACC), 0.0)
         n_block = tl.sum(valid.to(ACC), 0)
@@ -130,12 +143,11 @@ def _stats(
         rest += apart * share
         n += n_block
     share = 1.0 / tl.maximum(n, 1.0)
-    r2 = 1.0 / (square * share + eps[0] + eps[1])
-    numbers, step = chunk_pointers(stats, extent.sizes, (place, head, col, rows, cols), head)
-    tl.store(numbers, mean[None, :], col_ok[None, :])
-    tl.store(numbers + step, rest[None, :], col_ok[None, :])
-    tl.store(numbers + 2 * step, r2[None, :], col_ok[None, :])
-    tl.store(numbers + 3 * step, share[None, :], col_ok[None, :])
+    at_mean, step, ok = chunk_numbers(stats, extent, (place, head, col, rows, cols), head)
+    tl.store(at_mean, mean[None, :], ok)
+    tl.store(at_mean + step, rest[None, :], ok)
+    tl.store(at_mean + 2 * step, (1.0 / (square * share + eps[0] + eps[1]))[None, :], ok)
+    tl.store(at_mean + 3 * step, share[None, :], ok)
 
 
 @triton.jit
@@ -144,28 +156,26 @@ def _sums(
     VARIES: tl.constexpr, ACC: tl.constexpr, INDEX: tl.constexpr, BLOCK_CHUNK: tl.constexpr, BLOCK_INNER: tl.constexpr,
 ):  # fmt: skip
     """Σ he and Σ he·e of every chunk of one tile's columns."""
-    head, tile = tl.program_id(1).to(tl.int64), tl.program_id(0).to(tl.int64)
-    place, col = tile // extent.blocks, tile % extent.blocks * BLOCK_INNER
-    rows, cols = tl.arange(0, BLOCK_CHUNK).to(INDEX), tl.arange(0, BLOCK_INNER).to(INDEX)
-    col_ok = col + cols < extent.inner
+    head = tl.program_id(1).to(tl.int64)
+    rows, cols = ranges(INDEX, BLOCK_CHUNK, BLOCK_INNER)
+    place, col = place_of(tl.program_id(0), extent, BLOCK_INNER)
     sum_he = tl.zeros([BLOCK_CHUNK, BLOCK_INNER], ACC)
     sum_hee = sum_he
     for start in range(0, extent.chunk, BLOCK_CHUNK):
         row = tl.cast(start, tl.int64)
-        at, row_ok = (place, head * extent.chunk + row, col, rows, cols), row + rows < extent.chunk
-        inside = row_ok[:, None] & col_ok[None, :]
-        offset = load_param(mean_offset, head, at, row_ok, col_ok, row, 0.0, ACC, VARIES)
-        inverse_c = 1.0 / load_param(c, head, at, row_ok, col_ok, row, 1.0, ACC, VARIES)
+        at = (place, head * extent.chunk + row, col, rows, cols)
+        inside = inside_of(extent, row, at)
+        offset, inverse_c = _params(mean_offset, c, head, row, at, extent, ACC, VARIES)
         valid = valid_in(mask, extent.sizes, at, inside)
         xv = tl.where(valid, load(x, extent.sizes, at, inside, ACC), 0.0)
-        d, r2, _share = _deviation(xv, valid, mask, stats, extent, at, head, col_ok, None, ACC, BLOCK_INNER)
+        d, r2, _share = _deviation(xv, valid, mask, stats, extent, at, head, None, ACC, BLOCK_INNER)
         e, w = _weights(d, offset, inverse_c, r2, valid)
         he, _raw = _products(xv, grad_y, grad_weights, extent.sizes, at, inside, valid, e, w, inverse_c, r2, ACC)
         sum_he += he
         sum_hee += he * e
-    numbers, step = chunk_pointers(sums, extent.sizes, (place, head, col, rows, cols), head)
-    tl.store(numbers, tl.sum(sum_he, 0)[None, :], col_ok[None, :])
-    tl.store(numbers + step, tl.sum(sum_hee, 0)[None, :], col_ok[None, :])
+    at_he, step, ok = chunk_numbers(sums, extent, (place, head, col, rows, cols), head)
+    tl.store(at_he, tl.sum(sum_he, 0)[None, :], ok)
+    tl.store(at_he + step, tl.sum(sum_hee, 0)[None, :], ok)
 
 
 @triton.jit
@@ -176,29 +186,26 @@ def _backward(
 ):  # fmt: skip
     head, program = tl.program_id(1).to(tl.int64), tl.program_id(0).to(tl.int64)
     first, row = program // extent.row_blocks, program % extent.row_blocks * BLOCK_CHUNK
-    rows, cols = tl.arange(0, BLOCK_CHUNK).to(INDEX), tl.arange(0, BLOCK_INNER).to(INDEX)
-    row_ok = row + rows < extent.chunk
-    own = first % extent.blocks * BLOCK_INNER
-    at = (first, row, own, rows, cols)
-    offset = load_param(mean_offset, head, at, row_ok, own + cols < extent.inner, row, 0.0, ACC, VARIES)
-    inverse_c = 1.0 / load_param(c, head, at, row_ok, own + cols < extent.inner, row, 1.0, ACC, VARIES)
+    rows, cols = ranges(INDEX, BLOCK_CHUNK, BLOCK_INNER)
+    place, col = place_of(first, extent, BLOCK_INNER)
+    own = (place, row, col, rows, cols)
+    offset, inverse_c = _params(mean_offset, c, head, row, own, extent, ACC, VARIES)
     total_he = tl.zeros([BLOCK_CHUNK if VARIES == "chunk" else 1, BLOCK_INNER if VARIES == "inner" else 1], ACC)
     total_hee = total_he
     for tile in range(first, extent.tiles, tl.num_programs(0) // extent.row_blocks):
-        place, col = tl.cast(tile, tl.int64) // extent.blocks, tl.cast(tile, tl.int64) % extent.blocks * BLOCK_INNER
+        place, col = place_of(tile, extent, BLOCK_INNER)
         at = (place, head * extent.chunk + row, col, rows, cols)
-        col_ok = col + cols < extent.inner
-        inside = row_ok[:, None] & col_ok[None, :]
+        inside = inside_of(extent, row, at)
         valid = valid_in(mask, extent.sizes, at, inside)
         xv = tl.where(valid, load(x, extent.sizes, at, inside, ACC), 0.0)
-        d, r2, share = _deviation(xv, valid, mask, stats, extent, at, head, col_ok, eps, ACC, BLOCK_INNER)
+        d, r2, share = _deviation(xv, valid, mask, stats, extent, at, head, eps, ACC, BLOCK_INNER)
         e, w = _weights(d, offset, inverse_c, r2, valid)
         he, raw = _products(xv, grad_y, grad_weights, extent.sizes, at, inside, valid, e, w, inverse_c, r2, ACC)
         if sums is None:
             sum_he, sum_hee = tl.sum(he, 0)[None, :], tl.sum(he * e, 0)[None, :]
         else:
-            numbers, step = chunk_pointers(sums, extent.sizes, at, head)
-            sum_he, sum_hee = tl.load(numbers, col_ok[None, :], 0.0), tl.load(numbers + step, col_ok[None, :], 0.0)
+            at_he, step, ok = chunk_numbers(sums, extent, at, head)
+            sum_he, sum_hee = tl.load(at_he, ok, 0.0), tl.load(at_he + step, ok, 0.0)
         if dx is not None:
             # from x - mean, not as k1·x + k0: large means would cancel
             grad = share * (sum_he + r2 * sum_hee * d) - he
@@ -221,20 +228,26 @@ def _backward(
                 total_he += tl.sum(sum_he, 1)[:, None]
                 total_hee += tl.sum(sum_hee, 1)[:, None]
     if partials is not None:
-        # (2, group, head, P): a group is the programs that together hold every parameter of a head once
-        step, group, of_head = partials.strides
-        if VARIES == "chunk":
-            at_rows = partials.data + first * group + head * of_head + (row + rows)[:, None]
-            tl.store(at_rows, total_he, row_ok[:, None])
-            tl.store(at_rows + step, total_hee, row_ok[:, None])
-        elif VARIES == "inner":
-            at_cols = partials.data + first // extent.blocks * group + head * of_head + (own + cols)[None, :]
-            tl.store(at_cols, total_he, (own + cols < extent.inner)[None, :])
-            tl.store(at_cols + step, total_hee, (own + cols < extent.inner)[None, :])
-        else:
-            at_head = partials.data + first * group + head * of_head
-            tl.store(at_head + tl.zeros([1, 1], tl.int32), total_he)
-            tl.store(at_head + step + tl.zeros([1, 1], tl.int32), total_hee)
+        _store_partials(partials, total_he, total_hee, head, first, row, own, extent, VARIES)
+
+
+@triton.jit
+def _store_partials(partials, total_he, total_hee, head, first, row, own, extent, VARIES: tl.constexpr):
+    """One program's sums in (2, group, head, P): a group of programs together holds every parameter of a head once."""
+    _place, _row, col, rows, cols = own
+    step, of_group, of_head = partials.strides
+    data = partials.data + head * of_head
+    if VARIES == "chunk":
+        data += first * of_group + (row + rows)[:, None]
+        ok = (row + rows < extent.chunk)[:, None]
+    elif VARIES == "inner":
+        data += first // extent.blocks * of_group + (col + cols)[None, :]
+        ok = columns_inside(extent, own)[None, :]
+    else:
+        data += first * of_group + tl.zeros([1, 1], tl.int32)
+        ok = tl.full([1, 1], True, tl.int1)
+    tl.store(data, total_he, ok)
+    tl.store(data + step, total_hee, ok)
 
 
 # --- Launchers ----------------------------------------------------------------------------------

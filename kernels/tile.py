@@ -2,11 +2,35 @@
 
 A tile is [BLOCK_CHUNK, BLOCK_INNER]: positions along one chunk x places along the inner dimension, each column a chunk
 of its own. It stands `at` (place, row, col, rows, cols): the outer place, the first position along the axis and along
-the inner dimension, all int64, and the ranges that count on from there. Tensors come as `layout.Strided`, or None.
+the inner dimension, all int64, and the ranges that count on from there. Tensors come as `layout.Strided`, or None;
+extent is `call.Extent`.
 """
 
 import triton
 import triton.language as tl
+
+
+@triton.jit
+def ranges(INDEX: tl.constexpr, BLOCK_CHUNK: tl.constexpr, BLOCK_INNER: tl.constexpr):
+    return tl.arange(0, BLOCK_CHUNK).to(INDEX), tl.arange(0, BLOCK_INNER).to(INDEX)
+
+
+@triton.jit
+def place_of(tile, extent, BLOCK_INNER: tl.constexpr):
+    """Outer place and first column of a tile. A loop's index is a plain int in the interpreter: hence cast."""
+    tile = tl.cast(tile, tl.int64)
+    return tile // extent.blocks, tile % extent.blocks * BLOCK_INNER
+
+
+@triton.jit
+def columns_inside(extent, at):
+    return at[2] + at[4] < extent.inner
+
+
+@triton.jit
+def inside_of(extent, row, at):
+    """Where the tile that begins at `row` of its chunk holds elements of the chunk at all."""
+    return (row + at[3] < extent.chunk)[:, None] & columns_inside(extent, at)[None, :]
 
 
 @triton.jit
@@ -41,23 +65,24 @@ def valid_in(mask, sizes, at, inside):
 
 
 @triton.jit
-def chunk_pointers(t, sizes, at, head):
-    """Pointers [1, BLOCK_INNER] to the numbers of each column's chunk, and the distance to the next number's."""
+def chunk_numbers(t, extent, at, head):
+    """Numbers of each column's chunk: pointers [1, BLOCK_INNER] to the first, distance to the next, which exist."""
     place, _row, col, _rows, cols = at
-    return pointers(t, sizes, (place, head, col, tl.arange(0, 1), cols)), t.strides[len(sizes) + 2]
+    first = pointers(t, extent.sizes, (place, head, col, tl.arange(0, 1), cols))
+    return first, t.strides[len(extent.sizes) + 2], columns_inside(extent, at)[None, :]
 
 
 @triton.jit
-def load_param(p, head, at, row_ok, col_ok, first_row, other, ACC: tl.constexpr, VARIES: tl.constexpr):
-    """A (heads, P) parameter of one head in a shape that broadcasts against a tile whose first position in the chunk is
-    first_row; `other` fills the tile's rim. p has the strides (head, feature).
+def load_param(p, head, row, at, extent, other, ACC: tl.constexpr, VARIES: tl.constexpr):
+    """A (heads, P) parameter of one head in a shape that broadcasts against the tile that begins at `row` of its chunk;
+    `other` fills the tile's rim. p has the strides (head, feature).
     """
     _place, _row, col, rows, cols = at
     data = p.data + head * p.strides[0]
     if VARIES == "chunk":
-        return tl.load(data + (first_row + rows) * p.strides[1], row_ok, other).to(ACC)[:, None]
+        return tl.load(data + (row + rows) * p.strides[1], row + rows < extent.chunk, other).to(ACC)[:, None]
     elif VARIES == "inner":
-        return tl.load(data + (col + cols) * p.strides[1], col_ok, other).to(ACC)[None, :]
+        return tl.load(data + (col + cols) * p.strides[1], columns_inside(extent, at), other).to(ACC)[None, :]
     else:
         return tl.load(data + tl.zeros([1, 1], tl.int32)).to(ACC)
 

@@ -1,0 +1,86 @@
+"""Launch configurations: pure functions, tested as such."""
+
+from unittest import mock
+
+import pytest
+import torch
+
+from daam.kernels import launch
+from daam.kernels.layout import view
+
+
+def of(shape, axis, feature_axis, along, dtype=torch.bfloat16, heads=1):
+    """Tiles of both passes, and whether the chunk is streamed."""
+    x = torch.empty(shape, dtype=dtype, device="meta")
+    one = view(x, [], axis, heads, feature_axis, along)
+    streamed = launch.streams(x, axis, heads, one.by_axis)
+    return [launch.tile_for(tiles, one, streamed, dtype) for tiles in (launch.FORWARD, launch.BACKWARD)], streamed
+
+
+@pytest.mark.parametrize(("n", "feature_axis", "along"), [(3, 2, "inner"), (40, 2, "inner"), (600, 2, "nothing")])
+def test_no_batch_size_changes_a_tile(n, feature_axis, along):
+    assert len({str(of((batch, n, 100), 1, feature_axis, along)) for batch in (1, 2, 7, 1000)}) == 1
+
+
+@pytest.mark.parametrize("n", [2, 5, 500, 4096, 5000])
+def test_no_number_of_rows_changes_a_tile(n):
+    assert len({str(of((rows, n), 1, 1, "chunk")) for rows in (1, 2, 7, 100_000)}) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("n", [1, 2, 3, 64, 65, 255, 256, 257, 1024, 1025, 4096, 4097, 100_000])
+@pytest.mark.parametrize("rows", [False, True])
+def test_resident_tiles_hold_a_chunk(n, rows, dtype):
+    tiles, streamed = of((5, n) if rows else (5, n, 100), 1, 1 if rows else 2, "chunk" if rows else "inner", dtype)
+    longest = (launch.LONGEST_ROW if rows else launch.LONGEST_COLUMN) // (4 if dtype == torch.float64 else 1)
+    assert streamed == (n > longest)
+    for tile in tiles:
+        assert streamed or n <= tile.chunk
+        assert tile.num_warps in (1, 2, 4, 8) and tile.chunk & (tile.chunk - 1) == tile.inner & (tile.inner - 1) == 0
+
+
+def test_narrow_columns_shrink_the_tile():
+    assert of((5, 24, 3), 1, 2, "inner")[0][0].inner == 4
+
+
+@pytest.mark.parametrize("tiles", [1, 3, 100, 5000, 10**6, 2**33])
+@pytest.mark.parametrize("heads", [1, 8])
+@pytest.mark.parametrize("multiple", [1, 3, 100])
+@pytest.mark.parametrize("tiles_each", [1, 16, 48])
+def test_programs(tiles, heads, multiple, tiles_each):
+    tiles = -(-tiles // multiple) * multiple  # as it is: `multiple` tiles to every outer place
+    programs = launch.programs(tiles, heads, multiple, tiles_each)
+    assert 1 <= programs <= tiles and programs % multiple == 0
+    assert programs <= max(launch.MAX_PROGRAMS, multiple) + multiple
+    assert programs * heads >= min(launch.FILL, tiles * heads) / 2, "too few to fill a GPU"
+    assert -(-tiles // programs) <= max(2 * tiles_each, 2 * -(-tiles // launch.MAX_PROGRAMS))
+
+
+def test_index_bits():
+    x = torch.empty(1, device="meta").as_strided((3, 16), (2**30 + 16, 1))
+    one = view(x, [], 0, 1, 1, "inner")
+    assert launch.index_bits(one, launch.Tile(4, 16, 1)) == 64
+    assert launch.index_bits(one, launch.Tile(2, 16, 1)) == 32
+    assert launch.index_bits(view(torch.empty(3, 16), [], 0, 1, 1, "inner"), launch.Tile(4, 16, 1)) == 32
+
+
+@pytest.mark.parametrize("value", [1e-5, 1e-5 + 1e-8, 0.1, 0.0, 1.0, 1e-30])
+def test_split_float(value):
+    high, rest = launch.split_float(value)
+    assert torch.tensor(high, dtype=torch.float32).item() == high
+    assert abs(high + torch.tensor(rest, dtype=torch.float32).double().item() - value) <= 2**-46 * value
+
+
+def test_more_heads_than_the_grid_takes():
+    with pytest.raises(ValueError, match='num_heads is 70000, the backend "triton" takes at most 65535'):
+        launch.launch(mock.Mock(), (1, 70_000), device=torch.device("cpu"), num_warps=1)
+
+
+def test_stats_are_kept_for_long_chunks_only_and_cost_little():
+    for shape, axis, feature_axis, along in (((2, 257, 9), 1, 2, "inner"), ((3, 4097), 1, 1, "chunk")):
+        for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+            x = torch.empty(shape, dtype=dtype)
+            kept = launch.stats_shape(x, axis, 1, feature_axis, along)
+            size = 8 if dtype == torch.float64 else 4
+            assert torch.Size(kept).numel() * size <= 0.05 * x.nbytes
+    assert launch.stats_shape(torch.empty(2, 256, 9), 1, 1, 2, "inner") is None
