@@ -132,8 +132,8 @@ def _in_memory_order(
 
     Operators then only ever allocate contiguous outputs, and a channels-last x has channels-last outputs and gradient.
     """
-    if not eps >= 0:
-        raise ValueError(f"eps is {eps!r}, expected 0 or more")
+    if not 0 <= eps < float("inf"):
+        raise ValueError(f"eps is {eps!r}, expected a finite number, 0 or more")
     if mask is not None:
         _check_mask(x, mask, axis)
         mask = mask.reshape(*mask.shape, *[1] * (x.dim() - mask.dim()))

@@ -35,9 +35,10 @@ class _Chunks:
         self.invalid = None if mask is None else self.split(~mask)
         self.raw = self.split(x)
         self.x = self.valid(self.raw)
-        self.count = self.length
+        self.count, self.empty = self.length, 0
         if mask is not None:
-            self.count = (self.length - self.invalid.sum(self.dim, keepdim=True)).clamp(min=1)
+            count = self.length - self.invalid.sum(self.dim, keepdim=True)
+            self.count, self.empty = count.clamp(min=1), (count == 0).to(self.dtype)
 
     def split(self, t: Tensor) -> Tensor:
         t = t if t.dtype == torch.bool else t.to(self.dtype)
@@ -58,6 +59,10 @@ class _Chunks:
         """
         d = self.valid(self.x - self.mean(self.x))
         return self.valid(d - self.mean(d))
+
+    def spread(self, d: Tensor, eps: float) -> Tensor:
+        """var + eps, and 1 more where no position is valid, so that it can divide whatever eps is."""
+        return self.mean(d * d) + (eps + self.empty)
 
     def param(self, p: Tensor) -> Tensor:
         """(heads, P) in the shape that broadcasts against the chunks."""
@@ -95,8 +100,7 @@ def density(
     """
     chunks = _Chunks(x, c.shape[0], mask, axis, feature_axis)
     d = chunks.centred()
-    var = chunks.mean(d * d)
-    z = (d - chunks.param(mean_offset)) * torch.rsqrt(var + eps)
+    z = (d - chunks.param(mean_offset)) * torch.rsqrt(chunks.spread(d, eps))
     weights = chunks.valid(torch.exp(-z * z / (2 * chunks.param(c))))
     y = chunks.x * weights
     if residual:
@@ -116,7 +120,7 @@ def density_grad(
     chunks = _Chunks(x, c.shape[0], mask, axis, feature_axis)
     scale = chunks.param(c)
     d = chunks.centred()
-    r2 = 1 / (chunks.mean(d * d) + eps)
+    r2 = 1 / chunks.spread(d, eps)
     e = d - chunks.param(mean_offset)
     weights = chunks.valid(torch.exp(-e * e * r2 / (2 * scale)))
     raw = torch.zeros_like(chunks.x) if grad_y is None else chunks.split(grad_y)
@@ -142,7 +146,7 @@ def density_forward(
     """`density` in place: [y] or [y, weights]."""
     chunks = _Chunks(x, c.shape[0], mask, axis, feature_axis)
     d = chunks.centred()
-    r2 = (chunks.mean(d * d) + eps).reciprocal_()
+    r2 = chunks.spread(d, eps).reciprocal_()
     weights = d.sub_(chunks.param(mean_offset)).square_().mul_(r2 / (-2 * chunks.param(c))).exp_()
     weights = chunks.valid(weights)
     y = weights * chunks.x if return_weights else weights.mul_(chunks.x)
@@ -160,7 +164,7 @@ def density_backward(
     chunks = _Chunks(x, c.shape[0], mask, axis, feature_axis)
     scale, offset = chunks.param(c), chunks.param(mean_offset)
     d = chunks.centred()
-    r2 = (chunks.mean(d * d) + eps).reciprocal_()
+    r2 = chunks.spread(d, eps).reciprocal_()
     e = d - offset
     weights = chunks.valid((e * e).mul_(r2 / (-2 * scale)).exp_())
     raw = None if grad_y is None else chunks.split(grad_y)

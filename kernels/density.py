@@ -28,6 +28,8 @@ from daam.kernels.tile import (
     chunk_numbers,
     columns_inside,
     inside_of,
+    inverse_count,
+    inverse_spread,
     load,
     load_param,
     place_of,
@@ -35,7 +37,7 @@ from daam.kernels.tile import (
     share_of,
     store,
     valid_in,
-)  # fmt: skip
+)
 
 # --- Kernels ------------------------------------------------------------------------------------
 # x, mask, y, … are `layout.Strided` or None, extent is `call.Extent`. A program of `_forward` and `_backward` takes the
@@ -51,13 +53,12 @@ def _params(mean_offset, c, head, row, at, extent, ACC: tl.constexpr, VARIES: tl
 
 
 @triton.jit
-def _deviation(x, valid, mask, stats, extent, at, head, eps, ACC: tl.constexpr, BLOCK_INNER: tl.constexpr):
+def _deviation(x, valid, mask, stats, extent, at, head, eps, ACC: tl.constexpr):
     """x - mean, r2 and 1/n: from the tile, which then holds whole chunks, or from what `_stats` left."""
     if stats is None:
-        share = share_of(valid, mask, extent.chunk, ACC, BLOCK_INNER)
-        d, _mean, _rest = centre(x, valid, share)
-        r2 = 1.0 / (tl.sum(d * d, 0) * share + eps[0] + eps[1])
-        return d, r2[None, :], share[None, :]
+        part = share_of(valid, mask, extent, at, ACC)
+        d, _rest = centre(x, valid, tl.sum(x, 0) * part, part)
+        return d, inverse_spread(tl.sum(d * d, 0), part, eps)[None, :], part[None, :]
     else:
         at_mean, step, ok = chunk_numbers(stats, extent, at, head)
         d = (x - tl.load(at_mean, ok, 0.0)) - tl.load(at_mean + step, ok, 0.0)
@@ -103,7 +104,7 @@ def _forward(
         valid = valid_in(mask, extent.sizes, at, inside)
         raw = load(x, extent.sizes, at, inside, ACC)
         xv = tl.where(valid, raw, 0.0)
-        d, r2, _share = _deviation(xv, valid, mask, stats, extent, at, head, eps, ACC, BLOCK_INNER)
+        d, r2, _part = _deviation(xv, valid, mask, stats, extent, at, head, eps, ACC)
         _e, w = _weights(d, offset, inverse_c, r2, valid)
         out = xv * w
         if RESIDUAL:
@@ -120,8 +121,8 @@ def _stats(
 ):  # fmt: skip
     """mean, rest, r2 and 1/n of every chunk of one tile's columns: blocks merged in order by Chan's formula.
 
-    All blocks measure from the mean of the first that holds a valid position: differences stay small where the mean is
-    large.
+    All blocks measure from one mean, that of the first that holds a valid position: differences stay small where the
+    mean is large.
     """
     head = tl.program_id(1).to(tl.int64)
     rows, cols = ranges(INDEX, BLOCK_CHUNK, BLOCK_INNER)
@@ -135,19 +136,18 @@ def _stats(
         valid = valid_in(mask, extent.sizes, at, inside)
         xv = tl.where(valid, load(x, extent.sizes, at, inside, ACC), 0.0)
         n_block = tl.sum(valid.to(ACC), 0)
-        d, mean_block, rest_block = centre(xv, valid, 1.0 / tl.maximum(n_block, 1.0))
-        mean = tl.where(n == 0, mean_block, mean)
-        apart = (mean_block - mean) + (rest_block - rest)
-        share = n_block / tl.maximum(n + n_block, 1.0)
-        square += tl.sum(d * d, 0) + apart * apart * n * share
-        rest += apart * share
-        n += n_block
-    share = 1.0 / tl.maximum(n, 1.0)
+        # selected before it is used: a product that enters several sums may be fused into some of them and not others
+        mean = tl.where(n == 0, tl.sum(xv, 0) * inverse_count(n_block), mean)
+        d, rest_block = centre(xv, valid, mean, inverse_count(n_block))
+        apart = rest_block - rest
+        n_before, n = n, n + n_block
+        square += tl.sum(d * d, 0) + apart * apart * n_before * n_block * inverse_count(n)
+        rest += apart * n_block * inverse_count(n)
     at_mean, step, ok = chunk_numbers(stats, extent, (place, head, col, rows, cols), head)
     tl.store(at_mean, mean[None, :], ok)
     tl.store(at_mean + step, rest[None, :], ok)
-    tl.store(at_mean + 2 * step, (1.0 / (square * share + eps[0] + eps[1]))[None, :], ok)
-    tl.store(at_mean + 3 * step, share[None, :], ok)
+    tl.store(at_mean + 2 * step, inverse_spread(square, inverse_count(n), eps)[None, :], ok)
+    tl.store(at_mean + 3 * step, inverse_count(n)[None, :], ok)
 
 
 @triton.jit
@@ -168,7 +168,7 @@ def _sums(
         offset, inverse_c = _params(mean_offset, c, head, row, at, extent, ACC, VARIES)
         valid = valid_in(mask, extent.sizes, at, inside)
         xv = tl.where(valid, load(x, extent.sizes, at, inside, ACC), 0.0)
-        d, r2, _share = _deviation(xv, valid, mask, stats, extent, at, head, None, ACC, BLOCK_INNER)
+        d, r2, _part = _deviation(xv, valid, mask, stats, extent, at, head, None, ACC)
         e, w = _weights(d, offset, inverse_c, r2, valid)
         he, _raw = _products(xv, grad_y, grad_weights, extent.sizes, at, inside, valid, e, w, inverse_c, r2, ACC)
         sum_he += he
@@ -198,7 +198,7 @@ def _backward(
         inside = inside_of(extent, row, at)
         valid = valid_in(mask, extent.sizes, at, inside)
         xv = tl.where(valid, load(x, extent.sizes, at, inside, ACC), 0.0)
-        d, r2, share = _deviation(xv, valid, mask, stats, extent, at, head, eps, ACC, BLOCK_INNER)
+        d, r2, part = _deviation(xv, valid, mask, stats, extent, at, head, eps, ACC)
         e, w = _weights(d, offset, inverse_c, r2, valid)
         he, raw = _products(xv, grad_y, grad_weights, extent.sizes, at, inside, valid, e, w, inverse_c, r2, ACC)
         if sums is None:
@@ -208,7 +208,7 @@ def _backward(
             sum_he, sum_hee = tl.load(at_he, ok, 0.0), tl.load(at_he + step, ok, 0.0)
         if dx is not None:
             # from x - mean, not as k1·x + k0: large means would cancel
-            grad = share * (sum_he + r2 * sum_hee * d) - he
+            grad = part * (sum_he + r2 * sum_hee * d) - he
             if grad_y is not None:
                 grad += raw * w
             grad = tl.where(valid, grad, 0.0)
@@ -338,4 +338,4 @@ def _sum_to_params(sums: Tensor, axis: int, feature_axis: int, along: str) -> Te
     totals = sums.sum(others) if others else sums  # sum([]) would sum everything
     if along == "nothing":
         return totals.unsqueeze(-1)
-    return totals.transpose(1, 2) if feature_axis < axis else totals
+    return totals.transpose(1, 2).contiguous() if feature_axis < axis else totals

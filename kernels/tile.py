@@ -88,23 +88,34 @@ def load_param(p, head, row, at, extent, other, ACC: tl.constexpr, VARIES: tl.co
 
 
 @triton.jit
-def share_of(valid, mask, chunk, ACC: tl.constexpr, BLOCK_INNER: tl.constexpr):
-    """1/n of each column, n its valid positions, or 1 where it has none."""
-    if mask is None:
-        return 1.0 / tl.full([BLOCK_INNER], chunk, ACC)
-    else:
-        return 1.0 / tl.maximum(tl.sum(valid.to(ACC), 0), 1.0)
+def inverse_count(n):
+    """1/n, and 0 for columns with no valid position."""
+    return tl.where(n > 0, 1.0 / tl.maximum(n, 1.0), 0.0)
 
 
 @triton.jit
-def centre(x, valid, share):
-    """x - mean over the valid positions of each column and 0 elsewhere; and the mean, in two parts.
+def share_of(valid, mask, extent, at, ACC: tl.constexpr):
+    """1/n of each column, n its valid positions; 0 where it has none."""
+    if mask is None:
+        _place, _row, _col, _rows, cols = at
+        return inverse_count(tl.where(columns_inside(extent, at), extent.chunk, tl.zeros_like(cols)).to(ACC))
+    else:
+        return inverse_count(tl.sum(valid.to(ACC), 0))
 
-    A large mean is rounded by as much as small deviations measure: the second part, the mean of x less the first, takes
-    that back.
+
+@triton.jit
+def centre(x, valid, mean, share):
+    """x - mean over the valid positions of each column and 0 elsewhere, and what the mean was short of.
+
+    A large mean is rounded by as much as small deviations measure: the mean of x - mean takes that back.
     """
-    mean = tl.sum(x, 0) * share
     # where: 0 - mean at a masked place would enter the sums
     d = tl.where(valid, x - mean[None, :], 0.0)
     rest = tl.sum(d, 0) * share
-    return tl.where(valid, d - rest[None, :], 0.0), mean, rest
+    return tl.where(valid, d - rest[None, :], 0.0), rest
+
+
+@triton.jit
+def inverse_spread(square, share, eps):
+    """1/(var + eps), and 0 for columns with no valid position: none of theirs reaches a result, whatever eps is."""
+    return tl.where(share > 0, 1.0 / (square * share + eps[0] + eps[1]), 0.0)

@@ -24,6 +24,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+import numpy as np
 import torch
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
@@ -220,10 +221,10 @@ def print_table(results: list[Result], batch: int = 64) -> None:
 def plot_curves(results: list[Result], path: Path) -> None:
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     for r in results:
-        curves = torch.tensor(r.curves)
+        curves = np.array(r.curves)
         epochs = range(1, curves.shape[1] + 1)
         axes.plot(epochs, curves.mean(0), label=r.name)
-        axes.fill_between(epochs, curves.amin(0), curves.amax(0), alpha=0.2)
+        axes.fill_between(epochs, curves.min(0), curves.max(0), alpha=0.2)
     axes.set(
         xlabel="epoch", ylabel="test accuracy, digits 5-9", title=f"Mean and range over {len(results[0].curves)} seeds"
     )
@@ -233,7 +234,7 @@ def plot_curves(results: list[Result], path: Path) -> None:
     plt.close(figure)
 
 
-def plot_gate(weights: Tensor, path: Path) -> None:
+def plot_gate(weights: np.ndarray, path: Path) -> None:
     """The weights of density attention, averaged over images: (layers, features), and their mean per layer."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained", width_ratios=(3, 1), sharey=True)
     image = left.imshow(weights, aspect="auto", origin="lower", cmap="viridis", extent=(0, FEATURES, 0.5, LAYERS + 0.5))
@@ -282,7 +283,7 @@ def main(argv: list[str] | None = None) -> None:
         results.append(result)
         if isinstance(model, DAAMDecoder):
             with torch.no_grad():
-                weights = model.attention(features, return_weights=True)[1].mean(0).cpu()
+                weights = model.attention(features, return_weights=True)[1].mean(0).cpu().numpy()
 
     args.output.mkdir(parents=True, exist_ok=True)
     plot_curves(results, args.output / "learning-curves.png")

@@ -42,7 +42,7 @@ class FakeDTensor(torch.Tensor):
         (TypeError, "mask is a list", (X, P, P), {"mask": [True]}),
         (ValueError, "mask has shape (2, 6, 4), expected x's shape up to norm_axis", (X, P, P), {"mask": X > 0}),
         (ValueError, "mask is on meta", (X, P, P), {"mask": (X[..., 0] > 0).to("meta")}),
-        (ValueError, "eps is -1.0, expected 0 or more", (X, P, P), {"eps": -1.0}),
+        (ValueError, "eps is -1.0, expected a finite number, 0 or more", (X, P, P), {"eps": -1.0}),
         (ValueError, "eps is nan", (X, P, P), {"eps": float("nan")}),
         (ValueError, "backend is 'cuda', expected one of 'auto', 'triton', 'eager'", (X, P, P), {"backend": "cuda"}),
         (TypeError, "x is a DTensor, expected a plain Tensor: call this under", (X.as_subclass(FakeDTensor), P, P), {}),
