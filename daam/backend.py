@@ -12,6 +12,7 @@ import contextlib
 import functools
 import importlib.util
 import os
+import sys
 import threading
 import warnings
 from collections.abc import Iterator
@@ -31,7 +32,7 @@ def _installed(name: str) -> bool:
 
 
 _TRITON_INSTALLED = _installed("triton")
-_NOT_INSTALLED = "Triton is not installed"
+_NOT_INSTALLED = "Triton is not installed (pip install 'daam-triton[triton]')"
 
 # Not a ContextVar: Dynamo cannot trace one, and fullgraph is part of the contract.
 _context = threading.local()
@@ -63,7 +64,7 @@ def backend_for(x: Tensor, backend: str = "auto") -> tuple[str, str]:
         return "triton", f"x is on {x.device}, which Triton drives"
     if x.is_cuda and not torch.compiler.is_compiling():
         _warn_once(problem)
-    return "eager", problem or "x is on the CPU"
+    return "eager", problem or f"x is on {x.device.type}"
 
 
 @contextlib.contextmanager
@@ -87,7 +88,10 @@ def use_backend(backend: str) -> Iterator[None]:
 
 def interpreting() -> bool:
     """Whether kernels run in Triton's interpreter, on CPU tensors."""
-    return _TRITON_INSTALLED and os.environ.get("TRITON_INTERPRET") == "1"
+    if "triton.language" in sys.modules:
+        # what counts is the environment when Triton was imported: its own library is interpreted from then on, or not
+        return type(sys.modules["triton.language"].sum).__name__ == "InterpretedFunction"
+    return _TRITON_INSTALLED and os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "y", "yes")
 
 
 def _requested(backend: str) -> tuple[str, str]:
@@ -98,7 +102,7 @@ def _requested(backend: str) -> tuple[str, str]:
     if context is not None:
         return context, "daam.use_backend"
     environment = os.environ.get("DAAM_BACKEND")
-    if environment is not None:
+    if environment:
         _check(environment, "the environment variable DAAM_BACKEND")
         return environment, "the environment variable DAAM_BACKEND"
     return "auto", "default"
@@ -116,7 +120,7 @@ def _problem(x: Tensor) -> str | None:
     if x.is_cuda:
         # A fake tensor has no device to ask about, and a tracer may not open a driver: the launch itself would tell.
         return None if torch.compiler.is_compiling() or isinstance(x, FakeTensor) else _driver_problem()
-    if x.is_meta or interpreting():
+    if x.is_meta or (x.device.type == "cpu" and interpreting()):
         return None
     return f"x is on {x.device.type}, which Triton does not drive (TRITON_INTERPRET=1 runs kernels on CPU tensors)"
 
@@ -126,12 +130,10 @@ def _driver_problem() -> str | None:
     """Asked once a process: opening a driver is slow, and whether it opens does not change."""
     try:
         import triton
-    except ImportError as error:
-        return f"Triton cannot be imported: {error}"
-    try:
+
         triton.runtime.driver.active.get_current_target()
-    except RuntimeError as error:
-        return f"Triton finds no driver it can use: {error}"
+    except Exception as error:  # no driver, no compiler, no libcuda, no headers: each fails in a way of its own
+        return f"Triton finds no driver it can use: {type(error).__name__}: {error}"
     return None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 import torch
@@ -9,20 +10,33 @@ from torch import Tensor, nn
 
 
 def stack_heads(
-    state_dict: dict[str, Tensor], prefix: str, num_heads: int, lists: Sequence[str], names: Sequence[str]
+    state_dict: dict[str, Tensor], prefix: str, stacked: dict[str, Tensor], lists: Sequence[str], error_msgs: list[str]
 ) -> None:
-    """Replace `{prefix}{list}.{h}.{name}`, each (P,) or (1, P), by `{prefix}{name}` of shape (num_heads, P), in place.
+    """Replace `{prefix}{list}.{h}.{name}`, each (P,) or (1, P), by `{prefix}{name}` of shape (heads, P), in place.
 
-    A checkpoint that is not complete for exactly num_heads heads is left as it is, for load_state_dict to name what is
-    missing.
+    stacked holds the layer's parameters by name. What does not fit is reported as load_state_dict reports its own
+    errors, and the keys stay, for it to name them.
     """
+    names = "|".join(stacked)
     for head_list in lists:
-        keys = {name: [f"{prefix}{head_list}.{h}.{name}" for h in range(num_heads)] for name in names}
-        if f"{prefix}{head_list}.{num_heads}.{names[0]}" in state_dict:
+        pattern = re.compile(rf"{re.escape(prefix)}{head_list}\.(\d+)\.({names})")
+        found = {key: match for key in state_dict if (match := pattern.fullmatch(key))}
+        if not found:
             continue
-        if all(key in state_dict for of_name in keys.values() for key in of_name):
-            for name, of_name in keys.items():
-                state_dict[prefix + name] = torch.stack([state_dict.pop(key).reshape(-1) for key in of_name])
+        heads, features = next(iter(stacked.values())).shape
+        numbers = {int(match[1]) for match in found.values()}
+        if numbers != set(range(heads)) or len(found) != heads * len(stacked):
+            error_msgs.append(
+                f"{prefix}{head_list} has entries for heads {sorted(numbers)}, expected all of 0 to {heads - 1}"
+            )
+        elif wrong := [k for k in found if tuple(state_dict[k].shape) not in ((features,), (1, features))]:
+            error_msgs.append(f"{wrong[0]} has shape {tuple(state_dict[wrong[0]].shape)}, expected (1, {features})")
+        elif taken := [prefix + name for name in stacked if prefix + name in state_dict]:
+            error_msgs.append(f"{prefix}{head_list} and {taken[0]} are both in the state dict, expected one of them")
+        else:
+            for name in stacked:
+                rows = [state_dict.pop(f"{prefix}{head_list}.{h}.{name}").reshape(features) for h in range(heads)]
+                state_dict[prefix + name] = torch.stack(rows)
 
 
 def to_published_state_dict(module: nn.Module) -> dict[str, Tensor]:
@@ -34,10 +48,12 @@ def to_published_state_dict(module: nn.Module) -> dict[str, Tensor]:
         as they were.
     """
     state_dict = dict(module.state_dict())
-    for name, layer in module.named_modules():
-        if hasattr(layer, "published_state_dict"):
+    for name, layer in module.named_modules(remove_duplicate=False):
+        # asked of the type: wrappers pass attributes of the module they wrap on
+        if hasattr(type(layer), "published_state_dict"):
+            published, own = layer.published_state_dict()
             prefix = f"{name}." if name else ""
-            for key in layer.state_dict(prefix=prefix):
-                del state_dict[key]
-            state_dict.update(layer.published_state_dict(prefix))
+            for key in own:
+                del state_dict[prefix + key]
+            state_dict.update({prefix + key: t for key, t in published.items()})
     return state_dict

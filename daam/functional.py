@@ -42,6 +42,8 @@ def density_attention(
         eps: added to the variance.
         mask: bool, x.shape[:norm_axis + 1], True where x is valid. Statistics run over valid positions; elsewhere
             weights and y are 0 (y is x with residual), and nothing that stands there reaches a result or a gradient.
+            Several heads cut the axis with its padding, so that their chunks depend on the padded length; one head does
+            not.
         residual: return x·weights + x.
         return_weights: return the weights too; they are differentiable.
         backend: "auto", "triton" or "eager"; see `daam.backend_for`.
@@ -61,7 +63,11 @@ def density_attention(
     _check_params(x, {"mean_offset": mean_offset, "c": c}, axis)
     features = x.shape[last] // c.shape[0] if axis == last else x.shape[last]
     if c.shape[1] != 1 and c.shape[1] != features:
-        raise ValueError(f"c has shape {tuple(c.shape)}, expected ({c.shape[0]}, {features}) or ({c.shape[0]}, 1)")
+        expected = f"({c.shape[0]}, {features}) or ({c.shape[0]}, 1)"
+        why = f", since norm_axis {norm_axis} is the last axis, which heads cut" if axis == last else ""
+        raise ValueError(
+            f"mean_offset and c have shape {tuple(c.shape)}, expected {expected}{why}: x is {tuple(x.shape)}"
+        )
     return _in_memory_order(ops.density, x, (mean_offset, c), mask, axis, eps, residual, return_weights, backend)
 
 
@@ -132,7 +138,7 @@ def _in_memory_order(
 
     Operators then only ever allocate contiguous outputs, and a channels-last x has channels-last outputs and gradient.
     """
-    if not 0 <= eps < float("inf"):
+    if not isinstance(eps, float | int) or not 0 <= eps < float("inf"):
         raise ValueError(f"eps is {eps!r}, expected a finite number, 0 or more")
     if mask is not None:
         _check_mask(x, mask, axis)

@@ -14,9 +14,11 @@ class MultiHeadDAAM(nn.Module):
 
     Args:
         num_features: size of x's last axis.
-        num_heads: contiguous chunks that norm_axis is cut into; they must divide it.
-        norm_axis: the axis that is normalised.
-        c: initial value of every c; mean_offset begins at 0.
+        num_heads: contiguous chunks that norm_axis is cut into; they must divide it. Several heads cut a padded axis
+            with its padding: give every batch one padded length, or use one head.
+        norm_axis: the axis that is normalised; -1 where it is the last one, since the parameters' shape depends on it.
+        c: initial value of every c; mean_offset begins at 0. A Gaussian has c > 0: nothing keeps training from crossing
+            0, beyond which weights grow with distance.
         eps: added to the variance.
         residual: return x·weights + x.
         backend: "auto", "triton" or "eager"; see `daam.backend_for`.
@@ -27,7 +29,7 @@ class MultiHeadDAAM(nn.Module):
     (1, num_features)) load as they are; `daam.to_published_state_dict` gives them back.
 
     Raises:
-        ValueError: num_features, num_heads or eps does not fit.
+        ValueError: num_features or num_heads does not fit; forward's errors are those of `daam.density_attention`.
     """
 
     mean_offset: Tensor
@@ -70,6 +72,10 @@ class MultiHeadDAAM(nn.Module):
         """y, or (y, weights), each like x. mask: bool, x.shape[:norm_axis + 1], True where x is valid. See
         `daam.density_attention`.
         """
+        if isinstance(x, Tensor) and x.dim() > 1 and x.shape[-1] != self.num_features:
+            raise ValueError(
+                f"x has {x.shape[-1]} features (shape {tuple(x.shape)}), expected num_features {self.num_features}"
+            )
         return density_attention(
             x, self.mean_offset, self.c, norm_axis=self.norm_axis, eps=self.eps, mask=mask, residual=self.residual,
             return_weights=return_weights, backend=self.backend,
@@ -81,14 +87,13 @@ class MultiHeadDAAM(nn.Module):
             f"eps={self.eps}, residual={self.residual}, backend={self.backend!r}"
         )
 
-    def _load_from_state_dict(self, state_dict, prefix, *args):
-        stack_heads(state_dict, prefix, self.num_heads, ("daams", "gcts"), ("mean_offset", "c"))
-        super()._load_from_state_dict(state_dict, prefix, *args)
+    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, error_msgs):
+        stacked = {"mean_offset": self.mean_offset, "c": self.c}
+        stack_heads(state_dict, prefix, stacked, ("daams", "gcts"), error_msgs)
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, error_msgs)
 
-    def published_state_dict(self, prefix: str = "") -> dict[str, Tensor]:
-        """The parameters under the published names: `daams.{h}.mean_offset` and `daams.{h}.c`, each (1, P)."""
-        return {
-            f"{prefix}daams.{h}.{name}": p[h : h + 1].detach()
-            for h in range(self.num_heads)
-            for name, p in (("mean_offset", self.mean_offset), ("c", self.c))
-        }
+    def published_state_dict(self) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+        """`daams.{h}.mean_offset` and `daams.{h}.c`, each (1, P), and the names of the parameters they stand for."""
+        own = {"mean_offset": self.mean_offset, "c": self.c}
+        heads = range(self.num_heads)
+        return {f"daams.{h}.{name}": p[h : h + 1].detach() for h in heads for name, p in own.items()}, tuple(own)

@@ -24,15 +24,16 @@ from daam.kernels import launch, layout
 _lib = torch.library.Library("daam", "DEF")
 
 # AOTAutograd's cache knows the composite operators by name and arguments, not by what they do: without this argument an
-# edited formula would be served from the cache of the old one.
-_VERSION = hashlib.sha256(
-    b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))
-).hexdigest()[:16]
+# edited formula, or an edited fake, would be served from the cache of the old one.
+_SOURCES = sorted(path for folder in (".", "kernels") for path in (Path(__file__).parent / folder).glob("*.py"))
+_VERSION = hashlib.sha256(b"".join(path.read_bytes() for path in _SOURCES)).hexdigest()[:16]
 
 
-def _transformed() -> bool:
-    """Under vmap, grad, jvp, …: nothing may be changed in place there."""
-    return torch._C._are_functorch_transforms_active()
+def _transformed(*tensors: Tensor | None) -> bool:
+    """Under vmap, grad, jvp, …, or given gradients that is_grads_batched has batched: nothing changes in place there."""
+    if torch._C._are_functorch_transforms_active():
+        return True
+    return any(t is not None and torch._C._dispatch_keys(t).has(torch._C.DispatchKey.Batched) for t in tensors)
 
 
 def _forward_mode() -> bool:
@@ -100,7 +101,7 @@ def _density_backward_cpu(
 
 def _density_forward_fake(x, mean_offset, c, mask, axis, feature_axis, eps, residual, return_weights, save_stats):
     stats = None
-    if save_stats and (x.device.type != "cpu" or interpreting()):
+    if save_stats and launch.worth_keeping(x, axis, c.shape[0]) and (x.device.type != "cpu" or interpreting()):
         stats = launch.stats_shape(x, axis, c.shape[0], feature_axis, layout.varies(c, axis, feature_axis))
     return (
         x.new_empty(x.shape),
@@ -165,7 +166,7 @@ class Density(torch.autograd.Function):
         args = (x, mean_offset, c, mask)
         if grad_y is None and grad_weights is None:
             grads = (None, None, None)
-        elif torch.is_grad_enabled() or _transformed():
+        elif torch.is_grad_enabled() or _transformed(grad_y, grad_weights):
             # under create_graph: the closed form in differentiable operations, exact to any order
             grads = reference.density_grad(grad_y, grad_weights, *args, *ctx.view)
         elif ctx.backend == "triton":

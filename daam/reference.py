@@ -42,10 +42,15 @@ class _Chunks:
 
     def split(self, t: Tensor) -> Tensor:
         t = t if t.dtype == torch.bool else t.to(self.dtype)
-        return t.unflatten(self.axis, (self.heads, self.length))
+        return t.reshape(*t.shape[: self.axis], self.heads, self.length, *t.shape[self.dim :])
 
     def merge(self, t: Tensor, dtype: torch.dtype) -> Tensor:
         return t.flatten(self.axis, self.dim).to(dtype)
+
+    def output(self, t: Tensor, dtype: torch.dtype) -> Tensor:
+        """`merge` of a tensor of our own that is no view to autograd: users change outputs in place."""
+        t = self.merge(t, dtype)
+        return torch.ops.aten._unsafe_view.default(t, t.shape)
 
     def valid(self, t: Tensor) -> Tensor:
         return t if self.invalid is None else t.masked_fill(self.invalid, 0)  # unlike where, keeps the order of strides
@@ -68,7 +73,7 @@ class _Chunks:
         """(heads, P) in the shape that broadcasts against the chunks."""
         shape = [1] * self.rank
         shape[self.axis] = self.heads
-        if p.shape[1] > 1:
+        if p.shape[1] != 1:
             # heads stands before a feature axis that follows the normalised one, behind one that precedes it
             before = self.feature_axis < self.axis
             shape[self.feature_axis if before else self.feature_axis + 1] = p.shape[1]
@@ -77,7 +82,7 @@ class _Chunks:
 
     def param_grad(self, g: Tensor, p: Tensor) -> Tensor:
         """What `param` broadcast, summed back to (heads, P)."""
-        before = p.shape[1] > 1 and self.feature_axis < self.axis
+        before = p.shape[1] != 1 and self.feature_axis < self.axis
         g = g.sum([d for d, size in enumerate(self.param(p).shape) if size == 1 and d != self.axis])
         return (g.t() if before else g).reshape(p.shape).to(p.dtype)
 
@@ -153,7 +158,7 @@ def density_forward(
     if residual:
         y += chunks.raw
     outputs = [y, weights] if return_weights else [y]
-    return [chunks.merge(t, x.dtype) for t in outputs]
+    return [chunks.output(t, x.dtype) for t in outputs]
 
 
 def density_backward(

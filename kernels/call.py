@@ -43,7 +43,9 @@ class Call:
         self.view = view(x, [*others, numbers], axis, heads, feature_axis, self.along)
         *self.operands, self._numbers = self.view.operands
         self.device, self.heads = x.device, heads
-        self.tile = launch.tile_for(tiles, self.view, launch.streams(x, axis, heads, self.view.by_axis), x.dtype)
+        self.tile = launch.tile_for(
+            tiles, self.view, launch.streams(x, axis, heads, self.view.by_axis), self.along, x.dtype
+        )
         self.acc = tl.float64 if x.dtype == torch.float64 else tl.float32
         blocks = triton.cdiv(self.view.inner, self.tile.inner)
         self.extent = Extent(

@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from daam.kernels.call import Call
-from daam.kernels.launch import BACKWARD, FORWARD, split_float, stats_shape
+from daam.kernels.launch import BACKWARD, FORWARD, split_float, stats_shape, worth_keeping
 from daam.kernels.layout import Strided, varies
 from daam.kernels.tile import (
     centre,
@@ -272,7 +272,11 @@ def density_forward(
             _forward, call.programs() * call.extent.row_blocks, of_x, _param(mean_offset), _param(c), of_mask, of_stats,
             of_y, of_weights, split_float(eps), VARIES=call.along, RESIDUAL=residual,
         )  # fmt: skip
-    return y, _or_empty(weights, x.dtype, x), _or_empty(stats if save_stats else None, _acc(x), x)
+    return (
+        y,
+        _or_empty(weights, x.dtype, x),
+        _or_empty(stats if save_stats and worth_keeping(x, axis, c.shape[0]) else None, _acc(x), x),
+    )
 
 
 def density_backward(

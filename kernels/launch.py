@@ -84,19 +84,23 @@ def streams(x: Tensor, axis: int, heads: int, by_axis: bool) -> bool:
 
 
 def stats_shape(x: Tensor, axis: int, heads: int, feature_axis: int, along: str) -> tuple[int, ...] | None:
-    """Shape of the statistics that a forward pass keeps for its backward pass; None where they are recomputed.
-
-    Four numbers a chunk, kept for streamed chunks only: there they save a pass over x and cost under 5 % of its bytes.
-    """
+    """Shape of the statistics of streamed chunks, four numbers each; None where chunks stay on chip."""
     inner = inner_dim(x, axis, feature_axis, along)
     if not streams(x, axis, heads, inner is None or x.stride(axis) < x.stride(inner)):
         return None
     return (4, *x.shape[:axis], heads, *x.shape[axis + 1 :])
 
 
-def tile_for(tiles: Tiles, view: View, streamed: bool, dtype: torch.dtype) -> Tile:
-    """The tile of a call, from those of its pass. Columns narrower than the tile shrink it; rows never do, since their
-    number is a batch size. In fp64, where a value and all made of it take two registers, threads hold a quarter.
+def worth_keeping(x: Tensor, axis: int, heads: int) -> bool:
+    """Whether a forward pass keeps the statistics of streamed chunks: they save a pass over x, for 5 % of its bytes."""
+    return 4 * (8 if x.dtype == torch.float64 else 4) * 20 <= x.shape[axis] // heads * x.element_size()
+
+
+def tile_for(tiles: Tiles, view: View, streamed: bool, along: str, dtype: torch.dtype) -> Tile:
+    """The tile of a call, from those of its pass.
+
+    Parameters that follow the inner dimension shrink it to their number; otherwise a batch may be part of it
+    and nothing does. In fp64, where a value and all made of it take two registers, threads hold a quarter.
     """
     quarter = 4 if dtype == torch.float64 else 1
     if streamed:
@@ -108,7 +112,7 @@ def tile_for(tiles: Tiles, view: View, streamed: bool, dtype: torch.dtype) -> Ti
         tile = replace(
             tile, inner=max(1, tile.inner // quarter), num_warps=tile.num_warps * max(1, quarter // tile.inner)
         )
-    return tile if view.by_axis else replace(tile, inner=min(tile.inner, 1 << (view.inner - 1).bit_length()))
+    return replace(tile, inner=min(tile.inner, 1 << (view.inner - 1).bit_length())) if along == "inner" else tile
 
 
 def programs(tiles: int, heads: int, multiple: int = 1, tiles_each: int = 1) -> int:

@@ -50,8 +50,7 @@ def test_triton_where_it_cannot_run_says_why():
 
 
 def test_precedence(monkeypatch):
-    monkeypatch.setenv("TRITON_INTERPRET", "1")  # so that triton can be chosen; nothing is launched
-    monkeypatch.setattr(module, "_TRITON_INSTALLED", True)
+    monkeypatch.setattr(module, "_problem", lambda x: None)  # so that triton can be chosen; nothing is launched
     monkeypatch.setenv("DAAM_BACKEND", "triton")
     assert daam.backend_for(X) == ("triton", "requested by the environment variable DAAM_BACKEND")
     with daam.use_backend("eager"):
@@ -104,7 +103,31 @@ def test_a_gpu_without_a_driver_falls_back_with_one_warning(cuda):
 def test_a_gpu_without_triton_falls_back_with_one_warning(cuda, monkeypatch):
     monkeypatch.setattr(module, "_TRITON_INSTALLED", False)
     with pytest.warns(UserWarning, match="Triton is not installed"):
-        assert daam.backend_for(cuda) == ("eager", "Triton is not installed")
+        assert daam.backend_for(cuda) == ("eager", "Triton is not installed (pip install 'daam-triton[triton]')")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [RuntimeError("0 active drivers"), AssertionError("libcuda.so"), FileNotFoundError("ldconfig"), ImportError("so")],
+)
+def test_however_a_driver_fails_auto_falls_back_with_the_reason(cuda, monkeypatch, error):
+    triton = pytest.importorskip("triton")
+
+    class Broken:
+        @property
+        def active(self):
+            raise error
+
+    monkeypatch.setattr(triton.runtime, "driver", Broken())
+    with pytest.warns(UserWarning, match=f"Triton finds no driver it can use: {type(error).__name__}: {error}"):
+        assert daam.backend_for(cuda)[0] == "eager"
+    with pytest.raises(RuntimeError, match=f"cannot run: .*{error}"):
+        daam.backend_for(cuda, "triton")
+
+
+def test_an_empty_variable_is_no_variable(monkeypatch):
+    monkeypatch.setenv("DAAM_BACKEND", "")
+    assert daam.backend_for(X)[0] == "eager"
 
 
 def test_a_gpu_with_a_driver_takes_triton(cuda):
@@ -117,7 +140,7 @@ def test_fake_and_meta_tensors_never_open_a_driver(monkeypatch):
     with mock.patch.object(module, "_driver_problem", side_effect=AssertionError("opened a driver")):
         with FakeTensorMode():
             assert daam.backend_for(torch.empty(2, 3, device="cuda"))[0] == "triton"
-        assert daam.backend_for(torch.empty(2, 3, device="meta"))[0] == "eager"
+        assert daam.backend_for(torch.empty(2, 3, device="meta")) == ("eager", "x is on meta")
         assert daam.backend_for(torch.empty(2, 3, device="meta"), "triton")[0] == "triton"
 
 

@@ -34,8 +34,8 @@ class FakeDTensor(torch.Tensor):
         (TypeError, "c has dtype torch.int64", (X, P, P.long()), {}),
         (ValueError, "mean_offset has shape (4,), expected (num_heads, P)", (X, P[0], P), {}),
         (ValueError, "c has shape (2, 4), expected (3, 4), the shape of mean_offset", (X, P, P[:2]), {}),
-        (ValueError, "c has shape (3, 2), expected (3, 4) or (3, 1)", (X, P[:, :2], P[:, :2]), {}),
-        (ValueError, "c has shape (2, 4), expected (2, 2) or (2, 1)", (X, P[:2], P[:2]), {"norm_axis": 2}),
+        (ValueError, "mean_offset and c have shape (3, 2), expected (3, 4) or (3, 1)", (X, P[:, :2], P[:, :2]), {}),
+        (ValueError, "expected (2, 2) or (2, 1), since norm_axis 2 is the last", (X, P[:2], P[:2]), {"norm_axis": 2}),
         (ValueError, "mean_offset is on meta, expected x's device cpu", (X, P.to("meta"), P), {}),
         (ValueError, "c is on meta, expected x's device cpu", (X, P, P.to("meta")), {}),
         (TypeError, "mask has dtype torch.float32, expected bool", (X, P, P), {"mask": torch.ones(2, 6)}),
@@ -44,6 +44,8 @@ class FakeDTensor(torch.Tensor):
         (ValueError, "mask is on meta", (X, P, P), {"mask": (X[..., 0] > 0).to("meta")}),
         (ValueError, "eps is -1.0, expected a finite number, 0 or more", (X, P, P), {"eps": -1.0}),
         (ValueError, "eps is nan", (X, P, P), {"eps": float("nan")}),
+        (ValueError, "eps is inf", (X, P, P), {"eps": float("inf")}),
+        (ValueError, "eps is '1e-5'", (X, P, P), {"eps": "1e-5"}),
         (ValueError, "backend is 'cuda', expected one of 'auto', 'triton', 'eager'", (X, P, P), {"backend": "cuda"}),
         (TypeError, "x is a DTensor, expected a plain Tensor: call this under", (X.as_subclass(FakeDTensor), P, P), {}),
         (TypeError, "c is a DTensor", (X, P, P.as_subclass(FakeDTensor)), {}),
@@ -105,11 +107,33 @@ def test_returns():
     assert torch.equal(y, z)
 
 
-@pytest.mark.parametrize("shape", [(0, 6, 4), (2, 0, 6)], ids=str)
-def test_empty(shape):
+@pytest.mark.parametrize(("shape", "features"), [((0, 6, 4), 1), ((0, 6, 4), 4), ((2, 0, 6), 1), ((2, 6, 0), 0)])
+def test_empty(shape, features):
     x = torch.empty(shape, requires_grad=True)
-    c = torch.ones(3, 1, requires_grad=True)
-    y = density_attention(x, torch.zeros(3, 1), c, norm_axis=1 if shape[1] else 2)
+    c = torch.ones(3, features, requires_grad=True)
+    y = density_attention(x, torch.zeros(3, features), c, norm_axis=1 if shape[1] else 2)
     y.sum().backward()
     assert y.shape == x.grad.shape == torch.Size(shape)
-    assert (c.grad == 0).all()
+    assert (c.grad == 0).all() and c.grad.shape == c.shape
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("backend", ["eager", pytest.param("triton", marks=pytest.mark.kernel)])
+def test_outputs_can_be_changed_in_place(backend, layout, dtype):
+    given = inputs(Case((2, 6, 5), 1, layout=layout), dtype)
+    x = given.x.detach().requires_grad_()
+    y, weights = density_attention(x, given.mean_offset, given.c, return_weights=True, backend=backend)
+    expected = (y * 2).sum() + (weights + 1).sum()
+    y, weights = density_attention(x, given.mean_offset, given.c, return_weights=True, backend=backend)
+    assert torch.equal(y.mul_(2).sum() + weights.add_(1).sum(), expected)
+    y.sum().backward()
+
+
+@pytest.mark.parametrize("backend", ["eager", pytest.param("triton", marks=pytest.mark.kernel)])
+def test_eps_0_and_chunks_of_nothing(backend):
+    """All-False chunks give zeros, never NaN, in results and gradients, whatever eps is; so do the rims of tiles."""
+    for case in (Case((3, 5), 1, params="one"), Case((3, 6, 5), 1, heads=2, mask=True), Case((2, 80, 3), 1, mask=True)):
+        result = run(case, inputs(case), backend, eps=0.0)
+        for name, t in result.items():
+            assert t.isfinite().all(), (str(case), name)

@@ -53,6 +53,13 @@ def test_forward_passes_everything_on():
     assert torch.equal(y, z) and torch.equal(weights, w)
 
 
+def test_a_wrong_number_of_features_is_named():
+    with pytest.raises(ValueError, match=r"x has 5 features \(shape \(2, 6, 5\)\), expected num_features 4"):
+        daam.MultiHeadDAAM(4, 2)(torch.randn(2, 6, 5))
+    with pytest.raises(ValueError, match="since norm_axis 1 is the last axis, which heads cut"):
+        daam.MultiHeadDAAM(4, 2)(torch.randn(2, 4))
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [((0,), "num_features is 0"), ((4, 0), "num_heads is 0"), ((10, 4), "expected a divisor of num_features")],
@@ -90,13 +97,42 @@ def test_published_checkpoints_load_inside_a_model_and_come_back():
 
 @pytest.mark.parametrize("heads", [2, 4])
 def test_a_checkpoint_of_other_heads_is_an_error_that_names_the_keys(heads):
-    with pytest.raises(RuntimeError, match=r"(?s)Missing key.*Unexpected key.*daams\.0"):
+    with pytest.raises(RuntimeError, match=r"(?s)Missing key.*Unexpected key.*daams\.0.*expected all of 0 to 2"):
         daam.MultiHeadDAAM(6, 3).load_state_dict(published(randomised(6, heads)))
 
 
 def test_a_checkpoint_of_other_features_is_an_error():
-    with pytest.raises(RuntimeError, match="size mismatch for c"):
-        daam.MultiHeadDAAM(6, 3).load_state_dict(published(randomised(5, 3)))
+    with pytest.raises(RuntimeError, match=r"daams\.0\.mean_offset has shape \(1, 5\), expected \(1, 6\)"):
+        daam.MultiHeadDAAM(6, 3).load_state_dict(published(randomised(5, 3)), strict=False)
+
+
+def test_ragged_reshaped_and_doubled_checkpoints_are_errors():
+    ragged = published(randomised(6, 3)) | {"daams.1.c": torch.ones(1, 5)}
+    reshaped = {key: t.reshape(2, 3) for key, t in published(randomised(6, 3)).items()}
+    doubled = published(randomised(6, 3)) | published(randomised(6, 3), "gcts")
+    for checkpoint, message in (
+        (ragged, r"daams\.1\.c has shape \(1, 5\)"),
+        (reshaped, r"has shape \(2, 3\), expected \(1, 6\)"),
+        (doubled, "gcts and mean_offset are both"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            daam.MultiHeadDAAM(6, 3).load_state_dict(checkpoint)
+
+
+def test_published_state_dict_of_wrapped_extended_and_tied_layers():
+    class Extended(daam.MultiHeadDAAM):
+        def __init__(self):
+            super().__init__(6, 3)
+            self.proj = nn.Linear(6, 6)
+            self.inner = daam.MultiHeadDAAM(6, 2)
+
+    theirs = daam.to_published_state_dict(Extended())
+    assert {"proj.weight", "proj.bias", "daams.2.c", "inner.daams.1.c"} <= set(theirs) and "c" not in theirs
+    compiled = daam.to_published_state_dict(torch.compile(randomised(6, 3)))
+    assert set(compiled) == {f"_orig_mod.{key}" for key in published(randomised(6, 3))}
+    layer = randomised(6, 3)
+    tied = daam.to_published_state_dict(nn.ModuleDict({"a": layer, "b": layer}))
+    assert set(tied) == {f"{name}.{key}" for name in "ab" for key in published(layer)}
 
 
 def test_meta_device_copies_and_pickles():

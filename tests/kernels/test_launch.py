@@ -14,7 +14,9 @@ def of(shape, axis, feature_axis, along, dtype=torch.bfloat16, heads=1):
     x = torch.empty(shape, dtype=dtype, device="meta")
     one = view(x, [], axis, heads, feature_axis, along)
     streamed = launch.streams(x, axis, heads, one.by_axis)
-    return [launch.tile_for(tiles, one, streamed, dtype) for tiles in (launch.FORWARD, launch.BACKWARD)], streamed
+    return [
+        launch.tile_for(tiles, one, streamed, along, dtype) for tiles in (launch.FORWARD, launch.BACKWARD)
+    ], streamed
 
 
 @pytest.mark.parametrize(("n", "feature_axis", "along"), [(3, 2, "inner"), (40, 2, "inner"), (600, 2, "nothing")])
@@ -80,7 +82,9 @@ def test_stats_are_kept_for_long_chunks_only_and_cost_little():
     for shape, axis, feature_axis, along in (((2, 257, 9), 1, 2, "inner"), ((3, 4097), 1, 1, "chunk")):
         for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
             x = torch.empty(shape, dtype=dtype)
-            kept = launch.stats_shape(x, axis, 1, feature_axis, along)
-            size = 8 if dtype == torch.float64 else 4
-            assert torch.Size(kept).numel() * size <= 0.05 * x.nbytes
+            numbers = torch.Size(launch.stats_shape(x, axis, 1, feature_axis, along)).numel()
+            assert launch.worth_keeping(x, axis, 1)
+            assert numbers * (8 if dtype == torch.float64 else 4) <= 0.05 * x.nbytes
+    assert not launch.worth_keeping(torch.empty(2, 79, 9, dtype=torch.float64), 1, 1)
+    assert launch.worth_keeping(torch.empty(2, 80, 9, dtype=torch.float64), 1, 1)
     assert launch.stats_shape(torch.empty(2, 256, 9), 1, 1, 2, "inner") is None

@@ -1,0 +1,69 @@
+"""One of two processes of test_distributed.py: `python two_processes.py SETUP RANK STORE`."""
+
+import sys
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.experimental import local_map
+
+import daam
+
+WORLD = 2
+
+
+def model():
+    torch.manual_seed(0)
+    return nn.Sequential(daam.MultiHeadDAAM(8, 2), nn.Linear(8, 8), daam.MultiHeadDAAM(8, 1))
+
+
+def data():
+    return torch.randn(2 * WORLD, 6, 8, generator=torch.Generator().manual_seed(1))
+
+
+def expected():
+    net = model()
+    net(data()).square().mean().backward()
+    return {name: p.grad for name, p in net.named_parameters()}
+
+
+def ddp(rank):
+    net = nn.parallel.DistributedDataParallel(model())
+    net(data().chunk(WORLD)[rank]).square().mean().backward()
+    return {name.removeprefix("module."): p.grad for name, p in net.named_parameters()}
+
+
+def fsdp(rank):
+    net = fully_shard(model(), mesh=init_device_mesh("cpu", (WORLD,)))
+    net(data().chunk(WORLD)[rank]).square().mean().backward()
+    return {name: p.grad.full_tensor() for name, p in net.named_parameters()}
+
+
+def sharded_x(rank):
+    net, mesh = model(), init_device_mesh("cpu", (WORLD,))
+    x = distribute_tensor(data(), mesh, [Shard(0)])
+    run = local_map(net, out_placements=[Shard(0)], in_placements=([Shard(0)],), device_mesh=mesh)
+    y = run(x).redistribute(placements=[Replicate()])
+    y.square().mean().backward()
+    grads = {name: p.grad for name, p in net.named_parameters()}
+    for grad in grads.values():
+        dist.all_reduce(grad)
+    assert torch.allclose(y.to_local(), net(data()), atol=1e-6)
+    return grads
+
+
+def main(setup, rank, store):
+    rank = int(rank)
+    dist.init_process_group("gloo", store=dist.FileStore(store, WORLD), rank=rank, world_size=WORLD)
+    grads, wanted = {"ddp": ddp, "fsdp": fsdp, "local_map": sharded_x}[setup](rank), expected()
+    assert grads.keys() == wanted.keys()
+    for name, grad in wanted.items():
+        assert torch.allclose(grads[name], grad, atol=1e-6), (name, grads[name], grad)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
