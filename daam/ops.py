@@ -29,11 +29,9 @@ _SOURCES = sorted(path for folder in (".", "kernels") for path in (Path(__file__
 _VERSION = hashlib.sha256(b"".join(path.read_bytes() for path in _SOURCES)).hexdigest()[:16]
 
 
-def _transformed(*tensors: Tensor | None) -> bool:
-    """Under vmap, grad, jvp, …, or given gradients that is_grads_batched has batched: nothing changes in place there."""
-    if torch._C._are_functorch_transforms_active():
-        return True
-    return any(t is not None and torch._C._dispatch_keys(t).has(torch._C.DispatchKey.Batched) for t in tensors)
+def _transformed() -> bool:
+    """Under vmap, grad, jvp, …: nothing may be changed in place there."""
+    return torch._C._are_functorch_transforms_active()
 
 
 def _forward_mode() -> bool:
@@ -166,7 +164,7 @@ class Density(torch.autograd.Function):
         args = (x, mean_offset, c, mask)
         if grad_y is None and grad_weights is None:
             grads = (None, None, None)
-        elif torch.is_grad_enabled() or _transformed(grad_y, grad_weights):
+        elif torch.is_grad_enabled() or _transformed():
             # under create_graph: the closed form in differentiable operations, exact to any order
             grads = reference.density_grad(grad_y, grad_weights, *args, *ctx.view)
         elif ctx.backend == "triton":

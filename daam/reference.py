@@ -165,7 +165,10 @@ def density_backward(
     grad_y: Tensor | None, grad_weights: Tensor | None, x: Tensor, mean_offset: Tensor, c: Tensor, mask: Tensor | None,
     axis: int, feature_axis: int, eps: float, residual: bool, need_x: bool, need_params: bool,
 ) -> list[Tensor]:  # fmt: skip
-    """`density_grad` in place: [dx] if need_x, then [d_mean_offset, d_c] if need_params."""
+    """`density_grad` in place: [dx] if need_x, then [d_mean_offset, d_c] if need_params.
+
+    In place is only what came of both gradients, either of which may be batched (is_grads_batched) where x is not.
+    """
     chunks = _Chunks(x, c.shape[0], mask, axis, feature_axis)
     scale, offset = chunks.param(c), chunks.param(mean_offset)
     d = chunks.centred()
@@ -179,13 +182,13 @@ def density_backward(
         g = chunks.valid(raw)
         h = g * chunks.x
         if grad_weights is not None:
-            h += chunks.valid(chunks.split(grad_weights))
+            h = h + chunks.valid(chunks.split(grad_weights))
         h *= weights
     he = h.mul_(e).mul_(r2 / scale)
-    hee = e.mul_(he)
+    hee = he * e
     grads = []
     if need_x:
-        dx = d.mul_(chunks.mean(hee).mul_(r2)).add_(chunks.mean(he)).sub_(he)
+        dx = (d * chunks.mean(hee).mul_(r2)).add_(chunks.mean(he)).sub_(he)
         if raw is not None:
             dx.addcmul_(g, weights)
         dx = chunks.valid(dx)
