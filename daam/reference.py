@@ -45,7 +45,7 @@ class _Chunks:
         return t.reshape(*t.shape[: self.axis], self.heads, self.length, *t.shape[self.dim :])
 
     def merge(self, t: Tensor, dtype: torch.dtype) -> Tensor:
-        return t.flatten(self.axis, self.dim).to(dtype)
+        return t.reshape(*t.shape[: self.axis], self.heads * self.length, *t.shape[self.dim + 1 :]).to(dtype)
 
     def output(self, t: Tensor, dtype: torch.dtype) -> Tensor:
         """`merge` of a tensor of our own that is no view to autograd: users change outputs in place."""

@@ -1,8 +1,8 @@
 """Launch configurations as data, and the one place that launches.
 
-A configuration is a pure function of chunk length, inner size, memory order and dtype: same shape, same bits, on every
-machine and rank, and no autotuning. What a chunk is summed in never depends on outer sizes, so that a batch equals its
-rows bit for bit.
+A configuration is a pure function of chunk length, strides, dtype and the number of parameters: same tensors, same
+bits, on every machine and rank, and no autotuning. What a chunk is summed in never depends on the sizes of dimensions
+that stand before it in memory, so that a contiguous batch equals its rows bit for bit.
 """
 
 from __future__ import annotations
@@ -99,19 +99,19 @@ def worth_keeping(x: Tensor, axis: int, heads: int) -> bool:
 def tile_for(tiles: Tiles, view: View, streamed: bool, along: str, dtype: torch.dtype) -> Tile:
     """The tile of a call, from those of its pass.
 
-    Parameters that follow the inner dimension shrink it to their number; otherwise a batch may be part of it
-    and nothing does. In fp64, where a value and all made of it take two registers, threads hold a quarter.
+    Parameters that follow the inner dimension shrink it to their number; otherwise a batch may be part of it and
+    nothing does. Threads hold a quarter in fp64, where a value and all made of it take two registers, and half where
+    strides keep accesses narrow, since then every element has an address of its own.
     """
-    quarter = 4 if dtype == torch.float64 else 1
+    parts = (4 if dtype == torch.float64 else 1) * (1 if view.aligned else 2)
     if streamed:
         tile = tiles.streamed_rows if view.by_axis else tiles.streamed_columns
-        tile = replace(tile, chunk=tile.chunk // quarter)
+        tile = replace(tile, chunk=tile.chunk // parts)
     else:
         tile = next(tile for longest, tile in (tiles.rows if view.by_axis else tiles.columns) if view.chunk <= longest)
         # fewer columns, or more warps for the one there is
-        tile = replace(
-            tile, inner=max(1, tile.inner // quarter), num_warps=tile.num_warps * max(1, quarter // tile.inner)
-        )
+        warps = min(16, tile.num_warps * max(1, parts // tile.inner))
+        tile = replace(tile, inner=max(1, tile.inner // parts), num_warps=warps)
     return replace(tile, inner=min(tile.inner, 1 << (view.inner - 1).bit_length())) if along == "inner" else tile
 
 

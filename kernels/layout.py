@@ -47,6 +47,17 @@ class View:
     def places(self) -> int:
         return math.prod(self.sizes)
 
+    @property
+    def aligned(self) -> bool:
+        """Whether tensors of x's dtype can be moved 128 bits at a time: one stride is 1, others are multiples of 16.
+
+        So must be the length of rows, which is the stride that a single one does not show.
+        """
+        x = self.operands[0].data
+        strides = [t.strides for t in self.operands if t is not None and t.data.dtype == x.dtype]
+        apart = all(s.count(1) <= 1 and all(step in (0, 1) or step % 16 == 0 for step in s) for s in strides)
+        return apart and not (self.by_axis and self.heads * self.chunk % 16)
+
 
 def varies(param: Tensor, axis: int, feature_axis: int) -> str:
     """What a (heads, P) parameter varies along, beside the heads: "nothing", "chunk" (P is the chunk's length) or

@@ -20,17 +20,21 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from tqdm import tqdm
+
+try:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+    from tqdm import tqdm
+except ImportError as error:
+    raise ImportError(f"{error}. The recipes need their extra: pip install 'daam-triton[recipes]'") from error
 
 import daam
 
@@ -195,10 +199,10 @@ def evaluate(
 
 
 def print_table(results: list[Result], batch: int = 64) -> None:
-    header = ("decoder", "test accuracy", "parameters", "seconds", f"bytes saved, batch {batch}")
+    header = ("decoder", "test accuracy", "trainable parameters", "seconds", f"bytes saved, batch {batch}")
     rows = []
     for r in results:
-        accuracy = torch.tensor(r.accuracies)
+        accuracy = np.array(r.accuracies)
         rows.append(
             (
                 r.name,
@@ -249,6 +253,12 @@ def plot_gate(weights: np.ndarray, path: Path) -> None:
     plt.close(figure)
 
 
+def positive(text: str) -> int:
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text}, expected 1 or more")
+    return int(text)
+
+
 def device_name(device: str) -> str:
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_name(device)
@@ -262,10 +272,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--output", type=Path, default=Path("demo-output"), help="folder for the pictures and results.json"
     )
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--epochs", type=int, default=60, help="of every decoder")
-    parser.add_argument("--encoder-epochs", type=int, default=24)
+    parser.add_argument("--seeds", type=positive, default=3)
+    parser.add_argument("--epochs", type=positive, default=60, help="of every decoder")
+    parser.add_argument("--encoder-epochs", type=positive, default=24)
     args = parser.parse_args(argv)
+    if torch.device(args.device).type == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch finds no GPU")
+    torch.set_num_threads(1)  # tensors this small gain little from more, and lose much to them on a busy machine
 
     torch.manual_seed(0)
     data = load_digits()

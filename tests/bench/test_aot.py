@@ -37,7 +37,7 @@ def launches(order, along, chunk, dtype, full):
     return recorded
 
 
-ROWS = [2**k for k in range(2, launch.LONGEST_ROW.bit_length())] + [4 * launch.LONGEST_ROW]
+ROWS = [2**k for k in range(1, launch.LONGEST_ROW.bit_length())] + [4 * launch.LONGEST_ROW]
 COLUMNS = [2**k for k in range(launch.LONGEST_COLUMN.bit_length())] + [4 * launch.LONGEST_COLUMN]
 CONFIGURATIONS = [
     *itertools.product(["rows"], ["chunk", "nothing"], ROWS),
@@ -86,6 +86,25 @@ def test_one_configuration_a_regime(target, order, along, chunk):
 @pytest.mark.parametrize(("order", "along", "chunk"), CONFIGURATIONS)
 def test_every_configuration(target, order, along, chunk, dtype, full):
     check(target, order, along, chunk, dtype, full)
+
+
+@pytest.mark.parametrize("full", [False, True])
+@pytest.mark.parametrize(
+    "shape",
+    [(5, 37, 1000), (2, 200, 1032), (3, 600, 21), (5, 1001)],
+    ids=str,
+)
+def test_sizes_that_are_no_power_of_two(shape, full):
+    """What users have: narrow accesses, and still nothing spills."""
+    x = torch.empty(shape, dtype=torch.bfloat16, device="meta")
+    c = torch.empty(1, shape[-1], device="meta")
+    view = (1, len(shape) - 1, 1e-5, full)
+    with recording() as recorded:
+        density.density_forward(x, c, c, None, *view, full, False)
+        density.density_backward(x, x if full else None, x, c, c, None, None, *view, True, True)
+    for one in recorded:
+        compiled = compile_for("sm_90", one)
+        assert compiled.stack == 0 and compiled.registers * 32 * one.meta["num_warps"] <= 65536, one.name
 
 
 def test_a_spill_is_seen():

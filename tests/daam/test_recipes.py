@@ -14,7 +14,9 @@ from daam.recipes import digits
 def test_digits(tmp_path, capsys):
     out = tmp_path / "out"
     arguments = ["--output", str(out), "--seeds", "2", "--epochs", "2", "--encoder-epochs", "1", "--backend", "eager"]
+    threads = torch.get_num_threads()
     digits.main(arguments)
+    torch.set_num_threads(threads)
     printed = capsys.readouterr().out
     assert {path.name for path in out.iterdir()} == {"learning-curves.png", "gate.png", "results.json"}
     report = json.loads((out / "results.json").read_text())
