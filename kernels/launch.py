@@ -105,8 +105,10 @@ def tile_for(tiles: Tiles, view: View, streamed: bool, along: str, dtype: torch.
     """
     parts = (4 if dtype == torch.float64 else 1) * (1 if view.aligned else 2)
     if streamed:
-        tile = tiles.streamed_rows if view.by_axis else tiles.streamed_columns
-        tile = replace(tile, chunk=tile.chunk // parts)
+        rows, columns = tiles.streamed_rows, tiles.streamed_columns
+        tile = (
+            replace(rows, chunk=rows.chunk // parts) if view.by_axis else replace(columns, inner=columns.inner // parts)
+        )
     else:
         tile = next(tile for longest, tile in (tiles.rows if view.by_axis else tiles.columns) if view.chunk <= longest)
         # fewer columns, or more warps for the one there is
