@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from daam.kernels import launch
-from daam.kernels.layout import Strided, varies, view
+from daam.kernels.layout import Strided, acc_dtype, varies, view
 
 
 class Extent(NamedTuple):
@@ -46,7 +46,7 @@ class Call:
         self.tile = launch.tile_for(
             tiles, self.view, launch.streams(x, axis, heads, self.view.by_axis), self.along, x.dtype
         )
-        self.acc = tl.float64 if x.dtype == torch.float64 else tl.float32
+        self.acc = tl.float64 if acc_dtype(x) == torch.float64 else tl.float32
         blocks = triton.cdiv(self.view.inner, self.tile.inner)
         self.extent = Extent(
             self.view.sizes, self.view.places * blocks, blocks, triton.cdiv(self.view.chunk, self.tile.chunk),

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from daam.kernels.call import Call
 from daam.kernels.launch import BACKWARD, FORWARD, split_float, stats_shape, worth_keeping
-from daam.kernels.layout import Strided, varies
+from daam.kernels.layout import Strided, acc_dtype, varies
 from daam.kernels.tile import (
     centre,
     chunk_numbers,
@@ -275,7 +275,7 @@ def density_forward(
     return (
         y,
         _or_empty(weights, x.dtype, x),
-        _or_empty(stats if save_stats and worth_keeping(x, axis, c.shape[0]) else None, _acc(x), x),
+        _or_empty(stats if save_stats and worth_keeping(x, axis, c.shape[0]) else None, acc_dtype(x), x),
     )
 
 
@@ -302,7 +302,7 @@ def density_backward(
         partials, programs = None, call.programs()
         if need_params and totals is None:
             programs = call.programs(call.tiles_per_partial)
-            partials = x.new_empty((2, call.groups(programs), *c.shape), dtype=_acc(x))
+            partials = x.new_empty((2, call.groups(programs), *c.shape), dtype=acc_dtype(x))
         if need_x or partials is not None:
             call.launch(
                 _backward, programs * call.extent.row_blocks, *inputs, call.of_chunks(sums), of_dx,
@@ -312,14 +312,10 @@ def density_backward(
         if partials is not None:
             totals = partials.sum(1)
     elif need_params:
-        totals = x.new_zeros((2, *c.shape), dtype=_acc(x))
+        totals = x.new_zeros((2, *c.shape), dtype=acc_dtype(x))
     d_mean_offset = totals[0].to(mean_offset.dtype) if need_params else None
-    d_c = (totals[1] / (2 * c.to(_acc(x)))).to(c.dtype) if need_params else None
+    d_c = (totals[1] / (2 * c.to(acc_dtype(x)))).to(c.dtype) if need_params else None
     return _or_empty(dx, x.dtype, x), _or_empty(d_mean_offset, mean_offset.dtype, x), _or_empty(d_c, c.dtype, x)
-
-
-def _acc(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def _param(p: Tensor) -> Strided:
@@ -332,7 +328,7 @@ def _or_empty(t: Tensor | None, dtype: torch.dtype, x: Tensor) -> Tensor:
 
 def _new_stats(x: Tensor, c: Tensor, axis: int, feature_axis: int) -> Tensor | None:
     shape = stats_shape(x, axis, c.shape[0], feature_axis, varies(c, axis, feature_axis))
-    return None if shape is None else x.new_empty(shape, dtype=_acc(x))
+    return None if shape is None else x.new_empty(shape, dtype=acc_dtype(x))
 
 
 def _sum_to_params(sums: Tensor, axis: int, feature_axis: int, along: str) -> Tensor:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from daam.kernels.layout import View, inner_dim
+from daam.kernels.layout import View, acc_dtype, axis_is_fastest, inner_dim
 
 
 @dataclass(frozen=True)
@@ -86,14 +86,14 @@ def streams(x: Tensor, axis: int, heads: int, by_axis: bool) -> bool:
 def stats_shape(x: Tensor, axis: int, heads: int, feature_axis: int, along: str) -> tuple[int, ...] | None:
     """Shape of the statistics of streamed chunks, four numbers each; None where chunks stay on chip."""
     inner = inner_dim(x, axis, feature_axis, along)
-    if not streams(x, axis, heads, inner is None or x.stride(axis) < x.stride(inner)):
+    if not streams(x, axis, heads, axis_is_fastest(x, axis, inner)):
         return None
     return (4, *x.shape[:axis], heads, *x.shape[axis + 1 :])
 
 
 def worth_keeping(x: Tensor, axis: int, heads: int) -> bool:
     """Whether a forward pass keeps the statistics of streamed chunks: they save a pass over x, for 5 % of its bytes."""
-    return 4 * (8 if x.dtype == torch.float64 else 4) * 20 <= x.shape[axis] // heads * x.element_size()
+    return 4 * acc_dtype(x).itemsize * 20 <= x.shape[axis] // heads * x.element_size()
 
 
 def tile_for(tiles: Tiles, view: View, streamed: bool, along: str, dtype: torch.dtype) -> Tile:

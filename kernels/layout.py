@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -80,6 +81,16 @@ def inner_dim(x: Tensor, axis: int, feature_axis: int, along: str) -> int | None
     return min(others, key=x.stride, default=None)
 
 
+def axis_is_fastest(x: Tensor, axis: int, inner: int | None) -> bool:
+    """Whether neighbours along the axis stand closer in memory than neighbours along the inner dimension ("rows")."""
+    return inner is None or x.stride(axis) < x.stride(inner)
+
+
+def acc_dtype(x: Tensor) -> torch.dtype:
+    """The dtype that kernels compute and keep statistics in."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
 def view(x: Tensor, others: Sequence[Tensor | None], axis: int, heads: int, feature_axis: int, along: str) -> View:
     """The view of a call on x and on others that have its dimensions; where one is broadcast its stride is 0."""
     inner = inner_dim(x, axis, feature_axis, along)
@@ -110,6 +121,6 @@ def view(x: Tensor, others: Sequence[Tensor | None], axis: int, heads: int, feat
         heads=heads,
         chunk=x.shape[axis] // heads,
         inner=inner_size,
-        by_axis=inner is None or x.stride(axis) < x.stride(inner),
+        by_axis=axis_is_fastest(x, axis, inner),
         operands=tuple(None if t is None else next(strided) for t in (x, *others)),
     )
