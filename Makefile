@@ -3,14 +3,19 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: demo test lint audit test-slow gpu-test clean
+.PHONY: demo test test-compiled test-interpreted lint audit test-slow gpu-test clean
 
 demo: $(INSTALLED)
 	$(BIN)/python -m daam.recipes.digits $(ARGS)
 
-# Two processes: interpreted kernels cannot be compiled ahead of time.
+# Two processes, one a core: interpreted kernels cannot be compiled ahead of time.
 test: lint
+	$(MAKE) --jobs=2 --output-sync=target test-compiled test-interpreted
+
+test-compiled: $(INSTALLED)
 	$(BIN)/python -m pytest -q -m "not kernel and not audit and not slow"
+
+test-interpreted: $(INSTALLED)
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -m "kernel and not slow"
 
 lint: $(INSTALLED)

@@ -30,13 +30,25 @@ def stack_heads(
                 f"{prefix}{head_list} has entries for heads {sorted(numbers)}, expected all of 0 to {heads - 1}"
             )
         elif wrong := [k for k in found if tuple(state_dict[k].shape) not in ((features,), (1, features))]:
-            error_msgs.append(f"{wrong[0]} has shape {tuple(state_dict[wrong[0]].shape)}, expected (1, {features})")
+            error_msgs.append(
+                f"{wrong[0]} has shape {tuple(state_dict[wrong[0]].shape)}, expected ({features},) or (1, {features})"
+            )
         elif taken := [prefix + name for name in stacked if prefix + name in state_dict]:
             error_msgs.append(f"{prefix}{head_list} and {taken[0]} are both in the state dict, expected one of them")
         else:
             for name in stacked:
                 rows = [state_dict.pop(f"{prefix}{head_list}.{h}.{name}").reshape(features) for h in range(heads)]
                 state_dict[prefix + name] = torch.stack(rows)
+
+
+def unstack_heads(head_list: str, stacked: dict[str, Tensor], keep_dim: bool = False) -> dict[str, Tensor]:
+    """`{head_list}.{h}.{name}` for every row of `{name}`, detached, each (P,), or (1, P) if keep_dim."""
+    heads = range(len(next(iter(stacked.values()))))
+    return {
+        f"{head_list}.{h}.{name}": p.detach()[h : h + 1] if keep_dim else p.detach()[h]
+        for h in heads
+        for name, p in stacked.items()
+    }
 
 
 def to_published_state_dict(module: nn.Module) -> dict[str, Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
 from typing import Any
 
 import torch
@@ -60,15 +60,147 @@ def density_attention(
     """
     axis = _check_x(x, norm_axis)
     last = x.dim() - 1
-    _check_params(x, {"mean_offset": mean_offset, "c": c}, axis)
-    features = x.shape[last] // c.shape[0] if axis == last else x.shape[last]
+    _check_params(x, {"mean_offset": mean_offset, "c": c}, axis, "P")
+    heads, size = c.shape[0], x.shape[axis]
+    if size % heads:
+        raise ValueError(f"num_heads is {heads}, expected a divisor of the {size} positions of norm_axis {axis}")
+    features = x.shape[last] // heads if axis == last else x.shape[last]
     if c.shape[1] != 1 and c.shape[1] != features:
-        expected = f"({c.shape[0]}, {features}) or ({c.shape[0]}, 1)"
+        expected = f"({heads}, {features}) or ({heads}, 1)"
         why = f", since norm_axis {norm_axis} is the last axis, which heads cut" if axis == last else ""
         raise ValueError(
             f"mean_offset and c have shape {tuple(c.shape)}, expected {expected}{why}: x is {tuple(x.shape)}"
         )
-    return _in_memory_order(ops.density, x, (mean_offset, c), mask, axis, eps, residual, return_weights, backend)
+    _check_eps(eps)
+    axes = (axis, None if c.shape[1] == 1 else last)
+    return _in_memory_order(ops.density, x, (mean_offset, c), mask, axes, (eps,), residual, return_weights, backend)
+
+
+def mixture_attention(
+    x: Tensor,
+    mean_offsets: Tensor,
+    c: Tensor,
+    *,
+    norm_axis: int = 1,
+    eps: float = 1e-8,
+    padding_value: float | None = None,
+    mask: Tensor | None = None,
+    residual: bool = False,
+    return_weights: bool = False,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Mixture of densities: share one unit of weight among the positions of a chunk, by a product of Gaussians.
+
+    Heads cut norm_axis into contiguous chunks of size // num_heads positions, the last one takes the remainder. Over
+    each chunk, at a fixed place of all other axes, with its mean and unbiased variance,
+
+        z_k = (x - mean - mean_offset_k) / sqrt(var + eps)      g_k = exp(-z_k² / (2c_k²)) / sqrt(2π·c_k²)
+        weights = Π_k g_k / max(Σ_chunk Π_k g_k, eps)           y = x·weights
+
+    (arXiv 2401.11143, Algorithm 2, as the package gaussian-adaptive-attention 0.1.5 computes it). The product is one
+    Gaussian, so that time and memory do not depend on the number of Gaussians.
+
+    Results differ from that package's where it computes the product itself in x's dtype: where the product under- or
+    overflows, weights there are 0, inf or NaN, while here, in log space, they are what the formula says; and in half
+    precision, since arithmetic here is fp32.
+
+    Args:
+        x: (…, norm_axis, …), rank 2 or more, fp16, bf16, fp32 or fp64, any strides; nothing is copied to change them.
+        mean_offsets, c: (num_heads, num_gaussians) in any floating dtype, in units of the chunk's values and of z. The
+            sign of c means nothing; a c of 0 gives NaN.
+        norm_axis: the axis that is normalised, at least two positions for every head.
+        eps: added to the variance, and the least sum that weights are divided by.
+        padding_value: positions equal to it (rounded to x's dtype) count as zeros in mean and variance, stay in the sum
+            of the weights, and pass x through: y = x there. This reproduces the package; mask leaves padding out.
+        mask: bool, x.shape[:norm_axis + 1], True where x is valid. Statistics and sums run over valid positions;
+            elsewhere weights and y are 0 (y is x with residual), and nothing that stands there reaches a result or a
+            gradient. The variance of one valid position is 0. Several heads cut the axis with its padding.
+        residual: return x·weights + x.
+        return_weights: return the weights too; they are differentiable.
+        backend: "auto", "triton" or "eager"; see `daam.backend_for`.
+
+    Returns:
+        y, or (y, weights), in x's shape, dtype and memory order. Arithmetic is fp32, or fp64 for fp64 x, under autocast
+        too.
+
+    Raises:
+        TypeError: an argument has the wrong type or dtype, or is a DTensor.
+        ValueError: rank, norm_axis, num_heads, eps, padding_value, a shape, a device or the backend does not fit, or
+            both mask and padding_value are given; the message says what came.
+        RuntimeError: backend "triton" cannot run here; the message says why.
+    """
+    axis = _check_x(x, norm_axis)
+    _check_params(x, {"mean_offsets": mean_offsets, "c": c}, axis, "num_gaussians")
+    if x.shape[axis] // c.shape[0] < 2:
+        raise ValueError(
+            f"num_heads is {c.shape[0]}, which cuts the {x.shape[axis]} positions of norm_axis {axis} into chunks of "
+            "one element: expected two or more, since the variance is unbiased"
+        )
+    _check_eps(eps)
+    if padding_value is not None:
+        if isinstance(padding_value, bool) or not isinstance(padding_value, float | int):
+            raise TypeError(f"padding_value is {padding_value!r}, expected a number or None")
+        if math.isnan(padding_value):
+            raise ValueError("padding_value is nan, which equals nothing: expected a number; a mask can mark NaN")
+        if mask is not None:
+            raise ValueError("mask and padding_value are both given, expected one of them")
+        padding_value = float(padding_value)
+    settings = (eps, padding_value)
+    return _in_memory_order(
+        ops.mixture, x, (mean_offsets, c), mask, (axis,), settings, residual, return_weights, backend
+    )
+
+
+def density_gate(
+    x: Tensor,
+    mean_offsets: Tensor,
+    log_sigma: Tensor,
+    *,
+    norm_axis: int = -1,
+    mask: Tensor | None = None,
+    residual: bool = False,
+    return_weights: bool = False,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Density gate: gate every value by its density under a mixture of Gaussians.
+
+    Heads cut norm_axis into contiguous chunks of size // num_heads positions, the last one takes the remainder. Over
+    each chunk, at a fixed place of all other axes, with its mean and biased variance,
+
+        sigma_k = softplus(log_sigma_k) + 1e-3          std = sqrt(max(var, 1e-6))
+        z_k = (x - mean - mean_offset_k) / (std·sigma_k + 1e-8)
+        weights = mean_k exp(-z_k² / 2) / (sqrt(2π)·sigma_k)          y = x·weights
+
+    (the JEPA tokenizer, arXiv 2512.07168). Below the floor of the variance its gradient is 0.
+
+    Args:
+        x: (…, norm_axis, …), rank 2 or more, fp16, bf16, fp32 or fp64, any strides; nothing is copied to change them.
+        mean_offsets, log_sigma: (num_heads, num_gaussians), or (num_gaussians,) for one head, in any floating dtype;
+            mean_offsets in units of x.
+        norm_axis: the axis that is normalised.
+        mask: bool, x.shape[:norm_axis + 1], True where x is valid. Statistics run over valid positions; elsewhere
+            weights and y are 0 (y is x with residual), and nothing that stands there reaches a result or a gradient.
+            Several heads cut the axis with its padding.
+        residual: return x·weights + x.
+        return_weights: return the weights too; they are differentiable.
+        backend: "auto", "triton" or "eager"; see `daam.backend_for`.
+
+    Returns:
+        y, or (y, weights), in x's shape, dtype and memory order. Arithmetic is fp32, or fp64 for fp64 x, under autocast
+        too.
+
+    Raises:
+        TypeError: an argument has the wrong type or dtype, or is a DTensor.
+        ValueError: rank, norm_axis, num_heads, a shape, a device or the backend does not fit; the message says what
+            came.
+        RuntimeError: backend "triton" cannot run here; the message says why.
+    """
+    axis = _check_x(x, norm_axis)
+    params = {"mean_offsets": mean_offsets, "log_sigma": log_sigma}
+    if all(isinstance(p, Tensor) and p.dim() == 1 for p in params.values()):
+        params = {name: p.unsqueeze(0) for name, p in params.items()}
+    _check_params(x, params, axis, "num_gaussians")
+    return _in_memory_order(ops.gate, x, tuple(params.values()), mask, (axis,), (), residual, return_weights, backend)
 
 
 def _check_x(x: Any, norm_axis: int) -> int:
@@ -97,25 +229,31 @@ def _check_tensor(name: str, t: Any) -> None:
         )
 
 
-def _check_params(x: Tensor, params: dict[str, Tensor], axis: int) -> None:
-    """That the parameters are (num_heads, P), floating, alike and on x's device, and num_heads divides the axis."""
+def _check_params(x: Tensor, params: dict[str, Tensor], axis: int, columns: str) -> None:
+    """That parameters are (num_heads, columns), floating, alike and on x's device, with a position for every head."""
     first, shape = next(iter(params)), None
     for name, p in params.items():
         _check_tensor(name, p)
         if p.dtype not in _FLOATING:
             raise TypeError(f"{name} has dtype {p.dtype}, expected one of float16, bfloat16, float32, float64")
         if p.dim() != 2 or p.shape[0] < 1:
-            raise ValueError(f"{name} has shape {tuple(p.shape)}, expected (num_heads, P) with num_heads at least 1")
+            raise ValueError(
+                f"{name} has shape {tuple(p.shape)}, expected (num_heads, {columns}) with num_heads at least 1"
+            )
+        if p.shape[1] < 1 and columns == "num_gaussians":
+            raise ValueError(f"{name} has shape {tuple(p.shape)}, expected num_gaussians at least 1")
         shape = p.shape if shape is None else shape
         if p.shape != shape:
             raise ValueError(f"{name} has shape {tuple(p.shape)}, expected {tuple(shape)}, the shape of {first}")
         if p.device != x.device:
             raise ValueError(f"{name} is on {p.device}, expected x's device {x.device}")
-    heads, size = shape[0], x.shape[axis]
-    if heads > size:
-        raise ValueError(f"num_heads is {heads}, more heads than the {size} positions of norm_axis {axis}")
-    if size % heads:
-        raise ValueError(f"num_heads is {heads}, expected a divisor of the {size} positions of norm_axis {axis}")
+    if shape[0] > x.shape[axis]:
+        raise ValueError(f"num_heads is {shape[0]}, more heads than the {x.shape[axis]} positions of norm_axis {axis}")
+
+
+def _check_eps(eps: Any) -> None:
+    if not isinstance(eps, float | int) or not 0 <= eps < float("inf"):
+        raise ValueError(f"eps is {eps!r}, expected a finite number, 0 or more")
 
 
 def _check_mask(x: Tensor, mask: Any, axis: int) -> None:
@@ -131,27 +269,26 @@ def _check_mask(x: Tensor, mask: Any, axis: int) -> None:
 
 
 def _in_memory_order(
-    op: Callable[..., Sequence[Tensor]], x: Tensor, params: tuple[Tensor, ...], mask: Tensor | None, axis: int,
-    eps: float, residual: bool, return_weights: bool, backend: str,
+    algorithm: ops.Algorithm, x: Tensor, params: tuple[Tensor, ...], mask: Tensor | None, axes: tuple[int | None, ...],
+    settings: tuple[Any, ...], residual: bool, return_weights: bool, backend: str,
 ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
-    """Call an operator on x with its dimensions in memory order, a view, and give its outputs x's order back.
+    """Call an algorithm on x with its dimensions in memory order, a view, and give its outputs x's order back.
 
     Operators then only ever allocate contiguous outputs, and a channels-last x has channels-last outputs and gradient.
+    axes: the normalised axis, and those among the algorithm's settings.
     """
-    if not isinstance(eps, float | int) or not 0 <= eps < float("inf"):
-        raise ValueError(f"eps is {eps!r}, expected a finite number, 0 or more")
     if mask is not None:
-        _check_mask(x, mask, axis)
+        _check_mask(x, mask, axes[0])
         mask = mask.reshape(*mask.shape, *[1] * (x.dim() - mask.dim()))
     name, _ = backend_for(x, backend)
-    feature_axis = x.dim() - 1
+    how = (*settings, residual, return_weights, name)
     if x.is_contiguous() or 0 in x.stride():  # the order of expanded dimensions means nothing
-        outputs = op(x, *params, mask, axis, feature_axis, eps, residual, return_weights, name)
+        outputs = algorithm(x, *params, mask, *axes, *how)
     else:
         order = sorted(range(x.dim()), key=x.stride, reverse=True)
         mask = None if mask is None else mask.permute(order)
-        axis, feature_axis = order.index(axis), order.index(feature_axis)
-        outputs = op(x.permute(order), *params, mask, axis, feature_axis, eps, residual, return_weights, name)
+        axes = tuple(None if axis is None else order.index(axis) for axis in axes)
+        outputs = algorithm(x.permute(order), *params, mask, *axes, *how)
         back = [order.index(d) for d in range(x.dim())]
         outputs = [t.permute(back) for t in outputs]
     return tuple(outputs) if return_weights else outputs[0]

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
-from daam.checkpoints import stack_heads
-from daam.functional import density_attention
+from daam.checkpoints import stack_heads, unstack_heads
+from daam.functional import density_attention, density_gate, mixture_attention
 
 
 class MultiHeadDAAM(nn.Module):
@@ -95,5 +98,233 @@ class MultiHeadDAAM(nn.Module):
     def published_state_dict(self) -> tuple[dict[str, Tensor], tuple[str, ...]]:
         """`daams.{h}.mean_offset` and `daams.{h}.c`, each (1, P), and the names of the parameters they stand for."""
         own = {"mean_offset": self.mean_offset, "c": self.c}
-        heads = range(self.num_heads)
-        return {f"daams.{h}.{name}": p[h : h + 1].detach() for h in heads for name, p in own.items()}, tuple(own)
+        return unstack_heads("daams", own, keep_dim=True), tuple(own)
+
+
+class _Mixture(nn.Module):
+    """A mixture of densities with parameters mean_offsets and c of some shape (…, num_gaussians)."""
+
+    mean_offsets: Tensor
+    c: Tensor
+
+    def __init__(
+        self, shape: tuple[int, ...], norm_axis: int, num_heads: int, num_gaussians: int, padding_value: float | None,
+        mean_offset_init: float, eps: float,
+    ):  # fmt: skip
+        super().__init__()
+        self.norm_axis, self.num_heads, self.num_gaussians = norm_axis, num_heads, num_gaussians
+        self.padding_value, self.mean_offset_init, self.eps = padding_value, mean_offset_init, eps
+        self.mean_offsets = nn.Parameter(torch.empty(shape))
+        self.c = nn.Parameter(torch.empty(shape))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.constant_(self.mean_offsets, self.mean_offset_init)
+        nn.init.normal_(self.c)
+
+    def forward(
+        self, x: Tensor, return_attention_details: bool = False, *, mask: Tensor | None = None, residual: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """y, or (y, weights), each like x. The weights are detached, as published: those of `daam.mixture_attention`
+        are differentiable. mask: bool, x.shape[:norm_axis + 1], True where x is valid, not together with padding_value.
+        residual: add x to y.
+        """
+        mean_offsets, c = (p.reshape(-1, self.num_gaussians) for p in (self.mean_offsets, self.c))
+        out = mixture_attention(
+            x, mean_offsets, c, norm_axis=self.norm_axis, eps=self.eps, padding_value=self.padding_value, mask=mask,
+            residual=residual, return_weights=return_attention_details,
+        )  # fmt: skip
+        return (out[0], out[1].detach()) if return_attention_details else out
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.norm_axis}, num_heads={self.num_heads}, num_gaussians={self.num_gaussians}, "
+            f"padding_value={self.padding_value}, eps={self.eps}"
+        )
+
+
+class DensityAdaptiveAttention(_Mixture):
+    """One head of a mixture of densities (arXiv 2401.11143, Algorithm 2), with the published signature.
+
+    Args:
+        norm_axis: the axis that is normalised, of two positions or more.
+        num_heads: kept as published; the module is one head whatever it is.
+        num_gaussians: Gaussians whose product makes the weights.
+        padding_value: positions of x equal to it count as zeros in mean and variance and pass x through; None for none.
+        mean_offset_init: initial value of mean_offsets, which the published code takes and ignores.
+        eps: added to the variance, and the least sum that weights are divided by.
+
+    Parameters mean_offsets and c (standard normal) have shape (num_gaussians,).
+
+    Raises:
+        ValueError: norm_axis is no int, num_heads or num_gaussians no positive int; forward's errors are those of
+            `daam.mixture_attention`.
+    """
+
+    def __init__(
+        self, norm_axis: int, num_heads: int, num_gaussians: int, padding_value: float | None,
+        mean_offset_init: float = 0, eps: float = 1e-8,
+    ):  # fmt: skip
+        _check_sizes(norm_axis, num_heads, num_gaussians)
+        super().__init__(
+            (num_gaussians,), norm_axis, num_heads, num_gaussians, padding_value, mean_offset_init, eps
+        )  # fmt: skip
+
+
+class MultiHeadDensityAdaptiveAttention(_Mixture):
+    """Mixture of densities (arXiv 2401.11143, Algorithm 2) with heads, and with the published signature.
+
+    Args:
+        norm_axis: the axis that is normalised.
+        num_heads: contiguous chunks that norm_axis is cut into, of two positions or more; the last takes the remainder.
+        num_gaussians: Gaussians whose product makes a head's weights.
+        padding_value: positions of x equal to it count as zeros in mean and variance and pass x through; None for none.
+        eps: added to the variance, and the least sum that weights are divided by. The published heads ignore it and use
+            1e-8.
+
+    Parameters mean_offsets (0) and c (standard normal) have shape (num_heads, num_gaussians). Published checkpoints
+    (`attention_heads.{h}.mean_offsets` and `….c`, each (num_gaussians,)) load as they are;
+    `daam.to_published_state_dict` gives them back.
+
+    Raises:
+        ValueError: norm_axis is no int, num_heads or num_gaussians no positive int; forward's errors are those of
+            `daam.mixture_attention`.
+    """
+
+    def __init__(
+        self, norm_axis: int, num_heads: int, num_gaussians: int, padding_value: float | None = None, eps: float = 1e-8
+    ):
+        _check_sizes(norm_axis, num_heads, num_gaussians)
+        super().__init__((num_heads, num_gaussians), norm_axis, num_heads, num_gaussians, padding_value, 0, eps)
+
+    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, error_msgs):
+        stacked = {"mean_offsets": self.mean_offsets, "c": self.c}
+        stack_heads(state_dict, prefix, stacked, ("attention_heads",), error_msgs)
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, error_msgs)
+
+    def published_state_dict(self) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+        """`attention_heads.{h}.mean_offsets` and `….c`, each (num_gaussians,), and the parameters they stand for."""
+        own = {"mean_offsets": self.mean_offsets, "c": self.c}
+        return unstack_heads("attention_heads", own), tuple(own)
+
+
+class DensityBlock(nn.Module):
+    """Layers of multi-head mixtures of densities, each with its residual: x = layer(x) + x. The published signature.
+
+    Args:
+        norm_axes, num_heads, num_gaussians: of each layer.
+        num_layers: their number.
+        padding_value, eps: of all layers, see `MultiHeadDensityAdaptiveAttention`.
+
+    Raises:
+        ValueError: a length is not num_layers, or a layer's arguments do not fit.
+    """
+
+    def __init__(
+        self, norm_axes: Sequence[int], num_heads: Sequence[int], num_gaussians: Sequence[int], num_layers: int,
+        padding_value: float | None = None, eps: float = 1e-8,
+    ):  # fmt: skip
+        super().__init__()
+        lengths = {"norm_axes": len(norm_axes), "num_heads": len(num_heads), "num_gaussians": len(num_gaussians)}
+        for name, length in lengths.items():
+            if length != num_layers:
+                raise ValueError(f"{name} has {length} entries, expected num_layers, {num_layers}")
+        self.layers = nn.ModuleList(
+            MultiHeadDensityAdaptiveAttention(*sizes, padding_value, eps)
+            for sizes in zip(norm_axes, num_heads, num_gaussians, strict=True)
+        )
+
+    def forward(
+        self, x: Tensor, return_attention_details: bool = False, *, mask: Tensor | None = None
+    ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+        """y, or (y, {"layer_0": weights, …}), each like x, the weights detached as published.
+
+        mask: bool, of x's shape up to the first of the normalised axes at most, True where x is valid; it holds for all
+        positions along further axes.
+        """
+        details = {}
+        for i, layer in enumerate(self.layers):
+            out = layer(x, return_attention_details, mask=_along(mask, x, layer.norm_axis), residual=True)
+            x, details[f"layer_{i}"] = out if return_attention_details else (out, None)
+        return (x, details) if return_attention_details else x
+
+
+class DensityGate(nn.Module):
+    """Gate a sequence by the density of one of its projections (the JEPA tokenizer, arXiv 2512.07168):
+    x·(1 + alpha·weights), where the weights are `daam.density_gate`'s of a 1x1 convolution of x, over the last axis.
+
+    Args:
+        in_ch: channels of x.
+        num_gaussians: Gaussians whose mean makes the weights.
+        cap: kept as published, where nothing uses it.
+
+    Parameters, under their published names: to_attn.weight, to_attn.bias, alpha (0.05), gaa.mean_offsets (0),
+    gaa.log_sigma (log 0.5), the last two of shape (num_gaussians,).
+
+    Raises:
+        ValueError: in_ch or num_gaussians is no positive int.
+    """
+
+    def __init__(self, in_ch: int, num_gaussians: int = 4, cap: float = 0.2):
+        super().__init__()
+        _check_positive(in_ch=in_ch, num_gaussians=num_gaussians)
+        self.cap = cap
+        self.to_attn = nn.Conv1d(in_ch, 1, 1)
+        self.gaa = _Gaussians(num_gaussians)
+        self.alpha = nn.Parameter(torch.empty(()))
+        nn.init.constant_(self.alpha, 0.05)
+
+    def forward(self, x: Tensor, *, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(y, gate) of shapes (batch, in_ch, length) and (batch, 1, length); x may be without a batch.
+
+        mask: bool, (batch, length), True where x is valid. Elsewhere the gate is 0 and y is x.
+        """
+        if mask is None:
+            gate = self.gaa(self.to_attn(x))
+            return x * (1 + self.alpha * gate), gate
+        expected = (*x.shape[:-2], x.shape[-1])
+        if mask.dtype != torch.bool:
+            raise TypeError(f"mask has dtype {mask.dtype}, expected bool, True where x is valid")
+        if mask.shape != expected:
+            raise ValueError(f"mask has shape {tuple(mask.shape)}, expected (batch, length), {expected}")
+        mask = mask.unsqueeze(-2)
+        valid = x.masked_fill(~mask, 0)  # what stands elsewhere would reach the gradients of the convolution and alpha
+        gate = self.gaa(self.to_attn(valid), mask)
+        return torch.where(mask, valid * (1 + self.alpha * gate), x), gate
+
+
+class _Gaussians(nn.Module):
+    """The parameters of a `DensityGate`'s weights, under the published name of their module."""
+
+    def __init__(self, num_gaussians: int):
+        super().__init__()
+        self.mean_offsets = nn.Parameter(torch.zeros(num_gaussians))
+        self.log_sigma = nn.Parameter(torch.full((num_gaussians,), math.log(0.5)))
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        return density_gate(x, self.mean_offsets, self.log_sigma, mask=mask, return_weights=True)[1]
+
+
+GaussianAdaptiveAttention = DensityAdaptiveAttention
+MultiHeadGaussianAdaptiveAttention = MultiHeadDensityAdaptiveAttention
+GaussianBlock = DensityBlock
+
+
+def _along(mask: Tensor | None, x: Tensor, norm_axis: int) -> Tensor | None:
+    """A mask of x's first dimensions as one of its dimensions up to norm_axis."""
+    rank = norm_axis % x.dim() + 1
+    if mask is None or mask.dim() >= rank or mask.shape != x.shape[: mask.dim()]:
+        return mask  # as it should be, or the attention says what is wrong
+    return mask.reshape(*mask.shape, *[1] * (rank - mask.dim())).expand(x.shape[:rank])
+
+
+def _check_sizes(norm_axis: int, num_heads: int, num_gaussians: int) -> None:
+    if isinstance(norm_axis, bool) or not isinstance(norm_axis, int):
+        raise ValueError(f"norm_axis is {norm_axis!r}, expected an int")
+    _check_positive(num_heads=num_heads, num_gaussians=num_gaussians)
+
+
+def _check_positive(**sizes: int) -> None:
+    for name, size in sizes.items():
+        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+            raise ValueError(f"{name} is {size!r}, expected a positive int")

@@ -1,17 +1,22 @@
-"""The Triton backend as PyTorch operators, and one autograd.Function per algorithm over either backend.
+"""The Triton backend as PyTorch operators, and one autograd.Function over all algorithms and both backends.
 
-A backend is a forward and a backward function per algorithm. The eager one is plain PyTorch (`daam.reference`), so that
-torch.compile fuses it; the Triton one is a pair of operators with fakes. In eager mode the Function is called directly.
-While compiling, a CompositeImplicitAutograd operator whose body is that Function stands in for it: Dynamo inlines a
-bare Function where it sees no input that requires grad, as under func.grad, and its gradient would be silently zero.
+A backend is a module with a `forward` and a `backward` per algorithm. The eager one is plain PyTorch
+(`daam.reference`), so that torch.compile fuses it; the Triton one (`daam.kernels`) is a pair of operators with fakes.
+In eager mode the Function is called directly. While compiling, a CompositeImplicitAutograd operator whose body is that
+Function stands in for it: Dynamo inlines a bare Function where it sees no input that requires grad, as under func.grad,
+and its gradient would be silently zero.
 """
 
 from __future__ import annotations
 
 import functools
 import hashlib
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,13 +24,16 @@ from torch.autograd import forward_ad
 
 from daam import reference
 from daam.backend import interpreting
-from daam.kernels import launch, layout
+from daam.kernels import launch
+from daam.reference.chunks import compute_dtype
 
 _lib = torch.library.Library("daam", "DEF")
 
 # AOTAutograd's cache knows the composite operators by name and arguments, not by what they do: without this argument an
 # edited formula, or an edited fake, would be served from the cache of the old one.
-_SOURCES = sorted(path for folder in (".", "kernels") for path in (Path(__file__).parent / folder).glob("*.py"))
+_SOURCES = sorted(
+    path for folder in (".", "reference", "kernels") for path in (Path(__file__).parent / folder).glob("*.py")
+)
 _VERSION = hashlib.sha256(b"".join(path.read_bytes() for path in _SOURCES)).hexdigest()[:16]
 
 
@@ -39,94 +47,129 @@ def _forward_mode() -> bool:
     return forward_ad._current_level >= 0
 
 
-@functools.cache
-def _density_kernels() -> ModuleType:
-    from daam.kernels import density  # imports Triton
+class Algorithm:
+    """One algorithm's operators, `{name}_forward`, `{name}_backward` and the composite `{name}`, and how it is called.
 
-    return density
+    Args:
+        name: of the operators and of the modules `daam.reference.{name}` and `daam.kernels.{name}`.
+        params: names of the two parameters, (heads, P).
+        settings: the algorithm's own arguments as a schema, each after a comma.
+        feature_axis: the dimension of x that the parameters vary along, from the settings; None where they do not.
 
+    An instance is called with (x, p, q, mask, axis, *settings, residual, return_weights, backend) and returns (y,) or
+    (y, weights), differentiable, on either backend, in eager mode and compiled.
+    """
 
-# --- Density attention ----------------------------------------------------------------------------
-
-_INPUTS = "Tensor x, Tensor mean_offset, Tensor c, Tensor? mask"
-_VIEW = "int axis, int feature_axis, float eps, bool residual"
-# Outputs that were not asked for are empty: vmap's fallback takes a fixed number of tensors only.
-_lib.define(
-    f"density_forward({_INPUTS}, {_VIEW}, bool return_weights, bool save_stats)"
-    " -> (Tensor y, Tensor weights, Tensor stats)"
-)
-_lib.define(
-    f"density_backward(Tensor? grad_y, Tensor? grad_weights, {_INPUTS}, Tensor? stats, {_VIEW},"
-    " bool need_x, bool need_params) -> (Tensor dx, Tensor d_mean_offset, Tensor d_c)"
-)
-_lib.define(f"density({_INPUTS}, {_VIEW}, bool return_weights, str backend, str version) -> (Tensor y, Tensor weights)")
-
-
-def _density_forward_triton(*args):
-    return _density_kernels().density_forward(*args)
-
-
-def _density_backward_triton(*args):
-    return _density_kernels().density_backward(*args)
-
-
-def _density_forward_cpu(x, mean_offset, c, mask, axis, feature_axis, eps, residual, return_weights, save_stats):
-    if interpreting():
-        return _density_forward_triton(
-            x, mean_offset, c, mask, axis, feature_axis, eps, residual, return_weights, save_stats
+    def __init__(self, name: str, params: tuple[str, str], settings: str, feature_axis: Callable[..., int | None]):
+        self.name, self.feature_axis = name, feature_axis
+        self.eager: ModuleType = getattr(reference, name)
+        p, q = params
+        inputs = f"Tensor x, Tensor {p}, Tensor {q}, Tensor? mask"
+        how = f"int axis{settings}, bool residual"
+        # Outputs that were not asked for are empty: vmap's fallback takes a fixed number of tensors only.
+        _lib.define(
+            f"{name}_forward({inputs}, {how}, bool return_weights, bool save_stats)"
+            " -> (Tensor y, Tensor weights, Tensor stats)"
         )
-    y, *weights = reference.density_forward(x, mean_offset, c, mask, axis, feature_axis, eps, residual, return_weights)
-    return (
-        y.contiguous(),
-        weights[0].contiguous() if weights else x.new_empty(0),
-        x.new_empty(0, dtype=reference.compute_dtype(x)),
-    )
-
-
-def _density_backward_cpu(
-    grad_y, grad_weights, x, mean_offset, c, mask, stats, axis, feature_axis, eps, residual, need_x, need_params
-):
-    if interpreting():
-        return _density_backward_triton(
-            grad_y, grad_weights, x, mean_offset, c, mask, stats, axis, feature_axis, eps, residual, need_x, need_params
+        _lib.define(
+            f"{name}_backward(Tensor? grad_y, Tensor? grad_weights, {inputs}, Tensor? stats, {how}, bool need_x,"
+            f" bool need_params) -> (Tensor dx, Tensor d_{p}, Tensor d_{q})"
         )
-    grads = reference.density_backward(
-        grad_y, grad_weights, x, mean_offset, c, mask, axis, feature_axis, eps, residual, need_x, need_params
-    )
-    dx = grads.pop(0).contiguous() if need_x else x.new_empty(0)
-    return dx, *(g.contiguous() for g in grads or (mean_offset.new_empty(0), c.new_empty(0)))
+        _lib.define(
+            f"{name}({inputs}, {how}, bool return_weights, str backend, str version) -> (Tensor y, Tensor weights)"
+        )
+        for op in ("forward", "backward"):
+            _lib.impl(f"{name}_{op}", getattr(self, f"_{op}_triton"), "CUDA")
+            _lib.impl(f"{name}_{op}", getattr(self, f"_{op}_cpu"), "CPU")
+            torch.library.register_fake(f"daam::{name}_{op}", getattr(self, f"_{op}_fake"), lib=_lib)
+        _lib.impl(name, self._traced, "CompositeImplicitAutograd")
+        ops = torch.ops.daam
+        self.forward_op, self.backward_op, self.op = (
+            getattr(ops, key).default for key in (f"{name}_forward", f"{name}_backward", name)
+        )
+
+    def __call__(self, x, p, q, mask, axis, *settings_residual_weights_backend) -> tuple[Tensor, ...]:
+        *how, return_weights, backend = settings_residual_weights_backend
+        if torch.compiler.is_compiling():
+            return self.op(x, p, q, mask, axis, *how, return_weights, backend, _VERSION)[: 1 + return_weights]
+        return self._attend(x, p, q, mask, (axis, *how), return_weights, backend)
+
+    def _attend(self, x, p, q, mask, how, return_weights, backend) -> tuple[Tensor, ...]:
+        if _forward_mode():
+            return self.eager.formula(x, p, q, mask, *how)[: 1 + return_weights]
+        save_stats = torch.is_grad_enabled() and (x.requires_grad or p.requires_grad or q.requires_grad)
+        call = _Call(self, how, return_weights, save_stats, backend)
+        return Attention.apply(x, p, q, mask, call)[: 1 + return_weights]
+
+    def _traced(self, x, p, q, mask, *args):
+        *how, return_weights, backend, _version = args
+        if _transformed() or _forward_mode():
+            return self.eager.formula(x, p, q, mask, *how)
+        y, *weights = self._attend(x, p, q, mask, tuple(how), return_weights, backend)
+        return y, weights[0] if weights else x.new_empty(0)
+
+    @functools.cached_property
+    def kernels(self) -> ModuleType:
+        return importlib.import_module(f"daam.kernels.{self.name}")  # imports Triton
+
+    def _forward_triton(self, x, *args):
+        y, weights, stats = self.kernels.forward(x, *args)
+        return y, _or_empty(weights, x, x.dtype), _or_empty(stats, x, compute_dtype(x))
+
+    def _backward_triton(self, grad_y, grad_weights, x, p, q, *args):
+        grads = self.kernels.backward(grad_y, grad_weights, x, p, q, *args)
+        return tuple(_or_empty(g, x, like.dtype) for g, like in zip(grads, (x, p, q), strict=True))
+
+    def _forward_cpu(self, x, *args):
+        if interpreting():
+            return self._forward_triton(x, *args)
+        *args, _save_stats = args
+        y, weights = self.eager.forward(x, *args)
+        weights = None if weights is None else weights.contiguous()
+        return y.contiguous(), _or_empty(weights, x, x.dtype), _or_empty(None, x, compute_dtype(x))
+
+    def _backward_cpu(self, grad_y, grad_weights, x, p, q, mask, stats, *args):
+        if interpreting():
+            return self._backward_triton(grad_y, grad_weights, x, p, q, mask, stats, *args)
+        grads = self.eager.backward(grad_y, grad_weights, x, p, q, mask, *args)
+        return tuple(
+            _or_empty(None if g is None else g.to(like.dtype).contiguous(), x, like.dtype)
+            for g, like in zip(grads, (x, p, q), strict=True)
+        )
+
+    def _forward_fake(self, x, p, q, mask, axis, *args):
+        *settings, _residual, return_weights, save_stats = args
+        stats = None
+        if save_stats and launch.worth_keeping(x, axis, q.shape[0]) and (x.device.type != "cpu" or interpreting()):
+            stats = launch.stats_shape(launch.FORWARD, x, axis, q.shape[0], self.feature_axis(*settings))
+        return (
+            x.new_empty(x.shape),
+            x.new_empty(x.shape if return_weights else 0),
+            x.new_empty(0 if stats is None else stats, dtype=compute_dtype(x)),
+        )
+
+    def _backward_fake(self, grad_y, grad_weights, x, p, q, mask, stats, *args):
+        *_how, need_x, need_params = args
+        needs = ((x, need_x), (p, need_params), (q, need_params))
+        return tuple(like.new_empty(like.shape if need else 0) for like, need in needs)
 
 
-def _density_forward_fake(x, mean_offset, c, mask, axis, feature_axis, eps, residual, return_weights, save_stats):
-    stats = None
-    if save_stats and launch.worth_keeping(x, axis, c.shape[0]) and (x.device.type != "cpu" or interpreting()):
-        stats = launch.stats_shape(x, axis, c.shape[0], feature_axis, layout.varies(c, axis, feature_axis))
-    return (
-        x.new_empty(x.shape),
-        x.new_empty(x.shape if return_weights else 0),
-        x.new_empty(0 if stats is None else stats, dtype=reference.compute_dtype(x)),
-    )
+def _or_empty(t: Tensor | None, x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x.new_empty(0, dtype=dtype) if t is None else t
 
 
-def _density_backward_fake(
-    grad_y, grad_weights, x, mean_offset, c, mask, stats, axis, feature_axis, eps, residual, need_x, need_params
-):
-    return x.new_empty(x.shape if need_x else 0), *(
-        p.new_empty(p.shape if need_params else 0) for p in (mean_offset, c)
-    )
+@dataclass(frozen=True)
+class _Call:
+    """What is no tensor in a call. how: axis, the algorithm's settings and residual."""
+
+    algorithm: Algorithm
+    how: tuple[Any, ...]
+    return_weights: bool
+    save_stats: bool
+    backend: str
 
 
-_lib.impl("density_forward", _density_forward_triton, "CUDA")
-_lib.impl("density_backward", _density_backward_triton, "CUDA")
-_lib.impl("density_forward", _density_forward_cpu, "CPU")
-_lib.impl("density_backward", _density_backward_cpu, "CPU")
-torch.library.register_fake("daam::density_forward", _density_forward_fake, lib=_lib)
-torch.library.register_fake("daam::density_backward", _density_backward_fake, lib=_lib)
-_density_forward_op = torch.ops.daam.density_forward.default
-_density_backward_op = torch.ops.daam.density_backward.default
-
-
-class Density(torch.autograd.Function):
+class Attention(torch.autograd.Function):
     """y, then the weights if asked for, then statistics for the backward pass if the backend keeps any."""
 
     generate_vmap_rule = True
@@ -139,69 +182,44 @@ class Density(torch.autograd.Function):
         return super(torch.autograd.Function, cls).apply(*args)
 
     @staticmethod
-    def forward(x, mean_offset, c, mask, axis, feature_axis, eps, residual, return_weights, save_stats, backend):
-        args = (x, mean_offset, c, mask, axis, feature_axis, eps, residual)
-        if backend == "triton":
-            y, weights, stats = _density_forward_op(*args, return_weights, save_stats)
-            return (y, *([weights] if return_weights else []), *([stats] if stats.numel() else []))
+    def forward(x, p, q, mask, call):
+        algorithm, args = call.algorithm, (x, p, q, mask, *call.how)
+        if call.backend == "triton":
+            y, weights, stats = algorithm.forward_op(*args, call.return_weights, call.save_stats)
+            return (y, *([weights] if call.return_weights else []), *([stats] if stats.numel() else []))
         if _transformed():
-            return reference.density(*args)[: 1 + return_weights]
-        return tuple(reference.density_forward(*args, return_weights))
+            return algorithm.eager.formula(*args)[: 1 + call.return_weights]
+        return algorithm.eager.forward(*args, call.return_weights)[: 1 + call.return_weights]
 
     @staticmethod
     def setup_context(ctx, inputs, outputs):
-        x, mean_offset, c, mask, *ctx.view, ctx.return_weights, _, ctx.backend = inputs
-        stats = outputs[1 + ctx.return_weights :]
+        *tensors, ctx.call = inputs
+        stats = outputs[1 + ctx.call.return_weights :]
         ctx.mark_non_differentiable(*stats)
-        ctx.save_for_backward(x, mean_offset, c, mask, *stats)
+        ctx.save_for_backward(*tensors, *stats)
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx, grad_y, *others):
-        x, mean_offset, c, mask, *stats = ctx.saved_tensors
-        grad_weights = others[0] if ctx.return_weights else None
-        need_x, *need_params = ctx.needs_input_grad[:3]
-        args = (x, mean_offset, c, mask)
-        if grad_y is None and grad_weights is None:
-            grads = (None, None, None)
-        elif torch.is_grad_enabled() or _transformed():
+        x, p, q, mask, *stats = ctx.saved_tensors
+        call, needs = ctx.call, ctx.needs_input_grad[:3]
+        algorithm, need_x, need_params = call.algorithm, needs[0], needs[1] or needs[2]
+        inputs = (grad_y, others[0] if call.return_weights else None, x, p, q, mask)
+        if inputs[0] is None and inputs[1] is None:
+            return (None,) * 5
+        if torch.is_grad_enabled() or _transformed():
             # under create_graph: the closed form in differentiable operations, exact to any order
-            grads = reference.density_grad(grad_y, grad_weights, *args, *ctx.view)
-        elif ctx.backend == "triton":
-            grads = _density_backward_op(
-                grad_y, grad_weights, *args, stats[0] if stats else None, *ctx.view, need_x, any(need_params)
-            )
+            grads = algorithm.eager.gradient(*inputs, *call.how)
+        elif call.backend == "triton":
+            grads = algorithm.backward_op(*inputs, stats[0] if stats else None, *call.how, need_x, need_params)
         else:
-            grads = reference.density_backward(grad_y, grad_weights, *args, *ctx.view, need_x, any(need_params))
-            grads = (*([] if need_x else [None]), *grads, *([] if any(need_params) else [None, None]))
-        return *(g if need else None for g, need in zip(grads, ctx.needs_input_grad, strict=False)), *([None] * 8)
+            grads = algorithm.eager.backward(*inputs, *call.how, need_x, need_params)
+        each = zip(grads, (x, p, q), needs, strict=True)
+        return *(g.to(like.dtype) if need else None for g, like, need in each), None, None
 
 
-def density(
-    x: Tensor, mean_offset: Tensor, c: Tensor, mask: Tensor | None, axis: int, feature_axis: int, eps: float,
-    residual: bool, return_weights: bool, backend: str,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    """(y,) or (y, weights) of density attention, differentiable, on either backend, in eager mode and compiled."""
-    args = (x, mean_offset, c, mask, axis, feature_axis, eps, residual, return_weights, backend)
-    if torch.compiler.is_compiling():
-        return torch.ops.daam.density.default(*args, _VERSION)[: 1 + return_weights]
-    return _density(*args)
-
-
-def _density(x, mean_offset, c, mask, axis, feature_axis, eps, residual, return_weights, backend):
-    args = (x, mean_offset, c, mask, axis, feature_axis, eps, residual)
-    if _forward_mode():
-        return reference.density(*args)[: 1 + return_weights]
-    save_stats = torch.is_grad_enabled() and (x.requires_grad or mean_offset.requires_grad or c.requires_grad)
-    return Density.apply(*args, return_weights, save_stats, backend)[: 1 + return_weights]
-
-
-def _density_traced(x, mean_offset, c, mask, axis, feature_axis, eps, residual, return_weights, backend, version):
-    args = (x, mean_offset, c, mask, axis, feature_axis, eps, residual)
-    if _transformed() or _forward_mode():
-        return reference.density(*args)
-    y, *weights = _density(*args, return_weights, backend)
-    return y, weights[0] if weights else x.new_empty(0)
-
-
-_lib.impl("density", _density_traced, "CompositeImplicitAutograd")
+density = Algorithm(
+    "density", ("mean_offset", "c"), ", int? feature_axis, float eps", lambda feature_axis, eps: feature_axis
+)
+mixture = Algorithm("mixture", ("mean_offsets", "c"), ", float eps, float? padding", lambda eps, padding: None)
+gate = Algorithm("gate", ("mean_offsets", "log_sigma"), "", lambda: None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
@@ -10,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from daam.kernels import launch
-from daam.kernels.layout import Strided, acc_dtype, varies, view
+from daam.kernels.layout import Part, Strided, acc_dtype, varies, view
 
 
 class Extent(NamedTuple):
@@ -27,25 +28,27 @@ class Extent(NamedTuple):
 
 
 class Call:
-    """A call on x and on others that have its dimensions.
+    """A call on one part of x, whose heads have equal length.
 
-    operands: x and the others as kernels take them. of_chunks is a tensor of some numbers a chunk, (numbers, …, heads,
-    …), or None: all such tensors of the call have its shape but for the numbers, and are contiguous.
+    of: the tensors that were given by name, x and others of its shape, as kernels take them. stats: a tensor of some
+    numbers a chunk, (numbers, …, heads, …), or None: all such tensors of the call have its shape but for the numbers,
+    and are contiguous.
     """
 
     def __init__(
-        self, tiles: launch.Tiles, x: Tensor, others: list[Tensor | None], of_chunks: Tensor | None, param: Tensor,
-        axis: int, feature_axis: int,
+        self, tiles: launch.Tiles, part: Part, axis: int, feature_axis: int | None, stats: Tensor | None, x: Tensor,
+        **others: Tensor | None,
     ):  # fmt: skip
-        heads = param.shape[0]
-        self.along = varies(param, axis, feature_axis)
-        numbers = None if of_chunks is None else of_chunks[0]
-        self.view = view(x, [*others, numbers], axis, heads, feature_axis, self.along)
-        *self.operands, self._numbers = self.view.operands
-        self.device, self.heads = x.device, heads
-        self.tile = launch.tile_for(
-            tiles, self.view, launch.streams(x, axis, heads, self.view.by_axis), self.along, x.dtype
-        )
+        x, *tensors = (None if t is None else part.positions_of(t, axis) for t in (x, *others.values()))
+        self.part, self.axis, self.device = part, axis, x.device
+        self.along = varies(axis, feature_axis)
+        numbers = None if stats is None else part.heads_of(stats[0], axis)
+        self.view = view(x, [*tensors, numbers], axis, part.heads, feature_axis)
+        self._x = x
+        self.streamed = self.streamed_by(tiles)
+        *operands, self._numbers = self.view.operands
+        self.of = SimpleNamespace(**dict(zip(("x", *others), operands, strict=True)))
+        self.tile = launch.tile_for(tiles, self.view, self.streamed, self.along, x.dtype)
         self.acc = tl.float64 if acc_dtype(x) == torch.float64 else tl.float32
         blocks = triton.cdiv(self.view.inner, self.tile.inner)
         self.extent = Extent(
@@ -53,30 +56,52 @@ class Call:
             self.view.chunk, self.view.inner,
         )  # fmt: skip
 
-    def of_chunks(self, t: Tensor | None) -> Strided | None:
-        """A tensor of some numbers a chunk: the operand of the first, with the distance of the next as last stride."""
-        return None if t is None else Strided(t, (*self._numbers.strides, t.stride(0)))
+    def streamed_by(self, tiles: launch.Tiles) -> bool:
+        """Whether a pass with these tiles streams the part's chunks."""
+        return launch.streams(tiles, self._x, self.axis, self.part.heads, self.view.by_axis)
 
-    def programs(self, tiles_each: int = 1) -> int:
-        """Programs a head that share its tiles. One program's tiles all have the same parameters."""
-        return launch.programs(
-            self.extent.tiles, self.heads, self.extent.blocks if self.along == "inner" else 1, tiles_each
-        )
+    def of_chunks(self, t: Tensor | None) -> Strided | None:
+        """The part's share of a tensor of some numbers a chunk: the operand of the first, with the distance of the next
+        as last stride; None where chunks stay on chip.
+        """
+        if t is None or not self.streamed:
+            return None
+        return Strided(self.part.heads_of(t, self.axis + 1), (*self._numbers.strides, t.stride(0)))
+
+    def of_heads(self, param: Tensor) -> Strided:
+        """The part's rows of a parameter."""
+        return Strided(self.part.heads_of(param, 0), param.stride())
+
+    @property
+    def programs(self) -> int:
+        """Programs a head that share its tiles, one to each block along the chunk."""
+        return self._programs(1) * self.extent.row_blocks
+
+    def programs_of_sums(self, numbers: int) -> int:
+        """Programs a head where each leaves so many partial sums a parameter: few enough that these fp32 numbers,
+        written and read, cost under 3 % of the 6 bytes an element.
+        """
+        elements = {"inner": self.view.chunk, "chunk": self.tile.inner, "nothing": self.tile.chunk * self.tile.inner}
+        return self._programs(triton.cdiv(24 * numbers, elements[self.along])) * self.extent.row_blocks
 
     def groups(self, programs: int) -> int:
         """Groups of programs that together hold every parameter of a head once."""
-        return programs // self.extent.blocks if self.along == "inner" else programs
+        return programs // (self.extent.row_blocks * (self.extent.blocks if self.along == "inner" else 1))
 
-    @property
-    def tiles_per_partial(self) -> int:
-        """Tiles to sum over so that a partial sum, 8 bytes a parameter, costs under 3 % of the 6 bytes an element."""
-        elements = {"inner": self.view.chunk, "chunk": self.tile.inner, "nothing": self.tile.chunk * self.tile.inner}
-        return triton.cdiv(48, elements[self.along])
+    def _programs(self, tiles_each: int) -> int:
+        """One program's tiles all have the same parameters."""
+        multiple = self.extent.blocks if self.along == "inner" else 1
+        return launch.programs(self.extent.tiles, self.part.heads, multiple, tiles_each)
 
     def launch(self, kernel, programs: int, *args, **meta) -> None:
         """Launch on a grid (programs, heads) with the call's extent and constants."""
         launch.launch(
-            kernel, (programs, self.heads), *args, self.extent, device=self.device, num_warps=self.tile.num_warps,
+            kernel, (programs, self.part.heads), *args, self.extent, device=self.device, num_warps=self.tile.num_warps,
             ACC=self.acc, INDEX=tl.int32 if launch.index_bits(self.view, self.tile) == 32 else tl.int64,
             BLOCK_CHUNK=self.tile.chunk, BLOCK_INNER=self.tile.inner, **meta,
         )  # fmt: skip
+
+    def launch_sums(self, kernel, programs: int, *args, **meta) -> None:
+        """Launch what turns partial sums into gradients of parameters, on a grid (programs, heads)."""
+        grid = (programs, self.part.heads)
+        launch.launch(kernel, grid, *args, device=self.device, num_warps=4, BLOCK=1024, **meta)

@@ -8,12 +8,13 @@ that stand before it in memory, so that a contiguous batch equals its rows bit f
 from __future__ import annotations
 
 import ctypes
+import functools
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from daam.kernels.layout import View, acc_dtype, axis_is_fastest, inner_dim
+from daam.kernels.layout import View, acc_dtype, axis_is_fastest, inner_dim, parts
 
 
 @dataclass(frozen=True)
@@ -44,21 +45,26 @@ class Tiles:
 LONGEST_ROW, LONGEST_COLUMN = 4096, 256  # longest resident chunks: rows of 8192 spill backward
 
 
-def _tiles(row_elements: int, column_elements: int) -> Tiles:
+def _tiles(
+    row_elements: int, column_elements: int, columns: int = 2048, longest_row: int = LONGEST_ROW,
+    longest_column: int = LONGEST_COLUMN, shared: int | None = None,
+) -> Tiles:  # fmt: skip
     """Tiles by the elements a warp holds, 32 of them for each element a thread holds.
 
     Rows: one warp a row while it can hold it, since a short row spread over more costs a barrier a sum; up to 32 short
-    rows share a program. Columns: 2048 elements a program, in no fewer than 16 columns, so that accesses stay whole
-    sectors, and no more than 512.
+    rows share a program, which then holds `shared` elements. Columns: `columns` elements a program, in no fewer than 16
+    columns, so that accesses stay whole sectors, and no more than 512.
     """
-    powers = [2**k for k in range(LONGEST_ROW.bit_length())]
-    width = {n: min(512, max(16, 2048 // n)) for n in powers}
+    powers = [2**k for k in range(longest_row.bit_length())]
+    width = {n: min(512, max(16, columns // n)) for n in powers}
     return Tiles(
-        rows=tuple((n, Tile(n, min(32, max(1, row_elements // n)), max(1, n // row_elements))) for n in powers),
+        rows=tuple(
+            (n, Tile(n, min(32, max(1, (shared or row_elements) // n)), max(1, n // row_elements))) for n in powers
+        ),
         columns=tuple(
             (n, Tile(n, width[n], min(8, max(2, n * width[n] // column_elements))))
             for n in powers
-            if n <= LONGEST_COLUMN
+            if n <= longest_column
         ),
         streamed_rows=Tile(4 * row_elements, 1, 4),
         streamed_columns=Tile(32, column_elements // 8, 4),
@@ -68,25 +74,40 @@ def _tiles(row_elements: int, column_elements: int) -> Tiles:
 # What is alive at once decides: beyond 32 elements a thread forward, half of it with a mask, and 16 or 8 backward,
 # registers spill.
 FORWARD = _tiles(row_elements=1024, column_elements=512)
+# 32 elements a thread of rows that share a program spill with fp32, mask and weights
+FORWARD_MIXTURE = _tiles(row_elements=1024, column_elements=512, shared=512)
 BACKWARD = _tiles(row_elements=512, column_elements=256)
+
+
+@functools.cache
+def gate_backward(gaussians: int) -> Tiles:
+    """The gate's backward pass keeps every Gaussian's numbers alive: half as much as the others for up to four, and
+    half again for every doubling. Longer chunks are streamed rather than spilled.
+    """
+    parts = 1 << max(0, (gaussians - 1).bit_length() - 2)
+    return _tiles(*(max(32, n // parts) for n in (256, 128, 1024, 2048, 64)))
+
 
 MAX_PROGRAMS = 4096  # per head; beyond that programs take several tiles and load their parameters once
 FILL = 264  # programs that keep a large GPU (132 multiprocessors) busy
 MAX_HEADS = 65_535  # heads are grid axis 1
 
 
-def streams(x: Tensor, axis: int, heads: int, by_axis: bool) -> bool:
+def streams(tiles: Tiles, x: Tensor, axis: int, heads: int, by_axis: bool) -> bool:
     """Whether a chunk is too long to stay on chip between its statistics and its output. Depends on nothing but x and
     the axis.
     """
-    longest = LONGEST_ROW if by_axis else LONGEST_COLUMN
+    longest, _ = (tiles.rows if by_axis else tiles.columns)[-1]
     return x.shape[axis] // heads > (longest // 4 if x.dtype == torch.float64 else longest)
 
 
-def stats_shape(x: Tensor, axis: int, heads: int, feature_axis: int, along: str) -> tuple[int, ...] | None:
-    """Shape of the statistics of streamed chunks, four numbers each; None where chunks stay on chip."""
-    inner = inner_dim(x, axis, feature_axis, along)
-    if not streams(x, axis, heads, axis_is_fastest(x, axis, inner)):
+def stats_shape(
+    tiles: Tiles, x: Tensor, axis: int, heads: int, feature_axis: int | None = None
+) -> tuple[int, ...] | None:
+    """Shape of the statistics of streamed chunks, four numbers each; None where all chunks stay on chip."""
+    last = parts(x.shape[axis], heads)[-1]  # the longest
+    by_axis = axis_is_fastest(x, axis, inner_dim(x, axis, feature_axis))
+    if not streams(tiles, last.positions_of(x, axis), axis, last.heads, by_axis):
         return None
     return (4, *x.shape[:axis], heads, *x.shape[axis + 1 :])
 

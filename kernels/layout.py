@@ -60,22 +60,45 @@ class View:
         return apart and not (self.by_axis and self.heads * self.chunk % 16)
 
 
-def varies(param: Tensor, axis: int, feature_axis: int) -> str:
-    """What a (heads, P) parameter varies along, beside the heads: "nothing", "chunk" (P is the chunk's length) or
-    "inner".
-    """
-    if param.shape[1] == 1:
+@dataclass(frozen=True)
+class Part:
+    """Heads of equal length: `heads` of them from `head` on, over `length` positions of the axis from `start` on."""
+
+    head: int
+    heads: int
+    start: int
+    length: int
+
+    def heads_of(self, t: Tensor, dim: int) -> Tensor:
+        return t.narrow(dim, self.head, self.heads)
+
+    def positions_of(self, t: Tensor, axis: int) -> Tensor:
+        return t.narrow(axis, self.start, self.length)
+
+
+def parts(size: int, heads: int) -> list[Part]:
+    """An axis cut into chunks of size // heads: all heads at once, or all but the last, which takes the remainder."""
+    chunk = size // heads
+    if size == heads * chunk:
+        return [Part(0, heads, 0, size)]
+    first = (heads - 1) * chunk
+    return [Part(0, heads - 1, 0, first), Part(heads - 1, 1, first, size - first)]
+
+
+def varies(axis: int, feature_axis: int | None) -> str:
+    """What parameters that follow a dimension of x vary along, beside the heads: "nothing", "chunk" or "inner"."""
+    if feature_axis is None:
         return "nothing"
     return "chunk" if feature_axis == axis else "inner"
 
 
-def inner_dim(x: Tensor, axis: int, feature_axis: int, along: str) -> int | None:
+def inner_dim(x: Tensor, axis: int, feature_axis: int | None) -> int | None:
     """The dimension of x that becomes the inner one: that of the parameters, else the fastest; None where only the axis
     is left.
 
     Dimensions of size 1 have strides that mean nothing: they are left out everywhere.
     """
-    if along == "inner":
+    if varies(axis, feature_axis) == "inner":
         return feature_axis
     others = [d for d in reversed(range(x.dim())) if d != axis and x.shape[d] != 1]
     return min(others, key=x.stride, default=None)
@@ -91,9 +114,9 @@ def acc_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def view(x: Tensor, others: Sequence[Tensor | None], axis: int, heads: int, feature_axis: int, along: str) -> View:
+def view(x: Tensor, others: Sequence[Tensor | None], axis: int, heads: int, feature_axis: int | None = None) -> View:
     """The view of a call on x and on others that have its dimensions; where one is broadcast its stride is 0."""
-    inner = inner_dim(x, axis, feature_axis, along)
+    inner, along = inner_dim(x, axis, feature_axis), varies(axis, feature_axis)
     tensors = [t for t in (x, *others) if t is not None]
     groups: list[
         tuple[int, tuple[int, ...], bool]

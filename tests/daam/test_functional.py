@@ -4,12 +4,13 @@ import re
 
 import pytest
 import torch
-from helpers import LAYOUTS, Case, inputs, run
+from helpers import ALGORITHMS, LAYOUTS, Case, attend, inputs, run
 
-from daam import density_attention
+from daam import density_attention, density_gate, mixture_attention
 
 X = torch.randn(2, 6, 4)
 P = torch.ones(3, 4)
+algorithms = pytest.mark.parametrize("algorithm", ALGORITHMS)
 Q = torch.ones(4, 4)
 
 
@@ -32,7 +33,7 @@ class FakeDTensor(torch.Tensor):
         (ValueError, "num_heads is 3, more heads than the 0 positions", (X[:, :0], P, P), {}),
         (TypeError, "mean_offset is a float, expected a Tensor", (X, 0.0, P), {}),
         (TypeError, "c has dtype torch.int64", (X, P, P.long()), {}),
-        (ValueError, "mean_offset has shape (4,), expected (num_heads, P)", (X, P[0], P), {}),
+        (ValueError, "mean_offset has shape (4,), expected (num_heads, P) with", (X, P[0], P), {}),
         (ValueError, "c has shape (2, 4), expected (3, 4), the shape of mean_offset", (X, P, P[:2]), {}),
         (ValueError, "mean_offset and c have shape (3, 2), expected (3, 4) or (3, 1)", (X, P[:, :2], P[:, :2]), {}),
         (ValueError, "expected (2, 2) or (2, 1), since norm_axis 2 is the last", (X, P[:2], P[:2]), {"norm_axis": 2}),
@@ -56,6 +57,58 @@ def test_errors(error, message, args, options):
         density_attention(*args, **options)
 
 
+MASK = X[..., 0] > 0
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "args", "options"),
+    [
+        (TypeError, "x is a list, expected a Tensor", ([1.0], P, P), {}),
+        (TypeError, "x has dtype torch.int64, expected one of float16", (X.long(), P, P), {}),
+        (ValueError, "x has rank 1 (shape (6,)), expected rank 2 or more", (X[0, :, 0], P, P), {}),
+        (ValueError, "norm_axis is 3, expected -3 to 2", (X, P, P), {"norm_axis": 3}),
+        (ValueError, "num_heads is 7, more heads than the 6 positions", (X, torch.ones(7, 2), torch.ones(7, 2)), {}),
+        (ValueError, "num_heads is 3, more heads than the 0 positions", (X[:, :0], P, P), {}),
+        (TypeError, "mean_offsets is a float, expected a Tensor", (X, 0.0, P), {}),
+        (TypeError, "has dtype torch.int64", (X, P, P.long()), {}),
+        (ValueError, "mean_offsets has shape (3, 4, 1), expected (num_heads, num_gaussians)", (X, P[..., None], P), {}),
+        (ValueError, "mean_offsets has shape (3, 0), expected num_gaussians at least 1", (X, P[:, :0], P[:, :0]), {}),
+        (ValueError, "has shape (2, 4), expected (3, 4), the shape of mean_offsets", (X, P, P[:2]), {}),
+        (ValueError, "mean_offsets is on meta, expected x's device cpu", (X, P.to("meta"), P), {}),
+        (TypeError, "mask has dtype torch.float32, expected bool", (X, P, P), {"mask": torch.ones(2, 6)}),
+        (ValueError, "mask has shape (2, 6, 4), expected x's shape up to norm_axis", (X, P, P), {"mask": X > 0}),
+        (ValueError, "backend is 'cuda', expected one of 'auto', 'triton', 'eager'", (X, P, P), {"backend": "cuda"}),
+        (TypeError, "x is a DTensor, expected a plain Tensor", (X.as_subclass(FakeDTensor), P, P), {}),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("function", [mixture_attention, density_gate])
+def test_errors_of_the_others(error, message, args, options, function):
+    with pytest.raises(error, match=re.escape(message)):
+        function(*args, **{"norm_axis": 1, **options})
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "args", "options"),
+    [
+        (ValueError, "num_heads is 4, which cuts the 6 positions of norm_axis 1 into chunks of one", (X, Q, Q), {}),
+        (ValueError, "mean_offsets has shape (4,), expected (num_heads, num_gaussians)", (X, P[0], P[0]), {}),
+        (ValueError, "eps is -1.0, expected a finite number, 0 or more", (X, P, P), {"eps": -1.0}),
+        (TypeError, "padding_value is '0', expected a number or None", (X, P, P), {"padding_value": "0"}),
+        (TypeError, "padding_value is True", (X, P, P), {"padding_value": True}),
+        (ValueError, "padding_value is nan, which equals nothing", (X, P, P), {"padding_value": float("nan")}),
+        (ValueError, "mask and padding_value are both given", (X, P, P), {"padding_value": 0, "mask": MASK}),
+    ],
+)  # fmt: skip
+def test_errors_of_the_mixture(error, message, args, options):
+    with pytest.raises(error, match=re.escape(message)):
+        mixture_attention(*args, **options)
+
+
+def test_errors_of_the_gate():
+    with pytest.raises(ValueError, match=re.escape("mean_offsets has shape (4,), expected (num_heads, num_gaussians)")):
+        density_gate(X, P[0], P)
+
+
 def test_a_real_dtensor_is_refused(tmp_path):
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
@@ -72,9 +125,12 @@ def test_a_real_dtensor_is_refused(tmp_path):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("mask", [False, True])
-def test_memory_order_is_kept(layout, mask):
-    given = inputs(Case((2, 6, 5, 4), 1, layout=layout, mask=mask))
-    result = run(Case((2, 6, 5, 4), 1, layout=layout, mask=mask), given, "eager")
+@algorithms
+def test_memory_order_is_kept(layout, mask, algorithm):
+    heads = 1 if algorithm == "density" else 4  # of unequal length
+    case = Case((2, 9, 5, 4), 1, heads, layout=layout, mask=mask, algorithm=algorithm)
+    given = inputs(case)
+    result = run(case, given, "eager")
     for name in ("y", "weights", "dx"):
         assert result[name].stride() == torch.empty_like(given.x).stride(), name
 
@@ -86,25 +142,46 @@ def test_expanded_x_has_dense_outputs():
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
-def test_dtypes_and_autocast(dtype):
-    case = Case((2, 6, 5), 1, heads=2)
+@algorithms
+def test_dtypes_and_autocast(dtype, algorithm):
+    case = Case((2, 6, 5), 1, heads=2, algorithm=algorithm)
     given = inputs(case, dtype)
     plain = run(case, given, "eager")
     with torch.autocast("cpu", torch.bfloat16):
         cast = run(case, given, "eager")
     for name, t in plain.items():
-        assert t.dtype == (given.c.dtype if name.startswith("d_") else dtype), name
+        assert t.dtype == (given.params[0].dtype if name.startswith("d_") else dtype), name
         assert torch.equal(t, cast[name]), name
 
 
-def test_returns():
-    y = density_attention(X, P, P)
-    z, weights = density_attention(X, P, P, return_weights=True)
-    residual = density_attention(X, P, P, residual=True)
-    assert y.shape == weights.shape == X.shape
-    torch.testing.assert_close(y, X * weights)
-    torch.testing.assert_close(residual, X * weights + X)
-    assert torch.equal(y, z)
+@algorithms
+def test_returns(algorithm):
+    case = Case((2, 6, 4), 1, algorithm=algorithm)
+    given = inputs(case)
+    args = (given.x, *given.params)
+    y, weights = attend(case, *args)
+    assert y.shape == weights.shape == given.x.shape
+    torch.testing.assert_close(y, given.x * weights)
+    torch.testing.assert_close(attend(case, *args, residual=True)[0], given.x * weights + given.x)
+    assert torch.equal(attend(case, *args, return_weights=False), y)
+
+
+def test_a_gate_of_one_head_takes_vectors():
+    p, q = torch.randn(2, 4).requires_grad_()
+    y = density_gate(X, p, q)
+    assert torch.equal(y, density_gate(X, p[None], q[None]))
+    y.sum().backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_the_padding_value_is_rounded_to_x(dtype):
+    x = torch.full((2, 6, 4), 0.1, dtype=dtype)
+    x[:, 3:] = 0.2
+    y = mixture_attention(x, P[:1], P[:1], padding_value=0.1)
+    assert torch.equal(y[:, :3], x[:, :3]) and not torch.equal(y[:, 3:], x[:, 3:])
+    x[:, 0] = float("inf")
+    y = mixture_attention(x, P[:1], P[:1], padding_value=float("inf"))
+    assert torch.equal(y[:, 0], x[:, 0]) and y.isfinite()[:, 1:].all()
 
 
 @pytest.mark.parametrize(("shape", "features"), [((0, 6, 4), 1), ((0, 6, 4), 4), ((2, 0, 6), 1), ((2, 6, 0), 0)])
@@ -120,20 +197,13 @@ def test_empty(shape, features):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("backend", ["eager", pytest.param("triton", marks=pytest.mark.kernel)])
-def test_outputs_can_be_changed_in_place(backend, layout, dtype):
-    given = inputs(Case((2, 6, 5), 1, layout=layout), dtype)
-    x = given.x.detach().requires_grad_()
-    y, weights = density_attention(x, given.mean_offset, given.c, return_weights=True, backend=backend)
+@algorithms
+def test_outputs_can_be_changed_in_place(backend, layout, dtype, algorithm):
+    case = Case((2, 6, 5), 1, layout=layout, algorithm=algorithm)
+    given = inputs(case, dtype)
+    args = (given.x.detach().requires_grad_(), *given.params)
+    y, weights = attend(case, *args, backend=backend)
     expected = (y * 2).sum() + (weights + 1).sum()
-    y, weights = density_attention(x, given.mean_offset, given.c, return_weights=True, backend=backend)
+    y, weights = attend(case, *args, backend=backend)
     assert torch.equal(y.mul_(2).sum() + weights.add_(1).sum(), expected)
     y.sum().backward()
-
-
-@pytest.mark.parametrize("backend", ["eager", pytest.param("triton", marks=pytest.mark.kernel)])
-def test_eps_0_and_chunks_of_nothing(backend):
-    """All-False chunks give zeros, never NaN, in results and gradients, whatever eps is; so do the rims of tiles."""
-    for case in (Case((3, 5), 1, params="one"), Case((3, 6, 5), 1, heads=2, mask=True), Case((2, 80, 3), 1, mask=True)):
-        result = run(case, inputs(case), backend, eps=0.0)
-        for name, t in result.items():
-            assert t.isfinite().all(), (str(case), name)

@@ -1,4 +1,4 @@
-"""MultiHeadDAAM: construction, initialisation, published checkpoints."""
+"""The modules: construction, initialisation, checkpoints, masks. Agreement with PyPI's: test_published.py."""
 
 import copy
 import pickle
@@ -102,7 +102,7 @@ def test_a_checkpoint_of_other_heads_is_an_error_that_names_the_keys(heads):
 
 
 def test_a_checkpoint_of_other_features_is_an_error():
-    with pytest.raises(RuntimeError, match=r"daams\.0\.mean_offset has shape \(1, 5\), expected \(1, 6\)"):
+    with pytest.raises(RuntimeError, match=r"daams\.0\.mean_offset has shape \(1, 5\), expected \(6,\) or \(1, 6\)"):
         daam.MultiHeadDAAM(6, 3).load_state_dict(published(randomised(5, 3)), strict=False)
 
 
@@ -112,7 +112,7 @@ def test_ragged_reshaped_and_doubled_checkpoints_are_errors():
     doubled = published(randomised(6, 3)) | published(randomised(6, 3), "gcts")
     for checkpoint, message in (
         (ragged, r"daams\.1\.c has shape \(1, 5\)"),
-        (reshaped, r"has shape \(2, 3\), expected \(1, 6\)"),
+        (reshaped, r"has shape \(2, 3\), expected \(6,\) or \(1, 6\)"),
         (doubled, "gcts and mean_offset are both"),
     ):
         with pytest.raises(RuntimeError, match=message):
@@ -145,3 +145,151 @@ def test_meta_device_copies_and_pickles():
     for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
         assert torch.equal(other(x), layer(x))
     assert daam.MultiHeadDAAM(6, 3, dtype=torch.bfloat16).c.dtype == torch.bfloat16
+
+
+X = torch.randn(2, 16, 9)
+
+
+def test_published_signatures_and_aliases():
+    """Positional as published, norm_axis first; the Gaussian names are the same classes."""
+    assert daam.GaussianAdaptiveAttention is daam.DensityAdaptiveAttention
+    assert daam.MultiHeadGaussianAdaptiveAttention is daam.MultiHeadDensityAdaptiveAttention
+    assert daam.GaussianBlock is daam.DensityBlock
+    one = daam.DensityAdaptiveAttention(1, 2, 3, 0.0, 0.5, 1e-6)
+    assert (one.norm_axis, one.num_heads, one.num_gaussians, one.padding_value, one.eps) == (1, 2, 3, 0.0, 1e-6)
+    assert (one.mean_offsets == 0.5).all() and one.c.shape == (3,)
+    many = daam.MultiHeadDensityAdaptiveAttention(1, 2, 3, None, 1e-6)
+    assert many.eps == 1e-6 and many.mean_offsets.shape == (2, 3) and (many.mean_offsets == 0).all()
+    block = daam.DensityBlock([1, 2], [2, 3], [3, 4], 2, 0.0, 1e-6)
+    assert [(layer.padding_value, layer.eps) for layer in block.layers] == [(0.0, 1e-6)] * 2
+    assert repr(many) == (
+        "MultiHeadDensityAdaptiveAttention(1, num_heads=2, num_gaussians=3, padding_value=None, eps=1e-06)"
+    )
+
+
+def test_eps_arrives():
+    """In the published heads it does not."""
+    layer = daam.MultiHeadDensityAdaptiveAttention(1, 2, 3, eps=1.0)
+    expected = daam.mixture_attention(X, layer.mean_offsets, layer.c, eps=1.0)
+    assert torch.equal(layer(X), expected)
+    layer.eps = 1e-8
+    assert not torch.equal(layer(X), expected)
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: daam.DensityAdaptiveAttention("1", 1, 1, None), "norm_axis is '1', expected an int"),
+        (lambda: daam.DensityAdaptiveAttention(1, 0, 1, None), "num_heads is 0, expected a positive int"),
+        (lambda: daam.MultiHeadDensityAdaptiveAttention(1, 2, 1.5), "num_gaussians is 1.5, expected a positive int"),
+        (lambda: daam.DensityBlock([1], [1, 1], [1], 1), "num_heads has 2 entries, expected num_layers, 1"),
+        (lambda: daam.DensityGate(0), "in_ch is 0, expected a positive int"),
+        (lambda: daam.DensityGate(4, 0), "num_gaussians is 0, expected a positive int"),
+    ],
+)
+def test_errors_of_the_others(build, message):
+    with pytest.raises(ValueError, match=message):
+        build()
+
+
+def test_mixture_masks():
+    layer = daam.MultiHeadDensityAdaptiveAttention(1, 3, 2)
+    mask = torch.rand(2, 16) > 0.3
+    y, weights = layer(X, return_attention_details=True, mask=mask)
+    z, w = daam.mixture_attention(X, layer.mean_offsets, layer.c, mask=mask, return_weights=True)
+    assert torch.equal(y, z) and torch.equal(weights, w) and not weights.requires_grad
+    with pytest.raises(TypeError):
+        layer(X, False, mask)
+    layer.padding_value = 0.0
+    with pytest.raises(ValueError, match="both given"):
+        layer(X, mask=mask)
+
+
+def test_a_block_is_its_layers_with_residuals_and_takes_a_mask():
+    block = daam.DensityBlock([1, 2, -1], [2, 3, 1], [3, 2, 1], 3)
+    mask = torch.arange(16).expand(2, 16) < torch.tensor([[16], [9]])
+    x = X
+    for layer in block.layers:
+        own = mask if layer.norm_axis == 1 else mask[..., None].expand(2, 16, 9)
+        x = layer(x, mask=own) + x
+    y, details = block(X, return_attention_details=True, mask=mask)
+    torch.testing.assert_close(y, x)
+    assert list(details) == ["layer_0", "layer_1", "layer_2"]
+    assert all((t[~mask] == 0).all() and not t.requires_grad for t in details.values())
+    hidden = X.masked_fill(~mask[..., None], float("nan"))
+    assert torch.equal(block(hidden, mask=mask)[mask], y[mask])
+    with pytest.raises(ValueError, match=r"mask has shape \(2, 15\)"):
+        block(X, mask=mask[:, :15])
+    with pytest.raises(ValueError, match=r"mask has shape \(2, 16, 9\)"):
+        block(X, mask=mask[..., None].expand(2, 16, 9))
+
+
+def test_mixture_checkpoints_that_do_not_fit():
+    layer = daam.MultiHeadDensityAdaptiveAttention(1, 2, 3)
+    theirs = daam.to_published_state_dict(layer)
+    assert {name: t.shape for name, t in theirs.items()} == {
+        f"attention_heads.{h}.{name}": (3,) for h in range(2) for name in ("mean_offsets", "c")
+    }
+    with pytest.raises(RuntimeError, match=r"attention_heads has entries for heads \[0\], expected all of 0 to 1"):
+        layer.load_state_dict({key: t for key, t in theirs.items() if ".0." in key})
+    with pytest.raises(RuntimeError, match=r"has shape \(3,\), expected \(4,\) or \(1, 4\)"):
+        daam.MultiHeadDensityAdaptiveAttention(1, 2, 4).load_state_dict(theirs)
+
+
+def test_gate():
+    gate = daam.DensityGate(9, 3)
+    assert {name: tuple(p.shape) for name, p in gate.named_parameters()} == {
+        "alpha": (),
+        "to_attn.weight": (1, 9, 1),
+        "to_attn.bias": (1,),
+        "gaa.mean_offsets": (3,),
+        "gaa.log_sigma": (3,),
+    }
+    assert gate.alpha == 0.05 and (gate.gaa.mean_offsets == 0).all()
+    torch.testing.assert_close(gate.gaa.log_sigma.exp(), torch.full((3,), 0.5))
+    x = X.transpose(1, 2)
+    y, weights = gate(x)
+    expected = daam.density_gate(gate.to_attn(x), gate.gaa.mean_offsets, gate.gaa.log_sigma, return_weights=True)[1]
+    assert torch.equal(weights, expected) and weights.shape == (2, 1, 16)
+    torch.testing.assert_close(y, x * (1 + 0.05 * weights))
+    (y.sum() + weights.sum()).backward()
+    assert all(p.grad.abs().sum() > 0 for p in gate.parameters())
+    single, _ = gate(x[0])
+    torch.testing.assert_close(single, y[0])
+
+
+def test_gate_masks():
+    """NaN where the mask is False reaches no result and no gradient of a parameter."""
+    gate, mask = daam.DensityGate(9), torch.arange(16).expand(2, 16) < torch.tensor([[16], [9]])
+    x = X.transpose(1, 2)
+    grads = []
+    for value in (0.0, float("nan")):
+        hidden = x.masked_fill(~mask[:, None], value).requires_grad_()
+        y, weights = gate(hidden, mask=mask)
+        valid = y[mask[:, None].expand_as(y)]
+        grads.append((valid, weights, *torch.autograd.grad(valid.square().sum(), (hidden, *gate.parameters()))))
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+    assert (weights[~mask[:, None]] == 0).all()
+    alone, _ = gate(x[1:, :, :9])
+    torch.testing.assert_close(gate(x, mask=mask)[0][1:, :, :9], alone)
+    assert torch.equal(gate(x, mask=mask)[0][1, :, 9:], x[1, :, 9:])
+    with pytest.raises(ValueError, match=r"mask has shape \(2, 1, 16\), expected \(batch, length\), \(2, 16\)"):
+        gate(x, mask=mask[:, None])
+    with pytest.raises(TypeError, match=r"mask has dtype torch.int64"):
+        gate(x, mask=mask.long())
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: daam.MultiHeadDensityAdaptiveAttention(1, 2, 3),
+        lambda: daam.DensityAdaptiveAttention(1, 1, 3, None),
+        lambda: daam.DensityBlock([1, 2], [2, 3], [3, 4], 2),
+    ],
+)
+def test_the_others_copy_pickle_and_compile(build):
+    layer = build()
+    y = layer(X)
+    for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert torch.equal(other(X), y)
+    torch.testing.assert_close(torch.compile(layer, fullgraph=True, backend="aot_eager")(X), y)

@@ -8,15 +8,17 @@ from unittest import mock
 
 import pytest
 import torch
-from helpers import Case, error, inputs, recorded_launches, run
+from helpers import ALGORITHMS, Case, attend, broadcast, error, inputs, recorded_launches, run
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import daam
 from daam import density_attention, ops
+from daam.kernels import launch
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 BACKENDS = ["eager", pytest.param("triton", marks=pytest.mark.kernel)]
+algorithms = pytest.mark.parametrize("algorithm", ALGORITHMS)
 
 
 @pytest.fixture(autouse=True)
@@ -25,22 +27,25 @@ def fresh_compiler(monkeypatch):
     torch._dynamo.reset()
 
 
-def leaves(shape=(2, 6, 5), heads=2, dtype=torch.float64, seed=0, device="cpu"):
-    given = inputs(Case(shape, 1, heads=heads), dtype, seed, device)
-    return [t.detach().requires_grad_() for t in (given.x, given.mean_offset, given.c)], given
+def leaves(shape=(2, 6, 5), heads=2, dtype=torch.float64, seed=0, device="cpu", algorithm="density"):
+    """A case with chunks of unequal length where the algorithm has them, and its leaves."""
+    if algorithm != "density":
+        shape = (shape[0], shape[1] + 1, *shape[2:])
+    case = Case(shape, 1, heads=heads, algorithm=algorithm)
+    return case, inputs(case, dtype, seed, device).leaves()
 
 
-def op_arguments(shape, layout, mask, residual, weights, backward):
-    case = Case(shape, 1, heads=2, layout=layout, mask=mask)
-    given = inputs(case, torch.float64 if shape[1] == 300 else torch.float32)  # 300 positions are streamed either way
-    mask = None if given.mask is None else given.mask[..., None]
-    view = (1, 2, 1e-5, residual)
-    tensors = (given.x, given.mean_offset, given.c, mask)
+def op_arguments(case, backward):
+    given = inputs(
+        case, torch.float64 if case.shape[1] > 100 else torch.float32
+    )  # 300 positions are streamed either way
+    tensors, how = (given.x, *given.params, broadcast(given.mask, case)), (1, *case.spec.settings(case), case.residual)
     if not backward:
-        return (*tensors, *view, weights, True)
-    return (given.grad_y, given.grad_weights if weights else None, *tensors, None, *view, True, True)
+        return (*tensors, *how, case.weights, True)
+    return (given.grad_y, given.grad_weights, *tensors, None, *how, True, True)
 
 
+@algorithms
 @pytest.mark.parametrize("interpreted", [False, pytest.param(True, marks=pytest.mark.kernel)])
 @pytest.mark.parametrize(
     ("shape", "layout", "mask", "residual", "weights"),
@@ -52,52 +57,56 @@ def op_arguments(shape, layout, mask, residual, weights, backward):
         ((0, 6, 5), "contiguous", False, False, True),
     ],
 )
-def test_opcheck(shape, layout, mask, residual, weights, interpreted):
+def test_opcheck(shape, layout, mask, residual, weights, interpreted, algorithm):
     if interpreted != INTERPRETED:
         pytest.skip("the other process runs this one")
-    for name, backward in (("density_forward", False), ("density_backward", True)):
-        op = getattr(torch.ops.daam, name).default
-        torch.library.opcheck(op, op_arguments(shape, layout, mask, residual, weights, backward))
-    x, mean_offset, c, mask, *view, weights, _ = op_arguments(shape, layout, mask, residual, weights, False)
-    args = (x.requires_grad_(), mean_offset, c, mask, *view, weights, "triton" if interpreted else "eager", "0")
-    torch.library.opcheck(torch.ops.daam.density.default, args)
+    shape = shape if algorithm == "density" else (shape[0], shape[1] + 1, shape[2])
+    case = Case(shape, 1, 2, layout=layout, mask=mask, residual=residual, weights=weights, algorithm=algorithm)
+    for name, backward in ((f"{algorithm}_forward", False), (f"{algorithm}_backward", True)):
+        torch.library.opcheck(getattr(torch.ops.daam, name).default, op_arguments(case, backward))
+    x, *args, _save_stats = op_arguments(case, False)
+    args = (x.requires_grad_(), *args, "triton" if interpreted else "eager", "0")
+    torch.library.opcheck(getattr(torch.ops.daam, algorithm).default, args)
 
 
+@algorithms
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
 @pytest.mark.parametrize("dynamic", [False, True])
-def test_compile_fullgraph(backend, compiler, dynamic):
+def test_compile_fullgraph(backend, compiler, dynamic, algorithm):
     """Forward and backward in one graph, static and dynamic, with mask and differentiable weights."""
+    if compiler == "inductor" and dynamic and algorithm != "density":
+        pytest.skip("half a minute each, for what the other combinations show")
 
-    @torch.compile(fullgraph=True, dynamic=dynamic, backend=compiler)
-    def attend(x, mean_offset, c, mask):
-        y, weights = density_attention(x, mean_offset, c, mask=mask, return_weights=True, backend=backend)
+    def plain(x, p, q, mask):
+        y, weights = ALGORITHMS[algorithm].call(x, p, q, norm_axis=1, mask=mask, return_weights=True, backend=backend)
         return y.square().sum() + weights.sum()
 
-    def plain(x, mean_offset, c, mask):
-        y, weights = density_attention(x, mean_offset, c, mask=mask, return_weights=True, backend=backend)
-        return y.square().sum() + weights.sum()
-
+    compiled = torch.compile(plain, fullgraph=True, dynamic=dynamic, backend=compiler)
     for batch in (2, 3) if dynamic else (2,):
-        tensors, _ = leaves((batch, 6, 5), dtype=torch.float32)
-        mask = torch.rand(batch, 6) > 0.3
+        case, tensors = leaves((batch, 6, 5), dtype=torch.float32, algorithm=algorithm)
+        mask = torch.rand(case.shape[:2]) > 0.3
         with recorded_launches() as names:
-            compiled = torch.autograd.grad(attend(*tensors, mask), tensors)
+            grads = torch.autograd.grad(compiled(*tensors, mask), tensors)
         assert (backend == "triton") == ("_forward" in names and "_backward" in names)
-        for ours, theirs in zip(compiled, torch.autograd.grad(plain(*tensors, mask), tensors), strict=True):
+        for ours, theirs in zip(grads, torch.autograd.grad(plain(*tensors, mask), tensors), strict=True):
             assert error(ours, theirs.double()) < 1e-5
 
 
+@algorithms
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_dynamic_shapes_do_not_recompile(backend):
+def test_dynamic_shapes_do_not_recompile(backend, algorithm):
     counter = CompileCounterWithBackend("aot_eager")
-    attend = torch.compile(
-        lambda *args: density_attention(*args, backend=backend), fullgraph=True, dynamic=True, backend=counter
+    call = torch.compile(
+        lambda *args: ALGORITHMS[algorithm].call(*args, norm_axis=1, backend=backend),
+        fullgraph=True,
+        dynamic=True,
+        backend=counter,
     )
     graphs = []
-    for batch in (3, 4, 7, 9):
-        tensors, _ = leaves((batch, 6, 5), dtype=torch.float32)
-        attend(*tensors).sum().backward()
+    for batch in (4, 6, 8, 9):  # of no other dimension's size: equal sizes are taken for one
+        _, tensors = leaves((batch, 6, 5), dtype=torch.float32, algorithm=algorithm)
+        call(*tensors).sum().backward()
         graphs.append(counter.frame_count)
     assert graphs == graphs[:1] * 4
 
@@ -116,99 +125,103 @@ def test_compile_of_the_module_and_the_context(backend):
     assert not names, "the choice of the context was compiled in"
 
 
+@algorithms
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_double_backward_of_a_compiled_call_is_an_error(backend):
-    (x, mean_offset, c), _ = leaves()
-    y = torch.compile(density_attention, fullgraph=True, backend="aot_eager")(x, mean_offset, c, backend=backend)
+def test_double_backward_of_a_compiled_call_is_an_error(backend, algorithm):
+    _, (x, p, q) = leaves(algorithm=algorithm)
+    y = torch.compile(ALGORITHMS[algorithm].call, fullgraph=True, backend="aot_eager")(
+        x, p, q, norm_axis=1, backend=backend
+    )
     with pytest.raises(RuntimeError, match=r"double backward|create_graph"):
         (dx,) = torch.autograd.grad(y.sum(), x, create_graph=True)
         dx.square().sum().backward()
 
 
-def loss(backend, x, mean_offset, c):
-    y, weights = density_attention(x, mean_offset, c, return_weights=True, backend=backend)
+def loss(case, backend, x, p, q):
+    y, weights = attend(case, x, p, q, backend=backend)
     return y.square().sum() + weights.sum()
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_functorch(backend, compiled):
+@algorithms
+def test_functorch(backend, compiled, algorithm):
     """func.grad, vmap, vmap of grad and jvp agree with plain autograd, compiled too."""
-    tensors, _ = leaves()
-    expected = torch.autograd.grad(loss(backend, *tensors), tensors)
+    case, tensors = leaves(algorithm=algorithm)
+    expected = torch.autograd.grad(loss(case, backend, *tensors), tensors)
     wrap = torch.compile(fullgraph=True, backend="aot_eager") if compiled else lambda f: f
-    x, mean_offset, c = (t.detach() for t in tensors)
+    x, p, q = (t.detach() for t in tensors)
+    one_case = case.but(axis=0, weights=False)
 
-    grads = wrap(torch.func.grad(lambda *args: loss(backend, *args), (0, 1, 2)))(x, mean_offset, c)
+    grads = wrap(torch.func.grad(lambda *args: loss(case, backend, *args), (0, 1, 2)))(x, p, q)
     for ours, theirs in zip(grads, expected, strict=True):
         assert error(ours, theirs) < 1e-12
 
-    def attend(x, mean_offset, c):
-        return density_attention(x, mean_offset, c, norm_axis=0, backend=backend)
+    def call(x, p, q):
+        return attend(one_case, x, p, q, backend=backend)
 
-    y = wrap(torch.func.vmap(attend, (0, None, None)))(x, mean_offset, c)
-    assert error(y, density_attention(x, mean_offset, c)) < 1e-12
-    offsets = torch.stack([mean_offset, mean_offset + 0.1])
-    y = wrap(torch.func.vmap(attend, (None, 0, None)))(x[0], offsets, c)
-    assert error(y[1], attend(x[0], offsets[1], c)) < 1e-12
+    y = wrap(torch.func.vmap(call, (0, None, None)))(x, p, q)
+    assert error(y, attend(case, x, p, q)[0]) < 1e-12
+    offsets = torch.stack([p, p + 0.1])
+    y = wrap(torch.func.vmap(call, (None, 0, None)))(x[0], offsets, q)
+    assert error(y[1], call(x[0], offsets[1], q)) < 1e-12
 
-    def one(x, mean_offset, c):
-        return loss(backend, x[None], mean_offset, c)
+    def one(x, p, q):
+        return loss(case, backend, x[None], p, q)
 
-    each = wrap(torch.func.vmap(torch.func.grad(one, 2), (0, None, None)))(x, mean_offset, c)
+    each = wrap(torch.func.vmap(torch.func.grad(one, 2), (0, None, None)))(x, p, q)
     assert error(each.sum(0), expected[2]) < 1e-12
 
     tangent = torch.ones_like(x)
-    _, jvp = wrap(lambda x: torch.func.jvp(lambda x: loss(backend, x, mean_offset, c), (x,), (tangent,)))(x)
+    _, jvp = wrap(lambda x: torch.func.jvp(lambda x: loss(case, backend, x, p, q), (x,), (tangent,)))(x)
     assert error(jvp, (expected[0] * tangent).sum()) < 1e-12
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_functorch_in_other_orders(backend):
+@algorithms
+def test_functorch_in_other_orders(backend, algorithm):
     """Backward through vmap, second derivatives and masks under vmap."""
-    (x, mean_offset, c), _ = leaves()
-    mask = torch.rand(2, 6) > 0.3
-    mapped = torch.func.vmap(
-        lambda x, mask: density_attention(x, mean_offset, c, norm_axis=0, mask=mask, backend=backend)
-    )
-    grads = torch.autograd.grad(mapped(x, mask).square().sum(), (x, mean_offset, c))
-    plain = density_attention(x, mean_offset, c, mask=mask).square().sum()
-    for ours, theirs in zip(grads, torch.autograd.grad(plain, (x, mean_offset, c)), strict=True):
+    case, (x, p, q) = leaves(algorithm=algorithm)
+    mask = torch.rand(case.shape[:2]) > 0.3
+    one_case = case.but(axis=0, weights=False)
+    mapped = torch.func.vmap(lambda x, mask: attend(one_case, x, p, q, mask, backend=backend))
+    grads = torch.autograd.grad(mapped(x, mask).square().sum(), (x, p, q))
+    plain = attend(case, x, p, q, mask)[0].square().sum()
+    for ours, theirs in zip(grads, torch.autograd.grad(plain, (x, p, q)), strict=True):
         assert error(ours, theirs) < 1e-12
-    second = torch.func.grad(lambda c: torch.func.grad(lambda c: loss(backend, x, mean_offset, c))(c).square().sum())(c)
-    (first,) = torch.autograd.grad(loss(backend, x, mean_offset, c), c, create_graph=True)
-    assert error(second, torch.autograd.grad(first.square().sum(), c)[0]) < 1e-12
+    second = torch.func.grad(lambda q: torch.func.grad(lambda q: loss(case, backend, x, p, q))(q).square().sum())(q)
+    (first,) = torch.autograd.grad(loss(case, backend, x, p, q), q, create_graph=True)
+    assert error(second, torch.autograd.grad(first.square().sum(), q)[0]) < 1e-12
 
 
+@algorithms
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_gradient_penalty_and_checkpointing(backend):
-    (x, mean_offset, c), _ = leaves()
+def test_gradient_penalty_and_checkpointing(backend, algorithm):
+    case, (x, p, q) = leaves(algorithm=algorithm)
 
-    def penalised(attend):
-        y = attend(x, mean_offset, c)
+    def penalised(call):
+        y = call(x, p, q)
         (dx,) = torch.autograd.grad(y.sum(), x, create_graph=True)
-        return torch.autograd.grad(y.sum() + dx.square().sum(), (x, mean_offset, c))
+        return torch.autograd.grad(y.sum() + dx.square().sum(), (x, p, q))
 
-    from daam import reference
-
-    expected = penalised(lambda *args: reference.density(*args, None, 1, 2, 1e-5, False)[0])
-    for ours, theirs in zip(penalised(lambda *args: density_attention(*args, backend=backend)), expected, strict=True):
-        assert error(ours, theirs) < 1e-12
-    plain = torch.autograd.grad(loss(backend, x, mean_offset, c), (x, c))
-    again = torch.utils.checkpoint.checkpoint(
-        lambda *args: loss(backend, *args), x, mean_offset, c, use_reentrant=False
-    )
-    for ours, theirs in zip(torch.autograd.grad(again, (x, c)), plain, strict=True):
+    how = (1, *case.spec.settings(case), False)
+    expected = penalised(lambda *args: case.spec.reference.formula(*args, None, *how)[0])
+    for ours, theirs in zip(penalised(lambda *args: attend(case, *args, backend=backend)[0]), expected, strict=True):
+        assert error(ours, theirs) < 1e-11
+    plain = torch.autograd.grad(loss(case, backend, x, p, q), (x, q))
+    again = torch.utils.checkpoint.checkpoint(lambda *args: loss(case, backend, *args), x, p, q, use_reentrant=False)
+    for ours, theirs in zip(torch.autograd.grad(again, (x, q)), plain, strict=True):
         assert torch.equal(ours, theirs)
 
 
+@algorithms
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_x_changed_in_place_is_an_error(backend):
-    (x, mean_offset, c), _ = leaves()
+def test_x_changed_in_place_is_an_error(backend, algorithm):
+    case, (x, p, q) = leaves(algorithm=algorithm)
     x = x * 1
-    y = density_attention(x, mean_offset, c, backend=backend)
+    y, _ = attend(case, x, p, q, backend=backend)
     x.add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.sum().backward()
@@ -218,7 +231,7 @@ def test_x_changed_in_place_is_an_error(backend):
 @pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
 def test_compile_of_a_transposed_streamed_input_and_in_place_use(backend, compiler):
     """Channels first seen as channels last, parameters along a dimension that stands before the chunk in memory."""
-    tensors, _ = leaves((2, 3, 1100), heads=2)
+    _, tensors = leaves((2, 3, 1100), heads=2)
     x, c = tensors[0].detach(), torch.rand(2, 3, dtype=torch.float64).requires_grad_()
 
     @torch.compile(fullgraph=True, backend=compiler)
@@ -232,9 +245,10 @@ def test_compile_of_a_transposed_streamed_input_and_in_place_use(backend, compil
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_batched_gradients(backend):
-    tensors, _ = leaves()
-    y = density_attention(*tensors, backend=backend)
+@algorithms
+def test_batched_gradients(backend, algorithm):
+    case, tensors = leaves(algorithm=algorithm)
+    y, _ = attend(case, *tensors, backend=backend)
     rows = torch.randn(3, *y.shape, dtype=y.dtype)
     batched = torch.autograd.grad(y, tensors, rows, is_grads_batched=True, retain_graph=True)
     for i, row in enumerate(rows):
@@ -242,65 +256,73 @@ def test_batched_gradients(backend):
             assert error(ours[i], theirs) < 1e-12
 
 
+@algorithms
 @pytest.mark.parametrize("shape", [(2, 6, 5), (2, 3000, 5)], ids=str)
-def test_fake_cuda_tensors(shape):
+def test_fake_cuda_tensors(shape, algorithm):
     """Shapes, dtypes and strides without a GPU; long chunks say that they keep statistics."""
+    case = Case(shape, 1, heads=2, algorithm=algorithm)
+    how = (1, *case.spec.settings(case), False)
+    forward, backward = (getattr(torch.ops.daam, f"{algorithm}_{name}") for name in ("forward", "backward"))
     with FakeTensorMode():
         x = torch.empty(shape, device="cuda", dtype=torch.bfloat16)
-        p = torch.empty(2, 5, device="cuda")
-        y, weights, stats = torch.ops.daam.density_forward(x, p, p, None, 1, 2, 1e-5, False, True, True)
+        p = torch.empty(2, case.columns, device="cuda")
+        y, weights, stats = forward(x, p, p, None, *how, True, True)
         assert y.shape == weights.shape == x.shape and y.dtype == weights.dtype == torch.bfloat16
         assert stats.dtype == torch.float32 and stats.shape == ((4, 2, 2, 5) if shape[1] == 3000 else (0,))
-        dx, d_mean_offset, d_c = torch.ops.daam.density_backward(
-            y, None, x, p, p, None, None, 1, 2, 1e-5, False, True, True
-        )
+        dx, *grads = backward(y, None, x, p, p, None, None, *how, True, True)
         assert dx.shape == x.shape and dx.dtype == x.dtype and dx.is_contiguous()
-        assert d_c.shape == d_mean_offset.shape == p.shape and d_c.dtype == torch.float32
-        assert density_attention(x, p, p).device.type == "cuda"
+        assert all(g.shape == p.shape and g.dtype == torch.float32 for g in grads)
+        assert attend(case, x, p, p)[0].device.type == "cuda"
 
 
-def test_meta_tensors():
-    x, p = torch.empty(2, 6, 5, device="meta", requires_grad=True), torch.empty(2, 5, device="meta", requires_grad=True)
+@algorithms
+def test_meta_tensors(algorithm):
+    case = Case((2, 6, 5), 1, heads=2, algorithm=algorithm)
+    x = torch.empty(2, 6, 5, device="meta", requires_grad=True)
+    p = torch.empty(2, case.columns, device="meta", requires_grad=True)
     for backend in ("auto", "eager"):
-        y = density_attention(x, p, p, backend=backend)
+        y, _ = attend(case, x, p, p, backend=backend)
         assert y.shape == x.shape and y.is_meta
         y.sum().backward()
         assert x.grad.shape == x.shape and p.grad.shape == p.shape
 
 
-def test_export():
-    (x, mean_offset, c), _ = leaves(dtype=torch.float32)
+@algorithms
+def test_export(algorithm):
+    case, tensors = leaves(dtype=torch.float32, algorithm=algorithm)
 
     class Attend(torch.nn.Module):
-        def forward(self, x, mean_offset, c):
-            return density_attention(x, mean_offset, c)
+        def forward(self, x, p, q):
+            return attend(case, x, p, q)[0]
 
-    args = (x.detach(), mean_offset.detach(), c.detach())
+    args = tuple(t.detach() for t in tensors)
     program = torch.export.export(Attend(), args)
-    torch.testing.assert_close(program.module()(*args), density_attention(*args))
+    torch.testing.assert_close(program.module()(*args), attend(case, *args)[0])
 
 
 def test_the_compile_cache_sees_a_change_of_the_source():
     """The composite operator's body is not part of the cache's key; the version among its arguments is."""
-    assert {"ops.py", "reference.py", "launch.py", "layout.py"} <= {path.name for path in ops._SOURCES}
+    found = {"/".join(path.parts[-2:]) for path in ops._SOURCES}
+    assert {"daam/ops.py", "reference/chunks.py", "reference/gate.py", "kernels/launch.py"} <= found
     seen = []
 
     def look(graph, _):
         seen.extend(node.args for node in graph.graph.nodes if node.target is torch.ops.daam.density.default)
         return graph
 
-    (x, mean_offset, c), _ = leaves()
+    _, (x, mean_offset, c) = leaves()
     with mock.patch.object(ops, "_VERSION", "edited"):
         torch.compile(density_attention, backend=look, fullgraph=True)(x, mean_offset, c)
     assert seen and seen[0][-1] == "edited"
 
 
-def test_eager_saves_nothing_but_its_inputs():
-    case = Case((4, 24, 33), 1, mask=True)
-    given = inputs(case, torch.bfloat16)
-    tensors, saved = [t.detach().requires_grad_() for t in (given.x, given.mean_offset, given.c)], []
+@algorithms
+def test_eager_saves_nothing_but_its_inputs(algorithm):
+    case = Case((4, 24, 33), 1, mask=True, algorithm=algorithm)
+    given, saved = inputs(case, torch.bfloat16), []
+    tensors = given.leaves()
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        density_attention(*tensors, mask=given.mask, return_weights=True, backend="eager")
+        attend(case, *tensors, given.mask, backend="eager")
     known = {t.untyped_storage().data_ptr() for t in (*tensors, given.mask)}
     assert saved and all(t.untyped_storage().data_ptr() in known for t in saved)
 
@@ -310,8 +332,6 @@ def test_two_devices_in_one_process_launch_on_their_own(backend):
     """The device of a launch is that of the tensors, not the current one."""
     if backend == "eager":
         pytest.skip("launches nothing")
-    from daam.kernels import launch
-
     entered, kernel = [], mock.MagicMock()
     device = mock.MagicMock(side_effect=lambda d: entered.append(d) or mock.MagicMock())
     with mock.patch.multiple(torch.cuda, current_device=lambda: 0, device=device):
@@ -321,9 +341,9 @@ def test_two_devices_in_one_process_launch_on_their_own(backend):
     assert kernel.__getitem__.call_count == 2
 
 
-def test_results_agree_across_backends_for_run():
+@algorithms
+def test_results_agree_across_backends_for_run(algorithm):
     """The helper of all kernel tests compares what it says it compares."""
-    case = Case((2, 6, 5), 1, heads=2)
-    given = inputs(case)
-    result = run(case, given, "eager")
-    assert set(result) == {"y", "weights", "dx", "d_mean_offset", "d_c"}
+    case = Case((2, 6, 5), 1, heads=2, algorithm=algorithm)
+    p, q = ALGORITHMS[algorithm].params
+    assert set(run(case, inputs(case), "eager")) == {"y", "weights", "dx", f"d_{p}", f"d_{q}"}

@@ -1,12 +1,16 @@
-"""The specification, the published implementation, and the lean functions that run in its place."""
+"""The specification, the published implementations, and the lean functions that run in its place."""
+
+import math
+from unittest import mock
 
 import pytest
 import torch
-from helpers import GOLDEN, Case, check_golden, error, inputs, oracle, run
+from helpers import ALGORITHMS, GOLDEN, Case, broadcast, check_golden, error, inputs, oracle, run
 
-from daam import reference
+from daam.reference import chunks
 
-CASES = [
+algorithms = pytest.mark.parametrize("algorithm", ALGORITHMS)
+DENSITY = [
     Case((7, 21), 0),
     Case((3, 24, 6), 1, heads=8, mask=True),
     Case((3, 24, 6), 1, heads=2, params="one", residual=True, grads="expanded"),
@@ -15,6 +19,32 @@ CASES = [
     Case((3, 2, 5, 3, 4), 2, layout="sliced", mask=True, weights=False),
     Case((2, 3, 8), -1, heads=4, params="one", grads="transposed", weights=False, residual=True),
 ]
+OTHERS = [
+    Case((7, 21), 0, params=1),
+    Case((3, 25, 6), 1, heads=8, mask=True, params=8),
+    Case((3, 24, 6), 1, heads=2, residual=True, grads="expanded"),
+    Case((4, 3, 13), -1, heads=2, layout="transposed", mask=True, residual=True),
+    Case((2, 7, 5, 4), 1, heads=2, layout="channels_last", grads="sliced"),
+    Case((3, 2, 5, 3, 4), 2, layout="sliced", mask=True, weights=False),
+]
+MIXTURE = [
+    Case((4, 13, 9), 1, heads=3, eps=0.15),
+    Case((4, 33), 1, heads=2, eps=0.15, mask=True, residual=True),
+    Case((3, 13, 9), 1, heads=2, padding=0.0, residual=True),
+    Case((3, 33), 1, heads=2, padding=-1.5, eps=0.15, layout="sliced"),
+    Case((3, 20, 5), 1, heads=3, eps=0.0, mask=True),
+]
+CASES = [
+    *DENSITY,
+    *(case.but(algorithm=name) for name in ("mixture", "gate") for case in OTHERS),
+    *(case.but(algorithm="mixture") for case in MIXTURE),
+]
+
+
+def arguments(case, given):
+    """Of a function of the reference, after the gradients."""
+    how = (case.positive_axis, *case.spec.settings(case), case.residual)
+    return given.x, *given.params, broadcast(given.mask, case), *how
 
 
 @pytest.mark.parametrize("name", GOLDEN)
@@ -22,10 +52,12 @@ def test_published_cases(name):
     check_golden(name, "eager")
 
 
+@pytest.mark.parametrize("sliced", [False, True])
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_lean_functions_agree_with_the_specification(case):
+def test_lean_functions_agree_with_the_specification(case, sliced):
     given = inputs(case)
-    expected, result = oracle(case, given), run(case, given, "eager")
+    with mock.patch.object(chunks, "SLICE", 16 if sliced else 2**19):
+        expected, result = oracle(case, given), run(case, given, "eager")
     assert result.keys() == expected.keys()
     for name in expected:
         assert error(result[name], expected[name]) < 1e-12, name
@@ -34,76 +66,97 @@ def test_lean_functions_agree_with_the_specification(case):
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_closed_form_agrees_with_autograd(case):
     given = inputs(case)
-    expected, axis = oracle(case, given), case.axis % len(case.shape)
-    mask = None if given.mask is None else given.mask.reshape(*given.mask.shape, *[1] * (len(case.shape) - axis - 1))
-    grads = reference.density_grad(
-        given.grad_y, given.grad_weights, given.x, given.mean_offset, given.c, mask, axis, len(case.shape) - 1, 1e-5,
-        case.residual,
-    )  # fmt: skip
-    for name, grad in zip(("dx", "d_mean_offset", "d_c"), grads, strict=True):
+    expected = oracle(case, given)
+    grads = case.spec.reference.gradient(given.grad_y, given.grad_weights, *arguments(case, given))
+    for name, grad in zip(case.gradients, grads, strict=True):
         assert error(grad, expected[name]) < 1e-12, name
 
 
+@pytest.mark.parametrize("padding", [None, 0.0])
+@pytest.mark.parametrize("eps", [1e-8, 0.15, 1.0])
+def test_both_sides_of_the_clamp_are_tested(eps, padding):
+    """The cases above hold chunks whose weights sum to 1, to less, and both."""
+    case = Case((4, 13, 9), 1, heads=3, eps=eps, padding=padding, algorithm="mixture")
+    weights = run(case, inputs(case), "eager")["weights"]
+    free = torch.cat([weights[:, i : i + n].sum(1) > 1 - 1e-9 for i, n in ((0, 4), (4, 4), (8, 5))])
+    low, high = {1e-8: (0.95, 1.0), 0.15: (0.05, 0.95), 1.0: (0.0, 0.0)}[eps]
+    assert low <= free.double().mean() <= high
+
+
+@algorithms
 @pytest.mark.parametrize("need_x", [False, True])
 @pytest.mark.parametrize("need_params", [False, True])
 @pytest.mark.parametrize("given_grads", [(True, True), (True, False), (False, True)])
-def test_only_what_is_needed(need_x, need_params, given_grads):
-    given = inputs(Case((2, 6, 5), 1, heads=2))
+def test_only_what_is_needed(need_x, need_params, given_grads, algorithm):
+    case = Case((2, 6, 5), 1, heads=2, residual=True, algorithm=algorithm)
+    given = inputs(case)
     grads = [g if wanted else None for g, wanted in zip((given.grad_y, given.grad_weights), given_grads, strict=True)]
-    args = (*grads, given.x, given.mean_offset, given.c, None, 1, 2, 1e-5, True)
-    full, lean = reference.density_grad(*args), reference.density_backward(*args, need_x, need_params)
-    expected = [*full[: 1 * need_x], *full[1 : 1 + 2 * need_params]]
-    assert len(lean) == len(expected)
-    for ours, theirs in zip(lean, expected, strict=True):
-        assert error(ours, theirs) < 1e-12
+    args = (*grads, *arguments(case, given))
+    full, lean = case.spec.reference.gradient(*args), case.spec.reference.backward(*args, need_x, need_params)
+    assert [g is not None for g in lean] == [need_x, need_params, need_params]
+    for ours, theirs in zip(lean, full, strict=True):
+        assert ours is None or error(ours, theirs) < 1e-12
 
 
 @pytest.mark.parametrize(
     ("shape", "axis", "feature_axis", "features"),
-    [((2, 4, 3), 1, 2, 3), ((4, 3), 0, 1, 3), ((2, 6), 1, 1, 3), ((3, 2, 4), 2, 0, 3), ((2, 4, 3), 1, 2, 1)],
+    [((2, 4, 3), 1, 2, 3), ((4, 3), 0, 1, 3), ((2, 6), 1, 1, 3), ((3, 2, 4), 2, 0, 3), ((2, 4, 3), 1, None, 1)],
 )
-def test_gradcheck_and_gradgradcheck(shape, axis, feature_axis, features):
+def test_gradcheck_and_gradgradcheck_of_density(shape, axis, feature_axis, features):
+    settings = (feature_axis, 1e-5)
+    check_gradients(ALGORITHMS["density"], shape, axis, features, settings, torch.rand(2, features) + 0.5)
+
+
+@pytest.mark.parametrize("eps", [1e-8, 0.1])
+@pytest.mark.parametrize(("shape", "axis"), [((2, 7, 3), 1), ((5, 2), 0), ((2, 9), 1)])
+def test_gradcheck_and_gradgradcheck_of_mixture(shape, axis, eps):
+    for padding in (None, 0.0):
+        q = torch.rand(2, 3) + 0.5
+        check_gradients(ALGORITHMS["mixture"], shape, axis, 3, (eps, padding), q, mask=padding is None)
+
+
+@pytest.mark.parametrize(("shape", "axis"), [((2, 7, 3), 1), ((5, 2), 0), ((2, 9), 1)])
+def test_gradcheck_and_gradgradcheck_of_gate(shape, axis):
+    check_gradients(ALGORITHMS["gate"], shape, axis, 3, (), torch.randn(2, 3))
+
+
+def check_gradients(spec, shape, axis, columns, settings, q, mask=True):
     """Both orders, of x and the parameters, through y and weights; the closed form is what double backward runs."""
     torch.manual_seed(0)
-    x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
-    mean_offset = torch.randn(2, features, dtype=torch.float64, requires_grad=True)
-    c = (torch.rand(2, features, dtype=torch.float64) + 0.5).requires_grad_()
-    mask = torch.rand([size if d <= axis else 1 for d, size in enumerate(shape)]) > 0.2
+    x = torch.randn(shape, dtype=torch.float64)
+    if not mask:
+        x[(0, *(0 for _ in shape[1:]))] = 0.0  # holds the padding value, and numerical derivatives would leave it
+    x.requires_grad_(mask)
+    p, q = torch.randn(2, columns, dtype=torch.float64, requires_grad=True), q.double().requires_grad_()
+    valid = torch.rand([size if d <= axis else 1 for d, size in enumerate(shape)]) > 0.2 if mask else None
+    how = (valid, axis, *settings, True)
 
     def attend(*args):
-        return reference.density(*args, mask, axis, feature_axis, 1e-5, True)
+        return spec.reference.formula(*args, *how)
 
-    assert torch.autograd.gradcheck(attend, (x, mean_offset, c))
-    assert torch.autograd.gradgradcheck(attend, (x, mean_offset, c))
+    assert torch.autograd.gradcheck(attend, (x, p, q))
+    assert torch.autograd.gradgradcheck(attend, (x, p, q))
     grads = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for _ in range(2)]
 
     def differentiate(*args):
-        return reference.density_grad(*args, mask, axis, feature_axis, 1e-5, True)
+        return spec.reference.gradient(*args, *how)
 
-    assert torch.autograd.gradcheck(differentiate, (*grads, x, mean_offset, c))
+    assert torch.autograd.gradcheck(differentiate, (*grads, x, p, q))
 
 
+@algorithms
 @pytest.mark.parametrize("mean", [1e2, 1e4])
-def test_a_large_mean_costs_no_accuracy(mean):
-    case = Case((2, 64, 5), 1, heads=2, offset=mean)
+def test_a_large_mean_costs_no_accuracy(mean, algorithm):
+    case = Case((2, 64, 5), 1, heads=2, offset=mean, algorithm=algorithm)
     given = inputs(case, torch.float32)
     expected, result = oracle(case, given), run(case, given, "eager")
     for name in expected:
         assert error(result[name], expected[name]) < 2e-5, name
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
-def test_a_constant_chunk_is_finite(dtype):
-    """The published code gives NaN here in fp16."""
-    case = Case((2, 6, 5), 1, heads=2)
-    given = inputs(case, dtype)
-    given.x = torch.full((2, 6, 5), 3.0, dtype=dtype)
-    for name, t in run(case, given, "eager").items():
-        assert t.isfinite().all(), name
-
-
-def test_what_is_masked_reaches_nothing():
-    case = Case((2, 6, 5), 1, heads=2, mask=True)
+@algorithms
+def test_what_is_masked_reaches_nothing(algorithm):
+    case = Case((2, 6, 5), 1, heads=2, mask=True, algorithm=algorithm)
     given = inputs(case)
     clean = run(case, given, "eager")
     hidden = ~given.mask[..., None].expand(2, 6, 5)
@@ -112,3 +165,16 @@ def test_what_is_masked_reaches_nothing():
     for name, t in run(case, given, "eager").items():
         assert torch.equal(t, clean[name]), name
     assert all((clean[name][hidden] == 0).all() for name in ("y", "weights", "dx"))
+
+
+def test_the_mixture_is_the_product_of_its_gaussians():
+    """By the definition, in float64, where nothing underflows."""
+    case = Case((2, 9, 3), 1, params=4, algorithm="mixture", eps=1e-3)
+    given = inputs(case)
+    x, (offsets, c) = given.x, given.params
+    z = (x[..., None] - x.mean(1, keepdim=True)[..., None] - offsets[0]) / (x.var(1, keepdim=True) + 1e-3).sqrt()[
+        ..., None
+    ]
+    product = (torch.exp(-(z**2) / (2 * c[0] ** 2)) / torch.sqrt(2 * math.pi * c[0] ** 2)).prod(-1)
+    expected = product / product.sum(1, keepdim=True).clamp(min=1e-3)
+    assert error(run(case, given, "eager")["weights"], expected) < 1e-13

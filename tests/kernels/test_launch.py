@@ -6,43 +6,41 @@ import pytest
 import torch
 
 from daam.kernels import launch
-from daam.kernels.layout import view
+from daam.kernels.layout import varies, view
+
+PASSES = (launch.FORWARD, launch.FORWARD_MIXTURE, launch.BACKWARD, *map(launch.gate_backward, (1, 4, 8, 40)))
 
 
-def of(shape, axis, feature_axis, along, dtype=torch.bfloat16, heads=1):
-    """Tiles of both passes, and whether the chunk is streamed."""
+def of(shape, axis, feature_axis, dtype=torch.bfloat16, heads=1):
+    """Of every pass: its tiles, its tile, and whether the chunk is streamed."""
     x = torch.empty(shape, dtype=dtype, device="meta")
-    one = view(x, [], axis, heads, feature_axis, along)
-    streamed = launch.streams(x, axis, heads, one.by_axis)
-    return [
-        launch.tile_for(tiles, one, streamed, along, dtype) for tiles in (launch.FORWARD, launch.BACKWARD)
-    ], streamed
+    one = view(x, [], axis, heads, feature_axis)
+    along, found = varies(axis, feature_axis), []
+    for tiles in PASSES:
+        streamed = launch.streams(tiles, x, axis, heads, one.by_axis)
+        found.append((tiles, launch.tile_for(tiles, one, streamed, along, dtype), streamed))
+    return found
 
 
-@pytest.mark.parametrize(("n", "feature_axis", "along"), [(3, 2, "inner"), (40, 2, "inner"), (600, 2, "nothing")])
-def test_no_batch_size_changes_a_tile(n, feature_axis, along):
-    assert len({str(of((batch, n, 100), 1, feature_axis, along)) for batch in (1, 2, 7, 1000)}) == 1
+@pytest.mark.parametrize(("n", "feature_axis"), [(3, 2), (40, 2), (600, None)])
+def test_no_batch_size_changes_a_tile(n, feature_axis):
+    assert len({str(of((batch, n, 100), 1, feature_axis)) for batch in (1, 2, 7, 1000)}) == 1
 
 
 @pytest.mark.parametrize("n", [2, 5, 500, 4096, 5000])
 def test_no_number_of_rows_changes_a_tile(n):
-    assert len({str(of((rows, n), 1, 1, "chunk")) for rows in (1, 2, 7, 100_000)}) == 1
+    assert len({str(of((rows, n), 1, 1)) for rows in (1, 2, 7, 100_000)}) == 1
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("n", [1, 2, 3, 64, 65, 255, 256, 257, 1024, 1025, 4096, 4097, 100_000])
 @pytest.mark.parametrize("rows", [False, True])
 def test_resident_tiles_hold_a_chunk(n, rows, dtype):
-    tiles, streamed = of((5, n) if rows else (5, n, 100), 1, 1 if rows else 2, "chunk" if rows else "inner", dtype)
-    longest = (launch.LONGEST_ROW if rows else launch.LONGEST_COLUMN) // (4 if dtype == torch.float64 else 1)
-    assert streamed == (n > longest)
-    for tile in tiles:
+    for tiles, tile, streamed in of((5, n) if rows else (5, n, 100), 1, 1 if rows else 2, dtype):
+        longest, _ = (tiles.rows if rows else tiles.columns)[-1]
+        assert streamed == (n > longest // (4 if dtype == torch.float64 else 1))
         assert streamed or n <= tile.chunk
-        assert tile.num_warps in (1, 2, 4, 8) and tile.chunk & (tile.chunk - 1) == tile.inner & (tile.inner - 1) == 0
-
-
-def test_narrow_columns_shrink_the_tile():
-    assert of((5, 24, 3), 1, 2, "inner")[0][0].inner == 4
+        assert tile.num_warps <= 16 and tile.chunk * tile.inner <= 2**16
 
 
 @pytest.mark.parametrize("tiles", [1, 3, 100, 5000, 10**6, 2**33])
@@ -60,10 +58,10 @@ def test_programs(tiles, heads, multiple, tiles_each):
 
 def test_index_bits():
     x = torch.empty(1, device="meta").as_strided((3, 16), (2**30 + 16, 1))
-    one = view(x, [], 0, 1, 1, "inner")
+    one = view(x, [], 0, 1, 1)
     assert launch.index_bits(one, launch.Tile(4, 16, 1)) == 64
     assert launch.index_bits(one, launch.Tile(2, 16, 1)) == 32
-    assert launch.index_bits(view(torch.empty(3, 16), [], 0, 1, 1, "inner"), launch.Tile(4, 16, 1)) == 32
+    assert launch.index_bits(view(torch.empty(3, 16), [], 0, 1, 1), launch.Tile(4, 16, 1)) == 32
 
 
 @pytest.mark.parametrize("value", [1e-5, 1e-5 + 1e-8, 0.1, 0.0, 1.0, 1e-30])
@@ -79,12 +77,18 @@ def test_more_heads_than_the_grid_takes():
 
 
 def test_stats_are_kept_for_long_chunks_only_and_cost_little():
-    for shape, axis, feature_axis, along in (((2, 257, 9), 1, 2, "inner"), ((3, 4097), 1, 1, "chunk")):
+    for shape, axis, feature_axis in (((2, 257, 9), 1, 2), ((3, 4097), 1, 1)):
         for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
             x = torch.empty(shape, dtype=dtype)
-            numbers = torch.Size(launch.stats_shape(x, axis, 1, feature_axis, along)).numel()
+            numbers = torch.Size(launch.stats_shape(launch.FORWARD, x, axis, 1, feature_axis)).numel()
             assert launch.worth_keeping(x, axis, 1)
             assert numbers * (8 if dtype == torch.float64 else 4) <= 0.05 * x.nbytes
     assert not launch.worth_keeping(torch.empty(2, 79, 9, dtype=torch.float64), 1, 1)
     assert launch.worth_keeping(torch.empty(2, 80, 9, dtype=torch.float64), 1, 1)
-    assert launch.stats_shape(torch.empty(2, 256, 9), 1, 1, 2, "inner") is None
+    assert launch.stats_shape(launch.FORWARD, torch.empty(2, 256, 9), 1, 1, 2) is None
+
+
+def test_stats_of_heads_of_unequal_length():
+    """Room for all heads as soon as the last, the longest, is streamed."""
+    assert launch.stats_shape(launch.FORWARD, torch.empty(2, 513, 9), 1, 2) == (4, 2, 2, 9)
+    assert launch.stats_shape(launch.FORWARD, torch.empty(2, 512, 9), 1, 2) is None

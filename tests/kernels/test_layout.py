@@ -6,7 +6,7 @@ import pytest
 import torch
 from helpers import GRADS, LAYOUTS, strided
 
-from daam.kernels.layout import varies, view
+from daam.kernels.layout import parts, varies, view
 
 GENERATOR = torch.Generator().manual_seed(0)
 
@@ -31,11 +31,11 @@ def addresses(operand, one):
     ("shape", "axis"), [((4, 6), 0), ((4, 6), 1), ((2, 4, 3), 1), ((2, 3, 4, 5), 2), ((1, 4, 1, 3), 1)]
 )
 def test_every_element_is_addressed_once_in_every_tensor(shape, axis, layout, grads, along):
-    feature_axis = axis if along == "chunk" else (axis + 1) % len(shape)
+    feature_axis = {"chunk": axis, "inner": (axis + 1) % len(shape), "nothing": None}[along]
     if along == "inner" and shape[feature_axis] == 1:
         pytest.skip("a parameter of one feature varies along nothing")
     x, grad = (strided(shape, name, torch.float32, GENERATOR) for name in (layout, grads))
-    one = view(x, [None, grad], axis, 2, feature_axis, along)
+    one = view(x, [None, grad], axis, 2, feature_axis)
     assert one.places * one.heads * one.chunk * one.inner == x.numel()
     assert one.chunk == shape[axis] // 2 and one.operands[1] is None
     of_x, of_grad = (addresses(one.operands[i], one) for i in (0, 2))
@@ -48,32 +48,44 @@ def test_every_element_is_addressed_once_in_every_tensor(shape, axis, layout, gr
 
 
 @pytest.mark.parametrize(
-    ("shape", "axis", "feature_axis", "along", "sizes", "inner"),
+    ("shape", "axis", "feature_axis", "sizes", "inner"),
     [
-        ((32, 24, 1024), 1, 2, "inner", (32,), 1024),
-        ((8, 16, 768), 2, 2, "chunk", (), 128),
-        ((8, 16, 768), 2, 2, "nothing", (), 128),
-        ((32, 256, 8, 8), 1, 3, "nothing", (32,), 64),
-        ((32, 256, 8, 8), 1, 3, "inner", (8, 32), 8),
-        ((2, 3, 4, 5, 6), 2, 4, "inner", (5, 6), 6),
-        ((7, 5), 0, 1, "inner", (), 5),
-        ((7,) * 2, 1, 1, "chunk", (), 7),
-        ((1, 24, 1), 1, 2, "nothing", (), 1),
+        ((32, 24, 1024), 1, 2, (32,), 1024),
+        ((8, 16, 768), 2, 2, (), 128),
+        ((8, 16, 768), 2, None, (), 128),
+        ((32, 256, 8, 8), 1, None, (32,), 64),
+        ((32, 256, 8, 8), 1, 3, (8, 32), 8),
+        ((2, 3, 4, 5, 6), 2, 4, (5, 6), 6),
+        ((7, 5), 0, 1, (), 5),
+        ((7,) * 2, 1, 1, (), 7),
+        ((1, 24, 1), 1, None, (), 1),
     ],
 )
-def test_what_merges(shape, axis, feature_axis, along, sizes, inner):
-    one = view(torch.empty(shape), [], axis, 1, feature_axis, along)
+def test_what_merges(shape, axis, feature_axis, sizes, inner):
+    one = view(torch.empty(shape), [], axis, 1, feature_axis)
     assert (one.sizes, one.inner) == (sizes, inner)
     assert one.by_axis == (axis == len(shape) - 1 or inner == 1)
 
 
 def test_what_does_not_merge_in_one_tensor_merges_in_none():
     x, grad = torch.empty(4, 5, 6), torch.empty(6, 5, 4).permute(2, 1, 0)
-    assert view(x, [], 2, 1, 2, "chunk").sizes == ()
-    assert view(x, [grad], 2, 1, 2, "chunk").sizes == (4,)
+    assert view(x, [], 2, 1, 2).sizes == ()
+    assert view(x, [grad], 2, 1, 2).sizes == (4,)
 
 
 def test_varies():
-    assert varies(torch.empty(2, 1), 1, 1) == "nothing"
-    assert varies(torch.empty(2, 3), 1, 1) == "chunk"
-    assert varies(torch.empty(2, 3), 1, 2) == "inner"
+    assert [varies(1, feature_axis) for feature_axis in (None, 1, 2)] == ["nothing", "chunk", "inner"]
+
+
+@pytest.mark.parametrize(("size", "heads"), [(24, 8), (23, 4), (15, 8), (7, 1), (5, 5), (0, 1)])
+def test_parts(size, heads):
+    """Every position and every head once, in order; the last head takes the remainder."""
+    pieces = parts(size, heads)
+    assert [p.start for p in pieces] == [0, (heads - 1) * (size // heads)][: len(pieces)]
+    assert sum(p.length for p in pieces) == size and sum(p.heads for p in pieces) == heads
+    assert all(p.length % p.heads == 0 for p in pieces) and len(pieces) == (1 if size % heads == 0 else 2)
+    assert pieces[-1].length // pieces[-1].heads == size - (heads - 1) * (size // heads)
+    x = torch.arange(2 * size).reshape(2, size)
+    assert torch.equal(torch.cat([p.positions_of(x, 1) for p in pieces], 1), x)
+    params = torch.arange(heads)
+    assert torch.equal(torch.cat([p.heads_of(params, 0) for p in pieces]), params)

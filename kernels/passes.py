@@ -1,0 +1,122 @@
+"""What a forward and a backward pass do on the host, whatever the algorithm: outputs, statistics, sums, and a `Call`
+for every part of the axis.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from daam.kernels import launch
+from daam.kernels.call import Call
+from daam.kernels.layout import Strided, acc_dtype, parts
+
+
+class Forward:
+    """A forward pass on x.
+
+    y, weights, stats: contiguous; weights are None where not asked for, stats where all chunks stay on chip.
+    """
+
+    def __init__(
+        self, x: Tensor, mask: Tensor | None, heads: int, axis: int, return_weights: bool,
+        feature_axis: int | None = None, tiles: launch.Tiles = launch.FORWARD,
+    ):  # fmt: skip
+        self.x, self.mask, self.heads, self.axis, self.feature_axis = x, mask, heads, axis, feature_axis
+        self.tiles = tiles
+        self.y, self.weights = x.new_empty(x.shape), x.new_empty(x.shape) if return_weights else None
+        self.stats = _new_stats(tiles, x, axis, heads, feature_axis)
+
+    def calls(self) -> Iterator[Call]:
+        """A call for every part of the axis, one or two, on x, mask, y and weights; none where x is empty."""
+        mask = None if self.mask is None else self.mask.expand(self.x.shape)
+        for part in parts(self.x.shape[self.axis], self.heads) if self.x.numel() else ():
+            yield Call(
+                self.tiles, part, self.axis, self.feature_axis, self.stats,
+                x=self.x, mask=mask, y=self.y, weights=self.weights,
+            )  # fmt: skip
+
+    def outputs(self, save_stats: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """y, weights, and stats where they are worth keeping."""
+        keep = save_stats and launch.worth_keeping(self.x, self.axis, self.heads)
+        return self.y, self.weights, self.stats if keep else None
+
+
+class Backward:
+    """A backward pass on x, whose stats are those of the forward pass, or None where it kept none.
+
+    dx: contiguous, None where not needed. need_params: whether gradients of the parameters are needed.
+    """
+
+    def __init__(
+        self, x: Tensor, mask: Tensor | None, grad_y: Tensor | None, grad_weights: Tensor | None, stats: Tensor | None,
+        heads: int, axis: int, need_x: bool, need_params: bool, feature_axis: int | None = None,
+        tiles: launch.Tiles = launch.BACKWARD,
+    ):  # fmt: skip
+        self.x, self.mask, self.heads, self.axis, self.feature_axis = x, mask, heads, axis, feature_axis
+        self.grad_y, self.grad_weights, self.need_params = grad_y, grad_weights, need_params
+        self.given, self.tiles = stats is not None, tiles
+        self.stats = stats if self.given else _new_stats(tiles, x, axis, heads, feature_axis)
+        self.dx = x.new_empty(x.shape) if need_x else None
+
+    def calls(self) -> Iterator[Call]:
+        """A call for every part of the axis, one or two, on x, mask, grad_y, grad_weights and dx; none where x is
+        empty.
+        """
+        mask = None if self.mask is None else self.mask.expand(self.x.shape)
+        for part in parts(self.x.shape[self.axis], self.heads) if self.x.numel() else ():
+            yield Call(
+                self.tiles, part, self.axis, self.feature_axis, self.stats,
+                x=self.x, mask=mask, grad_y=self.grad_y, grad_weights=self.grad_weights, dx=self.dx,
+            )  # fmt: skip
+
+    def lacks_stats(self, call: Call) -> bool:
+        """Whether a call streams chunks whose statistics the forward pass did not leave."""
+        return call.streamed and not (self.given and call.streamed_by(launch.FORWARD))
+
+    def sums(self, call: Call, numbers: int) -> Strided | None:
+        """Room for so many numbers a chunk, where a call streams them."""
+        return call.of_chunks(torch.empty_like(self.stats[:numbers])) if call.streamed else None
+
+    def partials(self, call: Call, numbers: int, groups: int, params: int = 1) -> Strided | None:
+        """Room for so many sums of every parameter from each group of programs, (numbers, heads, groups, params)."""
+        if not self.need_params:
+            return None
+        t = self.x.new_empty((numbers, call.part.heads, groups, params), dtype=acc_dtype(self.x))
+        return Strided(t, t.stride())
+
+    def launch(
+        self, call: Call, sums_kernel, backward_kernel, inputs: tuple, constants: tuple, *, sums: int, partials: int,
+        residual: bool, **meta,
+    ) -> tuple[Strided | None, int]:  # fmt: skip
+        """Launch the kernels of a part whose parameters are numbers of a head.
+
+        Streamed chunks: sums_kernel(*inputs, sums, partials, *constants) leaves so many sums a chunk, and so many
+        partial sums a program. Then backward_kernel(*inputs, sums, dx, partials, *constants) writes dx; where chunks
+        stay on chip it leaves the partial sums itself. Returns these, None where no parameter needs a gradient, and how
+        many there are.
+        """
+        resident = call.programs_of_sums(partials) if self.need_params else call.programs
+        groups = call.extent.tiles if call.streamed else resident
+        of_partials, of_sums = self.partials(call, partials, groups), self.sums(call, sums)
+        meta_backward = meta | {"RESIDUAL": residual}
+        if not call.streamed:
+            call.launch(backward_kernel, groups, *inputs, None, call.of.dx, of_partials, *constants, **meta_backward)
+            return of_partials, groups
+        call.launch(sums_kernel, groups, *inputs, of_sums, of_partials, *constants, **meta)
+        if self.dx is not None:
+            call.launch(backward_kernel, call.programs, *inputs, of_sums, call.of.dx, None, *constants, **meta_backward)
+        return of_partials, groups
+
+    def param_grads(self, *params: Tensor) -> tuple[Tensor | None, ...]:
+        """Room for the parameters' gradients, zeros where x is empty and nothing will be written."""
+        if not self.need_params:
+            return (None,) * len(params)
+        return tuple((p.new_empty if self.x.numel() else p.new_zeros)(p.shape) for p in params)
+
+
+def _new_stats(tiles: launch.Tiles, x: Tensor, axis: int, heads: int, feature_axis: int | None) -> Tensor | None:
+    shape = launch.stats_shape(tiles, x, axis, heads, feature_axis)
+    return None if shape is None else x.new_empty(shape, dtype=acc_dtype(x))

@@ -1,0 +1,138 @@
+"""Where results are finite because the mathematics is, on both backends: what fp32 could overflow, or divide by 0."""
+
+import pytest
+import torch
+from helpers import ALGORITHMS, Case, error, inputs, oracle, run
+
+BACKENDS = ["eager", pytest.param("triton", marks=pytest.mark.kernel)]
+algorithms = pytest.mark.parametrize("algorithm", ALGORITHMS)
+backends = pytest.mark.parametrize("backend", BACKENDS)
+SHAPES = [(2, 6, 5), (3, 12), (2, 260, 3)]
+
+
+def finite(case, given, backend):
+    result = run(case, given, backend)
+    for name, t in result.items():
+        assert t.isfinite().all(), (str(case), name)
+    return result
+
+
+@algorithms
+@backends
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_constant_chunks(dtype, backend, algorithm, device):
+    """The published code gives NaN here in fp16, where 1e-8 is 0."""
+    for shape in SHAPES:
+        for value in (0.0, 3.0, 100.0 if dtype == torch.float16 else 1e4):
+            case = Case(shape, 1, heads=2, algorithm=algorithm)
+            given = inputs(case, dtype, device=device)
+            given.x = torch.full_like(given.x, value)
+            finite(case, given, backend)
+
+
+@algorithms
+@backends
+@pytest.mark.parametrize("offset", [1e4, -1e4])
+def test_offsets_of_1e4(offset, backend, algorithm, device):
+    """So far out that exp underflows; the mixture, whose weights are relative, still tells positions apart."""
+    for shape in SHAPES:
+        case = Case(shape, 1, heads=2, algorithm=algorithm, params=1, eps=None if algorithm == "gate" else 1e-8)
+        given = inputs(case, torch.float32, device=device)
+        given.params = (torch.full_like(given.params[0], offset), given.params[1])
+        result, expected = finite(case, given, backend), oracle(case, given)
+        for name in ("y", "weights"):
+            assert error(result[name], expected[name]) < 1e-5, (str(case), name)
+
+
+@backends
+@pytest.mark.parametrize("ratio", [1.0, 20.0, 300.0])
+def test_a_mixture_far_from_its_chunk_is_accurate(ratio, backend, device):
+    """Offsets of many standard deviations, without the clamp: weights as accurate as the positions' distances."""
+    for shape in SHAPES:
+        case = Case(shape, 1, eps=0.0, algorithm="mixture")
+        given = inputs(case, torch.float32, device=device)
+        given.params = (torch.full_like(given.params[0], ratio), given.params[1] * ratio**0.5)
+        result, expected = finite(case, given, backend), oracle(case, given)
+        for name in ("y", "weights", "dx"):
+            assert error(result[name], expected[name]) < 1e-5, (str(case), name)
+
+
+@algorithms
+@backends
+def test_a_variance_of_1e_8(backend, algorithm, device):
+    for shape in SHAPES:
+        case = Case(shape, 1, heads=2, algorithm=algorithm, offset=0.0)
+        given = inputs(case, torch.float32, device=device)
+        given.x = given.x * 1e-4
+        given.params = (given.params[0] * 1e-4, given.params[1])
+        result, expected = finite(case, given, backend), oracle(case, given)
+        for name in ("y", "weights", "dx"):
+            assert error(result[name], expected[name]) < 1e-4, (str(case), name)
+
+
+@backends
+@pytest.mark.parametrize("scale", [1e-2, 1e-4, 1e-8, 1e-18, 1e-30])
+def test_a_mixture_of_c_near_0(scale, backend, device):
+    """All weight on the position nearest to the centre. 1/c² overflows float32 at 1e-20."""
+    for shape in SHAPES:
+        case = Case(shape, 1, heads=2, algorithm="mixture", weights=False)
+        given = inputs(case, torch.float32, device=device)
+        given.params = (given.params[0] * 0 + 0.1, torch.full_like(given.params[1], scale))
+        y = run(case, given, backend)["y"]
+        assert y.isfinite().all()
+        if scale < 1e-3:
+            assert error(y, oracle(case, given)["y"]) < 1e-5
+        if scale > 1e-12:
+            finite(case, given, backend)
+
+
+@backends
+@pytest.mark.parametrize("c", [1e-2, 1e-4, -1.0])
+def test_density_of_c_near_0_and_negative(c, backend, device):
+    """Near 0 everything but the centre is closed; below 0, weights grow with the distance: free, as published."""
+    for shape in SHAPES:
+        case = Case(shape, 1, heads=2, params="one", algorithm="density")
+        given = inputs(case, torch.float32, device=device)
+        given.params = (given.params[0] * 0, torch.full_like(given.params[1], c))
+        result, expected = finite(case, given, backend), oracle(case, given)
+        assert error(result["y"], expected["y"]) < 1e-3 if c > 0 else 1e-4
+
+
+@backends
+@pytest.mark.parametrize("log_sigma", [-90.0, -16.0, 0.0, 19.0, 30.0, 90.0])
+def test_a_gate_of_every_width(log_sigma, backend, device):
+    """softplus from its floor to where it is the identity."""
+    for shape in SHAPES:
+        case = Case(shape, 1, heads=2, algorithm="gate")
+        given = inputs(case, torch.float32, device=device)
+        given.params = (given.params[0], torch.full_like(given.params[1], log_sigma))
+        result, expected = finite(case, given, backend), oracle(case, given)
+        tolerance = 1e-2 if log_sigma < -1 else 1e-5  # Gaussians 1e-3 wide
+        for name in ("y", "weights"):
+            assert error(result[name], expected[name]) < tolerance, (str(case), name)
+
+
+@algorithms
+@backends
+def test_one_valid_position(backend, algorithm, device):
+    """Its variance is 0, unbiased too, and its gradient that of a constant chunk."""
+    for shape in SHAPES:
+        case = Case(shape, 1, heads=2, algorithm=algorithm)
+        given = inputs(case, device=device)
+        given.mask = torch.zeros(shape[:2], dtype=torch.bool, device=device)
+        given.mask[:, 1] = True
+        result, expected = finite(case, given, backend), oracle(case, given)
+        for name, t in expected.items():
+            assert error(result[name], t) < 1e-11, (str(case), name)
+
+
+@algorithms
+@backends
+def test_eps_0_and_chunks_of_nothing(backend, algorithm, device):
+    """All-False chunks give zeros, never NaN, in results and gradients, whatever eps is; so do the rims of tiles."""
+    for shape, heads, mask in (((3, 5), 1, False), ((3, 6, 5), 2, True), ((2, 80, 3), 1, True)):
+        case = Case(shape, 1, heads, "one", mask=mask, eps=None if algorithm == "gate" else 0.0, algorithm=algorithm)
+        given = inputs(case, device=device)
+        result, expected = finite(case, given, backend), oracle(case, given)
+        for name, t in expected.items():
+            assert error(result[name], t) < 1e-10, (str(case), name)

@@ -1,0 +1,177 @@
+"""Our modules against the package gaussian-adaptive-attention, and its checkpoints both ways."""
+
+import itertools
+
+import pytest
+import torch
+from helpers import error, golden
+from torch import nn
+
+import daam
+
+published = pytest.importorskip("gaussian_adaptive_attention")
+BACKENDS = ["eager", pytest.param("triton", marks=pytest.mark.kernel)]
+
+
+def pair(axis, heads, gaussians, padding=None, seed=0):
+    """Their module and ours with the same random parameters, which went through their state_dict."""
+    torch.manual_seed(seed)
+    theirs = published.MultiHeadGaussianAdaptiveAttention(axis, heads, gaussians, padding).double()
+    ours = daam.MultiHeadGaussianAdaptiveAttention(axis, heads, gaussians, padding).double()
+    for p in theirs.parameters():
+        nn.init.uniform_(p, 0.4, 1.6)
+    ours.load_state_dict(theirs.state_dict())
+    return theirs, ours
+
+
+def agree(theirs, ours, x, backend):
+    """Outputs, details and all gradients."""
+    grad = torch.randn_like(x)
+    leaves = [x.clone().requires_grad_() for _ in range(2)]
+    with daam.use_backend(backend):
+        y, weights = ours(leaves[0], return_attention_details=True)
+        y.backward(grad)
+        assert torch.equal(ours(x), y)
+    z, details = theirs(leaves[1], return_attention_details=True)
+    z.backward(grad)
+    assert not weights.requires_grad
+    assert error(y, z) < 1e-9 and error(weights, details) < 1e-9
+    assert error(leaves[0].grad, leaves[1].grad) < 1e-9
+    for name in ("mean_offsets", "c"):
+        expected = torch.stack([getattr(head, name).grad for head in theirs.attention_heads])
+        assert error(getattr(ours, name).grad, expected) < 1e-9, name
+
+
+SHAPES = [((9, 14), 0), ((5, 33), -1), ((2, 23, 6), 1), ((3, 7, 17), 2), ((2, 16, 5, 3), 1), ((2, 3, 13, 4), -2)]
+SHAPES += [((2, 3, 2, 11, 3), 3), ((2, 3, 2, 5, 9), -1)]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("padding", [None, 0.0, -1.25])
+@pytest.mark.parametrize(("shape", "axis"), SHAPES, ids=str)
+def test_random_modules_agree(shape, axis, padding, backend):
+    torch.manual_seed(sum(shape))
+    for gaussians, heads in [(1, 2), (3, 1), (8, 4)] if backend == "eager" else [(3, 2)]:
+        if shape[axis] // heads < 2:
+            continue
+        x = torch.randn(shape, dtype=torch.float64)
+        if padding is not None:
+            x[torch.rand(shape) < 0.2] = padding
+        agree(*pair(axis, heads, gaussians, padding, seed=gaussians), x, backend)
+
+
+@pytest.mark.parametrize("gaussians", range(1, 9))
+def test_every_number_of_gaussians(gaussians):
+    agree(*pair(1, 3, gaussians), torch.randn(2, 20, 5, dtype=torch.float64), "eager")
+
+
+@pytest.mark.parametrize("axis", [1, -1])
+def test_one_head(axis):
+    """The package's single head, with parameters of shape (num_gaussians,)."""
+    theirs = published.GaussianAdaptiveAttention(axis, 1, 3, None).double()
+    ours = daam.GaussianAdaptiveAttention(axis, 1, 3, None).double()
+    nn.init.uniform_(theirs.mean_offsets)
+    ours.load_state_dict(theirs.state_dict())
+    theirs.load_state_dict(ours.state_dict())
+    theirs.load_state_dict(daam.to_published_state_dict(ours))
+    x = torch.randn(2, 9, 7, dtype=torch.float64)
+    grads = []
+    for module in (theirs, ours):
+        leaf = x.clone().requires_grad_()
+        y, weights = module(leaf, return_attention_details=True)
+        y.square().sum().backward()
+        grads.append((y, weights, leaf.grad, module.mean_offsets.grad, module.c.grad))
+    for a, b in zip(*grads, strict=True):
+        assert error(a, b.detach()) < 1e-9
+
+
+def test_blocks_agree_and_state_dicts_travel_both_ways():
+    sizes = ([1, 2, -1], [2, 3, 4], [2, 3, 1], 3)
+    torch.manual_seed(0)
+    theirs = published.GaussianBlock(*sizes).double()
+    ours = daam.GaussianBlock(*sizes).double()
+    ours.load_state_dict(theirs.state_dict())
+    again = published.GaussianBlock(*sizes).double()
+    again.load_state_dict(daam.to_published_state_dict(ours))
+    for (name, p), q in zip(theirs.named_parameters(), again.parameters(), strict=True):
+        assert torch.equal(p, q), name
+    x = torch.randn(2, 16, 9, dtype=torch.float64)
+    y, details = ours(x, return_attention_details=True)
+    z, expected = theirs(x, return_attention_details=True)
+    assert error(y, z.detach()) < 1e-9 and details.keys() == expected.keys()
+    assert all(error(details[name], expected[name]) < 1e-9 for name in expected)
+    assert torch.equal(ours(x), y)
+
+
+def test_initialisation_is_the_published_one():
+    torch.manual_seed(0)
+    ours = daam.MultiHeadGaussianAdaptiveAttention(1, 500, 8)
+    theirs = published.MultiHeadGaussianAdaptiveAttention(1, 4, 8)
+    assert (ours.mean_offsets == 0).all() and all((head.mean_offsets == 0).all() for head in theirs.attention_heads)
+    assert abs(ours.c.mean()) < 0.1 and abs(ours.c.std() - 1) < 0.05
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_golden_block(backend):
+    data, meta = golden("block_three_layers")
+    params = {key.removeprefix("param__"): t for key, t in data.items() if key.startswith("param__")}
+    block = daam.DensityBlock(meta["norm_axes"], meta["num_heads"], meta["num_gaussians"], 3).double()
+    block.load_state_dict(params)
+    x = data["x"].requires_grad_()
+    with daam.use_backend(backend):
+        y, details = block(x, return_attention_details=True)
+        y.backward(data["grad_out"])
+    results = {"y": y, "grad_x": x.grad} | {f"weights__{name}": t for name, t in details.items()}
+    for name, result in results.items():
+        assert error(result, data[name].detach()) < 1e-10, name
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_golden_gate(backend):
+    data, _ = golden("jepa_channel_gate")
+    gate = daam.DensityGate(8)
+    names = {"to_attn.weight": "conv_weight", "to_attn.bias": "conv_bias", "alpha": "alpha"}
+    names |= {f"gaa.{name}": name for name in ("mean_offsets", "log_sigma")}
+    gate.load_state_dict({ours: data[theirs] for ours, theirs in names.items()})
+    x = data["x"].requires_grad_()
+    with daam.use_backend(backend):
+        y, weights = gate(x)
+        y.backward(data["grad_out"])
+    grads = {
+        f"grad_{theirs}": gate.get_parameter(ours).grad for ours, theirs in names.items() if ours != "to_attn.bias"
+    }
+    for name, result in {"y": y, "gate": weights, "grad_x": x.grad, **grads}.items():
+        assert error(result, data[name].detach().double()) < 1e-5, name
+
+
+@pytest.mark.parametrize("length", [2, 7])
+def test_where_the_package_underflows_we_do_not(length):
+    """Gaussians whose product is 0 in float32: their weights are 0, ours are what the formula gives in float64."""
+    theirs, ours = pair(1, 1, 8)
+    x = torch.randn(2, length, 3, dtype=torch.float64) * 1e-3
+    for module in (theirs, ours):
+        for name, p in module.named_parameters():
+            nn.init.constant_(p, 1.0 if name.endswith("c") else 0.05)
+    y = ours.float()(x.float())
+    assert (theirs.float()(x.float()) == 0).all()
+    exact = daam.mixture_attention(x, ours.mean_offsets.double(), ours.c.double(), eps=1e-8)
+    assert error(y, exact.detach()) < 1e-4
+
+
+def test_every_combination_of_padding_and_heads_in_one_sweep():
+    """Random shapes as hypothesis would draw them."""
+    generator = torch.Generator().manual_seed(1)
+
+    def draw(low, high):
+        return int(torch.randint(low, high + 1, (), generator=generator))
+
+    for trial, padding in itertools.product(range(30), (None, 0.0)):
+        shape = [draw(1, 6) for _ in range(draw(2, 5))]
+        axis = draw(0, len(shape) - 1)
+        heads = draw(1, 5)
+        shape[axis] = draw(2 * heads, 2 * heads + 9)
+        x = torch.randn(shape, generator=generator, dtype=torch.float64)
+        if padding is not None:
+            x[torch.rand(shape, generator=generator) < 0.2] = padding
+        axis = axis - len(shape) if trial % 2 else axis
+        agree(*pair(axis, heads, draw(1, 8), padding, seed=trial), x, "eager")
