@@ -95,10 +95,12 @@ def _frame(gaussian, r2):
 
 
 @triton.jit
-def _distance(d, gaussian, origin):
-    """d - p and s."""
+def _distance(d, gaussian, origin, valid):
+    """d - p, and s where it is valid. Selected before it is used: fused into one of its uses, the product would differ
+    from what it is compared with by a rounding error, which a narrow Gaussian's precision makes anything.
+    """
     f = d - origin
-    return f, f * (d - (2.0 * gaussian[1] - origin))
+    return f, tl.where(valid, f * (d - (2.0 * gaussian[1] - origin)), 1e37)
 
 
 @triton.jit
@@ -122,7 +124,7 @@ def _scale(total, nearest, rest, precision, gaussian, log_eps):
 @triton.jit
 def _weights(s, rest, precision, gaussian, log_eps, valid, share):
     """Weights of a tile that holds whole chunks, and whether their sum is free."""
-    nearest = tl.where(share > 0, tl.min(tl.where(valid, s, float("inf")), 0)[None, :], 0.0)
+    nearest = tl.where(share > 0, tl.min(s, 0)[None, :], 0.0)
     w = _relative(s, nearest, precision, valid)
     scale, free = _scale(tl.where(share > 0, tl.sum(w, 0)[None, :], 1.0), nearest, rest, precision, gaussian, log_eps)
     return w * scale, free
@@ -142,7 +144,7 @@ def _forward(
         )  # fmt: skip
         d, r2, last = deviation(xv, valid, mask, padding, stats, extent, at, head, eps, True, ACC)
         origin, rest, precision = _frame(gaussian, r2)
-        _f, s = _distance(d, gaussian, origin)
+        _f, s = _distance(d, gaussian, origin, valid)
         if stats is None:
             w, _free = _weights(s, rest, precision, gaussian, log_eps, valid, last)
         else:
@@ -170,8 +172,8 @@ def _scales(
             x, mask, tile, head, row, extent, ACC, INDEX, BLOCK_CHUNK, BLOCK_INNER
         )  # fmt: skip
         d, _r2, _last = deviation(xv, valid, mask, padding, stats, extent, at, head, None, True, ACC)
-        _f, s = _distance(d, gaussian, origin)
-        before, nearest = nearest, tl.minimum(nearest, tl.min(tl.where(valid, s, 1e37), 0))
+        _f, s = _distance(d, gaussian, origin, valid)
+        before, nearest = nearest, tl.minimum(nearest, tl.min(s, 0))
         less = tl.exp2((nearest - before)[None, :] * precision)
         total = total * tl.sum(less, 0) + tl.sum(_relative(s, nearest[None, :], precision, valid), 0)
     total = tl.where(total == 0, 1.0, total)[None, :]
@@ -204,7 +206,7 @@ def _sums(
             x, mask, tile, head, row, extent, ACC, INDEX, BLOCK_CHUNK, BLOCK_INNER
         )  # fmt: skip
         d, _r2, _last = deviation(xv, valid, mask, padding, stats, extent, at, head, eps, True, ACC)
-        f, s = _distance(d, gaussian, origin)
+        f, s = _distance(d, gaussian, origin, valid)
         w = _relative(s, nearest, precision, valid)
         h, _raw = gradients(xv, grad_y, grad_weights, padding, extent, at, inside, valid, ACC)
         h *= w
@@ -254,7 +256,7 @@ def _backward(
         at, inside, valid, _raw, xv = read_tile(x, mask, tile, head, row, extent, ACC, INDEX, BLOCK_CHUNK, BLOCK_INNER)
         d, r2, last = deviation(xv, valid, mask, padding, stats, extent, at, head, eps, True, ACC)
         origin, rest, precision = _frame(gaussian, r2)
-        f, s = _distance(d, gaussian, origin)
+        f, s = _distance(d, gaussian, origin, valid)
         h, raw = gradients(xv, grad_y, grad_weights, padding, extent, at, inside, valid, ACC)
         if sums is None:
             w, free = _weights(s, rest, precision, gaussian, log_eps, valid, last)

@@ -73,6 +73,17 @@ class Chunks:
             of_weights = of_weights + self.valid(self.split(grad_weights))
         return g, of_weights, raw
 
+    def input_grad(
+        self, indirect: Tensor, g: Tensor | int, weights: Tensor, raw: Tensor | int, residual: bool
+    ) -> Tensor:
+        """g·weights + indirect where x is valid, in the place of indirect; g and raw as `gradients` has them."""
+        if isinstance(g, Tensor):
+            indirect.addcmul_(g, weights)
+        dx = self.valid(indirect)
+        if residual:
+            dx += raw
+        return self.merge(dx)
+
     def valid(self, t: Tensor) -> Tensor:
         return t if self.invalid is None else t.masked_fill(self.invalid, 0)  # unlike where, keeps the order of strides
 

@@ -89,12 +89,7 @@ def backward(
     dx = d_mean_offset = d_c = None
     if need_x:
         dx = (d * chunks.mean(hee).mul_(r2)).add_(chunks.mean(he)).sub_(he)
-        if grad_y is not None:
-            dx.addcmul_(g, weights)
-        dx = chunks.valid(dx)
-        if residual:
-            dx += raw
-        dx = chunks.merge(dx)
+        dx = chunks.input_grad(dx, g, weights, raw, residual)
     if need_params:
         d_mean_offset = chunks.param_grad(he, mean_offset, feature_axis)
         d_c = chunks.param_grad(hee / (2 * scale), c, feature_axis)

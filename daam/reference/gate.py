@@ -118,12 +118,7 @@ def backward(
     if need_x:
         slope = (variance >= VARIANCE_FLOOR).to(d.dtype).div_(std)
         dx = q_all.sub_(chunks.mean(q_all)).sub_(d * (slope * chunks.mean(qzs_all)))
-        if grad_y is not None:
-            dx.addcmul_(g, weights)
-        dx = chunks.valid(dx)
-        if residual:
-            dx += raw
-        dx = chunks.merge(dx)
+        dx = chunks.input_grad(dx, g, weights, raw, residual)
     if need_params:
         d_mean_offsets = torch.cat(d_offsets, 1)
         d_log_sigma = torch.cat(d_sigmas, 1) * log_sigma.to(d.dtype).sigmoid()

@@ -132,12 +132,7 @@ def backward(
             common.masked_fill_(chunks.padded, 0)
             weights.masked_fill_(chunks.padded, 1)
         dx = common.sub_(kf).sub_(k.mul_(fit.origin - fit.m)).mul_(scale)
-        if grad_y is not None:
-            dx.addcmul_(g, weights)
-        dx = chunks.valid(dx)
-        if residual:
-            dx += raw
-        dx = chunks.merge(dx)
+        dx = chunks.input_grad(dx, g, weights, raw, residual)
     if need_params:
         d_mean_offsets, d_c = fit.chain(mean_offsets, c, sum_ke, sum_kee, clamped)
     return dx, d_mean_offsets, d_c
