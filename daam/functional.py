@@ -1,17 +1,14 @@
-"""The public functions: check the arguments, choose the backend, call it."""
+"""The public functions: check the arguments (`checks.py`), choose the backend, call it."""
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from daam import ops
 from daam.backend import backend_for
-
-_FLOATING = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
+from daam.checks import check_eps, check_mask, check_padding, check_params, check_x
 
 
 def density_attention(
@@ -58,9 +55,9 @@ def density_attention(
             what came.
         RuntimeError: backend "triton" cannot run here; the message says why.
     """
-    axis = _check_x(x, norm_axis)
+    axis = check_x(x, norm_axis)
     last = x.dim() - 1
-    _check_params(x, {"mean_offset": mean_offset, "c": c}, axis, "P")
+    check_params(x, {"mean_offset": mean_offset, "c": c}, axis, "P")
     heads, size = c.shape[0], x.shape[axis]
     if size % heads:
         raise ValueError(f"num_heads is {heads}, expected a divisor of the {size} positions of norm_axis {axis}")
@@ -71,7 +68,7 @@ def density_attention(
         raise ValueError(
             f"mean_offset and c have shape {tuple(c.shape)}, expected {expected}{why}: x is {tuple(x.shape)}"
         )
-    _check_eps(eps)
+    check_eps(eps)
     axes = (axis, None if c.shape[1] == 1 else last)
     return _in_memory_order(ops.density, x, (mean_offset, c), mask, axes, (eps,), residual, return_weights, backend)
 
@@ -129,22 +126,18 @@ def mixture_attention(
             both mask and padding_value are given; the message says what came.
         RuntimeError: backend "triton" cannot run here; the message says why.
     """
-    axis = _check_x(x, norm_axis)
-    _check_params(x, {"mean_offsets": mean_offsets, "c": c}, axis, "num_gaussians")
+    axis = check_x(x, norm_axis)
+    check_params(x, {"mean_offsets": mean_offsets, "c": c}, axis, "num_gaussians")
     if x.shape[axis] // c.shape[0] < 2:
         raise ValueError(
             f"num_heads is {c.shape[0]}, which cuts the {x.shape[axis]} positions of norm_axis {axis} into chunks of "
             "one element: expected two or more, since the variance is unbiased"
         )
-    _check_eps(eps)
+    check_eps(eps)
     if padding_value is not None:
-        if isinstance(padding_value, bool) or not isinstance(padding_value, float | int):
-            raise TypeError(f"padding_value is {padding_value!r}, expected a number or None")
-        if math.isnan(padding_value):
-            raise ValueError("padding_value is nan, which equals nothing: expected a number; a mask can mark NaN")
+        padding_value = check_padding(padding_value)
         if mask is not None:
             raise ValueError("mask and padding_value are both given, expected one of them")
-        padding_value = float(padding_value)
     settings = (eps, padding_value)
     return _in_memory_order(
         ops.mixture, x, (mean_offsets, c), mask, (axis,), settings, residual, return_weights, backend
@@ -195,77 +188,12 @@ def density_gate(
             came.
         RuntimeError: backend "triton" cannot run here; the message says why.
     """
-    axis = _check_x(x, norm_axis)
+    axis = check_x(x, norm_axis)
     params = {"mean_offsets": mean_offsets, "log_sigma": log_sigma}
     if all(isinstance(p, Tensor) and p.dim() == 1 for p in params.values()):
         params = {name: p.unsqueeze(0) for name, p in params.items()}
-    _check_params(x, params, axis, "num_gaussians")
+    check_params(x, params, axis, "num_gaussians")
     return _in_memory_order(ops.gate, x, tuple(params.values()), mask, (axis,), (), residual, return_weights, backend)
-
-
-def _check_x(x: Any, norm_axis: int) -> int:
-    """norm_axis counted from the front."""
-    _check_tensor("x", x)
-    if x.dtype not in _FLOATING:
-        raise TypeError(f"x has dtype {x.dtype}, expected one of float16, bfloat16, float32, float64")
-    if x.dim() < 2:
-        raise ValueError(f"x has rank {x.dim()} (shape {tuple(x.shape)}), expected rank 2 or more")
-    if isinstance(norm_axis, bool) or not isinstance(norm_axis, int):
-        raise TypeError(f"norm_axis is {norm_axis!r}, expected an int")
-    if not -x.dim() <= norm_axis < x.dim():
-        raise ValueError(
-            f"norm_axis is {norm_axis}, expected {-x.dim()} to {x.dim() - 1} for x of shape {tuple(x.shape)}"
-        )
-    return norm_axis % x.dim()
-
-
-def _check_tensor(name: str, t: Any) -> None:
-    if not isinstance(t, Tensor):
-        raise TypeError(f"{name} is a {type(t).__name__}, expected a Tensor")
-    if type(t) not in (Tensor, torch.nn.Parameter) and hasattr(t, "device_mesh"):
-        raise TypeError(
-            f"{name} is a DTensor, expected a plain Tensor: call this under "
-            "torch.distributed.tensor.experimental.local_map, with norm_axis not sharded"
-        )
-
-
-def _check_params(x: Tensor, params: dict[str, Tensor], axis: int, columns: str) -> None:
-    """That parameters are (num_heads, columns), floating, alike and on x's device, with a position for every head."""
-    first, shape = next(iter(params)), None
-    for name, p in params.items():
-        _check_tensor(name, p)
-        if p.dtype not in _FLOATING:
-            raise TypeError(f"{name} has dtype {p.dtype}, expected one of float16, bfloat16, float32, float64")
-        if p.dim() != 2 or p.shape[0] < 1:
-            raise ValueError(
-                f"{name} has shape {tuple(p.shape)}, expected (num_heads, {columns}) with num_heads at least 1"
-            )
-        if p.shape[1] < 1 and columns == "num_gaussians":
-            raise ValueError(f"{name} has shape {tuple(p.shape)}, expected num_gaussians at least 1")
-        shape = p.shape if shape is None else shape
-        if p.shape != shape:
-            raise ValueError(f"{name} has shape {tuple(p.shape)}, expected {tuple(shape)}, the shape of {first}")
-        if p.device != x.device:
-            raise ValueError(f"{name} is on {p.device}, expected x's device {x.device}")
-    if shape[0] > x.shape[axis]:
-        raise ValueError(f"num_heads is {shape[0]}, more heads than the {x.shape[axis]} positions of norm_axis {axis}")
-
-
-def _check_eps(eps: Any) -> None:
-    if not isinstance(eps, float | int) or not 0 <= eps < float("inf"):
-        raise ValueError(f"eps is {eps!r}, expected a finite number, 0 or more")
-
-
-def _check_mask(x: Tensor, mask: Any, axis: int) -> None:
-    _check_tensor("mask", mask)
-    if mask.dtype != torch.bool:
-        raise TypeError(f"mask has dtype {mask.dtype}, expected bool, True where x is valid")
-    if mask.shape != x.shape[: axis + 1]:
-        raise ValueError(
-            f"mask has shape {tuple(mask.shape)}, expected x's shape up to norm_axis, {tuple(x.shape[: axis + 1])}"
-        )
-    if mask.device != x.device:
-        raise ValueError(f"mask is on {mask.device}, expected x's device {x.device}")
 
 
 def _in_memory_order(
@@ -278,7 +206,7 @@ def _in_memory_order(
     axes: the normalised axis, and those among the algorithm's settings.
     """
     if mask is not None:
-        _check_mask(x, mask, axes[0])
+        check_mask(x, mask, axes[0])
         mask = mask.reshape(*mask.shape, *[1] * (x.dim() - mask.dim()))
     name, _ = backend_for(x, backend)
     how = (*settings, residual, return_weights, name)

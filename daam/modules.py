@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from daam.checkpoints import stack_heads, unstack_heads
+from daam.checks import check_mask, check_tensor
 from daam.functional import density_attention, density_gate, mixture_attention
 
 
@@ -120,7 +121,8 @@ class _Mixture(nn.Module):
 
     def reset_parameters(self) -> None:
         nn.init.constant_(self.mean_offsets, self.mean_offset_init)
-        nn.init.normal_(self.c)
+        for c in self.c.view(-1, self.num_gaussians):  # head by head: the published numbers for a seed
+            nn.init.normal_(c)
 
     def forward(
         self, x: Tensor, return_attention_details: bool = False, *, mask: Tensor | None = None, residual: bool = False
@@ -272,6 +274,10 @@ class DensityGate(nn.Module):
         self.to_attn = nn.Conv1d(in_ch, 1, 1)
         self.gaa = _Gaussians(num_gaussians)
         self.alpha = nn.Parameter(torch.empty(()))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Of alpha: the convolution and the Gaussians have their own."""
         nn.init.constant_(self.alpha, 0.05)
 
     def forward(self, x: Tensor, *, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -279,18 +285,21 @@ class DensityGate(nn.Module):
 
         mask: bool, (batch, length), True where x is valid. Elsewhere the gate is 0 and y is x.
         """
+        check_tensor("x", x)
+        channels = self.to_attn.in_channels
+        if x.dim() not in (2, 3) or x.shape[-2] != channels:
+            raise ValueError(f"x has shape {tuple(x.shape)}, expected (batch, {channels}, length) or without batch")
         if mask is None:
             gate = self.gaa(self.to_attn(x))
             return x * (1 + self.alpha * gate), gate
-        expected = (*x.shape[:-2], x.shape[-1])
-        if mask.dtype != torch.bool:
-            raise TypeError(f"mask has dtype {mask.dtype}, expected bool, True where x is valid")
-        if mask.shape != expected:
-            raise ValueError(f"mask has shape {tuple(mask.shape)}, expected (batch, length), {expected}")
+        check_mask(x.select(-2, 0), mask, x.dim() - 2)
         mask = mask.unsqueeze(-2)
         valid = x.masked_fill(~mask, 0)  # what stands elsewhere would reach the gradients of the convolution and alpha
         gate = self.gaa(self.to_attn(valid), mask)
         return torch.where(mask, valid * (1 + self.alpha * gate), x), gate
+
+    def extra_repr(self) -> str:
+        return f"cap={self.cap}"
 
 
 class _Gaussians(nn.Module):
@@ -298,11 +307,19 @@ class _Gaussians(nn.Module):
 
     def __init__(self, num_gaussians: int):
         super().__init__()
-        self.mean_offsets = nn.Parameter(torch.zeros(num_gaussians))
-        self.log_sigma = nn.Parameter(torch.full((num_gaussians,), math.log(0.5)))
+        self.mean_offsets = nn.Parameter(torch.empty(num_gaussians))
+        self.log_sigma = nn.Parameter(torch.empty(num_gaussians))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.mean_offsets)
+        nn.init.constant_(self.log_sigma, math.log(0.5))
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         return density_gate(x, self.mean_offsets, self.log_sigma, mask=mask, return_weights=True)[1]
+
+    def extra_repr(self) -> str:
+        return f"num_gaussians={len(self.mean_offsets)}"
 
 
 GaussianAdaptiveAttention = DensityAdaptiveAttention
@@ -311,10 +328,12 @@ GaussianBlock = DensityBlock
 
 
 def _along(mask: Tensor | None, x: Tensor, norm_axis: int) -> Tensor | None:
-    """A mask of x's first dimensions as one of its dimensions up to norm_axis."""
-    rank = norm_axis % x.dim() + 1
-    if mask is None or mask.dim() >= rank or mask.shape != x.shape[: mask.dim()]:
-        return mask  # as it should be, or the attention says what is wrong
+    """A mask of x's first dimensions as one of its dimensions up to norm_axis; what does not fit as it came, for the
+    attention to say what is wrong.
+    """
+    if not isinstance(mask, Tensor) or not isinstance(x, Tensor) or x.dim() == 0 or mask.shape != x.shape[: mask.dim()]:
+        return mask
+    rank = max(mask.dim(), norm_axis % x.dim() + 1)
     return mask.reshape(*mask.shape, *[1] * (rank - mask.dim())).expand(x.shape[:rank])
 
 

@@ -22,7 +22,6 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from daam import reference
 from daam.backend import interpreting
 from daam.kernels import launch
 from daam.reference.chunks import compute_dtype
@@ -62,7 +61,7 @@ class Algorithm:
 
     def __init__(self, name: str, params: tuple[str, str], settings: str, feature_axis: Callable[..., int | None]):
         self.name, self.feature_axis = name, feature_axis
-        self.eager: ModuleType = getattr(reference, name)
+        self.eager: ModuleType = importlib.import_module(f"daam.reference.{name}")
         p, q = params
         inputs = f"Tensor x, Tensor {p}, Tensor {q}, Tensor? mask"
         how = f"int axis{settings}, bool residual"

@@ -28,7 +28,7 @@ class Extent(NamedTuple):
 
 
 class Call:
-    """A call on one part of x, whose heads have equal length.
+    """A call on one part of x, whose heads have equal length. streamed: whether their chunks are too long for the chip.
 
     of: the tensors that were given by name, x and others of its shape, as kernels take them. stats: a tensor of some
     numbers a chunk, (numbers, …, heads, …), or None: all such tensors of the call have its shape but for the numbers,
@@ -36,16 +36,14 @@ class Call:
     """
 
     def __init__(
-        self, tiles: launch.Tiles, part: Part, axis: int, feature_axis: int | None, stats: Tensor | None, x: Tensor,
-        **others: Tensor | None,
+        self, tiles: launch.Tiles, streamed: bool, part: Part, axis: int, feature_axis: int | None,
+        stats: Tensor | None, x: Tensor, **others: Tensor | None,
     ):  # fmt: skip
         x, *tensors = (None if t is None else part.positions_of(t, axis) for t in (x, *others.values()))
-        self.part, self.axis, self.device = part, axis, x.device
+        self.part, self.axis, self.device, self.streamed = part, axis, x.device, streamed
         self.along = varies(axis, feature_axis)
         numbers = None if stats is None else part.heads_of(stats[0], axis)
         self.view = view(x, [*tensors, numbers], axis, part.heads, feature_axis)
-        self._x = x
-        self.streamed = self.streamed_by(tiles)
         *operands, self._numbers = self.view.operands
         self.of = SimpleNamespace(**dict(zip(("x", *others), operands, strict=True)))
         self.tile = launch.tile_for(tiles, self.view, self.streamed, self.along, x.dtype)
@@ -55,10 +53,6 @@ class Call:
             self.view.sizes, self.view.places * blocks, blocks, triton.cdiv(self.view.chunk, self.tile.chunk),
             self.view.chunk, self.view.inner,
         )  # fmt: skip
-
-    def streamed_by(self, tiles: launch.Tiles) -> bool:
-        """Whether a pass with these tiles streams the part's chunks."""
-        return launch.streams(tiles, self._x, self.axis, self.part.heads, self.view.by_axis)
 
     def of_chunks(self, t: Tensor | None) -> Strided | None:
         """The part's share of a tensor of some numbers a chunk: the operand of the first, with the distance of the next

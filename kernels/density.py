@@ -184,7 +184,7 @@ def backward(
     totals = None
     for call in run.calls():
         of, stats, eps_parts = call.of, call.of_chunks(run.stats), split_float(eps)
-        if run.lacks_stats(call):
+        if run.lacks_stats:
             find_stats(call, stats, eps_parts)
         inputs = (of.x, of.grad_y, of.grad_weights, call.of_heads(mean_offset), call.of_heads(c), of.mask, stats)
         sums = run.sums(call, 2)

@@ -210,7 +210,7 @@ def forward(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """y, weights and statistics, contiguous; None where not asked for, and the statistics of chunks on chip."""
     heads, gaussians = log_sigma.shape
-    run = Forward(x, mask, heads, axis, return_weights)
+    run = Forward(x, mask, heads, axis, return_weights, tiles=launch.gate_forward(gaussians))
     for call in run.calls():
         of, stats = call.of, call.of_chunks(run.stats)
         if call.streamed:
@@ -233,7 +233,7 @@ def backward(
     grads = run.param_grads(mean_offsets, log_sigma)
     for call in run.calls():
         of, stats = call.of, call.of_chunks(run.stats)
-        if run.lacks_stats(call):
+        if run.lacks_stats:
             find_stats(call, stats, None)
         params = call.of_heads(mean_offsets), call.of_heads(log_sigma)
         inputs = (of.x, of.grad_y, of.grad_weights, *params, of.mask, stats)

@@ -80,6 +80,13 @@ BACKWARD = _tiles(row_elements=512, column_elements=256)
 
 
 @functools.cache
+def gate_forward(gaussians: int) -> Tiles:
+    """As the others for up to four Gaussians; half as much for up to eight, and a quarter for more."""
+    parts = min(4, 1 << max(0, (gaussians - 1).bit_length() - 2))
+    return _tiles(row_elements=1024 // parts, column_elements=512 // parts, columns=2048 // parts)
+
+
+@functools.cache
 def gate_backward(gaussians: int) -> Tiles:
     """The gate's backward pass keeps every Gaussian's numbers alive: half as much as the others for up to four, and
     half again for every doubling. Longer chunks are streamed rather than spilled.
@@ -93,21 +100,21 @@ FILL = 264  # programs that keep a large GPU (132 multiprocessors) busy
 MAX_HEADS = 65_535  # heads are grid axis 1
 
 
-def streams(tiles: Tiles, x: Tensor, axis: int, heads: int, by_axis: bool) -> bool:
-    """Whether a chunk is too long to stay on chip between its statistics and its output. Depends on nothing but x and
-    the axis.
+def streams(tiles: Tiles, x: Tensor, axis: int, heads: int, feature_axis: int | None = None) -> bool:
+    """Whether chunks are too long to stay on chip between their statistics and their output: all of them where the
+    longest, the last, is. Depends on nothing but x and the axis.
     """
-    longest, _ = (tiles.rows if by_axis else tiles.columns)[-1]
-    return x.shape[axis] // heads > (longest // 4 if x.dtype == torch.float64 else longest)
+    by_axis = axis_is_fastest(x, axis, inner_dim(x, axis, feature_axis))
+    limit, _ = (tiles.rows if by_axis else tiles.columns)[-1]
+    last = parts(x.shape[axis], heads)[-1]
+    return last.length // last.heads > (limit // 4 if x.dtype == torch.float64 else limit)
 
 
 def stats_shape(
     tiles: Tiles, x: Tensor, axis: int, heads: int, feature_axis: int | None = None
 ) -> tuple[int, ...] | None:
-    """Shape of the statistics of streamed chunks, four numbers each; None where all chunks stay on chip."""
-    last = parts(x.shape[axis], heads)[-1]  # the longest
-    by_axis = axis_is_fastest(x, axis, inner_dim(x, axis, feature_axis))
-    if not streams(tiles, last.positions_of(x, axis), axis, last.heads, by_axis):
+    """Shape of the statistics of streamed chunks, four numbers each; None where chunks stay on chip."""
+    if not streams(tiles, x, axis, heads, feature_axis):
         return None
     return (4, *x.shape[:axis], heads, *x.shape[axis + 1 :])
 
@@ -128,7 +135,9 @@ def tile_for(tiles: Tiles, view: View, streamed: bool, along: str, dtype: torch.
     if streamed:
         rows, columns = tiles.streamed_rows, tiles.streamed_columns
         tile = (
-            replace(rows, chunk=rows.chunk // parts) if view.by_axis else replace(columns, inner=columns.inner // parts)
+            replace(rows, chunk=rows.chunk // parts)
+            if view.by_axis
+            else replace(columns, inner=max(1, columns.inner // parts))
         )
     else:
         tile = next(tile for longest, tile in (tiles.rows if view.by_axis else tiles.columns) if view.chunk <= longest)

@@ -118,7 +118,8 @@ def _scale(total, nearest, rest, precision, gaussian, log_eps):
     """
     inverse = 1.0 / total
     cap = tl.exp2(-(nearest + rest) * precision - gaussian[3] - log_eps[0] - log_eps[1])
-    return tl.where(inverse <= cap, inverse, cap), (inverse <= cap).to(total.dtype)
+    clamped = cap < inverse  # not so where eps is 0 and an overflow makes the cap NaN
+    return tl.where(clamped, cap, inverse), 1.0 - clamped.to(total.dtype)
 
 
 @triton.jit
@@ -158,7 +159,7 @@ def _scales(
     x, gaussians, mask, padding, stats, scales, log_eps, extent,
     ACC: tl.constexpr, INDEX: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_CHUNK: tl.constexpr, BLOCK_INNER: tl.constexpr,
 ):  # fmt: skip
-    """The least s of every chunk of one tile's columns, in place of its 1/n, and the scale of its weights."""
+    """The least s of every chunk of one tile's columns, in place of its 1/n, and the scale of its weights, if asked."""
     head, tile = tl.program_id(1).to(tl.int64), tl.program_id(0)
     gaussian = _gaussian(gaussians, head, ACC, BLOCK_K)
     at = at_of(tile, head, 0, extent, INDEX, BLOCK_CHUNK, BLOCK_INNER)
@@ -178,9 +179,10 @@ def _scales(
         total = total * tl.sum(less, 0) + tl.sum(_relative(s, nearest[None, :], precision, valid), 0)
     total = tl.where(total == 0, 1.0, total)[None, :]
     scale, _free = _scale(total, nearest[None, :], rest, precision, gaussian, log_eps)
-    at_scale, _step, ok = chunk_numbers(scales, extent, at, head)
     tl.store(at_mean + 3 * step, nearest[None, :], ok)
-    tl.store(at_scale, scale, ok)
+    if scales is not None:
+        at_scale, _step, ok = chunk_numbers(scales, extent, at, head)
+        tl.store(at_scale, scale, ok)
 
 
 @triton.jit
@@ -317,7 +319,9 @@ def forward(
     for call in run.calls():
         of, stats = call.of, call.of_chunks(run.stats)
         numbers = _Numbers(call, mean_offsets, c, eps, _bits(padding, x.dtype))
-        scales = numbers.find(run.stats) if call.streamed else None
+        scales = call.of_chunks(torch.empty_like(run.stats[:1])) if call.streamed else None
+        if call.streamed:
+            numbers.find(stats, scales)
         call.launch(
             _forward, call.programs, of.x, numbers.gaussians, of.mask, numbers.padding, stats, scales, of.y, of.weights,
             numbers.eps, numbers.log_eps, RESIDUAL=residual, BLOCK_K=numbers.block,
@@ -335,8 +339,8 @@ def backward(
     for call in run.calls():
         of, stats = call.of, call.of_chunks(run.stats)
         numbers = _Numbers(call, mean_offsets, c, eps, _bits(padding, x.dtype))
-        if run.lacks_stats(call):
-            numbers.find(run.stats)
+        if run.lacks_stats:
+            numbers.find(stats, None)
         inputs = (of.x, of.grad_y, of.grad_weights, numbers.gaussians, of.mask, numbers.padding, stats)
         partials, groups = run.launch(
             call, _sums, _backward, inputs, (numbers.eps, numbers.log_eps), sums=4, partials=4, residual=residual,
@@ -358,14 +362,12 @@ class _Numbers:
         self.eps = split_float(eps)
         self.log_eps = split_float(math.log2(eps)) if eps > 0 else (-math.inf, 0.0)
 
-    def find(self, stats: Tensor) -> Strided:
-        """Fill the statistics of streamed chunks; returns the scale of each chunk's weights."""
-        call, scales = self.call, self.call.of_chunks(torch.empty_like(stats[:1]))
-        stats = call.of_chunks(stats)
+    def find(self, stats: Strided, scales: Strided | None) -> None:
+        """Fill the statistics of streamed chunks, and the scale of each chunk's weights."""
+        call = self.call
         find_stats(call, stats, self.eps, self.padding, unbiased=True)
         inputs = (call.of.x, self.gaussians, call.of.mask, self.padding, stats, scales, self.log_eps)
         call.launch(_scales, call.extent.tiles, *inputs, BLOCK_K=self.block)
-        return scales
 
 
 def _bits(padding: float | None, dtype: torch.dtype) -> int | None:

@@ -17,7 +17,7 @@ from daam.kernels.layout import Strided, acc_dtype, parts
 class Forward:
     """A forward pass on x.
 
-    y, weights, stats: contiguous; weights are None where not asked for, stats where all chunks stay on chip.
+    y, weights, stats: contiguous; weights are None where not asked for, stats where chunks stay on chip.
     """
 
     def __init__(
@@ -34,7 +34,7 @@ class Forward:
         mask = None if self.mask is None else self.mask.expand(self.x.shape)
         for part in parts(self.x.shape[self.axis], self.heads) if self.x.numel() else ():
             yield Call(
-                self.tiles, part, self.axis, self.feature_axis, self.stats,
+                self.tiles, self.stats is not None, part, self.axis, self.feature_axis, self.stats,
                 x=self.x, mask=mask, y=self.y, weights=self.weights,
             )  # fmt: skip
 
@@ -47,7 +47,8 @@ class Forward:
 class Backward:
     """A backward pass on x, whose stats are those of the forward pass, or None where it kept none.
 
-    dx: contiguous, None where not needed. need_params: whether gradients of the parameters are needed.
+    dx: contiguous, None where not needed. need_params: whether gradients of the parameters are needed. lacks_stats:
+    whether chunks are streamed and their statistics are still to be found.
     """
 
     def __init__(
@@ -57,8 +58,8 @@ class Backward:
     ):  # fmt: skip
         self.x, self.mask, self.heads, self.axis, self.feature_axis = x, mask, heads, axis, feature_axis
         self.grad_y, self.grad_weights, self.need_params = grad_y, grad_weights, need_params
-        self.given, self.tiles = stats is not None, tiles
-        self.stats = stats if self.given else _new_stats(tiles, x, axis, heads, feature_axis)
+        self.tiles, self.lacks_stats = tiles, stats is None and launch.streams(tiles, x, axis, heads, feature_axis)
+        self.stats = _new_stats(tiles, x, axis, heads, feature_axis) if stats is None else stats
         self.dx = x.new_empty(x.shape) if need_x else None
 
     def calls(self) -> Iterator[Call]:
@@ -68,13 +69,9 @@ class Backward:
         mask = None if self.mask is None else self.mask.expand(self.x.shape)
         for part in parts(self.x.shape[self.axis], self.heads) if self.x.numel() else ():
             yield Call(
-                self.tiles, part, self.axis, self.feature_axis, self.stats,
+                self.tiles, self.stats is not None, part, self.axis, self.feature_axis, self.stats,
                 x=self.x, mask=mask, grad_y=self.grad_y, grad_weights=self.grad_weights, dx=self.dx,
             )  # fmt: skip
-
-    def lacks_stats(self, call: Call) -> bool:
-        """Whether a call streams chunks whose statistics the forward pass did not leave."""
-        return call.streamed and not (self.given and call.streamed_by(launch.FORWARD))
 
     def sums(self, call: Call, numbers: int) -> Strided | None:
         """Room for so many numbers a chunk, where a call streams them."""

@@ -136,7 +136,8 @@ def share_of(valid, mask, extent, at, ACC: tl.constexpr):
 @triton.jit
 def share_less_one(share):
     """1/(n - 1) from 1/n; 0 where n is 0 or 1."""
-    return tl.where(share < 1, share / (1.0 - tl.where(share < 1, share, 0.0)), 0.0)
+    many = share < 0.75
+    return tl.where(many, share / (1.0 - tl.where(many, share, 0.0)), 0.0)
 
 
 @triton.jit
@@ -245,9 +246,10 @@ def sum_to_one(values):
 @triton.jit
 def store_partials(partials, totals, head):
     """One program's sums, [1, 1] each, at (number, head, program)."""
+    step = tl.cast(partials.strides[0], tl.int64)
     data = partials.data + head * partials.strides[1] + tl.program_id(0) + tl.zeros([1, 1], tl.int64)
     for i in tl.static_range(len(totals)):
-        tl.store(data + i * partials.strides[0], totals[i])
+        tl.store(data + i * step, totals[i])
 
 
 @triton.jit
@@ -255,7 +257,7 @@ def sum_partials(partials, groups, number, head, BLOCK: tl.constexpr):
     """One number's partial sums of a head, added in fixed order and fp64."""
     columns = tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], tl.float64)
-    data = partials.data + number * partials.strides[0] + head * partials.strides[1] + columns
+    data = partials.data + number * tl.cast(partials.strides[0], tl.int64) + head * partials.strides[1] + columns
     for start in range(0, groups, BLOCK):
         total += tl.load(data + start, start + columns < groups, 0.0).to(tl.float64)
     return tl.sum(total, 0)

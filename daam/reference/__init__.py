@@ -8,7 +8,3 @@ All of them take what the operators in `daam.ops` take: `axis` is the axis that 
 None or a bool tensor that broadcasts against x and has the size of x along the axis. They return y and the weights, or
 the gradients of x and of both parameters; `forward` and `backward` return None for what was not asked for.
 """
-
-from daam.reference import density, gate, mixture
-
-__all__ = ["density", "gate", "mixture"]

@@ -195,7 +195,8 @@ class _Fit:
         weights = chunks.valid(((nearest - s) * self.precision).exp2())
         share = 1 / (chunks.sum(weights) + chunks.empty)
         cap = torch.exp2(-(nearest + self.rest) * self.precision - self.floor)
-        return weights, torch.minimum(share, cap), (share <= cap).to(s.dtype)
+        clamped = cap < share  # not so where eps is 0 and an overflow makes the cap NaN
+        return weights, torch.where(clamped, cap, share), (~clamped).to(s.dtype)
 
     def sums(self, sum_kf: Tensor, sum_ks: Tensor, clamped: Tensor) -> tuple[Tensor, Tensor]:
         """Σ k·e and Σ k·e² + clamped·v from the sums about the origin: Σ k = clamped."""

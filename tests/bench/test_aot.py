@@ -11,6 +11,8 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("interpreted kernels cannot be compiled", allow_module_level=True)
 
+from helpers import ALGORITHMS, Case
+
 from bench.aot import TARGETS, compile_for, recording
 from daam.kernels import launch
 
@@ -22,8 +24,9 @@ GAUSSIANS = 4
 
 def launches_of(algorithm, x, p, mask, axis, feature_axis, full, padding=None):
     """Launches of a forward and a backward pass. full: with weights, their gradient and residual."""
-    kernels = importlib.import_module(f"daam.kernels.{algorithm}")
-    settings = {"density": (feature_axis, 1e-5), "mixture": (1e-8, padding), "gate": ()}[algorithm]
+    kernels, spec = importlib.import_module(f"daam.kernels.{algorithm}"), ALGORITHMS[algorithm]
+    case = Case(x.shape, axis, padding=padding, algorithm=algorithm)
+    settings = (feature_axis, 1e-5) if spec.features else spec.settings(case)
     args, how = (x, p, p, mask), (axis, *settings, full)
     with recording() as recorded:
         stats = kernels.forward(*args, *how, full, True)[2]
@@ -42,7 +45,8 @@ def launches(algorithm, order, along, chunk, dtype, full):
         ("columns", "inner"): ((8, chunk, FEATURES), 1, 2),
     }[order, along]
     x = torch.empty(shape, dtype=dtype, device="meta")
-    columns = {"chunk": chunk, "nothing": 1 if algorithm == "density" else GAUSSIANS, "inner": FEATURES}[along]
+    nothing = 1 if ALGORITHMS[algorithm].features else GAUSSIANS
+    columns = {"chunk": chunk, "nothing": nothing, "inner": FEATURES}[along]
     p = torch.empty(1, columns, device="meta")
     mask = torch.empty(shape, dtype=torch.bool, device="meta")[..., :1] if full else None
     return launches_of(algorithm, x, p, mask, axis, feature_axis, full)
@@ -50,13 +54,14 @@ def launches(algorithm, order, along, chunk, dtype, full):
 
 ROWS = [2**k for k in range(1, launch.LONGEST_ROW.bit_length())] + [4 * launch.LONGEST_ROW]
 COLUMNS = [2**k for k in range(launch.LONGEST_COLUMN.bit_length())] + [4 * launch.LONGEST_COLUMN]
+OTHERS = [name for name, spec in ALGORITHMS.items() if not spec.features]
 CONFIGURATIONS = [
     *itertools.product(["density"], ["rows"], ["chunk", "nothing"], ROWS),
     *itertools.product(["density"], ["columns"], ["inner", "nothing"], COLUMNS),
     *itertools.product(["density"], ["rows"], ["inner"], ROWS[::5] + ROWS[-1:]),
     *itertools.product(["density"], ["columns"], ["chunk"], COLUMNS[::4] + COLUMNS[-1:]),
-    *itertools.product(["mixture", "gate"], ["rows"], ["nothing"], ROWS),
-    *itertools.product(["mixture", "gate"], ["columns"], ["nothing"], COLUMNS),
+    *itertools.product(OTHERS, ["rows"], ["nothing"], ROWS),
+    *itertools.product(OTHERS, ["columns"], ["nothing"], COLUMNS),
 ]
 ONE_A_REGIME = [
     ("density", "rows", "chunk", 1024),
@@ -64,8 +69,8 @@ ONE_A_REGIME = [
     ("density", "columns", "inner", 4),
     ("density", "columns", "inner", 256),
     ("density", "columns", "inner", COLUMNS[-1]),
-    *itertools.product(["mixture", "gate"], ["rows"], ["nothing"], [1024, ROWS[-1]]),
-    *itertools.product(["mixture", "gate"], ["columns"], ["nothing"], [4, 64, COLUMNS[-1]]),
+    *itertools.product(OTHERS, ["rows"], ["nothing"], [1024, ROWS[-1]]),
+    *itertools.product(OTHERS, ["columns"], ["nothing"], [4, 64, COLUMNS[-1]]),
 ]
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
 
@@ -106,13 +111,13 @@ def test_every_configuration(target, algorithm, order, along, chunk, dtype, full
     check(target, algorithm, order, along, chunk, dtype, full)
 
 
-@pytest.mark.parametrize("algorithm", ["density", "mixture", "gate"])
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
 @pytest.mark.parametrize("full", [False, True])
 @pytest.mark.parametrize("shape", [(5, 37, 1000), (2, 200, 1032), (3, 600, 21), (5, 1001)], ids=str)
 def test_sizes_that_are_no_power_of_two(shape, full, algorithm):
     """What users have: narrow accesses, and still nothing spills."""
     x = torch.empty(shape, dtype=torch.bfloat16, device="meta")
-    p = torch.empty(1, shape[-1] if algorithm == "density" else GAUSSIANS, device="meta")
+    p = torch.empty(1, shape[-1] if ALGORITHMS[algorithm].features else GAUSSIANS, device="meta")
     for one in launches_of(algorithm, x, p, None, 1, len(shape) - 1, full):
         compiled = compile_for("sm_90", one)
         assert compiled.stack == 0 and compiled.registers * 32 * one.meta["num_warps"] <= 65536, one.name
@@ -126,13 +131,13 @@ def test_padding_values(shape):
         assert compile_for("sm_90", one).stack == 0, one.name
 
 
-@pytest.mark.parametrize("algorithm", ["mixture", "gate"])
-@pytest.mark.parametrize("gaussians", [1, 3, 8])
+@pytest.mark.parametrize("algorithm", OTHERS)
+@pytest.mark.parametrize("gaussians", [1, 3, 8, 16])
 def test_other_numbers_of_gaussians(gaussians, algorithm):
     for shape in ((64, 1024), (8, 32, 1024), (8, 1000, 1024)):
         x = torch.empty(shape, dtype=torch.bfloat16, device="meta")
         p = torch.empty(2, gaussians, device="meta")
-        for one in launches_of(algorithm, x, p, None, 1, None, False):
+        for one in launches_of(algorithm, x, p, None, 1, None, True):
             assert compile_for("sm_90", one).stack == 0, (one.name, shape)
 
 

@@ -36,7 +36,8 @@ def test_constant_chunks(dtype, backend, algorithm, device):
 def test_offsets_of_1e4(offset, backend, algorithm, device):
     """So far out that exp underflows; the mixture, whose weights are relative, still tells positions apart."""
     for shape in SHAPES:
-        case = Case(shape, 1, heads=2, algorithm=algorithm, params=1, eps=None if algorithm == "gate" else 1e-8)
+        params = "features" if ALGORITHMS[algorithm].features else 1
+        case = Case(shape, 1, heads=2, algorithm=algorithm, params=params)
         given = inputs(case, torch.float32, device=device)
         given.params = (torch.full_like(given.params[0], offset), given.params[1])
         result, expected = finite(case, given, backend), oracle(case, given)
@@ -95,7 +96,7 @@ def test_density_of_c_near_0_and_negative(c, backend, device):
         given = inputs(case, torch.float32, device=device)
         given.params = (given.params[0] * 0, torch.full_like(given.params[1], c))
         result, expected = finite(case, given, backend), oracle(case, given)
-        assert error(result["y"], expected["y"]) < 1e-3 if c > 0 else 1e-4
+        assert error(result["y"], expected["y"]) < (1e-3 if c > 0 else 1e-4)
 
 
 @backends
@@ -131,7 +132,15 @@ def test_one_valid_position(backend, algorithm, device):
 def test_eps_0_and_chunks_of_nothing(backend, algorithm, device):
     """All-False chunks give zeros, never NaN, in results and gradients, whatever eps is; so do the rims of tiles."""
     for shape, heads, mask in (((3, 5), 1, False), ((3, 6, 5), 2, True), ((2, 80, 3), 1, True)):
-        case = Case(shape, 1, heads, "one", mask=mask, eps=None if algorithm == "gate" else 0.0, algorithm=algorithm)
+        case = Case(
+            shape,
+            1,
+            heads,
+            "one",
+            mask=mask,
+            eps=None if ALGORITHMS[algorithm].eps is None else 0.0,
+            algorithm=algorithm,
+        )
         given = inputs(case, device=device)
         result, expected = finite(case, given, backend), oracle(case, given)
         for name, t in expected.items():

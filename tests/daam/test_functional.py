@@ -2,6 +2,7 @@
 
 import re
 
+import numpy as np
 import pytest
 import torch
 from helpers import ALGORITHMS, LAYOUTS, Case, attend, inputs, run
@@ -96,6 +97,7 @@ def test_errors_of_the_others(error, message, args, options, function):
         (TypeError, "padding_value is '0', expected a number or None", (X, P, P), {"padding_value": "0"}),
         (TypeError, "padding_value is True", (X, P, P), {"padding_value": True}),
         (ValueError, "padding_value is nan, which equals nothing", (X, P, P), {"padding_value": float("nan")}),
+        (ValueError, "padding_value is an int of 1329 bits", (X, P, P), {"padding_value": 10**400}),
         (ValueError, "mask and padding_value are both given", (X, P, P), {"padding_value": 0, "mask": MASK}),
     ],
 )  # fmt: skip
@@ -127,7 +129,7 @@ def test_a_real_dtensor_is_refused(tmp_path):
 @pytest.mark.parametrize("mask", [False, True])
 @algorithms
 def test_memory_order_is_kept(layout, mask, algorithm):
-    heads = 1 if algorithm == "density" else 4  # of unequal length
+    heads = 1 if ALGORITHMS[algorithm].features else 4  # of unequal length
     case = Case((2, 9, 5, 4), 1, heads, layout=layout, mask=mask, algorithm=algorithm)
     given = inputs(case)
     result = run(case, given, "eager")
@@ -171,6 +173,13 @@ def test_a_gate_of_one_head_takes_vectors():
     y = density_gate(X, p, q)
     assert torch.equal(y, density_gate(X, p[None], q[None]))
     y.sum().backward()
+
+
+def test_any_real_number_is_a_padding_value():
+    x = torch.randn(2, 6, 4).masked_fill_(X > 0.5, 3)
+    expected = mixture_attention(x, P, P, padding_value=3.0)
+    for value in (3, np.float32(3), np.int64(3)):
+        assert torch.equal(mixture_attention(x, P, P, padding_value=value), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)

@@ -1,6 +1,7 @@
 """The modules: construction, initialisation, checkpoints, masks. Agreement with PyPI's: test_published.py."""
 
 import copy
+import math
 import pickle
 
 import pytest
@@ -273,7 +274,7 @@ def test_gate_masks():
     alone, _ = gate(x[1:, :, :9])
     torch.testing.assert_close(gate(x, mask=mask)[0][1:, :, :9], alone)
     assert torch.equal(gate(x, mask=mask)[0][1, :, 9:], x[1, :, 9:])
-    with pytest.raises(ValueError, match=r"mask has shape \(2, 1, 16\), expected \(batch, length\), \(2, 16\)"):
+    with pytest.raises(ValueError, match=r"mask has shape \(2, 1, 16\), expected x's shape up to norm_axis, \(2, 16\)"):
         gate(x, mask=mask[:, None])
     with pytest.raises(TypeError, match=r"mask has dtype torch.int64"):
         gate(x, mask=mask.long())
@@ -285,11 +286,60 @@ def test_gate_masks():
         lambda: daam.MultiHeadDensityAdaptiveAttention(1, 2, 3),
         lambda: daam.DensityAdaptiveAttention(1, 1, 3, None),
         lambda: daam.DensityBlock([1, 2], [2, 3], [3, 4], 2),
+        lambda: daam.DensityGate(16),
     ],
 )
 def test_the_others_copy_pickle_and_compile(build):
+    def call(module):
+        y = module(X)
+        return y[0] if isinstance(y, tuple) else y
+
     layer = build()
-    y = layer(X)
+    y = call(layer)
     for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
-        assert torch.equal(other(X), y)
-    torch.testing.assert_close(torch.compile(layer, fullgraph=True, backend="aot_eager")(X), y)
+        assert torch.equal(call(other), y)
+    torch.testing.assert_close(call(torch.compile(layer, fullgraph=True, backend="aot_eager")), y)
+
+
+def test_a_gate_from_the_meta_device():
+    with torch.device("meta"):
+        gate = daam.DensityGate(9, 3)
+    gate = gate.to_empty(device="cpu")
+    for module in gate.modules():
+        module.reset_parameters()
+    assert gate.alpha == 0.05 and (gate.gaa.log_sigma == math.log(0.5)).all() and (gate.gaa.mean_offsets == 0).all()
+    assert "num_gaussians=3" in repr(gate) and "cap=0.2" in repr(gate)
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "x", "mask"),
+    [
+        (TypeError, "x is a list, expected a Tensor", [1.0], None),
+        (ValueError, r"x has shape \(2, 16, 9\), expected \(batch, 9, length\)", X, None),
+        (ValueError, r"x has shape \(16,\), expected \(batch, 9, length\)", X[0, :, 0], None),
+        (TypeError, "mask is a list, expected a Tensor", X.transpose(1, 2), [True]),
+        (
+            ValueError,
+            "mask is on meta, expected x's device cpu",
+            X.transpose(1, 2),
+            torch.ones(2, 16).bool().to("meta"),
+        ),
+    ],
+)
+def test_errors_of_a_gate_s_input(error, message, x, mask):
+    with pytest.raises(error, match=message):
+        daam.DensityGate(9)(x, mask=mask)
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "x", "mask"),
+    [
+        (TypeError, "x is a list, expected a Tensor", [1.0], None),
+        (ValueError, "x has rank 0", torch.tensor(1.0), None),
+        (ValueError, "x has rank 0", torch.tensor(1.0), torch.tensor(True)),
+        (TypeError, "mask is a list, expected a Tensor", X, [True]),
+    ],
+)
+def test_errors_of_a_block_s_input(error, message, x, mask):
+    with pytest.raises(error, match=message):
+        daam.DensityBlock([1], [1], [1], 1)(x, mask=mask)

@@ -104,11 +104,13 @@ def test_blocks_agree_and_state_dicts_travel_both_ways():
 
 
 def test_initialisation_is_the_published_one():
-    torch.manual_seed(0)
-    ours = daam.MultiHeadGaussianAdaptiveAttention(1, 500, 8)
-    theirs = published.MultiHeadGaussianAdaptiveAttention(1, 4, 8)
-    assert (ours.mean_offsets == 0).all() and all((head.mean_offsets == 0).all() for head in theirs.attention_heads)
-    assert abs(ours.c.mean()) < 0.1 and abs(ours.c.std() - 1) < 0.05
+    """The same seed gives the same numbers."""
+    for gaussians in (1, 4, 40):
+        torch.manual_seed(0)
+        theirs = published.MultiHeadGaussianAdaptiveAttention(1, 8, gaussians)
+        torch.manual_seed(0)
+        ours = daam.to_published_state_dict(daam.MultiHeadGaussianAdaptiveAttention(1, 8, gaussians))
+        assert all(torch.equal(ours[name], p) for name, p in theirs.state_dict().items())
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -144,18 +146,20 @@ def test_golden_gate(backend):
         assert error(result, data[name].detach().double()) < 1e-5, name
 
 
-@pytest.mark.parametrize("length", [2, 7])
-def test_where_the_package_underflows_we_do_not(length):
-    """Gaussians whose product is 0 in float32: their weights are 0, ours are what the formula gives in float64."""
-    theirs, ours = pair(1, 1, 8)
-    x = torch.randn(2, length, 3, dtype=torch.float64) * 1e-3
-    for module in (theirs, ours):
-        for name, p in module.named_parameters():
-            nn.init.constant_(p, 1.0 if name.endswith("c") else 0.05)
-    y = ours.float()(x.float())
-    assert (theirs.float()(x.float()) == 0).all()
-    exact = daam.mixture_attention(x, ours.mean_offsets.double(), ours.c.double(), eps=1e-8)
-    assert error(y, exact.detach()) < 1e-4
+@pytest.mark.parametrize(
+    ("c", "theirs"), [([1e12] * 4 + [1e-12] * 4, 0.0), ([1e-12] * 4, float("nan"))], ids=["underflow", "overflow"]
+)
+def test_where_the_package_underflows_we_do_not(c, theirs):
+    """A constant chunk has equal weights, whatever happens to the product of its Gaussians on the way."""
+    x = torch.full((1, 7, 2), 0.5)
+    module = published.MultiHeadGaussianAdaptiveAttention(1, 1, len(c))
+    module.attention_heads[0].c.data = torch.tensor(c)
+    _, details = module(x, return_attention_details=True)
+    torch.testing.assert_close(details, torch.full_like(x, theirs), equal_nan=True)
+    ours = daam.MultiHeadGaussianAdaptiveAttention(1, 1, len(c))
+    ours.load_state_dict(module.state_dict())
+    _, details = ours(x, return_attention_details=True)
+    torch.testing.assert_close(details, torch.full_like(x, 1 / 7))
 
 
 def test_every_combination_of_padding_and_heads_in_one_sweep():

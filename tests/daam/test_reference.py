@@ -36,7 +36,7 @@ MIXTURE = [
 ]
 CASES = [
     *DENSITY,
-    *(case.but(algorithm=name) for name in ("mixture", "gate") for case in OTHERS),
+    *(case.but(algorithm=name) for name, spec in ALGORITHMS.items() if not spec.features for case in OTHERS),
     *(case.but(algorithm="mixture") for case in MIXTURE),
 ]
 

@@ -8,7 +8,8 @@ import torch
 from daam.kernels import launch
 from daam.kernels.layout import varies, view
 
-PASSES = (launch.FORWARD, launch.FORWARD_MIXTURE, launch.BACKWARD, *map(launch.gate_backward, (1, 4, 8, 40)))
+GATE = [tiles(k) for tiles in (launch.gate_forward, launch.gate_backward) for k in (1, 4, 8, 40)]
+PASSES = (launch.FORWARD, launch.FORWARD_MIXTURE, launch.BACKWARD, *GATE)
 
 
 def of(shape, axis, feature_axis, dtype=torch.bfloat16, heads=1):
@@ -17,7 +18,7 @@ def of(shape, axis, feature_axis, dtype=torch.bfloat16, heads=1):
     one = view(x, [], axis, heads, feature_axis)
     along, found = varies(axis, feature_axis), []
     for tiles in PASSES:
-        streamed = launch.streams(tiles, x, axis, heads, one.by_axis)
+        streamed = launch.streams(tiles, x, axis, heads, feature_axis)
         found.append((tiles, launch.tile_for(tiles, one, streamed, along, dtype), streamed))
     return found
 
