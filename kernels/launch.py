@@ -81,7 +81,9 @@ BACKWARD = _tiles(row_elements=512, column_elements=256)
 
 @functools.cache
 def gate_forward(gaussians: int) -> Tiles:
-    """As the others for up to four Gaussians; half as much for up to eight, and a quarter for more."""
+    """As the others for up to four Gaussians; half as much for up to eight, and a quarter for more, of which the longest
+    chunks spill some 50 bytes.
+    """
     parts = min(4, 1 << max(0, (gaussians - 1).bit_length() - 2))
     return _tiles(row_elements=1024 // parts, column_elements=512 // parts, columns=2048 // parts)
 

@@ -146,7 +146,9 @@ def in_parts(function: Callable) -> Callable:
             function(*_each(args, first, partial(piece.positions_of, axis=axis), partial(piece.heads_of, dim=0)))
             for piece in pieces
         ]
-        return _join(results, first, partial(torch.cat, dim=axis), torch.cat)
+        dims = (axis, 0, 0) if first else (axis, axis)
+        columns = zip(dims, zip(*results, strict=True), strict=True)
+        return tuple(None if ts[0] is None else torch.cat(ts, dim) for dim, ts in columns)
 
     return run
 
@@ -168,11 +170,21 @@ def in_slices(function: Callable) -> Callable:
         def slice_of(t, start):
             return t if t.shape[dim] == 1 else t[(slice(None),) * dim + (slice(start, start + step),)]
 
-        size, step = x.shape[dim], max(1, SLICE * x.shape[dim] // x.numel())
-        results = [
-            function(*_each(args, first, partial(slice_of, start=start), lambda p: p)) for start in range(0, size, step)
-        ]
-        return _join(results, first, partial(torch.cat, dim=dim), sum)
+        size, step, whole = x.shape[dim], max(1, SLICE * x.shape[dim] // x.numel()), None
+        for start in range(0, size, step):
+            results = function(*_each(args, first, partial(slice_of, start=start), lambda p: p))
+            # into one tensor at once: joined afterwards, slices would touch as much memory again
+            of_x = (True, not first, not first)[: len(results)]
+            pairs = list(zip(results, of_x, strict=True))
+            if whole is None:
+                whole = tuple(
+                    None if t is None else t.new_empty(x.shape) if like_x else torch.zeros_like(t)
+                    for t, like_x in pairs
+                )
+            for total, (t, like_x) in zip(whole, pairs, strict=True):
+                if t is not None:
+                    slice_of(total, start).copy_(t) if like_x else total.add_(t)
+        return whole
 
     return run
 
@@ -186,9 +198,3 @@ def _each(args: tuple, first: int, of_x: Callable, of_params: Callable) -> tuple
     like_x, params, mask, others = args[: first + 1], args[first + 1 : first + 3], args[first + 3], args[first + 4 :]
     *like_x, mask = (None if t is None else of_x(t) for t in (*like_x, mask))
     return *like_x, *map(of_params, params), mask, *others
-
-
-def _join(results: list[tuple], first: int, of_x: Callable, of_params: Callable) -> tuple:
-    joins = (of_x, of_params, of_params) if first else (of_x, of_x)
-    columns = zip(*results, strict=True)
-    return tuple(None if ts[0] is None else join(ts) for join, ts in zip(joins, columns, strict=True))
