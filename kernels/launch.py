@@ -81,7 +81,7 @@ BACKWARD = _tiles(row_elements=512, column_elements=256)
 
 @functools.cache
 def gate_forward(gaussians: int) -> Tiles:
-    """As the others for up to four Gaussians; half as much for up to eight, and a quarter for more, of which the longest
+    """As the others for up to four Gaussians; half as much for up to eight, and a quarter for more: then the longest
     chunks spill some 50 bytes.
     """
     parts = min(4, 1 << max(0, (gaussians - 1).bit_length() - 2))
