@@ -3,6 +3,7 @@
 import importlib
 import itertools
 import os
+import re
 
 import pytest
 import torch
@@ -146,3 +147,25 @@ def test_a_spill_is_seen():
     (one, _) = launches("density", "columns", "inner", 256, torch.float32, True)
     one.meta.update(BLOCK_INNER=256, num_warps=4)
     assert compile_for("sm_90", one).stack > 0
+
+
+def test_the_mixture_compares_what_it_subtracts():
+    """The exponent is (least s - s)·precision with s as it was compared: fused into the difference, the product s would
+    leave a rounding error there, which a narrow Gaussian's precision turns into inf. The interpreter fuses nothing.
+    """
+    x, p = torch.empty(64, 1024, dtype=torch.bfloat16, device="meta"), torch.empty(1, GAUSSIANS, device="meta")
+    for one in launches_of("mixture", x, p, None, 1, None, False):
+        if one.name == "_chain":
+            continue
+        code = re.findall(r"\t(\w+)[\w.]*\s+(%\w+), ([^;]+);", compile_for("sm_90", one).assembly)
+        made = {result: (op, operands.split(", ")) for op, result, operands in code}
+
+        def parts(register, op, made=made):
+            found, operands = made.get(register, ("", []))
+            return operands if found == op else []
+
+        exponents = [operands for op, _, operands in code if op == "ex2"]
+        differences = [d for e in exponents for factor in parts(e, "mul") for d in [parts(factor, "sub")] if d]
+        elements = one.meta["BLOCK_CHUNK"] * one.meta["BLOCK_INNER"] // (32 * one.meta["num_warps"])
+        assert len(differences) == elements, one.name
+        assert all(parts(subtracted, "selp") for _, subtracted in differences), one.name
