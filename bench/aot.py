@@ -24,6 +24,7 @@ from unittest import mock
 import triton
 from triton.backends.compiler import GPUTarget
 
+from bench.machine_code import sass
 from daam.kernels import launch
 
 TARGETS = {
@@ -51,13 +52,19 @@ class Launch:
 class Compiled:
     """What a launch needs on a target: registers a thread, stack and shared memory in bytes; and its assembly text.
 
-    stack is what spilled: 0 on a kernel that fits. On AMD GPUs it is the private segment.
+    stack is what spilled: 0 on a kernel that fits. On AMD GPUs it is the private segment, and there is no cubin.
     """
 
     registers: int
     stack: int
     shared: int
     assembly: str
+    cubin: bytes | None
+
+    @property
+    def code(self) -> str:
+        """Machine code as text: SASS on NVIDIA GPUs, the assembly on others."""
+        return self.assembly if self.cubin is None else sass(self.cubin)
 
     @property
     def load_bits(self) -> int:
@@ -101,6 +108,7 @@ def compile_for(target: str, recorded: Launch) -> Compiled:
     options = launch.options(recorded.meta["num_warps"], nvidia=TARGETS[target].backend == "cuda")
     with mock.patch.object(triton.runtime.driver, "_active", _Offline(target)):
         kernel = recorded.kernel.warmup(*recorded.args, **recorded.meta, **options, grid=(1,))
+    cubin = None
     if TARGETS[target].backend == "hip":
         assembly = kernel.asm["amdgcn"]
         registers, stack = (
@@ -108,8 +116,9 @@ def compile_for(target: str, recorded: Launch) -> Compiled:
         )
     else:
         assembly = kernel.asm["ptx"]
-        registers, stack = _resource_usage(kernel.asm["cubin"])
-    return Compiled(registers, stack, kernel.metadata.shared, assembly)
+        cubin = kernel.asm["cubin"]
+        registers, stack = _resource_usage(cubin)
+    return Compiled(registers, stack, kernel.metadata.shared, assembly, cubin)
 
 
 def _resource_usage(cubin: bytes) -> tuple[int, int]:

@@ -1,0 +1,184 @@
+"""Static audit of the kernels: what the compiler makes of every shipped configuration, without a GPU.
+
+    python -m bench.audit [--targets sm_90 …] [--dtypes bf16 fp32] [--output audit.json]
+
+Per kernel: registers a thread, stack (what spilled) and shared memory in bytes, widest load and store in bits, warps
+that a multiprocessor can hold; and of the main loop, an element of x: bytes loaded and stored in elements, instructions
+and special-function operations. For sm_90 the modelled share of an H200's memory roof, of the bytes that the loop moves: a
+multiprocessor issues four instructions and starts sixteen special functions a clock, and the slowest of issue, special
+functions and memory decides (stalls are not modelled). The same compiler gives the same figures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import itertools
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+import triton
+
+from bench.aot import TARGETS, Compiled, Launch, compile_for, recording
+from bench.machine_code import instructions, main_loop
+from daam.kernels import launch
+
+FEATURES = 1024
+GAUSSIANS = 4
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
+# an H200, per element a thread handles: picoseconds of an issue slot, a special function, a byte of memory
+ISSUE, SPECIAL, BYTE = 0.0299, 0.239, 0.2325
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """A forward and a backward pass of one regime.
+
+    order: "rows" where the axis is the fastest dimension, "columns" where another one is. along: what parameters vary
+    along, "chunk", "inner" or "nothing". full: with mask, weights, their gradient and residual.
+    """
+
+    algorithm: str
+    order: str
+    along: str
+    chunk: int
+    dtype: str = "bf16"
+    full: bool = False
+
+    def __str__(self) -> str:
+        parts = (self.algorithm, self.order, self.along, self.chunk, self.dtype, *(["full"] if self.full else []))
+        return "-".join(map(str, parts))
+
+    def launches(self) -> list[Launch]:
+        """Of a forward and a backward pass, with gradients of everything."""
+        shape, axis = ((64, self.chunk), 1) if self.order == "rows" else ((8, self.chunk, FEATURES), 1)
+        if (self.order, self.along) == ("rows", "inner"):
+            shape, axis = (8, FEATURES, self.chunk), 2
+        feature_axis = {"chunk": axis, "inner": 3 - axis, "nothing": None}[self.along]
+        x = torch.empty(shape, dtype=DTYPES[self.dtype], device="meta")
+        columns = {"chunk": self.chunk, "inner": FEATURES, "nothing": 1 if self.algorithm == "density" else GAUSSIANS}
+        p = torch.empty(1, columns[self.along], device="meta")
+        mask = torch.empty(shape, dtype=torch.bool, device="meta")[..., :1] if self.full else None
+        return launches(self.algorithm, x, p, mask, axis, feature_axis, self.full)
+
+
+SETTINGS = {
+    "density": lambda feature_axis, padding: (feature_axis, 1e-5),
+    "mixture": lambda feature_axis, padding: (1e-8, padding),
+    "gate": lambda feature_axis, padding: (),
+}
+
+
+def launches(
+    algorithm: str, x: torch.Tensor, p: torch.Tensor, mask: torch.Tensor | None, axis: int, feature_axis: int | None,
+    full: bool, padding: float | None = None,
+) -> list[Launch]:  # fmt: skip
+    """Launches of a forward and a backward pass. full: with weights, their gradient and residual."""
+    kernels = importlib.import_module(f"daam.kernels.{algorithm}")
+    args, how = (x, p, p, mask), (axis, *SETTINGS[algorithm](feature_axis, padding), full)
+    with recording() as recorded:
+        stats = kernels.forward(*args, *how, full, True)[2]
+        kernels.backward(x, x if full else None, *args, stats, *how, True, True)
+    return recorded
+
+
+ROWS = [2**k for k in range(1, launch.LONGEST_ROW.bit_length())] + [4 * launch.LONGEST_ROW]
+COLUMNS = [2**k for k in range(launch.LONGEST_COLUMN.bit_length())] + [4 * launch.LONGEST_COLUMN]
+OTHERS = [name for name in SETTINGS if name != "density"]
+CONFIGURATIONS = [
+    Configuration(*one)
+    for one in (
+        *itertools.product(["density"], ["rows"], ["chunk", "nothing"], ROWS),
+        *itertools.product(["density"], ["columns"], ["inner", "nothing"], COLUMNS),
+        *itertools.product(["density"], ["rows"], ["inner"], ROWS[::5] + ROWS[-1:]),
+        *itertools.product(["density"], ["columns"], ["chunk"], COLUMNS[::4] + COLUMNS[-1:]),
+        *itertools.product(OTHERS, ["rows"], ["nothing"], ROWS),
+        *itertools.product(OTHERS, ["columns"], ["nothing"], COLUMNS),
+    )
+]
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What one kernel of a configuration needs on a target; see the module."""
+
+    registers: int
+    stack: int
+    shared: int
+    warps: int
+    load_bits: int
+    store_bits: int
+    loads: float
+    stores: float
+    instructions: float
+    special: float
+    roof: float | None
+
+
+def figures(target: str, recorded: Launch, compiled: Compiled) -> Figures:
+    """Of one launch; its tile is what the main loop handles in one turn."""
+    code = instructions(compiled.code)
+    loop = main_loop(code)
+    lanes = TARGETS[target].warp_size
+    elements = recorded.meta["BLOCK_CHUNK"] * recorded.meta["BLOCK_INNER"] / (lanes * recorded.meta["num_warps"])
+    itemsize = recorded.args[0].data.itemsize
+    loads, stores = ([one.bits for one in loop if one.bits and one.loads == wanted] for wanted in (True, False))
+    moved = [sum(bits) / 8 / itemsize / elements for bits in (loads, stores)]
+    issued, special = len(loop) / elements, sum(one.special for one in loop) / elements
+    memory = sum(moved) * itemsize * BYTE
+    return Figures(
+        registers=compiled.registers,
+        stack=compiled.stack,
+        shared=compiled.shared,
+        warps=_resident_warps(compiled, recorded.meta["num_warps"]),
+        load_bits=max((one.bits for one in code if one.loads), default=0),
+        store_bits=max((one.bits for one in code if one.bits and not one.loads), default=0),
+        loads=round(moved[0], 3),
+        stores=round(moved[1], 3),
+        instructions=round(issued, 2),
+        special=round(special, 3),
+        roof=round(memory / max(memory, issued * ISSUE, special * SPECIAL), 3) if target == "sm_90" else None,
+    )
+
+
+def _resident_warps(compiled: Compiled, num_warps: int) -> int:
+    """Warps that 65,536 registers and 227 KB of shared memory hold, in whole programs, 64 at most (NVIDIA's rules)."""
+    by_registers = 65_536 // (-(-compiled.registers // 8) * 8 * 32 * num_warps)
+    by_memory = 227 * 1024 // (compiled.shared + 1024)
+    return num_warps * min(by_registers, by_memory, 32, 64 // num_warps)
+
+
+def audit(target: str, configurations: list[Configuration]) -> Iterator[tuple[str, Figures]]:
+    """(name of the configuration and the kernel, its figures)."""
+    for configuration in configurations:
+        for recorded in configuration.launches():
+            if "BLOCK_CHUNK" in recorded.meta:  # all but what sums partial sums
+                yield f"{configuration}/{recorded.name}", figures(target, recorded, compile_for(target, recorded))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["bf16", "fp32"])
+    parser.add_argument("--full", action="store_true", help="with mask, weights, their gradient and residual")
+    parser.add_argument("--output", type=Path, help="write the figures as JSON")
+    args = parser.parse_args()
+    chosen = [replace(one, dtype=dtype, full=args.full) for dtype in args.dtypes for one in CONFIGURATIONS]
+    names = list(Figures.__dataclass_fields__)
+    found: dict[str, dict[str, dict]] = {}
+    for target in args.targets:
+        print(f"{target:48}", *(f"{name[:9]:>9}" for name in names))
+        found[target] = {}
+        for name, one in audit(target, chosen):
+            found[target][name] = asdict(one)
+            print(f"{name:48}", *(f"{'' if value is None else value:>9}" for value in asdict(one).values()), flush=True)
+    if args.output:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        args.output.write_text(json.dumps({"triton": triton.__version__, "targets": found}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,105 @@
+"""The audit reads machine code: what counts as what, and figures of a kernel that can be counted by hand."""
+
+import json
+import os
+import sys
+from unittest import mock
+
+import pytest
+
+pytest.importorskip("triton")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("interpreted kernels cannot be compiled", allow_module_level=True)
+
+from bench import audit
+from bench.aot import compile_for
+from bench.machine_code import instructions, main_loop
+
+NVIDIA = """
+_kernel:
+.text._kernel:
+        /*0000*/                   LDC R1, c[0x0][0x28] ;
+.L_x_1:
+        /*0010*/              @!P0 LDG.E.128 R4, desc[UR14][R2.64] ;
+        /*0020*/                   LDG.E.U16 R8, desc[UR14][R2.64] ;
+.L_x_2:
+        /*0030*/                   MUFU.EX2 R0, R4 ;
+        /*0040*/                   NOP ;
+        /*0050*/               @P1 BRA `(.L_x_2) ;
+        /*0060*/                   STG.E.64 desc[UR14][R2.64], R4 ;
+        /*0070*/              @!P2 BRA `(.L_x_1) ;
+        /*0080*/                   EXIT ;
+.L_x_3:
+        /*0090*/                   BRA `(.L_x_3);
+"""
+AMD = """
+kernel:
+\ts_load_dwordx4 s[0:3], s[4:5], 0x0
+.LBB0_1:                                ; =>This Inner Loop Header: Depth=1
+\tglobal_load_dwordx4 v[0:3], v4, s[0:1]
+\tglobal_load_ushort v5, v4, s[0:1]
+\tv_exp_f32_e32 v0, v0
+\tglobal_store_dwordx2 v4, v[0:1], s[2:3]
+\ts_cbranch_scc1 .LBB0_1
+\ts_endpgm
+"""
+
+
+@pytest.mark.parametrize(("text", "length", "extra"), [(NVIDIA, 6, 1), (AMD, 5, 0)], ids=["nvidia", "amd"])
+def test_main_loop(text, length, extra):
+    """The loop that moves memory, the one inside it included; what stands around it and padding are not."""
+    code = instructions(text)
+    loop = main_loop(code)
+    assert len(loop) == length and len(code) > length
+    assert [one.bits for one in loop if one.loads] == [128, 16]
+    assert [one.bits for one in loop if one.bits and not one.loads] == [64]
+    assert sum(one.special for one in loop) == 1
+    assert sum(one.target is not None for one in loop) == 1 + extra
+
+
+def test_code_without_a_loop_counts_as_a_whole():
+    code = instructions(NVIDIA.replace("BRA", "MOV"))
+    assert main_loop(code) == code
+
+
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+def test_figures(target):
+    """x is loaded once and y stored once; backward x and grad_y once, dx once; one exponential an element."""
+    one = audit.Configuration("density", "rows", "nothing", 1024)
+    found = dict(audit.audit(target, [one]))
+    forward, backward = found[f"{one}/_forward"], found[f"{one}/_backward"]
+    assert (forward.loads, forward.stores) == (backward.loads / 2, backward.stores) == (1.0, 1.0)
+    assert 1 <= forward.special < 1.2 and 10 < forward.instructions < backward.instructions < 80
+    assert (forward.load_bits, forward.store_bits, forward.stack) == (128, 128, 0)
+    assert (forward.roof is None) == (target != "sm_90")
+
+
+def test_the_same_twice():
+    one = audit.Configuration("gate", "columns", "nothing", 4)
+    assert dict(audit.audit("sm_90", [one])) == dict(audit.audit("sm_90", [one]))
+
+
+def test_a_worse_kernel_has_worse_figures():
+    """A row over too many warps issues more; a tile too large spills, and holds fewer warps."""
+    recorded = audit.Configuration("density", "rows", "nothing", 1024).launches()[0]
+    good = audit.figures("sm_90", recorded, compile_for("sm_90", recorded))
+    recorded.meta.update(num_warps=8)
+    assert audit.figures("sm_90", recorded, compile_for("sm_90", recorded)).instructions > 1.5 * good.instructions
+    recorded = audit.Configuration("density", "columns", "inner", 256, "fp32", True).launches()[0]
+    recorded.meta.update(BLOCK_INNER=256, num_warps=4)
+    bad = audit.figures("sm_90", recorded, compile_for("sm_90", recorded))
+    assert bad.stack > 0 and bad.warps == 8
+
+
+def test_command(tmp_path, capsys):
+    output = tmp_path / "audit.json"
+    arguments = ["audit", "--targets", "sm_90", "--dtypes", "bf16", "--output", str(output)]
+    with (
+        mock.patch.object(sys, "argv", arguments),
+        mock.patch.object(audit, "CONFIGURATIONS", [audit.Configuration("mixture", "rows", "nothing", 64)]),
+    ):
+        audit.main()
+    found = json.loads(output.read_text())["targets"]["sm_90"]
+    assert list(found) == [f"mixture-rows-nothing-64-bf16/{name}" for name in ("_forward", "_backward")]
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in found) and "registers" in printed
