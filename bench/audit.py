@@ -4,7 +4,7 @@
 
 Per kernel: registers a thread, stack (what spilled) and shared memory in bytes, widest load and store in bits, warps
 that a multiprocessor can hold; and of the main loop, an element of x: bytes loaded and stored in elements, instructions
-and special-function operations. For sm_90 the modelled share of an H200's memory roof, of the bytes that the loop moves: a
+and special-function operations. For sm_90 the modelled share of an H200's memory roof, of the bytes the loop moves: a
 multiprocessor issues four instructions and starts sixteen special functions a clock, and the slowest of issue, special
 functions and memory decides (stalls are not modelled). The same compiler gives the same figures.
 """

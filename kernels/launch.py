@@ -85,7 +85,7 @@ def gate_forward(gaussians: int) -> Tiles:
     chunks spill some 50 bytes.
     """
     parts = min(4, 1 << max(0, (gaussians - 1).bit_length() - 2))
-    return _tiles(row_elements=1024 // parts, column_elements=512 // parts, columns=2048 // parts)
+    return _tiles(1024 // parts, 512 // parts, columns=2048 // parts, shared=512 // parts)
 
 
 @functools.cache
