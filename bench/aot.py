@@ -1,7 +1,7 @@
 """Compile kernels ahead of time, for GPUs that are not there, and read what the compiler made of them.
 
     with recording() as launches:
-        density_forward(x_on_meta, …)
+        density.forward(x_on_meta, …)
     compile_for("sm_90", launches[0]).stack
 
 A recorded launch is compiled through Triton's own launch path with a driver that only names a target, so arguments are
@@ -13,18 +13,15 @@ from __future__ import annotations
 
 import contextlib
 import re
-import subprocess
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import triton
 from triton.backends.compiler import GPUTarget
 
-from bench.machine_code import sass
+from bench.machine_code import read_cubin
 from daam.kernels import launch
 
 TARGETS = {
@@ -64,7 +61,7 @@ class Compiled:
     @property
     def code(self) -> str:
         """Machine code as text: SASS on NVIDIA GPUs, the assembly on others."""
-        return self.assembly if self.cubin is None else sass(self.cubin)
+        return self.assembly if self.cubin is None else read_cubin(self.cubin, "nvdisasm", "-c")
 
     @property
     def load_bits(self) -> int:
@@ -122,9 +119,5 @@ def compile_for(target: str, recorded: Launch) -> Compiled:
 
 
 def _resource_usage(cubin: bytes) -> tuple[int, int]:
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        text = subprocess.run([tool, "-res-usage", file.name], check=True, capture_output=True, text=True).stdout
+    text = read_cubin(cubin, "cuobjdump", "-res-usage")
     return int(re.search(r"REG:(\d+)", text)[1]), int(re.search(r"STACK:(\d+)", text)[1])

@@ -48,12 +48,12 @@ class Instruction:
         return self.name.startswith("MUFU") or bool(re.match(r"v_(rcp|rsq|sqrt|exp|log)_", self.name))
 
 
-def sass(cubin: bytes) -> str:
-    """Disassembly of a cubin, as nvdisasm prints it."""
+def read_cubin(cubin: bytes, tool: str, option: str) -> str:
+    """What a tool that ships with Triton prints about a cubin: nvdisasm -c its code, cuobjdump -res-usage its needs."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        done = subprocess.run([_TOOLS / "nvdisasm", "-c", file.name], check=True, capture_output=True, text=True)
+        done = subprocess.run([_TOOLS / tool, option, file.name], check=True, capture_output=True, text=True)
     return done.stdout
 
 

@@ -24,7 +24,7 @@ from torch.autograd import forward_ad
 
 from daam.backend import interpreting
 from daam.kernels import launch
-from daam.reference.chunks import compute_dtype
+from daam.kernels.layout import acc_dtype
 
 _lib = torch.library.Library("daam", "DEF")
 
@@ -113,7 +113,7 @@ class Algorithm:
 
     def _forward_triton(self, x, *args):
         y, weights, stats = self.kernels.forward(x, *args)
-        return y, _or_empty(weights, x, x.dtype), _or_empty(stats, x, compute_dtype(x))
+        return y, _or_empty(weights, x, x.dtype), _or_empty(stats, x, acc_dtype(x))
 
     def _backward_triton(self, grad_y, grad_weights, x, p, q, *args):
         grads = self.kernels.backward(grad_y, grad_weights, x, p, q, *args)
@@ -125,7 +125,7 @@ class Algorithm:
         *args, _save_stats = args
         y, weights = self.eager.forward(x, *args)
         weights = None if weights is None else weights.contiguous()
-        return y.contiguous(), _or_empty(weights, x, x.dtype), _or_empty(None, x, compute_dtype(x))
+        return y.contiguous(), _or_empty(weights, x, x.dtype), _or_empty(None, x, acc_dtype(x))
 
     def _backward_cpu(self, grad_y, grad_weights, x, p, q, mask, stats, *args):
         if interpreting():
@@ -144,7 +144,7 @@ class Algorithm:
         return (
             x.new_empty(x.shape),
             x.new_empty(x.shape if return_weights else 0),
-            x.new_empty(0 if stats is None else stats, dtype=compute_dtype(x)),
+            x.new_empty(0 if stats is None else stats, dtype=acc_dtype(x)),
         )
 
     def _backward_fake(self, grad_y, grad_weights, x, p, q, mask, stats, *args):

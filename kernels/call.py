@@ -28,19 +28,19 @@ class Extent(NamedTuple):
 
 
 class Call:
-    """A call on one part of x, whose heads have equal length. streamed: whether their chunks are too long for the chip.
+    """A call on one part of x, whose heads have equal length.
 
     of: the tensors that were given by name, x and others of its shape, as kernels take them. stats: a tensor of some
     numbers a chunk, (numbers, …, heads, …), or None: all such tensors of the call have its shape but for the numbers,
-    and are contiguous.
+    and are contiguous. streamed: whether there are stats, the chunks being too long for the chip.
     """
 
     def __init__(
-        self, tiles: launch.Tiles, streamed: bool, part: Part, axis: int, feature_axis: int | None,
-        stats: Tensor | None, x: Tensor, **others: Tensor | None,
+        self, tiles: launch.Tiles, part: Part, axis: int, feature_axis: int | None, stats: Tensor | None, x: Tensor,
+        **others: Tensor | None,
     ):  # fmt: skip
         x, *tensors = (None if t is None else part.positions_of(t, axis) for t in (x, *others.values()))
-        self.part, self.axis, self.device, self.streamed = part, axis, x.device, streamed
+        self.part, self.axis, self.device, self.streamed = part, axis, x.device, stats is not None
         self.along = varies(axis, feature_axis)
         numbers = None if stats is None else part.heads_of(stats[0], axis)
         self.view = view(x, [*tensors, numbers], axis, part.heads, feature_axis)

@@ -110,7 +110,7 @@ def axis_is_fastest(x: Tensor, axis: int, inner: int | None) -> bool:
 
 
 def acc_dtype(x: Tensor) -> torch.dtype:
-    """The dtype that kernels compute and keep statistics in."""
+    """The dtype all arithmetic on x runs in, on either backend: fp64 for fp64, fp32 for everything else."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 

@@ -265,7 +265,7 @@ def _backward(
             h *= w
             all_h = tl.sum(h, 0)[None, :]
             k, clamped = h - w * (free * all_h), (1.0 - free) * all_h
-            ke = tl.sum(k * f, 0)[None, :] + clamped * (origin - gaussian[1])
+            ke = tl.sum(k * f, 0)[None, :] + clamped * (origin - m)
             kee = tl.sum(k * s, 0)[None, :] + clamped * rest
             mean_ke, slope = ke * last, kee * r2 * share_less_one(last)
             if partials is not None:

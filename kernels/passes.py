@@ -14,29 +14,45 @@ from daam.kernels.call import Call
 from daam.kernels.layout import Strided, acc_dtype, parts
 
 
-class Forward:
-    """A forward pass on x.
+class _Pass:
+    """A pass on x. stats: statistics of its chunks, None where these stay on chip."""
 
-    y, weights, stats: contiguous; weights are None where not asked for, stats where chunks stay on chip.
-    """
+    def __init__(
+        self, tiles: launch.Tiles, x: Tensor, mask: Tensor | None, heads: int, axis: int, feature_axis: int | None,
+        stats: Tensor | None = None,
+    ):  # fmt: skip
+        self.tiles, self.x, self.mask, self.heads, self.axis, self.feature_axis = (
+            tiles,
+            x,
+            mask,
+            heads,
+            axis,
+            feature_axis,
+        )
+        if stats is None and (shape := launch.stats_shape(tiles, x, axis, heads, feature_axis)) is not None:
+            stats = x.new_empty(shape, dtype=acc_dtype(x))
+        self.stats = stats
+
+    def _calls(self, **tensors: Tensor | None) -> Iterator[Call]:
+        """A call for every part of the axis, one or two, on x, mask and tensors; none where x is empty."""
+        mask = None if self.mask is None else self.mask.expand(self.x.shape)
+        for part in parts(self.x.shape[self.axis], self.heads) if self.x.numel() else ():
+            yield Call(self.tiles, part, self.axis, self.feature_axis, self.stats, x=self.x, mask=mask, **tensors)
+
+
+class Forward(_Pass):
+    """A forward pass. y, weights: contiguous; weights are None where not asked for."""
 
     def __init__(
         self, x: Tensor, mask: Tensor | None, heads: int, axis: int, return_weights: bool,
         feature_axis: int | None = None, tiles: launch.Tiles = launch.FORWARD,
     ):  # fmt: skip
-        self.x, self.mask, self.heads, self.axis, self.feature_axis = x, mask, heads, axis, feature_axis
-        self.tiles = tiles
+        super().__init__(tiles, x, mask, heads, axis, feature_axis)
         self.y, self.weights = x.new_empty(x.shape), x.new_empty(x.shape) if return_weights else None
-        self.stats = _new_stats(tiles, x, axis, heads, feature_axis)
 
     def calls(self) -> Iterator[Call]:
-        """A call for every part of the axis, one or two, on x, mask, y and weights; none where x is empty."""
-        mask = None if self.mask is None else self.mask.expand(self.x.shape)
-        for part in parts(self.x.shape[self.axis], self.heads) if self.x.numel() else ():
-            yield Call(
-                self.tiles, self.stats is not None, part, self.axis, self.feature_axis, self.stats,
-                x=self.x, mask=mask, y=self.y, weights=self.weights,
-            )  # fmt: skip
+        """A call for every part of the axis, on x, mask, y and weights."""
+        return self._calls(y=self.y, weights=self.weights)
 
     def outputs(self, save_stats: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """y, weights, and stats where they are worth keeping."""
@@ -44,8 +60,8 @@ class Forward:
         return self.y, self.weights, self.stats if keep else None
 
 
-class Backward:
-    """A backward pass on x, whose stats are those of the forward pass, or None where it kept none.
+class Backward(_Pass):
+    """A backward pass, whose stats are those of the forward pass, or None where it kept none.
 
     dx: contiguous, None where not needed. need_params: whether gradients of the parameters are needed. lacks_stats:
     whether chunks are streamed and their statistics are still to be found.
@@ -56,22 +72,14 @@ class Backward:
         heads: int, axis: int, need_x: bool, need_params: bool, feature_axis: int | None = None,
         tiles: launch.Tiles = launch.BACKWARD,
     ):  # fmt: skip
-        self.x, self.mask, self.heads, self.axis, self.feature_axis = x, mask, heads, axis, feature_axis
+        super().__init__(tiles, x, mask, heads, axis, feature_axis, stats)
         self.grad_y, self.grad_weights, self.need_params = grad_y, grad_weights, need_params
-        self.tiles, self.lacks_stats = tiles, stats is None and launch.streams(tiles, x, axis, heads, feature_axis)
-        self.stats = _new_stats(tiles, x, axis, heads, feature_axis) if stats is None else stats
+        self.lacks_stats = stats is None and self.stats is not None
         self.dx = x.new_empty(x.shape) if need_x else None
 
     def calls(self) -> Iterator[Call]:
-        """A call for every part of the axis, one or two, on x, mask, grad_y, grad_weights and dx; none where x is
-        empty.
-        """
-        mask = None if self.mask is None else self.mask.expand(self.x.shape)
-        for part in parts(self.x.shape[self.axis], self.heads) if self.x.numel() else ():
-            yield Call(
-                self.tiles, self.stats is not None, part, self.axis, self.feature_axis, self.stats,
-                x=self.x, mask=mask, grad_y=self.grad_y, grad_weights=self.grad_weights, dx=self.dx,
-            )  # fmt: skip
+        """A call for every part of the axis, on x, mask, grad_y, grad_weights and dx."""
+        return self._calls(grad_y=self.grad_y, grad_weights=self.grad_weights, dx=self.dx)
 
     def sums(self, call: Call, numbers: int) -> Strided | None:
         """Room for so many numbers a chunk, where a call streams them."""
@@ -112,8 +120,3 @@ class Backward:
         if not self.need_params:
             return (None,) * len(params)
         return tuple((p.new_empty if self.x.numel() else p.new_zeros)(p.shape) for p in params)
-
-
-def _new_stats(tiles: launch.Tiles, x: Tensor, axis: int, heads: int, feature_axis: int | None) -> Tensor | None:
-    shape = launch.stats_shape(tiles, x, axis, heads, feature_axis)
-    return None if shape is None else x.new_empty(shape, dtype=acc_dtype(x))

@@ -10,14 +10,9 @@ from inspect import signature
 import torch
 from torch import Tensor
 
-from daam.kernels.layout import parts
+from daam.kernels.layout import acc_dtype, parts
 
 SLICE = 2**19  # elements, 2 MB in fp32: as measured, with some six temporaries of that size
-
-
-def compute_dtype(x: Tensor) -> torch.dtype:
-    """The dtype all arithmetic on x runs in: fp64 for fp64, fp32 for everything else."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 class Chunks:
@@ -29,7 +24,7 @@ class Chunks:
     """
 
     def __init__(self, x: Tensor, heads: int, mask: Tensor | None, axis: int, padding: float | None = None):
-        self.dtype, self.x_dtype = compute_dtype(x), x.dtype
+        self.dtype, self.x_dtype = acc_dtype(x), x.dtype
         self.axis, self.heads = axis, heads
         self.length, self.dim, self.rank = x.shape[axis] // heads, axis + 1, x.dim() + 1
         self.invalid = None if mask is None else self.split(~mask)

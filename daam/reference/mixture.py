@@ -68,7 +68,8 @@ def gradient(
     chunks = Chunks(x, c.shape[0], mask, axis, padding)
     d, square = chunks.centred()
     fit = _Fit(chunks, mean_offsets, c, square, eps)
-    f, s = d - fit.origin, (d - fit.origin) * (d - fit.mirror)
+    f = d - fit.origin
+    s = f * (d - fit.mirror)
     weights, free = fit.weights(s)
     g, h, raw = chunks.gradients(grad_y, grad_weights)
     h = h * weights
