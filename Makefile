@@ -1,41 +1,76 @@
 # Each target sets up what it needs: a virtual environment in .venv, installed under constraints.txt.
 PYTHON ?= python3
+OUT ?= gpu-results
 BIN := .venv/bin
 INSTALLED := .venv/installed
+SHELL := bash
+.SHELLFLAGS := -o pipefail -c
 
-.PHONY: demo test test-compiled test-interpreted lint audit test-slow gpu-test clean
+AUDITS := audit-sm_80 audit-sm_90 audit-sm_100 audit-gfx942
+SHARDS := 0 1 2 3 4 5 6 7
+
+.PHONY: demo test test-compiled lint bench audit $(AUDITS) test-slow gpu gpu-test gpu-bench gpu-compile clean
 
 demo: $(INSTALLED)
 	$(BIN)/python -m daam.recipes.digits $(ARGS)
 
-# Two processes, one a core: interpreted kernels cannot be compiled ahead of time.
+# Two processes at a time: interpreted kernels cannot be compiled ahead of time.
 test: lint
-	$(MAKE) --jobs=2 --output-sync=target test-compiled test-interpreted
+	$(MAKE) --jobs=2 --output-sync=target test-compiled test-interpreted-0 test-interpreted-1
 
 test-compiled: $(INSTALLED)
-	$(BIN)/python -m pytest -q -m "not kernel and not audit and not slow"
+	$(BIN)/python -m pytest -q -m "not kernel and not audit and not slow and not gpu"
 
-test-interpreted: $(INSTALLED)
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -m "kernel and not slow"
+test-interpreted-%: $(INSTALLED)
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -m "kernel and not slow" --shard $*/2
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# Every shipped configuration on every target, ahead of time.
-audit: $(INSTALLED)
-	$(BIN)/python -m pytest -q -m audit
+# Times and memory beside other providers, and their plots.
+bench: $(INSTALLED)
+	$(BIN)/python -m pytest bench --benchmark-only --benchmark-json=$(OUT)/bench.json $(ARGS)
+	$(BIN)/python -m bench.plot $(OUT)/bench.json --output $(OUT)/plots
 
-# The full product of cases in the interpreter.
+# What the compiler makes of every configuration, on every target, against what is committed.
+audit: $(AUDITS)
+
+audit-%: $(INSTALLED)
+	$(BIN)/python -m bench.audit --targets $* --output build/audit/$*.json
+	$(BIN)/python -m bench.compare bench/history/audit/$*.json build/audit/$*.json --plot build/audit/$*.png
+
+# The full product of cases: hours.
 test-slow: $(INSTALLED)
+	$(BIN)/python -m pytest -q -m audit
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -m slow
 
-# The kernel tests on a GPU, with whatever torch and Triton PYTHON has.
+# All that needs a GPU, with whatever torch and Triton PYTHON has; what it finds goes into OUT as it is found.
+gpu:
+	$(MAKE) gpu-test
+	$(MAKE) gpu-bench
+	$(MAKE) gpu-compile
+
 gpu-test:
-	$(PYTHON) -m pytest -q -m "kernel and not slow" --device cuda
+	mkdir -p $(OUT)
+	$(MAKE) --jobs=8 --keep-going $(addprefix gpu-test-,$(SHARDS))
+
+gpu-test-%:
+	timeout 470 $(PYTHON) -m pytest -v -m "kernel and not slow" --device cuda --shard $*/8 > $(OUT)/gpu-test-$*.log 2>&1 \
+		|| (grep -E "^(FAILED|ERROR)|^E  " $(OUT)/gpu-test-$*.log; exit 1)
+
+gpu-bench:
+	mkdir -p $(OUT)
+	timeout 470 $(PYTHON) -m pytest bench --benchmark-only -rs -p no:cacheprovider --deadline 380 \
+		--cases $(OUT)/bench.jsonl --benchmark-json=$(OUT)/bench.json > $(OUT)/gpu-bench.log 2>&1 || (tail -50 $(OUT)/gpu-bench.log; exit 1)
+	$(PYTHON) -m bench.plot $(OUT)/bench.json --output $(OUT)/plots
+
+gpu-compile:
+	mkdir -p $(OUT)
+	timeout 470 $(PYTHON) -m pytest -v -m gpu --device cuda 2>&1 | tee $(OUT)/gpu-compile.log
 
 clean:
-	rm -rf .venv demo-output
+	rm -rf .venv demo-output gpu-results build
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

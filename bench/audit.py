@@ -3,10 +3,13 @@
     python -m bench.audit [--targets sm_90 …] [--dtypes bf16 fp32] [--output audit.json]
 
 Per kernel: registers a thread, stack (what spilled) and shared memory in bytes, widest load and store in bits, warps
-that a multiprocessor can hold; and of the main loop, an element of x: bytes loaded and stored in elements, instructions
+that a multiprocessor can hold (NVIDIA); and of the main loop, an element of x: elements loaded and stored, instructions
 and special-function operations. For sm_90 the modelled share of an H200's memory roof, of the bytes the loop moves: a
 multiprocessor issues four instructions and starts sixteen special functions a clock, and the slowest of issue, special
-functions and memory decides (stalls are not modelled). The same compiler gives the same figures.
+functions and memory decides (stalls are not modelled).
+
+The same compiler gives the same figures.
+bench/history/audit keeps those of the code as it is, a file a target, and the tests compare with them exactly.
 """
 
 from __future__ import annotations
@@ -29,6 +32,7 @@ from daam.kernels import launch
 FEATURES = 1024
 GAUSSIANS = 4
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
+AUDITED = ["bf16", "fp32"]  # unless told
 # an H200, per element a thread handles: picoseconds of an issue slot, a special function, a byte of memory
 ISSUE, SPECIAL, BYTE = 0.0299, 0.239, 0.2325
 
@@ -108,7 +112,7 @@ class Figures:
     registers: int
     stack: int
     shared: int
-    warps: int
+    warps: int | None
     load_bits: int
     store_bits: int
     loads: float
@@ -133,7 +137,7 @@ def figures(target: str, recorded: Launch, compiled: Compiled) -> Figures:
         registers=compiled.registers,
         stack=compiled.stack,
         shared=compiled.shared,
-        warps=_resident_warps(compiled, recorded.meta["num_warps"]),
+        warps=_resident_warps(compiled, recorded.meta["num_warps"]) if compiled.cubin else None,
         load_bits=max((one.bits for one in code if one.loads), default=0),
         store_bits=max((one.bits for one in code if one.bits and not one.loads), default=0),
         loads=round(moved[0], 3),
@@ -162,7 +166,7 @@ def audit(target: str, configurations: list[Configuration]) -> Iterator[tuple[st
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
-    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["bf16", "fp32"])
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=AUDITED)
     parser.add_argument("--full", action="store_true", help="with mask, weights, their gradient and residual")
     parser.add_argument("--output", type=Path, help="write the figures as JSON")
     args = parser.parse_args()
@@ -177,7 +181,8 @@ def main() -> None:
             print(f"{name:48}", *(f"{'' if value is None else value:>9}" for value in asdict(one).values()), flush=True)
     if args.output:
         args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps({"triton": triton.__version__, "targets": found}, indent=1) + "\n")
+        text = json.dumps({"triton": triton.__version__, "targets": found})
+        args.output.write_text(text.replace("}, ", "},\n") + "\n")  # a line a kernel
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Where kernel tests run, and a net under all tests.
 
 A test that asks for `device` runs on a GPU with `--device cuda`, else on the CPU, where it needs TRITON_INTERPRET=1.
+`--shard 0/2` runs every second test, `--shard 1/2` the others: processes share the tests of one command.
 """
 
 import os
@@ -11,6 +12,7 @@ import torch
 
 def pytest_addoption(parser):
     parser.addoption("--device", default="cpu", choices=("cpu", "cuda"), help="where kernel tests run")
+    parser.addoption("--shard", default="0/1", help="k/n: of every n tests the kth, counted from 0")
 
 
 def pytest_configure(config):
@@ -21,13 +23,18 @@ def pytest_configure(config):
             raise pytest.UsageError("--device cuda: unset TRITON_INTERPRET")
 
 
+@pytest.hookimpl(trylast=True)  # after -m and -k have chosen
 def pytest_collection_modifyitems(config, items):
-    if config.getoption("--device") == "cuda" or os.environ.get("TRITON_INTERPRET") == "1":
-        return
-    skip = pytest.mark.skip(reason="kernels need TRITON_INTERPRET=1, or --device cuda")
+    gpu, interpreter = config.getoption("--device") == "cuda", os.environ.get("TRITON_INTERPRET") == "1"
+    skipped = {"kernel": not gpu and not interpreter, "gpu": not gpu}
+    reasons = {"kernel": "kernels need TRITON_INTERPRET=1, or --device cuda", "gpu": "needs --device cuda"}
     for item in items:
-        if "kernel" in item.keywords:
-            item.add_marker(skip)
+        for name in skipped:
+            if skipped[name] and name in item.keywords:
+                item.add_marker(pytest.mark.skip(reason=reasons[name]))
+    k, n = map(int, config.getoption("--shard").split("/"))
+    config.hook.pytest_deselected(items=[item for i, item in enumerate(items) if i % n != k])
+    items[:] = items[k::n]
 
 
 @pytest.fixture

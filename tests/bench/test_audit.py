@@ -3,6 +3,8 @@
 import json
 import os
 import sys
+from dataclasses import asdict, replace
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -11,9 +13,10 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("interpreted kernels cannot be compiled", allow_module_level=True)
 
-from bench import audit
+from bench import audit, compare
 from bench.aot import compile_for
 from bench.machine_code import instructions, main_loop
+from bench.results import read
 
 NVIDIA = """
 _kernel:
@@ -72,6 +75,31 @@ def test_figures(target):
     assert 1 <= forward.special < 1.2 and 10 < forward.instructions < backward.instructions < 80
     assert (forward.load_bits, forward.store_bits, forward.stack) == (128, 128, 0)
     assert (forward.roof is None) == (target != "sm_90")
+
+
+@pytest.fixture(scope="module")
+def committed():
+    run = read(Path(audit.__file__).parent / "history" / "audit" / "sm_90.json")
+    if run.versions["triton"] != audit.triton.__version__:
+        pytest.skip(f"committed figures are of triton {run.versions['triton']}, here is {audit.triton.__version__}")
+    return run
+
+
+@pytest.mark.parametrize("dtype", audit.AUDITED)
+@pytest.mark.parametrize("configuration", audit.CONFIGURATIONS, ids=str)
+def test_sm_90_is_as_committed(configuration, dtype, committed):
+    """Nothing became worse; and what became better is committed, so that it cannot become worse again unseen."""
+    configuration = replace(configuration, dtype=dtype)
+    rows = {f"sm_90/{name}": asdict(one) for name, one in audit.audit("sm_90", [configuration])}
+    changes = compare.compare(committed, replace(committed, rows=rows))
+    assert not [change for change in changes if change.failed]
+    own = {name: one for name, one in committed.rows.items() if name.split("/")[1] == str(configuration)}
+    assert rows == own, "out of date: python -m bench.audit --targets sm_90 --output bench/history/audit/sm_90.json"
+
+
+def test_every_configuration_is_committed(committed):
+    names = {name.split("/")[1] for name in committed.rows}
+    assert names == {str(replace(one, dtype=dtype)) for one in audit.CONFIGURATIONS for dtype in audit.AUDITED}
 
 
 def test_the_same_twice():

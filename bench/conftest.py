@@ -1,0 +1,67 @@
+"""Options of the benchmarks, and what they write."""
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+
+from bench import core
+
+
+def pytest_addoption(parser):
+    group = parser.getgroup("daam-triton")
+    group.addoption(
+        "--cases", type=Path, help="append every case to this file, a line of JSON, as soon as it is measured"
+    )
+    group.addoption(
+        "--deadline", type=float, default=float("inf"), help="skip what has not begun after so many seconds"
+    )
+
+
+def pytest_benchmark_generate_machine_info(config):
+    return core.about()
+
+
+def pytest_benchmark_update_json(config, benchmarks, output_json):
+    """Summaries stay, the single times go: a run is kept in the repository."""
+    output_json["commit_info"] = {"id": core.about()["commit"]}
+    for one in output_json["benchmarks"]:
+        one["stats"].pop("data", None)
+        del one["params"], one["options"]
+
+
+@pytest.fixture(scope="session")
+def _began():
+    return time.monotonic()
+
+
+@pytest.fixture(autouse=True)
+def before_the_deadline(request, _began):
+    deadline = request.config.getoption("--deadline")
+    if time.monotonic() - _began > deadline:
+        pytest.skip(f"past the deadline of {deadline:.0f} s")
+
+
+@pytest.fixture
+def names(request):
+    """Providers of this case's workload among those selected, and the copy, which is the roof."""
+    found = {"copy"}
+    for item in request.session.items:
+        params = getattr(item, "callspec", request.node.callspec).params
+        if params.get("workload") == request.node.callspec.params["workload"]:
+            found.add(params["provider"])
+    return tuple(sorted(found))
+
+
+@pytest.fixture
+def write_case(request):
+    """Append one case to the file of --cases."""
+
+    def write(extra_info: dict) -> None:
+        if path := request.config.getoption("--cases"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("a") as file:
+                print(json.dumps({"fullname": request.node.nodeid, "extra_info": extra_info}), file=file)
+
+    return write

@@ -1,0 +1,249 @@
+"""How the benchmarks measure: results are checked before anything is timed, and providers take turns.
+
+On a GPU a turn is timed by events, after a write that empties the L2 cache and gives the host time to launch ahead; on
+a CPU by the wall clock, with whatever the caches hold.
+"""
+
+from __future__ import annotations
+
+import functools
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import daam
+from bench.byte_model import kernel_bytes, least_bytes
+from bench.providers import PROVIDERS, Candidate, Task
+from bench.workloads import Workload
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2}  # of the largest value expected
+SECONDS = {"cpu": 3.0, "cuda": 0.5}  # that providers together take for one pass of a workload
+LEAST_ROUNDS, MOST_ROUNDS = 7, 100
+
+
+@dataclass(frozen=True)
+class Step:
+    """One turn: run(prepare()), of which run is timed."""
+
+    prepare: Callable[[], Any]
+    run: Callable[[Any], object]
+
+
+def step(candidate: Candidate, which: str) -> Step:
+    """A pass of a provider; one that has nothing to differentiate does the same in every pass."""
+    if which == "forward" or not candidate.leaves:
+        return Step(lambda: None, lambda _: candidate.forward())
+    if which == "backward":
+        return Step(candidate.forward, candidate.backward)
+    return Step(lambda: None, lambda _: candidate.backward(candidate.forward()))
+
+
+def error(candidate: Candidate) -> float:
+    """The largest difference from what is expected, of the largest value expected; over y and every gradient. NaN where
+    anything is NaN, which is under no tolerance.
+    """
+    y = candidate.forward()
+    results = [y, *(candidate.backward(y) if candidate.leaves else ())]
+    errors = [
+        ((result.detach() - expected).abs().max() / expected.abs().max().clamp(min=1e-30)).item()
+        for result, expected in zip(results, candidate.expected, strict=True)
+    ]
+    return max(errors, key=lambda one: float("inf") if one != one else one)
+
+
+class WrongResultError(AssertionError):
+    """A provider's result is not the reference's."""
+
+
+@functools.lru_cache(maxsize=1)
+def candidates(workload: Workload, names: tuple[str, ...]) -> dict[str, tuple[Candidate, float] | Exception]:
+    """Providers by name: each with the error of its result, or why it is not timed."""
+    task, found = Task(workload, DEVICE), {}
+    for name in names:
+        try:
+            candidate = PROVIDERS[name].build(task)
+            off = error(candidate)
+            if not off <= TOLERANCE[workload.dtype]:
+                raise WrongResultError(
+                    f"{name}: error {off:.1e} against the reference, at most {TOLERANCE[workload.dtype]:.0e}"
+                )
+            found[name] = candidate, off
+        except Exception as problem:  # out of memory, no compiler, a package's own: the others are timed all the same
+            found[name] = problem
+    return found
+
+
+@functools.lru_cache(maxsize=1)
+def samples(workload: Workload, which: str, names: tuple[str, ...]) -> dict[str, list[float]]:
+    """Seconds of every provider that is right, in rounds: the nth of each is from the same moment."""
+    right = {name: one for name, one in candidates(workload, names).items() if not isinstance(one, Exception)}
+    return interleave({name: step(candidate, which) for name, (candidate, _) in right.items()}, turns(DEVICE))
+
+
+def interleave(steps: dict[str, Step], turn: Callable[[list[Step]], list[float]]) -> dict[str, list[float]]:
+    """Take turns, in rounds that begin with another step each time. Two rounds warm up, and tell how many there will
+    be.
+    """
+    names = list(steps)
+    turn(list(steps.values()))
+    start = time.perf_counter()
+    turn(list(steps.values()))
+    rounds = int(SECONDS[DEVICE] / (time.perf_counter() - start))
+    times: dict[str, list[float]] = {name: [] for name in names}
+    for first in range(min(MOST_ROUNDS, max(LEAST_ROUNDS, rounds))):
+        order = [names[(first + i) % len(names)] for i in range(len(names))]
+        for name, seconds in zip(order, turn([steps[name] for name in order]), strict=True):
+            times[name].append(seconds)
+    return times
+
+
+def turns(device: str) -> Callable[[list[Step]], list[float]]:
+    """What times one round of steps on a device."""
+    return _turns_cpu if device == "cpu" else functools.partial(_turns_cuda, _flush_buffer())
+
+
+def _turns_cpu(steps: list[Step]) -> list[float]:
+    times = []
+    for one in steps:
+        state = one.prepare()
+        start = time.perf_counter()
+        one.run(state)
+        times.append(time.perf_counter() - start)
+    return times
+
+
+def _turns_cuda(flush: Tensor, steps: list[Step]) -> list[float]:
+    events = []
+    for one in steps:
+        state = one.prepare()
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        flush.zero_()
+        start.record()
+        one.run(state)
+        end.record()
+        events.append((start, end))
+    torch.cuda.synchronize()
+    return [start.elapsed_time(end) / 1e3 for start, end in events]
+
+
+@functools.cache
+def _flush_buffer() -> Tensor:
+    """Four times the L2 cache, and 256 MB at least: some 0.1 ms in which the host launches ahead."""
+    size = max(2**28, 4 * torch.cuda.get_device_properties(DEVICE).L2_cache_size)
+    return torch.empty(size, dtype=torch.uint8, device=DEVICE)
+
+
+def saved_bytes(candidate: Candidate) -> int:
+    """Bytes that autograd keeps for the backward pass, each storage once, without parameters."""
+    own = {leaf.untyped_storage().data_ptr() for leaf in candidate.leaves[1:]}
+    kept = {}
+
+    def pack(t: Tensor) -> Tensor:
+        if t.untyped_storage().data_ptr() not in own:
+            kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        y = candidate.forward()
+    del y
+    return sum(kept.values())
+
+
+def peak_bytes(one: Step) -> int:
+    """Bytes that a turn allocates at most, on a GPU."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    one.run(one.prepare())
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def summary(values: Iterable[float]) -> dict[str, float]:
+    """Percentiles, interpolated, and the range between the quartiles."""
+    values = list(values)
+    if len(values) == 1:
+        values *= 2
+    p20, p50, p80 = (statistics.quantiles(values, n=10, method="inclusive")[i] for i in (1, 4, 7))
+    quarter, _, three = statistics.quantiles(values, n=4, method="inclusive")
+    return {"p20": p20, "p50": p50, "p80": p80, "iqr": three - quarter}
+
+
+def figures(workload: Workload, which: str, name: str, names: tuple[str, ...]) -> dict[str, Any]:
+    """What a benchmark tells beside its times, as JSON takes it."""
+    candidate, off = candidates(workload, names)[name]
+    times = samples(workload, which, names)
+    own, copy = times[name], times["copy"]
+    seconds = summary(own)
+    moved = least_bytes(workload, which) if name != "copy" else 2 * workload.x.nbytes
+    roof = 2 * workload.x.nbytes / summary(copy)["p50"]
+    memory = (
+        {"saved_bytes": saved_bytes(candidate)}
+        if DEVICE == "cpu"
+        else {"peak_bytes": peak_bytes(step(candidate, which))}
+    )
+    if candidate.backend == "triton":
+        memory["kernel_bytes"] = kernel_bytes(workload, which)
+    return {
+        "workload": str(workload),
+        "family": workload.family,
+        "algorithm": workload.algorithm,
+        "shape": workload.shape,
+        "axis": workload.axis,
+        "heads": workload.heads,
+        "gaussians": workload.gaussians,
+        "dtype": workload.dtype,
+        "pass": which,
+        "provider": name,
+        "backend": candidate.backend,
+        "error": off,
+        "seconds": seconds,
+        "of_copy": summary(a / b for a, b in zip(own, copy, strict=True)),
+        "bytes": moved,
+        "gb_per_s": moved / seconds["p50"] / 1e9,
+        "percent_of_roof": 100 * moved / seconds["p50"] / roof,
+        **memory,
+        **about(),
+    }
+
+
+@functools.cache
+def about() -> dict[str, Any]:
+    """Device, versions and commit."""
+    if DEVICE == "cuda":
+        device = torch.cuda.get_device_name()
+    else:
+        instructions = torch.backends.cpu.get_cpu_capability()
+        device = f"{platform.machine()} CPU, {instructions}, {torch.get_num_threads()} threads"
+    versions = {"torch": torch.__version__, "daam": daam.__version__, "python": platform.python_version()}
+    try:
+        import triton
+
+        versions["triton"] = triton.__version__
+    except ImportError:
+        pass
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=10"]
+    described = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+    return {"device": device, "versions": versions, "commit": described.stdout.strip() or "unknown"}
+
+
+class Replay:
+    """A timer for pytest-benchmark whose time only passes by the durations that were measured."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def pass_by(self, seconds: float) -> None:
+        self.now += seconds

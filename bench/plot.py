@@ -1,0 +1,318 @@
+"""Plots of the benchmarks, from result files alone.
+
+    python -m bench.plot RESULTS.json [--history bench/history] [--output plots]
+
+latency, throughput and memory against length; speed-up against the fastest other provider; the history of the device's
+dated runs and this one; and, from the audits in the history, instructions and modelled share of the roof.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import re
+import sys
+from collections import defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import matplotlib
+import numpy as np
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+from bench.results import OWN, PASSES, YARDSTICKS, Run, UnusableError, history, read
+
+if TYPE_CHECKING:
+    from bench.compare import Change
+
+Case = dict[str, Any]
+COLOURS = {
+    "triton": "tab:red", "eager": "tab:blue", "compile": "tab:green", "published": "tab:purple", "sdpa": "tab:orange",
+    "multihead_attention": "tab:brown", "layer_norm": "0.55", "copy": "black",
+}  # fmt: skip
+
+
+def _length(case: Case) -> int:
+    return case["shape"][case["axis"]]
+
+
+def curves(cases: Iterable[Case]) -> dict[str, list[Case]]:
+    """Cases of workloads that differ in nothing but the length of the axis, three lengths or more, by a title."""
+    found = defaultdict(list)
+    for case in cases:
+        others = {key: case[key] for key in ("family", "algorithm", "heads", "gaussians", "dtype")}
+        found[tuple(others.values())].append(case)
+    return {_title(own): own for own in found.values() if len(set(map(_length, own))) >= 3}
+
+
+def _title(cases: list[Case]) -> str:
+    """A family in words; the sizes that its members have in common."""
+    one, shapes = cases[0], {tuple(case["shape"]) for case in cases}
+    sizes = ["length" if d == one["axis"] else next(iter(n)) if len(n) == 1 else "rows"
+             for d, n in enumerate(map(set, zip(*shapes, strict=True)))]  # fmt: skip
+    gaussians = f", {one['gaussians']} Gaussians" if one["gaussians"] > 1 else ""
+    heads = f"{one['heads']} head" + "s" * (one["heads"] > 1)
+    return f"{one['algorithm']}, {' x '.join(map(str, sizes))}\n{heads}{gaussians}, {one['dtype']}"
+
+
+def _by_provider(cases: Iterable[Case]) -> dict[str, list[Case]]:
+    found = defaultdict(list)
+    for case in sorted(cases, key=_length):
+        found[case["provider"]].append(case)
+    return {name: found[name] for name in COLOURS if name in found}
+
+
+def _line(axes: Axes, name: str, own: list[Case], low: list[float], middle: list[float], high: list[float]) -> None:
+    """A provider's medians against the length, with a band from p20 to p80."""
+    lengths = list(map(_length, own))
+    style = "--" if name in YARDSTICKS else "-"
+    axes.plot(lengths, middle, style, color=COLOURS[name], label=name, marker=".", linewidth=1.2)
+    axes.fill_between(lengths, low, high, color=COLOURS[name], alpha=0.2, linewidth=0)
+
+
+def _grid(rows: int, columns: int, title: str) -> tuple[Figure, list[list[Axes]]]:
+    figure, axes = plt.subplots(rows, columns, figsize=(4.2 * columns + 1, 3.1 * rows + 0.8), squeeze=False,
+                                layout="constrained")  # fmt: skip
+    figure.suptitle(title, fontsize=10)
+    return figure, axes.tolist()
+
+
+def _sweep(run: Run, what: str, unit: str, values) -> Figure | None:
+    """A row a curve, a column a pass; values(case) gives p20, p50 and p80."""
+    found = curves(run.rows.values())
+    if not found:
+        return None
+    figure, grid = _grid(len(found), len(PASSES), f"{what}: median, band from p20 to p80\n{run.title}")
+    for (title, cases), row in zip(found.items(), grid, strict=True):
+        for which, axes in zip(PASSES, row, strict=True):
+            for name, own in _by_provider(case for case in cases if case["pass"] == which).items():
+                _line(axes, name, own, *zip(*map(values, own), strict=True))
+            _axes(axes, f"{title}\n{which}", "length (positions)", unit, log=True)
+    _legend(figure, grid)
+    return figure
+
+
+def _axes(axes: Axes, title: str, x: str, y: str, log: bool = False) -> None:
+    axes.set_title(title, fontsize=8)
+    axes.set_xlabel(x, fontsize=8)
+    axes.set_ylabel(y, fontsize=8)
+    axes.tick_params(labelsize=8)
+    axes.grid(alpha=0.3)
+    if log:
+        axes.set_xscale("log", base=2)
+        _log(axes)
+
+
+def _log(axes: Axes) -> None:
+    """A logarithmic y of a decade at least, with plain numbers."""
+    axes.set_yscale("log")
+    low, high = axes.get_ylim()
+    missing = max(1.0, (10 * low / high) ** 0.5)
+    axes.set_ylim(low / missing, high * missing)
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low < 1e3 else (1,)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _legend(figure: Figure, grid: list[list[Axes]]) -> None:
+    """One for the whole figure."""
+    found = {}
+    for axes in itertools.chain(*grid):
+        found |= dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
+    figure.legend(found.values(), found.keys(), loc="outside lower center", ncols=len(found), fontsize=8)
+
+
+def latency(run: Run) -> Figure | None:
+    return _sweep(run, "Latency", "ms", lambda case: [1e3 * case["seconds"][p] for p in ("p20", "p50", "p80")])
+
+
+def throughput(run: Run) -> Figure | None:
+    """Of the bytes that the pass must move; the copy is the roof."""
+    return _sweep(
+        run, "Bytes that the pass must move, per second; the copy is the roof", "GB/s",
+        lambda case: [case["bytes"] / case["seconds"][p] / 1e9 for p in ("p80", "p50", "p20")],
+    )  # fmt: skip
+
+
+def memory(run: Run) -> Figure | None:
+    """What the forward pass keeps on a CPU, what both passes allocate at most on a GPU."""
+    found = curves(
+        case for case in run.rows.values() if case["pass"] == "forward+backward" and case["provider"] != "copy"
+    )
+    if not found:
+        return None
+    key = "saved_bytes" if "saved_bytes" in next(iter(run.rows.values())) else "peak_bytes"
+    what = {"saved_bytes": "Bytes saved for backward", "peak_bytes": "Peak of allocated bytes, forward and backward"}
+    figure, grid = _grid(1, len(found), f"{what[key]}\n{run.title}")
+    for (title, cases), axes in zip(found.items(), grid[0], strict=True):
+        for name, own in _by_provider(cases).items():
+            values = [case[key] / 2**20 for case in own]
+            _line(axes, name, own, values, values, values)
+        _axes(axes, title, "length (positions)", "MiB", log=True)
+    _legend(figure, grid)
+    return figure
+
+
+def speedup(run: Run) -> Figure | None:
+    """Of the backend that "auto" takes, against the fastest of the others."""
+    own = "triton" if any(case["backend"] == "triton" for case in run.rows.values()) else "eager"
+    groups = defaultdict(dict)
+    for case in run.rows.values():
+        if case["provider"] not in YARDSTICKS:
+            groups[case["pass"], case["workload"]][case["provider"]] = case
+    bars = defaultdict(list)
+    for cases in groups.values():
+        others = [case for name, case in cases.items() if name != own]
+        if own in cases and others:
+            best = min(others, key=lambda case: case["seconds"]["p50"])
+            bars[best["pass"]].append((cases[own], best))
+    if not bars:
+        return None
+    figure, grid = _grid(1, len(bars), f"Times as fast as the fastest other provider: {own}\n{run.title}")
+    figure.set_size_inches(4.6 * len(bars) + 2, 0.32 * max(map(len, bars.values())) + 1.8)
+    for (which, pairs), axes in zip(bars.items(), grid[0], strict=True):
+        _bars(axes, which, pairs)
+    for axes in grid[0][1:]:
+        axes.set_yticklabels([])
+    return figure
+
+
+def _bars(axes: Axes, which: str, pairs: list[tuple[Case, Case]]) -> None:
+    for i, (own, best) in enumerate(pairs):
+        times = best["seconds"]["p50"] / own["seconds"]["p50"]
+        axes.barh(i, times, color=COLOURS[best["provider"]], alpha=0.8)
+        axes.text(times, i, f" {times:.2g}, {best['provider']}", va="center", fontsize=7)
+    axes.set_yticks(range(len(pairs)), [_workload(own) for own, _ in pairs])
+    axes.axvline(1, color="black", linewidth=0.8)
+    axes.margins(x=0.35)
+    axes.invert_yaxis()
+    _axes(axes, which, "times as fast", "")
+
+
+def over_time(runs: list[tuple[str, Run]]) -> Figure | None:
+    """Forward and backward of ours as multiples of the copy that took turns with them, relative to the first run."""
+    lines = defaultdict(list)
+    for date, run in runs:
+        for name, case in run.rows.items():
+            if case["pass"] == "forward+backward" and case["provider"] in OWN:
+                lines[case["provider"], name].append((date, case))
+    providers = [name for name in OWN if any(name == provider for provider, _ in lines)]
+    if not providers:
+        return None
+    title = "Forward and backward, in times of a copy of x, relative to the first run: median, p20 to p80"
+    figure, grid = _grid(1, len(providers), f"{title}\n{runs[-1][1].title}")
+    figure.set_size_inches(6.4 * len(providers) + 1, 5)
+    for provider, axes in zip(providers, grid[0], strict=True):
+        own = [points for (name, _), points in lines.items() if name == provider]
+        for colour, points in zip(matplotlib.colormaps["turbo"](np.linspace(0, 1, len(own))), own, strict=True):
+            first = points[0][1]["of_copy"]["p50"]
+            low, middle, high = ([case["of_copy"][p] / first for _, case in points] for p in ("p20", "p50", "p80"))
+            dates = [date for date, _ in points]
+            axes.plot(dates, middle, ".-", color=colour, label=_workload(points[0][1]), linewidth=1)
+            axes.vlines(dates, low, high, color=colour, alpha=0.3)
+        _axes(axes, provider, "run", "times of the first run")
+        axes.tick_params(axis="x", rotation=30)
+        axes.legend(fontsize=6, loc="center left", bbox_to_anchor=(1, 0.5))
+    return figure
+
+
+def _workload(case: Case) -> str:
+    shape = "x".join(map(str, case["shape"]))
+    return f"{case['algorithm']} {shape}, {case['heads']} heads, {case['gaussians']} Gaussians, {case['dtype']}"
+
+
+def audit(run: Run) -> Figure | None:
+    """Instructions an element and, where it is modelled, the share of the roof; bf16, a panel a kind of chunk."""
+    panels = defaultdict(dict)
+    for name, one in run.rows.items():
+        if found := re.fullmatch(r"[^/]+/(\w+-\w+-\w+)-(\d+)-bf16/(_forward|_backward)", name):
+            panels[found[1]][int(found[2]), found[3]] = one
+    if not panels:
+        return None
+    modelled = any(one["roof"] is not None for one in run.rows.values())
+    columns = -(-len(panels) // 2)
+    figure, grid = _grid(2 * (1 + modelled), columns, f"Static audit, bf16\n{run.title}")
+    figure.set_size_inches(3 * columns + 1, 5 * (1 + modelled) + 0.8)
+    instructions, roofs = grid[:: 1 + modelled], grid[1::2] if modelled else []
+    for (title, found), axes in zip(panels.items(), itertools.chain(*instructions), strict=False):
+        _audit_bars(axes, title, found, "instructions", "instructions an element")
+    for (title, found), axes in zip(panels.items(), itertools.chain(*roofs), strict=False):
+        _audit_bars(axes, title, found, "roof", "modelled share of the roof")
+        axes.set_ylim(0, 1.05)
+    for axes in (one for one in itertools.chain(*grid) if not one.has_data()):
+        axes.set_axis_off()
+    _legend(figure, grid)
+    return figure
+
+
+def _audit_bars(axes: Axes, title: str, found: dict[tuple[int, str], dict], key: str, unit: str) -> None:
+    chunks = sorted({chunk for chunk, _ in found})
+    for shift, kernel, colour in ((-0.2, "_forward", "tab:blue"), (0.2, "_backward", "tab:red")):
+        places = [i + shift for i, chunk in enumerate(chunks) if (chunk, kernel) in found]
+        values = [found[chunk, kernel][key] for chunk in chunks if (chunk, kernel) in found]
+        axes.bar(places, values, 0.4, color=colour, label=kernel.strip("_"))
+    axes.set_xticks(range(len(chunks)), chunks)
+    _axes(axes, title, "positions of a chunk", unit)
+    axes.tick_params(axis="x", rotation=90)
+
+
+def regression(changes: list[Change], title: str, path: Path) -> None:
+    """Every change of times, or of every counted figure where there are none, in order, with its limit."""
+    times = [one for one in changes if one.figure == "time"]
+    shown = sorted(times or changes, key=lambda one: one.worse)
+    figure, [[axes]] = _grid(1, 1, title)
+    figure.set_size_inches(9, 4.5)
+    colours = ["tab:red" if one.failed else "tab:blue" if one.judged else "0.6" for one in shown]
+    axes.scatter(range(len(shown)), [100 * one.worse for one in shown], c=colours, s=10, zorder=3)
+    axes.plot([100 * one.limit for one in shown], color="black", linewidth=0.8, label="limit")
+    for i, one in enumerate(shown):
+        if one.failed and i >= len(shown) - 8:
+            axes.annotate(f"{one.name.partition('[')[2].rstrip(']') or one.name} {one.figure}", (i, 100 * one.worse),
+                          fontsize=6, ha="right", xytext=(-4, 2), textcoords="offset points")  # fmt: skip
+    what = "time, in multiples of the yardsticks" if times else "counted figures"
+    _axes(axes, f"red: failed, grey: not ours ({what})", "cases, by their change", "worse by (%)")
+    axes.legend(fontsize=8)
+    _save(figure, path)
+
+
+def _save(figure: Figure, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("results", type=Path)
+    parser.add_argument("--history", type=Path, default=Path(__file__).parent / "history")
+    parser.add_argument("--output", type=Path, default=Path("plots"), help="folder of the plots")
+    args = parser.parse_args(arguments)
+    try:
+        run = read(args.results)
+        earlier = [
+            (path.stem, read(path)) for path in history(args.history, run.device) if not path.samefile(args.results)
+        ]
+        audits = {path.stem: read(path) for path in sorted((args.history / "audit").glob("*.json"))}
+    except UnusableError as problem:
+        print(problem, file=sys.stderr)
+        return 2
+    figures = {one.__name__: one(run) for one in (latency, throughput, memory, speedup)}
+    figures["history"] = over_time([*earlier, ("this run", run)])
+    figures |= {f"audit-{target}": audit(one) for target, one in audits.items()}
+    for name, figure in figures.items():
+        if figure is None:
+            print(f"{name}: the results hold nothing to plot", file=sys.stderr)
+        else:
+            _save(figure, args.output / f"{name}.png")
+            print(args.output / f"{name}.png")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,193 @@
+"""What is timed beside each other: our backends, torch.compile of the reference, the published package, standard
+attention, and two yardsticks that only move memory. Each comes with what its result must be.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import math
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+import daam
+from bench.workloads import Workload
+from daam.backend import interpreting
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A provider on one workload: makes y, is differentiated with respect to leaves, and should give expected, y and
+    the gradients of the leaves. backend: what ran.
+    """
+
+    forward: Callable[[], Tensor]
+    leaves: tuple[Tensor, ...]
+    grad_y: Tensor
+    expected: tuple[Tensor, ...]
+    backend: str
+
+    def backward(self, y: Tensor) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(y, self.leaves, self.grad_y)
+
+
+class Task:
+    """A workload with memory: x and the parameters, which require grad, grad_y, and the reference's result."""
+
+    def __init__(self, workload: Workload, device: str):
+        torch.manual_seed(0)  # of modules that draw parameters
+        self.workload, self.device = workload, device
+        x, params, self.grad_y = workload.inputs(device)
+        self.leaves = tuple(t.requires_grad_() for t in (x, *params))
+
+    @property
+    def x(self) -> Tensor:
+        return self.leaves[0]
+
+    @functools.cached_property
+    def expected(self) -> tuple[Tensor, ...]:
+        return reference(functools.partial(self.workload.call, backend="eager"), self.leaves, self.grad_y)
+
+
+@dataclass(frozen=True)
+class Provider:
+    """missing: why it cannot run on a device, None where it can. serves: the workloads it has an answer to."""
+
+    build: Callable[[Task], Candidate]
+    missing: Callable[[str], str | None] = lambda device: None
+    serves: Callable[[Workload], bool] = lambda workload: True
+
+
+def reference(
+    forward: Callable[..., Tensor], leaves: tuple[Tensor, ...], grad_y: Tensor, dtype: torch.dtype = torch.float64
+) -> tuple[Tensor, ...]:
+    """y and the gradients of the leaves, by autograd in dtype."""
+    leaves = tuple(t.detach().to(dtype).requires_grad_() for t in leaves)
+    y = forward(*leaves)
+    return y.detach(), *torch.autograd.grad(y, leaves, grad_y.to(dtype))
+
+
+def _ours(task: Task, backend: str, wrap: Callable = lambda call: call) -> Candidate:
+    call = wrap(functools.partial(task.workload.call, backend=backend))
+    backend, _ = daam.backend_for(task.x, backend)
+    return Candidate(lambda: call(*task.leaves), task.leaves, task.grad_y, task.expected, backend)
+
+
+def _compiled(task: Task) -> Candidate:
+    torch._dynamo.reset()  # else the second shape of a function is compiled for any size
+    return _ours(task, "eager", functools.partial(torch.compile, fullgraph=True))
+
+
+def _published(task: Task) -> Candidate:
+    from gaussian_adaptive_attention import MultiHeadGaussianAdaptiveAttention
+
+    workload, (x, *params) = task.workload, task.leaves
+    sizes = (workload.axis, workload.heads, workload.gaussians)
+    ours = daam.MultiHeadDensityAdaptiveAttention(*sizes)
+    with torch.no_grad():
+        ours.mean_offsets.copy_(params[0])
+        ours.c.copy_(params[1])
+    module = MultiHeadGaussianAdaptiveAttention(*sizes).to(task.device)
+    module.load_state_dict(daam.to_published_state_dict(ours))
+    heads = [(head.mean_offsets, head.c) for head in module.attention_heads]
+    y, dx, *grads = task.expected
+    expected = (y, dx, *(grad[h] for h in range(workload.heads) for grad in grads))
+    return Candidate(lambda: module(x), (x, *(p for pair in heads for p in pair)), task.grad_y, expected, "published")
+
+
+def _scaled_dot_product_attention(task: Task) -> Candidate:
+    leaves = tuple(_heads(torch.randn_like(task.x), task.workload.heads).requires_grad_() for _ in range(3))
+    grad_y = _heads(task.grad_y, task.workload.heads)
+    expected = reference(_attention, leaves, grad_y, _precise(task.x))
+    return Candidate(lambda: functional.scaled_dot_product_attention(*leaves), leaves, grad_y, expected, "sdpa")
+
+
+def _multihead_attention(task: Task) -> Candidate:
+    x, heads = task.x, task.workload.heads
+    module = nn.MultiheadAttention(x.shape[-1], heads, batch_first=True, device=x.device, dtype=x.dtype)
+
+    def formula(x: Tensor, weight: Tensor, bias: Tensor, weight_out: Tensor, bias_out: Tensor) -> Tensor:
+        q, k, v = (_heads(t, heads) for t in functional.linear(x, weight, bias).chunk(3, -1))
+        return functional.linear(_attention(q, k, v).transpose(1, 2).flatten(2), weight_out, bias_out)
+
+    leaves = (x, module.in_proj_weight, module.in_proj_bias, module.out_proj.weight, module.out_proj.bias)
+    expected = reference(formula, leaves, task.grad_y, _precise(x))
+    return Candidate(
+        lambda: module(x, x, x, need_weights=False)[0], leaves, task.grad_y, expected, "multihead_attention"
+    )
+
+
+def _heads(t: Tensor, heads: int) -> Tensor:
+    """(batch, length, width) seen as (batch, heads, length, width // heads)."""
+    return t.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q·kᵀ/√d)·v, some rows at a time: all scores of a long sequence have no room."""
+
+    def rows(q: Tensor) -> Tensor:
+        return torch.softmax(q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1]), -1) @ v
+
+    block = max(1, 2**25 // k[..., 0].numel())
+    return torch.cat([checkpoint(rows, part, use_reentrant=False) for part in q.split(block, -2)], -2)
+
+
+def _precise(x: Tensor) -> torch.dtype:
+    """What standard attention is checked in: its formula takes long in float64."""
+    return torch.float64 if x.dtype == torch.float32 else torch.float32
+
+
+def _layer_norm(task: Task) -> Candidate:
+    def forward(x: Tensor) -> Tensor:
+        return functional.layer_norm(x, x.shape[-1:])
+
+    expected = reference(forward, (task.x,), task.grad_y)
+    return Candidate(lambda: forward(task.x), (task.x,), task.grad_y, expected, "layer_norm")
+
+
+def _copy(task: Task) -> Candidate:
+    """One read and one write of x, whatever the pass: the roof."""
+    target = torch.empty_like(task.x, requires_grad=False)
+    return Candidate(lambda: target.copy_(task.x.detach()), (), task.grad_y, (task.x.detach(),), "copy")
+
+
+def _no_triton(device: str) -> str | None:
+    if interpreting():
+        return "Triton's interpreter is not timed"
+    try:
+        daam.backend_for(torch.empty(1, device=device), "triton")
+    except RuntimeError as error:
+        return str(error)
+    return None
+
+
+def _no_compiler(device: str) -> str | None:
+    compilers = (os.environ.get("CXX") or "g++", "clang++")
+    if device == "cpu" and not any(map(shutil.which, compilers)):
+        return f"torch.compile needs a C++ compiler on a CPU: none of {', '.join(compilers)} found"
+    return None
+
+
+def _no_package(device: str) -> str | None:
+    if importlib.util.find_spec("gaussian_adaptive_attention") is None:
+        return "gaussian-adaptive-attention is not installed"
+    return None
+
+
+PROVIDERS = {
+    "triton": Provider(functools.partial(_ours, backend="triton"), _no_triton),
+    "eager": Provider(functools.partial(_ours, backend="eager")),
+    "compile": Provider(_compiled, _no_compiler),
+    "published": Provider(_published, _no_package, lambda workload: workload.algorithm == "mixture"),
+    "sdpa": Provider(_scaled_dot_product_attention, serves=lambda workload: workload.family == "sweep"),
+    "multihead_attention": Provider(_multihead_attention, serves=lambda workload: workload.family == "sweep"),
+    "layer_norm": Provider(_layer_norm),
+    "copy": Provider(_copy),
+}

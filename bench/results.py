@@ -1,0 +1,66 @@
+"""Result files: what pytest-benchmark wrote, the lines of --cases, or what the audit wrote, read into one form; and the
+words that writers and readers share.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+PASSES = ("forward", "backward", "forward+backward")
+OWN, YARDSTICKS = ("triton", "eager", "compile"), ("layer_norm", "copy")  # providers; the others are foreign
+
+
+class UnusableError(ValueError):
+    """A file that is no result, or results that cannot be compared."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """Figures by full name. kind: "speed" or "audit". device: what it ran on; of an audit, its targets. title: device,
+    versions and commit.
+    """
+
+    kind: str
+    device: str
+    versions: dict[str, str]
+    title: str
+    rows: dict[str, dict[str, Any]]
+
+
+def read(path: Path) -> Run:
+    """A result file. Raises UnusableError where it is none, or holds no case."""
+    try:
+        text = path.read_text()
+        data = [json.loads(line) for line in text.splitlines()] if path.suffix == ".jsonl" else json.loads(text)
+    except (OSError, ValueError) as error:
+        raise UnusableError(f"{path} cannot be read: {error}") from error
+    if isinstance(data, dict) and "targets" in data:
+        return _audit(data)
+    cases = data.get("benchmarks") if isinstance(data, dict) else data
+    if not cases or not all(isinstance(one, dict) and "of_copy" in one.get("extra_info", {}) for one in cases):
+        raise UnusableError(f"{path} holds no cases of this suite")
+    rows = {one["fullname"]: one["extra_info"] for one in cases}
+    last = cases[-1]["extra_info"]
+    versions = ", ".join(f"{name} {last['versions'][name]}" for name in ("torch", "triton") if name in last["versions"])
+    title = f"{last['device']} · {versions} · commit {last['commit']}"
+    return Run("speed", last["device"], last["versions"], title, rows)
+
+
+def _audit(data: dict[str, Any]) -> Run:
+    rows = {f"{target}/{name}": one for target, found in data["targets"].items() for name, one in found.items()}
+    device = ", ".join(data["targets"])
+    return Run("audit", device, {"triton": data["triton"]}, f"{device}, compiled by triton {data['triton']}", rows)
+
+
+def slug(device: str) -> str:
+    """A device as the name of its folder."""
+    return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
+
+
+def history(folder: Path, device: str) -> list[Path]:
+    """The dated runs of a device, oldest first."""
+    return sorted((folder / slug(device)).glob("*.json"))

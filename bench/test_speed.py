@@ -1,0 +1,43 @@
+"""Time and memory of every algorithm, pass, shape, dtype and provider.
+
+pytest bench --benchmark-only [-k "sweep and forward"] [--benchmark-json results.json]
+"""
+
+import pytest
+
+from bench import core
+from bench.providers import PROVIDERS
+from bench.results import OWN, PASSES
+from bench.workloads import workloads
+
+CASES = [
+    pytest.param(workload, which, name, id=f"{workload}-{which}-{name}")
+    for workload in workloads(core.DEVICE)
+    for which in PASSES
+    for name, provider in PROVIDERS.items()
+    if provider.serves(workload)
+]
+REPLAY = core.Replay()
+
+
+@pytest.mark.benchmark(timer=REPLAY)
+@pytest.mark.parametrize(("workload", "which", "provider"), CASES)
+def test_speed(workload, which, provider, benchmark, names, write_case):
+    """Compared with the reference, then timed: providers of a workload take turns, whichever test comes first."""
+    if why := PROVIDERS[provider].missing(core.DEVICE):
+        pytest.skip(f"{provider}: {why}")
+    names = tuple(name for name in names if not PROVIDERS[name].missing(core.DEVICE))
+    candidate = core.candidates(workload, names)[provider]
+    if isinstance(candidate, Exception):
+        if provider in OWN:
+            raise candidate
+        pytest.skip(f"{provider} is not timed: {candidate}")
+    if benchmark.disabled:
+        return
+    times = iter(core.samples(workload, which, names)[provider])
+    benchmark.group = f"{workload}-{which}"
+    benchmark.extra_info |= core.figures(workload, which, provider, names)
+    benchmark.pedantic(
+        lambda: REPLAY.pass_by(next(times, 0.0)), rounds=len(core.samples(workload, which, names)[provider])
+    )
+    write_case(benchmark.extra_info)

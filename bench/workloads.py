@@ -1,0 +1,107 @@
+"""What the benchmarks run on: the shapes of the paper and of its users, as data, and their random inputs.
+
+workloads("cuda")     # on a GPU; "cpu": small versions of the same
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+import daam
+
+
+@dataclass(frozen=True)
+class Algorithm:
+    """A public function, and its two parameters out of a standard normal and a uniform tensor of their shape."""
+
+    call: Callable
+    draw: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+ALGORITHMS = {
+    "density": Algorithm(daam.density_attention, lambda normal, uniform: (0.3 * normal, 0.5 + uniform)),
+    "mixture": Algorithm(
+        daam.mixture_attention, lambda normal, uniform: (0.3 * normal, (0.5 + uniform) * normal.sign())
+    ),
+    "gate": Algorithm(daam.density_gate, lambda normal, uniform: (0.3 * normal, uniform - 1)),
+}
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One algorithm on x of a shape, whose axis num_heads heads cut. family: workloads that differ in size and dtype.
+    Density attention has one Gaussian, whose parameters follow x's last axis.
+    """
+
+    family: str
+    algorithm: str
+    shape: tuple[int, ...]
+    axis: int
+    heads: int
+    gaussians: int = 1
+    dtype: str = "bfloat16"
+
+    def __str__(self) -> str:
+        size = "x".join(map(str, self.shape))
+        sizes = f"{size}-axis{self.axis}-heads{self.heads}-gaussians{self.gaussians}"
+        return f"{self.family}-{self.algorithm}-{sizes}-{self.dtype}"
+
+    @property
+    def x(self) -> Tensor:
+        """x without memory."""
+        return torch.empty(self.shape, dtype=getattr(torch, self.dtype), device="meta")
+
+    @property
+    def feature_axis(self) -> int | None:
+        """The axis that parameters vary along."""
+        return len(self.shape) - 1 if self.algorithm == "density" else None
+
+    @property
+    def params_shape(self) -> tuple[int, int]:
+        if self.algorithm != "density":
+            return self.heads, self.gaussians
+        return self.heads, self.shape[-1] // (self.heads if self.axis == self.feature_axis else 1)
+
+    def inputs(self, device: str) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor]:
+        """x, the parameters in fp32, and grad_y: random, the same at every call."""
+        generator = torch.Generator(device).manual_seed(0)
+        x, grad_y = (torch.randn(self.shape, generator=generator, device=device).to(self.x.dtype) for _ in range(2))
+        normal = torch.randn(self.params_shape, generator=generator, device=device)
+        uniform = torch.rand(self.params_shape, generator=generator, device=device)
+        return x, ALGORITHMS[self.algorithm].draw(normal, uniform), grad_y
+
+    def call(self, x: Tensor, p: Tensor, q: Tensor, backend: str) -> Tensor:
+        return ALGORITHMS[self.algorithm].call(x, p, q, norm_axis=self.axis, backend=backend)
+
+
+_GPU = [
+    *(Workload("layers", "density", (32, *sizes), 1, heads) for sizes in ((24, 1024), (40, 5120)) for heads in (8, 1)),
+    *(Workload("sequence", "density", (8, length, 768), 1, 8) for length in (1024, 8192, 32768)),
+    Workload("sequence", "mixture", (8, 1024, 768), 1, 8, 1),
+    *(Workload("sweep", "mixture", (8, 2**k, 768), 1, 8, 4) for k in range(7, 16)),
+    *(Workload("last", "density", (2**26 // n, n), 1, 1) for n in (128, 512, 1024, 4096, 16384)),
+    Workload("channels", "mixture", (32, 256, 64, 64), 1, 4, 3),
+    Workload("steps", "gate", (8, 256, 24000), 2, 1, 4),
+]
+_CPU = [
+    *(Workload("layers", "density", (32, 24, 1024), 1, heads) for heads in (8, 1)),
+    Workload("layers", "density", (4, 40, 5120), 1, 8),
+    Workload("sequence", "density", (8, 1024, 768), 1, 8),
+    *(Workload("sequence", "mixture", (8, 1024, 768), 1, 8, gaussians) for gaussians in (4, 1)),
+    *(Workload("sweep", "mixture", (1, 2**k, 128), 1, 4, 4) for k in (7, 9, 11, 12)),
+    *(Workload("last", "density", (2**20 // n, n), 1, 1) for n in (128, 1024, 16384)),
+    Workload("channels", "mixture", (2, 256, 32, 32), 1, 4, 3),
+    Workload("steps", "gate", (2, 16, 24000), 2, 1, 4),
+]
+
+
+def workloads(device: str) -> list[Workload]:
+    """The shapes of a device: bf16 on a GPU and fp32 on a CPU, and the other one where a family begins."""
+    own, other, shapes = ("float32", "bfloat16", _CPU) if device == "cpu" else ("bfloat16", "float32", _GPU)
+    first = {one.family: one for one in reversed(shapes)}
+    chosen = first.values() if device != "cpu" else [first["layers"]]
+    return [*(replace(one, dtype=own) for one in shapes), *(replace(one, dtype=other) for one in chosen)]

@@ -1,0 +1,96 @@
+"""The byte model against what kernels access in the interpreter, address by address."""
+
+import contextlib
+from collections import Counter
+from unittest import mock
+
+import pytest
+import torch
+
+from bench.byte_model import kernel_bytes, least_bytes
+from bench.results import PASSES
+from bench.workloads import Workload
+
+WORKLOADS = [
+    Workload("rows", "density", (3, 74), 1, 2, dtype="bfloat16"),
+    Workload("rows, streamed", "density", (2, 4100), 1, 1, dtype="float32"),
+    Workload("columns", "density", (2, 24, 33), 1, 8, dtype="float32"),
+    Workload("columns, streamed", "density", (1, 300, 21), 1, 1, dtype="bfloat16"),
+    Workload("columns", "mixture", (2, 25, 33), 1, 8, 4, dtype="float32"),
+    Workload("columns, streamed", "mixture", (1, 601, 9), 1, 2, 4, dtype="bfloat16"),
+    Workload("channels", "mixture", (2, 12, 5, 4), 1, 4, 3, dtype="float32"),
+    Workload("rows", "gate", (3, 75), 1, 1, 4, dtype="bfloat16"),
+    Workload("rows, streamed", "gate", (2, 4100), 1, 1, 1, dtype="float32"),
+    Workload("rows, streamed backward", "gate", (2, 1500), 1, 1, 16, dtype="float32"),
+    Workload("columns, streamed backward", "gate", (1, 200, 9), 1, 1, 4, dtype="float32"),
+]
+
+
+@contextlib.contextmanager
+def accesses():
+    """How often each address of an element is loaded or stored by kernels."""
+    from triton.runtime import interpreter
+
+    builder, counted = interpreter.interpreter_builder, Counter()
+
+    def counting(original, mask_of):
+        def access(ptrs, *args):
+            counted.update(ptrs.data[mask_of(args).data].ravel().tolist())
+            return original(ptrs, *args)
+
+        return access
+
+    masks = {"create_masked_load": lambda args: args[0], "create_masked_store": lambda args: args[1]}
+    patches = [
+        mock.patch.object(builder, name, counting(getattr(builder, name), mask_of)) for name, mask_of in masks.items()
+    ]
+    with patches[0], patches[1]:
+        yield counted
+
+
+def elements(t: torch.Tensor) -> set[int]:
+    """Addresses of a contiguous tensor's elements."""
+    return set(range(t.data_ptr(), t.data_ptr() + t.nbytes, t.element_size()))
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("workload", WORKLOADS, ids=str)
+def test_bytes(workload, device):
+    """Every element of x and of the results is accessed as often as the model of the kernels says; once each, and the
+    parameters once, are the least bytes.
+    """
+    if device.type != "cpu":
+        pytest.skip("only the interpreter counts")
+    x, params, grad_y = workload.inputs("cpu")
+    leaves = [t.requires_grad_() for t in (x, *params)]
+    with accesses() as forward:
+        y = workload.call(*leaves, backend="triton")
+    with accesses() as backward:
+        dx, *grads = torch.autograd.grad(y, leaves, grad_y)
+    passes = {"forward": (forward, (x, y), params), "backward": (backward, (x, grad_y, dx), (*params, *grads))}
+    moved, least = Counter(), Counter()
+    for which, (counted, large, small) in passes.items():
+        addresses = set().union(*map(elements, large))
+        once = sum(t.nbytes for t in small)
+        moved[which] = x.element_size() * sum(counted[address] for address in addresses) + once
+        least[which] = x.element_size() * sum(counted[address] > 0 for address in addresses) + once
+        assert set().union(*map(elements, params)) <= set(counted), "every parameter is read"
+    for which in PASSES:
+        assert kernel_bytes(workload, which) == sum(moved[one] for one in which.split("+"))
+        assert least_bytes(workload, which) == sum(least[one] for one in which.split("+"))
+
+
+def test_bytes_by_hand():
+    """(32, 24, 1024) in bf16: x is 1.5 MiB; 8 heads of 1024 mean offsets and c, fp32."""
+    workload = Workload("layers", "density", (32, 24, 1024), 1, 8)
+    x, params = 32 * 24 * 1024 * 2, 2 * 8 * 1024 * 4
+    assert [least_bytes(workload, which) for which in PASSES] == [
+        2 * x + params,
+        3 * x + 2 * params,
+        5 * x + 3 * params,
+    ]
+    assert kernel_bytes(workload, "forward+backward") == 5 * x + 3 * params
+    long = Workload("sequence", "mixture", (8, 8192, 768), 1, 8, 4)
+    x, params = 8 * 8192 * 768 * 2, 2 * 8 * 4 * 4
+    assert kernel_bytes(long, "forward") == 4 * x + params
+    assert kernel_bytes(long, "backward") == 5 * x + 2 * params

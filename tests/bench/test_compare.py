@@ -1,0 +1,171 @@
+"""What is worse fails: times past their limits, any counted figure; and what cannot be compared is said to be so."""
+
+import copy
+import json
+import os
+import sys
+from dataclasses import replace
+from unittest import mock
+
+import pytest
+
+from bench import compare
+from bench.results import read
+
+CASE = {
+    "provider": "eager", "pass": "forward", "workload": "w", "bytes": 100, "saved_bytes": 10,
+    "seconds": {"p20": 0.9, "p50": 1.0, "p80": 1.1, "iqr": 0.1}, "device": "x86_64 CPU", "commit": "c",
+    "of_copy": {"p20": 9.0, "p50": 10.0, "p80": 11.0, "iqr": 0.1},
+    "versions": {"torch": "2", "triton": "3"},
+}  # fmt: skip
+FIGURES = {
+    "registers": 120, "stack": 0, "shared": 0, "warps": 16, "load_bits": 128, "store_bits": 128, "loads": 1.0,
+    "stores": 1.0, "instructions": 20.0, "special": 1.0, "roof": 1.0,
+}  # fmt: skip
+
+
+def speed(**changes):
+    """A result of two cases and two yardsticks. changes: of the first. slower: its times' factor; machine, copy: those
+    of all cases' times, and of the copy that took turns with the first.
+    """
+    factor, machine, beside = changes.pop("slower", 1), changes.pop("machine", 1), changes.pop("copy", 1)
+    info = copy.deepcopy(CASE) | changes
+    info["of_copy"]["p50"] *= factor / beside
+    cases = {"a": info, "b": CASE, **{f"layer_norm{i}": CASE | {"provider": "layer_norm"} for i in range(2)}}
+    for name, one in cases.items():
+        times = {key: value * machine * (factor if name == "a" else 1) for key, value in CASE["seconds"].items()}
+        cases[name] = one | {"device": info["device"], "seconds": times}
+    return {"benchmarks": [{"fullname": f"t[{name}]", "extra_info": one} for name, one in cases.items()]}
+
+
+def gpu(**changes):
+    """The same on a GPU, which has peak_bytes for saved_bytes."""
+    data = speed(device="H200", **{"peak_bytes": 10} | changes)
+    for one in data["benchmarks"]:
+        one["extra_info"].setdefault("peak_bytes", 10)
+        one["extra_info"].pop("saved_bytes")
+    return data
+
+
+def audited(**changes):
+    return {"triton": "3.9.0", "targets": {"sm_90": {"a/_forward": FIGURES | changes, "b/_forward": FIGURES}}}
+
+
+def run(tmp_path, base, new):
+    """The exit code of the command."""
+    paths = [tmp_path / "base.json", tmp_path / "new.json"]
+    for path, data in zip(paths, (base, new), strict=True):
+        path.write_text(json.dumps(data))
+    plot = tmp_path / "regression.png"
+    code = compare.main([*map(str, paths), "--plot", str(plot)])
+    assert plot.exists() == (code != 2)
+    return code
+
+
+@pytest.mark.parametrize(
+    ("base", "new", "code", "verdict"),
+    [
+        (speed(), speed(), 0, None),
+        (speed(), speed(slower=1.24), 0, "worse"),
+        (speed(), speed(slower=1.26), 1, "FAILED"),
+        (speed(slower=1.4), speed(), 0, "better"),
+        # the whole machine is slower; a copy is faster, or slower, than others of its run
+        (speed(), speed(machine=2), 0, None),
+        (speed(), speed(machine=2, slower=1.3), 1, "FAILED"),
+        (speed(), speed(copy=0.5), 0, None),
+        (speed(), speed(slower=2, copy=0.5), 1, "FAILED"),
+        (speed(), speed(slower=2, provider="published"), 0, "worse"),
+        (speed(), speed(saved_bytes=11), 1, "FAILED"),
+        (speed(), speed(bytes=101), 1, "FAILED"),
+        (speed(), speed(saved_bytes=9), 0, "better"),
+        (gpu(), gpu(slower=1.04), 0, None),
+        (gpu(), gpu(slower=1.06), 1, "FAILED"),
+        # an IQR of 3 % of the median: noise may explain 9 %
+        (gpu(of_copy={"p20": 9, "p50": 10, "p80": 11, "iqr": 0.3}), gpu(slower=1.08), 0, "worse"),
+        (gpu(of_copy={"p20": 9, "p50": 10, "p80": 11, "iqr": 0.3}), gpu(slower=1.1), 1, "FAILED"),
+        (gpu(), gpu(peak_bytes=11), 1, "FAILED"),
+        (audited(), audited(), 0, None),
+        (audited(), audited(instructions=20.01), 1, "FAILED"),
+        (audited(), audited(stack=8), 1, "FAILED"),
+        (audited(), audited(loads=1.1), 1, "FAILED"),
+        (audited(), audited(special=1.5), 1, "FAILED"),
+        (audited(), audited(load_bits=64), 1, "FAILED"),
+        (audited(), audited(registers=128), 0, "worse"),
+        (audited(), audited(registers=129), 1, "FAILED"),
+        (audited(), audited(instructions=19.0), 0, "better"),
+    ],
+)
+def test_verdict(base, new, code, verdict, tmp_path, capsys):
+    assert run(tmp_path, base, new) == code
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith(("a ", "sm_90/a"))]
+    assert [line.split()[-1] for line in lines] == ([verdict] if verdict else [])
+
+
+@pytest.mark.parametrize(
+    ("base", "new", "why"),
+    [
+        (speed(), audited(), "the other of the audit"),
+        (speed(), gpu(), "devices differ"),
+        (audited(), audited() | {"triton": "3.6.0"}, "compilers differ: triton 3.9.0 and 3.6.0"),
+        (audited(), {"triton": "3.9.0", "targets": {"sm_80": {"a/_forward": FIGURES}}}, "no case is in both"),
+        (speed(), {"benchmarks": []}, "holds no cases"),
+        (speed(), ["nonsense"], "holds no cases"),
+    ],
+)
+def test_nothing_to_compare(base, new, why, tmp_path, capsys):
+    assert run(tmp_path, base, new) == 2
+    assert why in capsys.readouterr().err
+
+
+def test_unreadable_file(tmp_path, capsys):
+    assert compare.main([str(tmp_path / "none.json")] * 2) == 2
+    assert "cannot be read" in capsys.readouterr().err
+
+
+def test_cases_are_aligned_by_name(tmp_path, capsys):
+    """Not by place; what only one side has is named."""
+    base, new = speed(), speed(slower=1.5)
+    new["benchmarks"].reverse()
+    base["benchmarks"].append({"fullname": "t[gone]", "extra_info": CASE})
+    assert run(tmp_path, base, new) == 1
+    out = capsys.readouterr().out
+    assert "1 cases missing: gone" in out and "+50.0 %" in out
+    (failed,) = [line for line in out.splitlines() if line.endswith("FAILED")]
+    assert failed.startswith("a ")
+
+
+def test_lines_of_cases_are_read(tmp_path):
+    path = tmp_path / "cases.jsonl"
+    path.write_text("\n".join(json.dumps(one) for one in speed()["benchmarks"]))
+    rows = read(path).rows
+    assert list(rows) == ["t[a]", "t[b]", "t[layer_norm0]", "t[layer_norm1]"] and rows["t[a]"] == CASE
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="interpreted kernels cannot be compiled")
+@pytest.mark.parametrize("fault", ["slowed", "spilled"])
+def test_a_worse_configuration_is_caught(fault, tmp_path, capsys):
+    """A row over eight warps issues more; a tile of four times the columns spills."""
+    pytest.importorskip("triton")
+    from bench import audit
+    from daam.kernels import launch
+
+    chosen = {
+        "slowed": audit.Configuration("density", "rows", "nothing", 1024, "fp32"),
+        "spilled": audit.Configuration("density", "columns", "inner", 128, "fp32"),
+    }[fault]
+    worse = {"slowed": lambda tile: replace(tile, num_warps=8), "spilled": lambda tile: replace(tile, inner=256)}[fault]
+    original = launch.tile_for
+
+    def write(path):
+        arguments = ["audit", "--targets", "sm_90", "--dtypes", "fp32", "--output", str(path)]
+        with mock.patch.object(sys, "argv", arguments), mock.patch.object(audit, "CONFIGURATIONS", [chosen]):
+            audit.main()
+
+    base, new = tmp_path / "base.json", tmp_path / "new.json"
+    write(base)
+    with mock.patch.object(launch, "tile_for", lambda *args: worse(original(*args))):
+        write(new)
+    capsys.readouterr()
+    assert compare.main([str(base), str(new), "--plot", str(tmp_path / "plot.png")]) == 1
+    failed = [tuple(line.split()[:2]) for line in capsys.readouterr().out.splitlines() if line.endswith("FAILED")]
+    assert (f"sm_90/{chosen}/_backward", {"slowed": "instructions", "spilled": "stack"}[fault]) in failed

@@ -1,0 +1,155 @@
+"""How the benchmarks measure: what is wrong is not timed, providers take turns, statistics are what they say."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+
+from bench import core, providers
+from bench.results import PASSES
+from bench.workloads import Workload, workloads
+
+ROOT = Path(__file__).parents[2]
+SMALL = Workload("sweep", "mixture", (2, 12, 8), 1, 2, 3, dtype="float32")
+NAMES = ("copy", "eager", "layer_norm", "multihead_attention", "published", "sdpa")
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 100])
+def test_summary(count):
+    values = np.random.default_rng(count).exponential(size=count)
+    found = core.summary(values)
+    p20, p25, p50, p75, p80 = np.percentile(values, [20, 25, 50, 75, 80])
+    expected = {"p20": p20, "p50": p50, "p80": p80, "iqr": p75 - p25}
+    assert found == pytest.approx(expected)
+
+
+def test_providers_take_turns():
+    """Every round has every step once; over the rounds each is first as often as the others."""
+    rounds = []
+
+    def turn(steps):
+        rounds.append([one.run(one.prepare()) for one in steps])
+        return [float(len(rounds))] * len(steps)
+
+    steps = {name: core.Step(lambda: None, lambda _, name=name: name) for name in "abc"}
+    with mock.patch.object(core, "MOST_ROUNDS", 6):
+        times = core.interleave(steps, turn)
+    measured = rounds[2:]
+    assert all(sorted(one) == list("abc") for one in measured) and len(measured) == 6
+    assert [one[0] for one in measured] == list("abcabc")
+    assert times == {name: [3.0, 4.0, 5.0, 6.0, 7.0, 8.0] for name in "abc"}
+
+
+def test_a_turn_times_what_runs_and_not_what_prepares():
+    (seconds,) = core.turns("cpu")([core.Step(lambda: time.sleep(0.2), lambda _: time.sleep(0.02))])
+    assert 0.02 <= seconds < 0.2
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_provider_is_right(name):
+    """Standard attention, too, is checked: y and the gradient of everything it differentiates."""
+    found = core.candidates(SMALL, NAMES)[name]
+    assert not isinstance(found, Exception), found
+    candidate, off = found
+    assert off < 1e-5
+    assert len(candidate.expected) == 1 + len(candidate.leaves)
+    assert candidate.backend == name
+
+
+@pytest.mark.parametrize("wrong", ["y", "gradient", "nan"])
+def test_what_is_wrong_is_not_timed(wrong):
+    def build(task):
+        right = providers.PROVIDERS["eager"].build(task)
+        if wrong == "gradient":
+            expected = (*right.expected[:-1], 1.01 * right.expected[-1])
+        else:
+            expected = (right.expected[0] * (1.01 if wrong == "y" else float("nan")), *right.expected[1:])
+        return providers.Candidate(right.forward, right.leaves, right.grad_y, expected, "eager")
+
+    def broken(task):
+        raise RuntimeError("not today")
+
+    stand_ins = {"compile": providers.Provider(build), "published": providers.Provider(broken)}
+    with mock.patch.dict(providers.PROVIDERS, stand_ins):
+        found = core.candidates.__wrapped__(SMALL, ("compile", "eager", "published"))
+    assert isinstance(found["compile"], core.WrongResultError)
+    assert str(found["published"]) == "not today"
+    assert isinstance(found["eager"], tuple)
+
+
+def test_passes_do_what_they_say():
+    candidate, _ = core.candidates(SMALL, NAMES)["eager"]
+    done = []
+    spy = mock.Mock(leaves=candidate.leaves)
+    spy.forward.side_effect = lambda: done.append("forward")
+    spy.backward.side_effect = lambda y: done.append("backward")
+    timed = {}
+    for which in PASSES:
+        one = core.step(spy, which)
+        state = one.prepare()
+        done.clear()
+        one.run(state)
+        timed[which] = "+".join(done)
+    assert timed == {which: which for which in PASSES}
+
+
+def test_saved_bytes():
+    """The eager mixture keeps x and nothing else; the published one twelve times as much and more."""
+    found = core.candidates(SMALL, NAMES)
+    assert core.saved_bytes(found["eager"][0]) == SMALL.x.nbytes
+    assert core.saved_bytes(found["published"][0]) > 12 * SMALL.x.nbytes
+
+
+def test_missing_providers_say_why():
+    missing = {name: one.missing for name, one in providers.PROVIDERS.items()}
+    assert "cpu" in missing["triton"]("cpu")
+    assert missing["eager"]("cpu") is missing["copy"]("cpu") is None
+    with mock.patch("shutil.which", return_value=None):
+        assert "C++ compiler" in missing["compile"]("cpu")
+        assert missing["compile"]("cuda") is None
+    with mock.patch("importlib.util.find_spec", return_value=None):
+        assert missing["published"]("cpu") == "gaussian-adaptive-attention is not installed"
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_workloads(device):
+    """Names are unique, and every family of the GPU's has a small version on the CPU."""
+    found = workloads(device)
+    assert len(set(map(str, found))) == len(found)
+    assert {one.family for one in found} == {one.family for one in workloads("cpu")}
+    assert {one.algorithm for one in found} == {"density", "mixture", "gate"}
+    assert {one.dtype for one in found} == {"bfloat16", "float32"}
+
+
+def test_the_suite(tmp_path):
+    """A run writes what compare and plot read, names what it skipped, and lines of JSON as it goes."""
+    results, cases = tmp_path / "results.json", tmp_path / "cases.jsonl"
+    chosen = "sweep-mixture-1x128x128 and not compile and not multihead"
+    command = ["pytest", "bench", "--benchmark-only", "-rs", "-k", chosen]
+    files = [f"--benchmark-json={results}", f"--cases={cases}"]
+    done = subprocess.run(
+        [sys.executable, "-m", *command, *files], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert "triton: backend" in done.stdout
+    benchmarks = json.loads(results.read_text())["benchmarks"]
+    lines = [json.loads(line) for line in cases.read_text().splitlines()]
+    assert {one["fullname"]: one["extra_info"] for one in benchmarks} == {
+        one["fullname"]: one["extra_info"] for one in lines
+    }
+    names = {(one["extra_info"]["pass"], one["extra_info"]["provider"]) for one in benchmarks}
+    assert names == {(a, b) for a in PASSES for b in ("eager", "published", "sdpa", "layer_norm", "copy")}
+    for one in benchmarks:
+        info = one["extra_info"]
+        assert one["stats"]["median"] == pytest.approx(info["seconds"]["p50"]), "the times of the table are the same"
+        assert info["gb_per_s"] == pytest.approx(info["bytes"] / info["seconds"]["p50"] / 1e9)
+        assert info["percent_of_roof"] > 0 and info["error"] < 1e-4 and info["saved_bytes"] >= 0
+        assert info["backend"] == info["provider"] and info["versions"]["torch"] == torch.__version__
+        assert info["commit"] and "CPU" in info["device"]
+        if info["provider"] == "copy":
+            assert info["percent_of_roof"] == pytest.approx(100) and info["of_copy"]["p50"] == 1

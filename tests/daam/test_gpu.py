@@ -1,0 +1,107 @@
+"""What only a GPU shows: compiled graphs, CUDA graphs, synchronisation, peak memory. `make gpu-compile`."""
+
+import pytest
+import torch
+from helpers import ALGORITHMS, Case, attend, error, inputs, run
+
+pytestmark = pytest.mark.gpu
+
+# chunks on chip and streamed, along the fastest dimension and along another
+SHAPES = [((64, 24, 4096), 1, 8), ((8, 2048, 512), 1, 2), ((4096, 1024), -1, 1), ((64, 20000), -1, 1)]
+CASES = [
+    Case(shape, axis, heads, 4 if name != "density" else "features", algorithm=name)
+    for name in ALGORITHMS
+    for shape, axis, heads in SHAPES
+]
+cases = pytest.mark.parametrize("case", CASES, ids=str)
+
+
+def given_on(device, case):
+    return inputs(case, torch.bfloat16, device=device)
+
+
+def results(case, given, attention):
+    """y, weights and gradients of attention(x, p, q)."""
+    leaves = given.leaves()
+    outputs = attention(*leaves)
+    return [*outputs, *torch.autograd.grad(outputs, leaves, [given.grad_y, given.grad_weights])]
+
+
+@cases
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_compiled(case, mode, device):
+    """A compiled graph calls the same kernels; the second call replays a CUDA graph under "reduce-overhead"."""
+    torch._dynamo.reset()
+    given = given_on(device, case)
+
+    def attention(x, p, q):
+        return attend(case, x, p, q, backend="triton")
+
+    compiled = torch.compile(attention, fullgraph=True, mode=mode)
+    expected = results(case, given, attention)
+    for _ in range(3):
+        torch.compiler.cudagraph_mark_step_begin()
+        for found, wanted in zip(results(case, given, compiled), expected, strict=True):
+            assert torch.equal(found, wanted)
+
+
+@cases
+def test_cuda_graph(case, device):
+    """Forward and backward captured by hand, replayed on other numbers."""
+    given, other = given_on(device, case), inputs(case, torch.bfloat16, seed=1, device=device)
+    leaves = given.leaves()
+
+    def step():
+        outputs = attend(case, *leaves, backend="triton")
+        return [*outputs, *torch.autograd.grad(outputs, leaves, [given.grad_y, given.grad_weights])]
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step()  # compiles
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    with torch.no_grad():
+        for static, fresh in zip(leaves, other.leaves(), strict=True):
+            static.copy_(fresh)
+        given.grad_y.copy_(other.grad_y)
+        given.grad_weights.copy_(other.grad_weights)
+    graph.replay()
+    for found, wanted in zip(captured, run(case, other, "triton").values(), strict=True):
+        assert torch.equal(found, wanted)
+
+
+@cases
+def test_nothing_waits_for_the_device(case, device):
+    given = given_on(device, case)
+    run(case, given, "triton")  # compiles
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run(case, given, "triton")
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@cases
+def test_peak_memory(case, device):
+    """y and dx, and a tenth of them for statistics and partial sums."""
+    case = case.but(weights=False)
+    given = given_on(device, case)
+    run(case, given, "triton")
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    found = run(case, given, "triton")
+    torch.cuda.synchronize()
+    outputs = sum(t.nbytes for t in found.values())
+    assert torch.cuda.max_memory_allocated() - before <= 1.1 * outputs + 2**20
+
+
+@cases
+def test_like_the_eager_backend(case, device):
+    given = given_on(device, case)
+    expected = run(case, given, "eager")
+    for name, found in run(case, given, "triton").items():
+        assert error(found, expected[name].cpu().double()) < 2e-2, name
