@@ -24,11 +24,15 @@ def pytest_benchmark_generate_machine_info(config):
 
 
 def pytest_benchmark_update_json(config, benchmarks, output_json):
-    """Summaries stay, the single times go: a run is kept in the repository."""
+    """Summaries stay, of six digits, and the single times go: a run is kept in the repository."""
     output_json["commit_info"] = {"id": core.about()["commit"]}
     for one in output_json["benchmarks"]:
-        one["stats"].pop("data", None)
         del one["params"], one["options"]
+        one["stats"] = {
+            key: core.rounded(value) if isinstance(value, float) else value
+            for key, value in one["stats"].items()
+            if key != "data"
+        }
 
 
 @pytest.fixture(scope="session")

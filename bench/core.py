@@ -175,7 +175,13 @@ def summary(values: Iterable[float]) -> dict[str, float]:
         values *= 2
     p20, p50, p80 = (statistics.quantiles(values, n=10, method="inclusive")[i] for i in (1, 4, 7))
     quarter, _, three = statistics.quantiles(values, n=4, method="inclusive")
-    return {"p20": p20, "p50": p50, "p80": p80, "iqr": three - quarter}
+    found = {"p20": p20, "p50": p50, "p80": p80, "iqr": three - quarter}
+    return {name: rounded(value) for name, value in found.items()}
+
+
+def rounded(value: float) -> float:
+    """To six digits: more say nothing, and runs are kept."""
+    return float(f"{value:.6g}")
 
 
 def figures(workload: Workload, which: str, name: str, names: tuple[str, ...]) -> dict[str, Any]:
@@ -205,12 +211,12 @@ def figures(workload: Workload, which: str, name: str, names: tuple[str, ...]) -
         "pass": which,
         "provider": name,
         "backend": candidate.backend,
-        "error": off,
+        "error": rounded(off),
         "seconds": seconds,
         "of_copy": summary(a / b for a, b in zip(own, copy, strict=True)),
         "bytes": moved,
-        "gb_per_s": moved / seconds["p50"] / 1e9,
-        "percent_of_roof": 100 * moved / seconds["p50"] / roof,
+        "gb_per_s": rounded(moved / seconds["p50"] / 1e9),
+        "percent_of_roof": rounded(100 * moved / seconds["p50"] / roof),
         **memory,
         **about(),
     }
