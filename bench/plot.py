@@ -56,9 +56,13 @@ def _title(cases: list[Case]) -> str:
     one, shapes = cases[0], {tuple(case["shape"]) for case in cases}
     sizes = ["length" if d == one["axis"] else next(iter(n)) if len(n) == 1 else "rows"
              for d, n in enumerate(map(set, zip(*shapes, strict=True)))]  # fmt: skip
-    gaussians = f", {one['gaussians']} Gaussians" if one["gaussians"] > 1 else ""
-    heads = f"{one['heads']} head" + "s" * (one["heads"] > 1)
-    return f"{one['algorithm']}, {' x '.join(map(str, sizes))}\n{heads}{gaussians}, {one['dtype']}"
+    return f"{one['algorithm']}, {' x '.join(map(str, sizes))}\n{_numbers(one)}"
+
+
+def _numbers(case: Case) -> str:
+    """Heads, Gaussians and dtype in words."""
+    counts = {"head": case["heads"], "Gaussian": case["gaussians"]}
+    return ", ".join(f"{n} {name}{'s' * (n > 1)}" for name, n in counts.items()) + f", {case['dtype']}"
 
 
 def _by_provider(cases: Iterable[Case]) -> dict[str, list[Case]]:
@@ -174,7 +178,7 @@ def speedup(run: Run) -> Figure | None:
             bars[best["pass"]].append((cases[own], best))
     if not bars:
         return None
-    figure, grid = _grid(1, len(bars), f"Times as fast as the fastest other provider: {own}\n{run.title}")
+    figure, grid = _grid(1, len(bars), f"{own}: times as fast as the fastest other provider\n{run.title}")
     figure.set_size_inches(4.6 * len(bars) + 2, 0.32 * max(map(len, bars.values())) + 1.8)
     for (which, pairs), axes in zip(bars.items(), grid[0], strict=True):
         _bars(axes, which, pairs)
@@ -223,8 +227,7 @@ def over_time(runs: list[tuple[str, Run]]) -> Figure | None:
 
 
 def _workload(case: Case) -> str:
-    shape = "x".join(map(str, case["shape"]))
-    return f"{case['algorithm']} {shape}, {case['heads']} heads, {case['gaussians']} Gaussians, {case['dtype']}"
+    return f"{case['algorithm']} {'x'.join(map(str, case['shape']))}, {_numbers(case)}"
 
 
 def audit(run: Run) -> Figure | None:

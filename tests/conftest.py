@@ -30,7 +30,7 @@ def pytest_collection_modifyitems(config, items):
     reasons = {"kernel": "kernels need TRITON_INTERPRET=1, or --device cuda", "gpu": "needs --device cuda"}
     for item in items:
         for name in skipped:
-            if skipped[name] and name in item.keywords:
+            if skipped[name] and item.get_closest_marker(name):
                 item.add_marker(pytest.mark.skip(reason=reasons[name]))
     k, n = map(int, config.getoption("--shard").split("/"))
     config.hook.pytest_deselected(items=[item for i, item in enumerate(items) if i % n != k])
