@@ -1,6 +1,6 @@
 # Each target sets up what it needs: a virtual environment in .venv, installed under constraints.txt.
 PYTHON ?= python3
-OUT ?= gpu-results
+OUT ?= results
 BIN := .venv/bin
 INSTALLED := .venv/installed
 SHELL := bash
@@ -9,7 +9,7 @@ SHELL := bash
 AUDITS := audit-sm_80 audit-sm_90 audit-sm_100 audit-gfx942
 SHARDS := 0 1 2 3 4 5 6 7
 
-.PHONY: demo test test-compiled lint bench audit $(AUDITS) test-slow gpu gpu-test gpu-bench gpu-compile clean
+.PHONY: demo test test-compiled lint bench audit test-slow gpu gpu-test gpu-bench gpu-compile gpu-needs clean
 
 demo: $(INSTALLED)
 	$(BIN)/python -m daam.recipes.digits $(ARGS)
@@ -36,7 +36,7 @@ bench: $(INSTALLED)
 # What the compiler makes of every configuration, on every target, against what is committed.
 audit: $(AUDITS)
 
-audit-%: $(INSTALLED)
+$(AUDITS): audit-%: $(INSTALLED)
 	$(BIN)/python -m bench.audit --targets $* --output build/audit/$*.json
 	$(BIN)/python -m bench.compare bench/history/audit/$*.json build/audit/$*.json --plot build/audit/$*.png
 
@@ -46,10 +46,11 @@ test-slow: $(INSTALLED)
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -m slow
 
 # All that needs a GPU, with whatever torch and Triton PYTHON has; what it finds goes into OUT as it is found.
-gpu:
-	$(MAKE) gpu-test
-	$(MAKE) gpu-bench
-	$(MAKE) gpu-compile
+gpu: gpu-needs
+	failed=0; for part in gpu-test gpu-bench gpu-compile; do $(MAKE) $$part || failed=1; done; exit $$failed
+
+gpu-needs:
+	$(PYTHON) -c "import matplotlib, pytest, pytest_benchmark, torch, triton, daam; assert torch.cuda.is_available(), 'no GPU'"
 
 gpu-test:
 	mkdir -p $(OUT)
@@ -61,16 +62,17 @@ gpu-test-%:
 
 gpu-bench:
 	mkdir -p $(OUT)
-	timeout 470 $(PYTHON) -m pytest bench --benchmark-only -rs -p no:cacheprovider --deadline 380 \
-		--cases $(OUT)/bench.jsonl --benchmark-json=$(OUT)/bench.json > $(OUT)/gpu-bench.log 2>&1 || (tail -50 $(OUT)/gpu-bench.log; exit 1)
-	$(PYTHON) -m bench.plot $(OUT)/bench.json --output $(OUT)/plots
+	rm -f $(OUT)/bench.jsonl
+	failed=0; timeout 440 $(PYTHON) -m pytest bench --benchmark-only -rs --deadline 380 --cases $(OUT)/bench.jsonl \
+		--benchmark-json=$(OUT)/bench.json > $(OUT)/gpu-bench.log 2>&1 || failed=1; tail -50 $(OUT)/gpu-bench.log; \
+		timeout 30 $(PYTHON) -m bench.plot $(OUT)/bench.jsonl --output $(OUT)/plots; exit $$failed
 
 gpu-compile:
 	mkdir -p $(OUT)
 	timeout 470 $(PYTHON) -m pytest -v -m gpu --device cuda 2>&1 | tee $(OUT)/gpu-compile.log
 
 clean:
-	rm -rf .venv demo-output gpu-results build
+	rm -rf .venv demo-output results build
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

@@ -14,14 +14,14 @@ _PARTS = {"forward": ("forward",), "backward": ("backward",), "forward+backward"
 
 
 def least_bytes(workload: Workload, which: str) -> int:
-    """Bytes of a pass; which is one of workloads.PASSES."""
+    """Bytes of a pass; which is one of results.PASSES."""
     tensors = {"forward": (2, 2), "backward": (3, 4)}  # of x's size, of the parameters'
     return sum(_bytes(workload, *tensors[part]) for part in _PARTS[which])
 
 
 def kernel_bytes(workload: Workload, which: str) -> int:
-    """Bytes that our kernels move: chunks too long for the chip are read again. Without statistics and partial sums,
-    a few percent at most.
+    """Bytes that our kernels move: chunks too long for the chip are read again. Without their statistics, and without
+    partial sums of the parameters' gradients, which are a few percent of a large x, and as much as x for a small one.
     """
     moved = {"forward": _forward, "backward": _backward}
     return sum(moved[part](workload) for part in _PARTS[which])

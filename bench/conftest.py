@@ -19,6 +19,13 @@ def pytest_addoption(parser):
     )
 
 
+def pytest_configure(config):
+    """A missing folder would show only after everything has been measured."""
+    for name in ("--benchmark-json", "--cases"):
+        if path := config.getoption(name, None):
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+
+
 def pytest_benchmark_generate_machine_info(config):
     return core.about()
 
@@ -36,15 +43,10 @@ def pytest_benchmark_update_json(config, benchmarks, output_json):
 
 
 @pytest.fixture(scope="session")
-def _began():
-    return time.monotonic()
-
-
-@pytest.fixture(autouse=True)
-def before_the_deadline(request, _began):
-    deadline = request.config.getoption("--deadline")
-    if time.monotonic() - _began > deadline:
-        pytest.skip(f"past the deadline of {deadline:.0f} s")
+def past_deadline(request):
+    """Says that the deadline is past, once it is."""
+    deadline, began = request.config.getoption("--deadline"), time.monotonic()
+    return lambda: f"past the deadline of {deadline:.0f} s" if time.monotonic() - began > deadline else None
 
 
 @pytest.fixture
@@ -64,7 +66,6 @@ def write_case(request):
 
     def write(extra_info: dict) -> None:
         if path := request.config.getoption("--cases"):
-            path.parent.mkdir(parents=True, exist_ok=True)
             with path.open("a") as file:
                 print(json.dumps({"fullname": request.node.nodeid, "extra_info": extra_info}), file=file)
 

@@ -10,7 +10,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,7 @@ from daam.backend import interpreting
 @dataclass(frozen=True)
 class Candidate:
     """A provider on one workload: makes y, is differentiated with respect to leaves, and should give expected, y and
-    the gradients of the leaves. backend: what ran.
+    the gradients of the leaves. backend: what ran. inputs: how many of the leaves are no parameters.
     """
 
     forward: Callable[[], Tensor]
@@ -33,6 +33,7 @@ class Candidate:
     grad_y: Tensor
     expected: tuple[Tensor, ...]
     backend: str
+    inputs: int = 1
 
     def backward(self, y: Tensor) -> tuple[Tensor, ...]:
         return torch.autograd.grad(y, self.leaves, self.grad_y)
@@ -58,11 +59,14 @@ class Task:
 
 @dataclass(frozen=True)
 class Provider:
-    """missing: why it cannot run on a device, None where it can. serves: the workloads it has an answer to."""
+    """missing: why it cannot run on a device, None where it can. serves: the workloads it has an answer to. half: the
+    largest error of its results in bf16, of the largest value expected.
+    """
 
     build: Callable[[Task], Candidate]
     missing: Callable[[str], str | None] = lambda device: None
     serves: Callable[[Workload], bool] = lambda workload: True
+    half: float = 2e-2
 
 
 def reference(
@@ -82,7 +86,8 @@ def _ours(task: Task, backend: str, wrap: Callable = lambda call: call) -> Candi
 
 def _compiled(task: Task) -> Candidate:
     torch._dynamo.reset()  # else the second shape of a function is compiled for any size
-    return _ours(task, "eager", functools.partial(torch.compile, fullgraph=True))
+    candidate = _ours(task, "eager", functools.partial(torch.compile, fullgraph=True))
+    return replace(candidate, backend="eager, compiled")
 
 
 def _published(task: Task) -> Candidate:
@@ -106,7 +111,7 @@ def _scaled_dot_product_attention(task: Task) -> Candidate:
     leaves = tuple(_heads(torch.randn_like(task.x), task.workload.heads).requires_grad_() for _ in range(3))
     grad_y = _heads(task.grad_y, task.workload.heads)
     expected = reference(_attention, leaves, grad_y, _precise(task.x))
-    return Candidate(lambda: functional.scaled_dot_product_attention(*leaves), leaves, grad_y, expected, "sdpa")
+    return Candidate(lambda: functional.scaled_dot_product_attention(*leaves), leaves, grad_y, expected, "sdpa", 3)
 
 
 def _multihead_attention(task: Task) -> Candidate:
@@ -185,7 +190,8 @@ PROVIDERS = {
     "triton": Provider(functools.partial(_ours, backend="triton"), _no_triton),
     "eager": Provider(functools.partial(_ours, backend="eager")),
     "compile": Provider(_compiled, _no_compiler),
-    "published": Provider(_published, _no_package, lambda workload: workload.algorithm == "mixture"),
+    # in bf16 it computes in bf16
+    "published": Provider(_published, _no_package, lambda workload: workload.algorithm == "mixture", half=0.2),
     "sdpa": Provider(_scaled_dot_product_attention, serves=lambda workload: workload.family == "sweep"),
     "multihead_attention": Provider(_multihead_attention, serves=lambda workload: workload.family == "sweep"),
     "layer_norm": Provider(_layer_norm),

@@ -84,6 +84,9 @@ _GPU = [
     Workload("sequence", "mixture", (8, 1024, 768), 1, 8, 1),
     *(Workload("sweep", "mixture", (8, 2**k, 768), 1, 8, 4) for k in range(7, 16)),
     *(Workload("last", "density", (2**26 // n, n), 1, 1) for n in (128, 512, 1024, 4096, 16384)),
+    Workload("last", "mixture", (2**16, 1024), 1, 1, 4),
+    Workload("last", "gate", (2**16, 1024), 1, 1, 4),
+    Workload("layers", "mixture", (32, 24, 1024), 1, 8, 4),
     Workload("channels", "mixture", (32, 256, 64, 64), 1, 4, 3),
     Workload("steps", "gate", (8, 256, 24000), 2, 1, 4),
 ]
@@ -94,14 +97,20 @@ _CPU = [
     *(Workload("sequence", "mixture", (8, 1024, 768), 1, 8, gaussians) for gaussians in (4, 1)),
     *(Workload("sweep", "mixture", (1, 2**k, 128), 1, 4, 4) for k in (7, 9, 11, 12)),
     *(Workload("last", "density", (2**20 // n, n), 1, 1) for n in (128, 1024, 16384)),
+    Workload("last", "mixture", (1024, 1024), 1, 1, 4),
+    Workload("last", "gate", (1024, 1024), 1, 1, 4),
     Workload("channels", "mixture", (2, 256, 32, 32), 1, 4, 3),
     Workload("steps", "gate", (2, 16, 24000), 2, 1, 4),
 ]
 
 
 def workloads(device: str) -> list[Workload]:
-    """The shapes of a device: bf16 on a GPU and fp32 on a CPU, and the other one where a family begins."""
+    """The shapes of a device, what begins a family first: bf16 on a GPU and fp32 on a CPU, and the other one of what
+    begins a family, on a CPU of the first one only.
+    """
     own, other, shapes = ("float32", "bfloat16", _CPU) if device == "cpu" else ("bfloat16", "float32", _GPU)
     first = {one.family: one for one in reversed(shapes)}
-    chosen = first.values() if device != "cpu" else [first["layers"]]
-    return [*(replace(one, dtype=own) for one in shapes), *(replace(one, dtype=other) for one in chosen)]
+    begins = [one for one in shapes if one is first[one.family]]
+    others = [one for one in shapes if one is not first[one.family]]
+    again = begins[:1] if device == "cpu" else begins
+    return [*(replace(one, dtype=own) for one in (*begins, *others)), *(replace(one, dtype=other) for one in again)]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import subprocess
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -17,6 +18,8 @@ from bench import audit, compare
 from bench.aot import compile_for
 from bench.machine_code import instructions, main_loop
 from bench.results import read
+
+ROOT = Path(audit.__file__).parents[1]
 
 NVIDIA = """
 _kernel:
@@ -79,7 +82,7 @@ def test_figures(target):
 
 @pytest.fixture(scope="module")
 def committed():
-    run = read(Path(audit.__file__).parent / "history" / "audit" / "sm_90.json")
+    run = read(ROOT / "bench" / "history" / "audit" / "sm_90.json")
     if run.versions["triton"] != audit.triton.__version__:
         pytest.skip(f"committed figures are of triton {run.versions['triton']}, here is {audit.triton.__version__}")
     return run
@@ -131,3 +134,9 @@ def test_command(tmp_path, capsys):
     assert list(found) == [f"mixture-rows-nothing-64-bf16/{name}" for name in ("_forward", "_backward")]
     printed = capsys.readouterr().out
     assert all(name in printed for name in found) and "registers" in printed
+
+
+def test_make_audit_compares_every_target():
+    done = subprocess.run(["make", "-n", "audit"], cwd=ROOT, capture_output=True, text=True, check=True)
+    for target in audit.TARGETS:
+        assert f"bench.compare bench/history/audit/{target}.json build/audit/{target}.json" in done.stdout

@@ -51,13 +51,13 @@ def audited(**changes):
     return {"triton": "3.9.0", "targets": {"sm_90": {"a/_forward": FIGURES | changes, "b/_forward": FIGURES}}}
 
 
-def run(tmp_path, base, new):
+def run(tmp_path, base, new, *options):
     """The exit code of the command."""
     paths = [tmp_path / "base.json", tmp_path / "new.json"]
     for path, data in zip(paths, (base, new), strict=True):
         path.write_text(json.dumps(data))
     plot = tmp_path / "regression.png"
-    code = compare.main([*map(str, paths), "--plot", str(plot)])
+    code = compare.main([*map(str, paths), "--plot", str(plot), *options])
     assert plot.exists() == (code != 2)
     return code
 
@@ -80,9 +80,10 @@ def run(tmp_path, base, new):
         (speed(), speed(saved_bytes=9), 0, "better"),
         (gpu(), gpu(slower=1.04), 0, None),
         (gpu(), gpu(slower=1.06), 1, "FAILED"),
-        # an IQR of 3 % of the median: noise may explain 9 %
+        # an IQR of 3 % of the median: noise may explain 9 %; a new run that is erratic does not excuse itself
         (gpu(of_copy={"p20": 9, "p50": 10, "p80": 11, "iqr": 0.3}), gpu(slower=1.08), 0, "worse"),
         (gpu(of_copy={"p20": 9, "p50": 10, "p80": 11, "iqr": 0.3}), gpu(slower=1.1), 1, "FAILED"),
+        (gpu(), gpu(of_copy={"p20": 9, "p50": 12, "p80": 15, "iqr": 3.0}), 1, "FAILED"),
         (gpu(), gpu(peak_bytes=11), 1, "FAILED"),
         (audited(), audited(), 0, None),
         (audited(), audited(instructions=20.01), 1, "FAILED"),
@@ -92,6 +93,9 @@ def run(tmp_path, base, new):
         (audited(), audited(load_bits=64), 1, "FAILED"),
         (audited(), audited(registers=128), 0, "worse"),
         (audited(), audited(registers=129), 1, "FAILED"),
+        (audited(), audited(shared=4), 1, "FAILED"),
+        (audited(), audited(warps=8), 1, "FAILED"),
+        (audited(warps=32), audited(warps=16), 0, "worse"),
         (audited(), audited(instructions=19.0), 0, "better"),
     ],
 )
@@ -126,12 +130,24 @@ def test_cases_are_aligned_by_name(tmp_path, capsys):
     """Not by place; what only one side has is named."""
     base, new = speed(), speed(slower=1.5)
     new["benchmarks"].reverse()
-    base["benchmarks"].append({"fullname": "t[gone]", "extra_info": CASE})
     assert run(tmp_path, base, new) == 1
-    out = capsys.readouterr().out
-    assert "1 cases missing: gone" in out and "+50.0 %" in out
-    (failed,) = [line for line in out.splitlines() if line.endswith("FAILED")]
-    assert failed.startswith("a ")
+    (failed,) = [line for line in capsys.readouterr().out.splitlines() if line.endswith("FAILED")]
+    assert failed.startswith("a ") and "+50.0 %" in failed
+
+
+@pytest.mark.parametrize("gone", ["a case", "a foreign case", "a figure", "a kernel"])
+def test_what_is_missing_fails_if_it_is_ours(gone, tmp_path, capsys):
+    base, new = (audited(), audited()) if gone == "a kernel" else (speed(), speed())
+    if gone == "a kernel":
+        del new["targets"]["sm_90"]["b/_forward"]
+    elif gone == "a figure":
+        del new["benchmarks"][0]["extra_info"]["saved_bytes"]
+    else:
+        provider = "compile" if gone == "a case" else "published"
+        base["benchmarks"].append({"fullname": "t[gone]", "extra_info": CASE | {"provider": provider}})
+    assert run(tmp_path, base, new) == (gone != "a foreign case")
+    if gone != "a figure":
+        assert run(tmp_path, base, new, "--subset") == 0
 
 
 def test_lines_of_cases_are_read(tmp_path):

@@ -1,9 +1,11 @@
 """How the benchmarks measure: what is wrong is not timed, providers take turns, statistics are what they say."""
 
+import gc
 import json
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 from unittest import mock
 
@@ -64,6 +66,8 @@ def test_every_provider_is_right(name):
 
 @pytest.mark.parametrize("wrong", ["y", "gradient", "nan"])
 def test_what_is_wrong_is_not_timed(wrong):
+    """Nor what cannot be built; the others are, and nothing keeps the tensors of what failed."""
+
     def build(task):
         right = providers.PROVIDERS["eager"].build(task)
         if wrong == "gradient":
@@ -72,14 +76,20 @@ def test_what_is_wrong_is_not_timed(wrong):
             expected = (right.expected[0] * (1.01 if wrong == "y" else float("nan")), *right.expected[1:])
         return providers.Candidate(right.forward, right.leaves, right.grad_y, expected, "eager")
 
+    kept = []
+
     def broken(task):
+        tensor = torch.empty(10)
+        kept.append(weakref.ref(tensor))
         raise RuntimeError("not today")
 
     stand_ins = {"compile": providers.Provider(build), "published": providers.Provider(broken)}
     with mock.patch.dict(providers.PROVIDERS, stand_ins):
-        found = core.candidates.__wrapped__(SMALL, ("compile", "eager", "published"))
+        found = core._candidates.__wrapped__(SMALL, ("compile", "eager", "published"))
     assert isinstance(found["compile"], core.WrongResultError)
     assert str(found["published"]) == "not today"
+    gc.collect()
+    assert kept[0]() is None
     assert isinstance(found["eager"], tuple)
 
 
@@ -104,6 +114,7 @@ def test_saved_bytes():
     found = core.candidates(SMALL, NAMES)
     assert core.saved_bytes(found["eager"][0]) == SMALL.x.nbytes
     assert core.saved_bytes(found["published"][0]) > 12 * SMALL.x.nbytes
+    assert core.saved_bytes(found["sdpa"][0]) >= 4 * SMALL.x.nbytes, "q, k, v and the output"
 
 
 def test_missing_providers_say_why():
@@ -155,3 +166,42 @@ def test_the_suite(tmp_path):
         assert info["commit"] and "CPU" in info["device"]
         if info["provider"] == "copy":
             assert info["percent_of_roof"] == pytest.approx(100) and info["of_copy"]["p50"] == 1
+
+
+def test_a_turn_on_a_gpu():
+    """The cache is emptied and the device waits twice the host's last time before the first event; between the events
+    is what runs, and nothing else.
+    """
+    done, events = [], []
+
+    class Event:
+        def __init__(self, enable_timing):
+            events.append(self)
+
+        def record(self):
+            done.append(f"record {events.index(self)}")
+
+        def elapsed_time(self, end):
+            return 10.0 * (events.index(self) + 1)
+
+    def run(state):
+        done.append(f"run {state}")
+        time.sleep(0.001)
+
+    flush = mock.Mock(zero_=lambda: done.append("flush"))
+    steps = [core.Step(lambda name=name: done.append(f"prepare {name}") or name, run) for name in "ab"]
+    slept = []
+    fakes = {"Event": Event, "_sleep": lambda cycles: done.append("sleep") or slept.append(cycles)}
+    with mock.patch.multiple(torch.cuda, **fakes, synchronize=lambda: done.append("synchronize")):
+        first = core._turns_cuda(flush, steps)
+        second = core._turns_cuda(flush, steps)
+    turn = ["prepare {}", "flush", "sleep", "record {}", "run {}", "record {}"]
+    orders = [[line.format(fill) for line, fill in zip(turn, ("a", "", "", 0, "a", 1), strict=True)],
+              [line.format(fill) for line, fill in zip(turn, ("b", "", "", 2, "b", 3), strict=True)]]  # fmt: skip
+    assert done[:13] == [*orders[0], *orders[1], "synchronize"]
+    assert first == [0.01, 0.03] and second == [0.05, 0.07]
+    assert all(cycles == pytest.approx(2e-3 * core.CYCLES) for cycles in slept[:2])
+    assert all(2e-3 * core.CYCLES < cycles < 1e-2 * core.CYCLES for cycles in slept[2:])
+    del steps
+    gc.collect()
+    assert not core.HOST_SECONDS, "a step's tensors are kept"
