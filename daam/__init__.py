@@ -2,7 +2,9 @@
 
 from daam.backend import backend_for, use_backend
 from daam.checkpoints import to_published_state_dict
+from daam.decoder import DATDecoder, focal_loss
 from daam.functional import density_attention, density_gate, mixture_attention
+from daam.importance import WeightMap, importance_factor, layer_contribution
 from daam.modules import (
     DensityAdaptiveAttention,
     DensityBlock,
@@ -13,22 +15,32 @@ from daam.modules import (
     MultiHeadDensityAdaptiveAttention,
     MultiHeadGaussianAdaptiveAttention,
 )
+from daam.transformer import DensityAdaptiveTransformer, LayerPooling, load_decoder, save_decoder
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "DATDecoder",
     "DensityAdaptiveAttention",
+    "DensityAdaptiveTransformer",
     "DensityBlock",
     "DensityGate",
     "GaussianAdaptiveAttention",
     "GaussianBlock",
+    "LayerPooling",
     "MultiHeadDAAM",
     "MultiHeadDensityAdaptiveAttention",
     "MultiHeadGaussianAdaptiveAttention",
+    "WeightMap",
     "backend_for",
     "density_attention",
     "density_gate",
+    "focal_loss",
+    "importance_factor",
+    "layer_contribution",
+    "load_decoder",
     "mixture_attention",
+    "save_decoder",
     "to_published_state_dict",
     "use_backend",
 ]

@@ -1,0 +1,147 @@
+"""The DAT decoder of arXiv 2401.11143: attention over the layers of an encoder, two convolutions, a classifier."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import relu, scaled_dot_product_attention
+
+from daam.modules import DensityBlock, MultiHeadDAAM
+
+ATTENTIONS = ("daam", "mixture", "gqdaam", "gqa", "mha", "mha_bn", "none")
+DENSITIES, GROUPED = ("daam", "mixture", "gqdaam"), ("gqdaam", "gqa")
+WIDTH, QUERY_HEADS, KEY_VALUE_HEADS = 512, 8, 2  # of grouped-query attention, as in the paper
+
+
+class GroupedQueryAttention(nn.Module):
+    """Self-attention of 8 query heads that share 2 heads of keys and values, (batch, length, 512) to the same."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = WIDTH // QUERY_HEADS
+        self.query = nn.Linear(WIDTH, WIDTH)
+        self.key, self.value = (nn.Linear(WIDTH, KEY_VALUE_HEADS * self.head) for _ in range(2))
+        self.out = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        projections = (self.query, self.key, self.value)
+        q, k, v = (project(x).unflatten(-1, (-1, self.head)).transpose(1, 2) for project in projections)
+        return self.out(scaled_dot_product_attention(q, k, v, enable_gqa=True).transpose(1, 2).flatten(2))
+
+
+class DATDecoder(nn.Module):
+    """Attention over the layers of an encoder, then two convolutions and a classifier (arXiv 2401.11143).
+
+    The features of a layer after the attention form a grid (1024: 32 x 32; else the two factors nearest to a square),
+    its layers are channels: Conv2d(num_layers, conv_channels, 3, padding=1), ReLU, Conv2d back, ReLU, Linear.
+
+    Args:
+        num_layers, num_features: sizes of the input, (batch, num_layers, num_features).
+        num_classes: size of the output, (batch, num_classes).
+        attention: "daam", density attention (Algorithm 1; with one head DAAMv2); "mixture", a `DensityBlock` of one
+            layer (Algorithm 2, with the residual); "gqdaam", density attention, then Linear(num_features, 512) and
+            grouped-query attention; "gqa", the same without density attention; "mha", standard attention of 8 heads;
+            "mha_bn", with batch normalisation of every feature behind it; "none".
+        num_heads: of the densities; must divide num_layers. As many heads as layers make chunks of one layer, over
+            which density attention weighs all values alike, and the mixture has no variance (an error).
+        num_gaussians: of the mixture.
+        conv_channels: between the convolutions.
+        backend: of density attention; see `daam.backend_for`.
+
+    Weights of convolutions and classifier are Xavier-uniform. Published checkpoints of the attention load as they are:
+    `daam.daams.{h}.c`, or `daam.layers.0.attention_heads.{h}.c` of the mixture, as do its `conv1`, `conv2` and `fc`.
+
+    Raises:
+        ValueError: a size is not positive, num_heads does not divide num_layers, or 8 heads the features; x has another
+            shape.
+    """
+
+    def __init__(
+        self, num_layers: int, num_features: int, num_classes: int, *, attention: str = "daam", num_heads: int = 8,
+        num_gaussians: int = 4, conv_channels: int = 512, backend: str = "auto",
+    ):  # fmt: skip
+        super().__init__()
+        sizes = {
+            "num_layers": num_layers, "num_features": num_features, "num_classes": num_classes, "num_heads": num_heads,
+            "num_gaussians": num_gaussians, "conv_channels": conv_channels,
+        }  # fmt: skip
+        for name, size in sizes.items():
+            if size < 1:
+                raise ValueError(f"{name} is {size}, expected 1 or more")
+        if attention not in ATTENTIONS:
+            raise ValueError(f"attention is {attention!r}, expected one of {', '.join(map(repr, ATTENTIONS))}")
+        if attention in DENSITIES and num_layers % num_heads:
+            raise ValueError(f"num_heads is {num_heads}, expected a divisor of num_layers, {num_layers}")
+        if attention == "mixture" and num_layers == num_heads:
+            raise ValueError(f"num_heads is {num_heads}, expected 2 or more of the {num_layers} layers for each")
+        if attention.startswith("mha") and num_features % QUERY_HEADS:
+            raise ValueError(f"num_features is {num_features}, expected a multiple of {QUERY_HEADS} for {attention!r}")
+        self.settings = {**sizes, "attention": attention}
+        self.daam = _density(num_features, attention, num_heads, num_gaussians, backend)
+        self.standard = _standard(num_features, attention)
+        self.norm = nn.BatchNorm1d(num_features) if attention == "mha_bn" else None
+        self.grid = (QUERY_HEADS, WIDTH // QUERY_HEADS) if attention in GROUPED else grid(num_features)
+        self.conv1 = nn.Conv2d(num_layers, conv_channels, 3, padding=1)
+        self.conv2 = nn.Conv2d(conv_channels, num_layers, 3, padding=1)
+        self.fc = nn.Linear(num_layers * math.prod(self.grid), num_classes)
+        for module in (self.conv1, self.conv2, self.fc):
+            nn.init.xavier_uniform_(module.weight)
+
+    def forward(self, x: Tensor, return_weights: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+        """Scores of the classes, (batch, num_classes); with return_weights also the density's weights, like x."""
+        expected = (self.settings["num_layers"], self.settings["num_features"])
+        if x.dim() != 3 or x.shape[1:] != expected:
+            raise ValueError(f"x has shape {tuple(x.shape)}, expected (batch, {expected[0]}, {expected[1]})")
+        if return_weights and self.daam is None:
+            raise ValueError(f"return_weights: attention {self.settings['attention']!r} has no densities")
+        if not return_weights:
+            return self._decode(self._attend(x if self.daam is None else self.daam(x)))
+        if isinstance(self.daam, DensityBlock):
+            x, details = self.daam(x, return_attention_details=True)
+            weights = details["layer_0"]
+        else:
+            x, weights = self.daam(x, return_weights=True)
+        return self._decode(self._attend(x)), weights
+
+    def _attend(self, x: Tensor) -> Tensor:
+        """Standard attention, where the decoder has one."""
+        if isinstance(self.standard, nn.MultiheadAttention):
+            x = self.standard(x, x, x, need_weights=False)[0]
+        elif self.standard is not None:
+            x = self.standard(x)
+        return x if self.norm is None else self.norm(x.transpose(1, 2)).transpose(1, 2)
+
+    def _decode(self, x: Tensor) -> Tensor:
+        x = relu(self.conv1(x.unflatten(-1, self.grid)))
+        return self.fc(relu(self.conv2(x)).flatten(1))
+
+
+def _density(features: int, attention: str, heads: int, gaussians: int, backend: str) -> nn.Module | None:
+    if attention not in DENSITIES:
+        return None
+    if attention == "mixture":
+        return DensityBlock([-2], [heads], [gaussians], 1)
+    return MultiHeadDAAM(features, heads, backend=backend)
+
+
+def _standard(features: int, attention: str) -> nn.Module | None:
+    if attention in GROUPED:
+        return nn.Sequential(nn.Linear(features, WIDTH), GroupedQueryAttention())
+    return nn.MultiheadAttention(features, QUERY_HEADS, batch_first=True) if attention.startswith("mha") else None
+
+
+def grid(features: int) -> tuple[int, int]:
+    """The two factors of a number that are nearest to a square, the smaller one first."""
+    smaller = next(a for a in range(math.isqrt(features), 0, -1) if features % a == 0)
+    return smaller, features // smaller
+
+
+def focal_loss(scores: Tensor, labels: Tensor, gamma: float = 2.5, alpha: float = 0.25) -> Tensor:
+    """alpha·(1 - p)^gamma·cross entropy, p the probability of the label, averaged over the batch (arXiv 1708.02002).
+    The defaults are those of arXiv 2401.11143. scores: (batch, classes); labels: (batch,) of integers.
+    """
+    cross_entropy = nn.functional.cross_entropy(scores, labels, reduction="none")
+    # 1 - p, exact for p near 1; its gradient at p = 1 exists, since gamma is more than 1
+    return (alpha * (-torch.expm1(-cross_entropy)).pow(gamma) * cross_entropy).mean()

