@@ -44,8 +44,8 @@ class DATDecoder(nn.Module):
             layer (Algorithm 2, with the residual); "gqdaam", density attention, then Linear(num_features, 512) and
             grouped-query attention; "gqa", the same without density attention; "mha", standard attention of 8 heads;
             "mha_bn", with batch normalisation of every feature behind it; "none".
-        num_heads: of the densities; must divide num_layers. As many heads as layers make chunks of one layer, over
-            which density attention weighs all values alike, and the mixture has no variance (an error).
+        num_heads: of the densities; must divide num_layers. Leave each head three layers or more: one layer is its own
+            mean (an error for the mixture), and of two each is one standard deviation from theirs.
         num_gaussians: of the mixture.
         conv_channels: between the convolutions.
         backend: of density attention; see `daam.backend_for`.

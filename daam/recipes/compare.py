@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from pathlib import Path
 from typing import Any
 
 from daam.recipes.cache import read_cache
@@ -33,6 +34,14 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def write_comparison(rows: list[dict[str, Any]], output: Path) -> str:
+    """Write the table, the results of all methods and their plot; the table."""
+    (output / "comparison.json").write_text(json.dumps(rows, indent=1) + "\n")
+    (output / "table.md").write_text(table(rows) + "\n")
+    plot_comparison(rows, output / "comparison.png")
+    return table(rows)
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__.partition("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
@@ -45,10 +54,7 @@ def main(argv: list[str] | None = None) -> None:
         rows = [train(args, cache, method, args.output / method) for method in dict.fromkeys(args.methods)]
     except ValueError as error:
         parser.error(str(error))
-    (args.output / "comparison.json").write_text(json.dumps(rows, indent=1) + "\n")
-    (args.output / "table.md").write_text(table(rows) + "\n")
-    plot_comparison(rows, args.output / "comparison.png")
-    print(f"\n{table(rows)}\n\n{args.output.resolve()}")
+    print(f"\n{write_comparison(rows, args.output)}\n\n{args.output.resolve()}")
 
 
 if __name__ == "__main__":

@@ -1,48 +1,49 @@
 """Density attention over the layers of a frozen encoder, on scikit-learn's handwritten digits.
 
 A small transformer encoder learns the digits 0-4 and is frozen. The mean-pooled hidden states of all its layers,
-(images, layers, features), then feed decoders that learn the digits 5-9: density attention over the layers, beside two
-linear probes and standard attention.
+(images, layers, features), then feed decoders that learn the digits 5-9: density attention and standard attention over
+the layers, and two linear probes. All of it is what the other recipes do; for data and an encoder of your own start
+with daam.recipes.features.
 
     python -m daam.recipes.digits --output demo-output
-
-Written to be copied: replace `load_digits` and `Encoder` by your data and your encoder, and keep `pooled_layers` and
-`DAAMDecoder`.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import platform
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+import shutil
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 try:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
     from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
-    from tqdm import tqdm
+    from tqdm import trange
 except ImportError as error:
     raise ImportError(f"{error}. The recipes need their extra: pip install 'daam-triton[recipes]'") from error
 
 import daam
+from daam.recipes.cache import Cache
+from daam.recipes.compare import write_comparison
+from daam.recipes.explain import explain
+from daam.recipes.features import positive
+from daam.recipes.train import Settings, cached_job, run
 
-LAYERS, FEATURES, HEADS, CLASSES = 12, 64, 4, 5  # 4 heads over 12 layers: chunks of 3
+LAYERS, FEATURES = 12, 64
+# by the folder of its run: the method, the layers it sees (all where none are named), its learning rate
+DECODERS = {
+    "daam": ("daam", (), 1e-3),
+    "mha": ("mha", (), 1e-3),
+    "linear": ("linear", (), 1e-2),
+    "linear, last layer": ("linear", (LAYERS - 1,), 1e-2),
+}
 
 
 class Encoder(nn.Module):
-    """A pre-norm transformer over the 16 patches of 2 x 2 pixels of an image: all layers' hidden states."""
+    """A pre-norm transformer over the 16 patches of 2 x 2 pixels of an image."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -53,227 +54,38 @@ class Encoder(nn.Module):
             for _ in range(LAYERS)
         )
 
-    def forward(self, images: Tensor) -> list[Tensor]:
+    def forward(self, images: Tensor) -> Tensor:
+        """The last layer's hidden states, (batch, 16, features)."""
         patches = images.reshape(-1, 4, 2, 4, 2).transpose(2, 3).reshape(-1, 16, 4)
-        hidden = [self.embed(patches) + self.position]
+        hidden = self.embed(patches) + self.position
         for layer in self.layers:
-            hidden.append(layer(hidden[-1]))
-        return hidden[1:]
-
-
-def pooled_layers(encoder: nn.Module, images: Tensor) -> Tensor:
-    """(images, layers, features): the hidden states of a frozen encoder, averaged over positions layer by layer."""
-    encoder.eval()
-    with torch.no_grad():
-        return torch.stack([hidden.mean(1) for hidden in encoder(images)], dim=1)
-
-
-class DAAMDecoder(nn.Module):
-    """Density attention over the layers, then a linear classifier on all of them."""
-
-    def __init__(self, backend: str = "auto") -> None:
-        super().__init__()
-        self.attention = daam.MultiHeadDAAM(FEATURES, HEADS, backend=backend)
-        self.classify = nn.Linear(LAYERS * FEATURES, CLASSES)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.classify(self.attention(x).flatten(1))
-
-
-class MHADecoder(nn.Module):
-    """Standard attention over the layers, then the same classifier."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.attention = nn.MultiheadAttention(FEATURES, HEADS, batch_first=True)
-        self.classify = nn.Linear(LAYERS * FEATURES, CLASSES)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.classify(self.attention(x, x, x, need_weights=False)[0].flatten(1))
-
-
-class LinearProbe(nn.Module):
-    """A linear classifier on some of the layers."""
-
-    def __init__(self, first: int) -> None:
-        super().__init__()
-        self.first = first
-        self.classify = nn.Linear((LAYERS - first) * FEATURES, CLASSES)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.classify(x[:, self.first :].flatten(1))
-
-
-def decoders(backend: str) -> dict[str, Callable[[], nn.Module]]:
-    return {
-        "density attention": lambda: DAAMDecoder(backend),
-        "nn.MultiheadAttention": MHADecoder,
-        "linear, all layers": lambda: LinearProbe(0),
-        "linear, last layer": lambda: LinearProbe(LAYERS - 1),
-    }
-
-
-@dataclass
-class Result:
-    """One decoder: test accuracy per seed and epoch, trainable parameters, seconds a run, bytes its forward pass saves
-    for backward.
-    """
-
-    name: str
-    curves: list[list[float]]
-    parameters: int
-    seconds: float
-    saved_bytes: int
-
-    @property
-    def accuracies(self) -> list[float]:
-        return [curve[-1] for curve in self.curves]
-
-
-def train(model: nn.Module, x: Tensor, labels: Tensor, epochs: int, batch: int, loss_of: Callable) -> Iterator[int]:
-    """AdamW with a cosine schedule; yields after every epoch."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=1e-2)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
-    for epoch in range(epochs):
-        model.train()
-        for indices in torch.randperm(len(x), device=x.device).split(batch):
-            optimizer.zero_grad()
-            loss_of(model, x[indices], labels[indices]).backward()
-            optimizer.step()
-        schedule.step()
-        yield epoch
+            hidden = layer(hidden)
+        return hidden
 
 
 def train_encoder(images: Tensor, labels: Tensor, epochs: int) -> Encoder:
     """An encoder that has learned the given digits: its last layer, pooled, under a linear classifier that is thrown
     away.
     """
-    model = nn.ModuleDict({"encoder": Encoder(), "classify": nn.Linear(FEATURES, CLASSES)}).to(images.device)
-
-    def loss_of(model: nn.ModuleDict, images: Tensor, labels: Tensor) -> Tensor:
-        return cross_entropy(model["classify"](model["encoder"](images)[-1].mean(1)), labels)
-
-    for _ in tqdm(train(model, images, labels, epochs, 64, loss_of), total=epochs, desc="encoder on digits 0-4"):
-        pass
-    return model["encoder"].requires_grad_(False)
-
-
-def bytes_saved(model: nn.Module, x: Tensor) -> int:
-    """Bytes that a forward pass keeps for its backward pass: each tensor once, parameters not counted."""
-    parameters = {p.data_ptr() for p in model.parameters()}
-    saved: dict[int, int] = {}
-
-    def pack(t: Tensor) -> Tensor:
-        if t.data_ptr() not in parameters:
-            saved[t.data_ptr()] = t.nbytes
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        model(x).sum()
-    return sum(saved.values())
-
-
-def evaluate(
-    name: str, build: Callable, x: Tensor, labels: Tensor, seeds: int, epochs: int
-) -> tuple[Result, nn.Module, Tensor]:
-    """Train one decoder on several splits and initialisations; the last one comes back too, and the features it saw."""
-    curves, started = [], time.perf_counter()
-    for seed in tqdm(range(seeds), desc=name):
-        torch.manual_seed(seed)
-        train_at, test_at = (
-            torch.tensor(part, device=x.device)
-            for part in train_test_split(range(len(x)), test_size=0.5, random_state=seed, stratify=labels.cpu())
-        )
-        # every decoder sees the same features, standardised by the training half
-        std, mean = torch.std_mean(x[train_at], dim=0)
-        features = (x - mean) / (std + 1e-6)
-        model, curve = build().to(x.device), []
-        for _ in train(model, features[train_at], labels[train_at], epochs, 64, lambda m, a, b: cross_entropy(m(a), b)):
-            model.eval()
-            with torch.no_grad():
-                curve.append((model(features[test_at]).argmax(1) == labels[test_at]).float().mean().item())
-        curves.append(curve)
-    seconds = (time.perf_counter() - started) / seeds
-    parameters = sum(p.numel() for p in model.parameters())
-    return Result(name, curves, parameters, seconds, bytes_saved(model, features[:64].clone())), model, features
-
-
-def print_table(results: list[Result], batch: int = 64) -> None:
-    header = ("decoder", "test accuracy", "trainable parameters", "seconds", f"bytes saved, batch {batch}")
-    rows = []
-    for r in results:
-        accuracy = np.array(r.accuracies)
-        rows.append(
-            (
-                r.name,
-                f"{accuracy.mean():.3f} ± {accuracy.std():.3f}",
-                f"{r.parameters:,}",
-                f"{r.seconds:.1f}",
-                f"{r.saved_bytes:,}",
-            )
-        )
-    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
-    for row in (header, *rows):
-        print(
-            "  ".join(
-                cell.ljust(width) if i == 0 else cell.rjust(width)
-                for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-            )
-        )
-
-
-def plot_curves(results: list[Result], path: Path) -> None:
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    for r in results:
-        curves = np.array(r.curves)
-        epochs = range(1, curves.shape[1] + 1)
-        axes.plot(epochs, curves.mean(0), label=r.name)
-        axes.fill_between(epochs, curves.min(0), curves.max(0), alpha=0.2)
-    axes.set(
-        xlabel="epoch", ylabel="test accuracy, digits 5-9", title=f"Mean and range over {len(results[0].curves)} seeds"
-    )
-    axes.set_ylim(top=1.0)
-    axes.legend(loc="lower right")
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
-
-
-def plot_gate(weights: np.ndarray, path: Path) -> None:
-    """The weights of density attention, averaged over images: (layers, features), and their mean per layer."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained", width_ratios=(3, 1), sharey=True)
-    image = left.imshow(weights, aspect="auto", origin="lower", cmap="viridis", extent=(0, FEATURES, 0.5, LAYERS + 0.5))
-    left.set(xlabel="feature", ylabel="encoder layer", title="Mean gate")
-    figure.colorbar(image, ax=left)
-    right.barh(range(1, LAYERS + 1), weights.mean(1))
-    right.set(xlabel="mean gate", title="Mean gate per layer", xlim=(0, 1))
-    for layer in range(LAYERS // HEADS, LAYERS, LAYERS // HEADS):
-        for axes in (left, right):
-            axes.axhline(layer + 0.5, color="white" if axes is left else "grey", linewidth=1)  # where one head ends
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
-
-
-def positive(text: str) -> int:
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text}, expected 1 or more")
-    return int(text)
-
-
-def device_name(device: str) -> str:
-    if torch.device(device).type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    encoder, classify = Encoder().to(images.device), nn.Linear(FEATURES, 5).to(images.device)
+    optimizer = torch.optim.AdamW([*encoder.parameters(), *classify.parameters()], lr=3e-3)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
+    for _ in trange(epochs, desc="encoder on digits 0-4"):
+        for batch in torch.randperm(len(images), device=images.device).split(64):
+            optimizer.zero_grad()
+            cross_entropy(classify(encoder(images[batch]).mean(1)), labels[batch]).backward()
+            optimizer.step()
+        schedule.step()
+    return encoder
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--device", default="cpu", help='where to train; "cuda" uses the kernels')
     parser.add_argument("--backend", default="auto", choices=("auto", "triton", "eager"))
-    parser.add_argument(
-        "--output", type=Path, default=Path("demo-output"), help="folder for the pictures and results.json"
-    )
+    parser.add_argument("--output", type=Path, default=Path("demo-output"), help="folder for pictures and results")
     parser.add_argument("--seeds", type=positive, default=3)
-    parser.add_argument("--epochs", type=positive, default=60, help="of every decoder")
+    parser.add_argument("--epochs", type=positive, default=20, help="of every decoder")
     parser.add_argument("--encoder-epochs", type=positive, default=24)
     args = parser.parse_args(argv)
     if torch.device(args.device).type == "cuda" and not torch.cuda.is_available():
@@ -286,27 +98,24 @@ def main(argv: list[str] | None = None) -> None:
     labels = torch.tensor(data.target, device=args.device)
     backend, reason = daam.backend_for(images, args.backend)
     print(f"density attention runs on the {backend} backend: {reason}")
+    pooling = daam.LayerPooling(train_encoder(images[labels < 5], labels[labels < 5], args.encoder_epochs))
+    about = {"encoder": "a transformer that knows the digits 0-4", "source": "scikit-learn's digits 5-9"}
+    cache = Cache(pooling(images[labels >= 5]).cpu(), labels[labels >= 5].cpu() - 5, list("56789"), about)
 
-    encoder = train_encoder(images[labels < 5], labels[labels < 5], args.encoder_epochs)
-    x, digits = pooled_layers(encoder, images[labels >= 5]), labels[labels >= 5] - 5
-
-    results = []
-    for name, build in decoders(args.backend).items():
-        result, model, features = evaluate(name, build, x, digits, args.seeds, args.epochs)
-        results.append(result)
-        if isinstance(model, DAAMDecoder):
-            with torch.no_grad():
-                weights = model.attention(features, return_weights=True)[1].mean(0).cpu().numpy()
-
-    args.output.mkdir(parents=True, exist_ok=True)
-    plot_curves(results, args.output / "learning-curves.png")
-    plot_gate(weights, args.output / "gate.png")
-    run = {"device": device_name(args.device), "backend": backend, "torch": torch.__version__, "daam": daam.__version__}
-    report = {**run, "encoder_epochs": args.encoder_epochs, "results": [asdict(r) for r in results]}
-    (args.output / "results.json").write_text(json.dumps(report, indent=1) + "\n")
+    rows = []
+    with daam.use_backend(backend):
+        for name, (method, layers, rate) in DECODERS.items():
+            if (args.output / name / "run.json").exists():
+                shutil.rmtree(args.output / name)  # a demo begins anew, where a run goes on
+            settings = Settings(method, seeds=args.seeds, epochs=args.epochs, batch=32, rate=rate, layers=layers)
+            results = run(cached_job(cache, settings), settings, args.output / name, args.device,
+                          {"cache": about, "backend": backend})  # fmt: skip
+            rows.append({**results, "method": name})
+            if name == "daam":
+                report = explain(args.output / name, results, cache, args.output)
+    (args.output / "importance.json").write_text(json.dumps(report, indent=1) + "\n")
     print(f"\nDigits 5-9 on a frozen encoder of digits 0-4, {LAYERS} layers x {FEATURES} features, {args.seeds} seeds")
-    print_table(results)
-    print(f"\nPictures and results: {args.output.resolve()}")
+    print(f"{write_comparison(rows, args.output)}\n\nPictures and results: {args.output.resolve()}")
 
 
 if __name__ == "__main__":

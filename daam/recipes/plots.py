@@ -74,11 +74,13 @@ def plot_gaussians(mean_offset: np.ndarray, c: np.ndarray, about: str, path: Pat
         low, high = np.quantile(gates, [0.25, 0.75], axis=1)
         (line,) = curves.plot(z, gates.mean(1), label=f"head {h + 1}")
         curves.fill_between(z, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
-    curves.set(xlabel="(x - mean) / standard deviation", ylabel="gate", title="Learned Gaussians: mean, middle half")
+    curves.set(
+        xlabel="x - mean, at a standard deviation of 1", ylabel="gate", title="Learned Gaussians: mean, middle half"
+    )
     curves.legend(fontsize=7)
-    for axes, values, title in ((offsets, mean_offset, "Mean offset"), (scales, c, "Scaled variance c")):
+    for axes, values, title in ((offsets, mean_offset, "Mean offset"), (scales, c, "Scaled variance")):
         axes.boxplot(list(values), whis=(0, 100))
-        axes.set(xlabel="head", title=f"{title}: range, quartiles, median", ylabel=title.lower())
+        axes.set(xlabel="head", title=f"{title}: range, quartiles", ylabel=title.lower())
     figure.suptitle(about, fontsize=10)
     _write(figure, path)
 

@@ -89,14 +89,15 @@ class Job:
 
 
 def heads_for(layers: int, method: str) -> int:
-    """The largest of 8, 6, 5, 4, 3, 2, 1 that divides the layers and leaves each head two or more; one for DAAMv2. Over
-    a single layer every value is its own mean, so that density attention weighs all alike.
+    """The largest of 8, 6, 5, 4, 3, 2, 1 that divides the layers and leaves each head three or more, as the paper's 8
+    of 24; one where none does, and for DAAMv2. A single layer is its own mean, and of two each is one standard
+    deviation from it: density attention would weigh them alike.
     """
     if method == "daamv2":
         return 1
     if layers < 2:
         raise RunError(f"--method {method} compares layers with each other: expected 2 or more, there is {layers}")
-    return next(h for h in HEADS if layers % h == 0 and layers // h > 1)
+    return next((h for h in HEADS if layers % h == 0 and layers // h >= 3), 1)
 
 
 def decoder_for(method: str, layers: int, features: int, classes: int) -> nn.Module:
