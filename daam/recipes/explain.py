@@ -41,14 +41,14 @@ def settings_of(results: dict[str, Any]) -> Settings:
 
 
 @torch.no_grad()
-def average_weights(folder: Path, results: dict[str, Any], cache: Cache) -> Tensor:
-    """(layers, features): the weights of test examples, averaged over all parts."""
+def average_weights(folder: Path, results: dict[str, Any], cache: Cache) -> daam.WeightMap:
+    """The weights, (layers, features), of the test examples of all parts."""
     found, batch = daam.WeightMap(), cached_job(cache, settings_of(results)).batch
     for i, part in enumerate(results["parts"]):
         decoder = daam.load_decoder(folder / f"part-{i}.safetensors").eval()
         for places in torch.tensor(part["test"]).split(64):
             found.update(decoder(*batch(places), return_weights=True)[1])
-    return found.mean()
+    return found
 
 
 def ablate(results: dict[str, Any], cache: Cache, contribution: Tensor, count: int, output: Path) -> dict[str, Any]:
@@ -91,10 +91,10 @@ def main(argv: list[str] | None = None) -> None:
 def explain(folder: Path, results: dict[str, Any], cache: Cache, output: Path) -> dict[str, Any]:
     """Draw the pictures and return the numbers."""
     weights = average_weights(folder, results, cache)
-    importance, contribution = daam.importance_factor(weights), daam.layer_contribution(weights)
+    importance, contribution = (of(weights.mean()) for of in (daam.importance_factor, daam.layer_contribution))
     decoder = daam.load_decoder(folder / "part-0.safetensors")
     heads = decoder.settings["num_heads"]
-    about = f"{results['method']}, mean over {len(cache.labels)} test examples\n{describe(results)}"
+    about = f"{results['method']}, mean over {weights.count} test examples\n{describe(results)}"
     plot_importance(importance.numpy(), contribution.numpy(), heads, about, output / "importance.png")
     offset, c = gaussians(decoder)
     plot_gaussians(
