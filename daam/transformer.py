@@ -5,6 +5,7 @@ and a decoder that is trained on them.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -47,6 +48,11 @@ class LayerPooling(nn.Module):
         super().__init__()
         self.encoder = encoder.requires_grad_(False).eval()
         self._layers = _find_layers(encoder, layers)  # a plain list: the encoder has registered them
+
+    @property
+    def layers(self) -> list[nn.Module]:
+        """The layers, in order."""
+        return list(self._layers)
 
     @property
     def num_layers(self) -> int:
@@ -188,8 +194,10 @@ def _average(hidden: Tensor, encoder: nn.Module, mask: Tensor | None) -> Tensor:
     if mask is None:
         return hidden.mean(1)
     if mask.shape != hidden.shape[:2] and hasattr(encoder, "_get_feature_vector_attention_mask"):
-        # speech encoders of Hugging Face: the mask is of samples, positions are of frames
-        mask = encoder._get_feature_vector_attention_mask(hidden.shape[1], mask)
+        # speech encoders of Hugging Face: the mask is of samples, positions are of frames; adapters come after layers
+        frames_of = encoder._get_feature_vector_attention_mask
+        has_adapter = "add_adapter" in inspect.signature(frames_of).parameters
+        mask = frames_of(hidden.shape[1], mask, **({"add_adapter": False} if has_adapter else {}))
     if mask.shape != hidden.shape[:2]:
         raise ValueError(f"attention_mask has shape {tuple(mask.shape)}, expected {tuple(hidden.shape[:2])}")
     weights = mask.to(hidden).unsqueeze(-1)

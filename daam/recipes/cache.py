@@ -97,7 +97,7 @@ class Writer:
         if not path.exists():
             if shards := sorted(self.folder.glob("*.safetensors")):
                 raise CacheError(f"{self.folder} holds {shards[0].name} but no cache.json: choose another folder")
-            _write(path, (json.dumps(about, indent=1, ensure_ascii=False) + "\n").encode())
+            write_whole(path, (json.dumps(about, indent=1, ensure_ascii=False) + "\n").encode())
         self.about = read_about(self.folder)
         # the same data may lie elsewhere by now
         for key in sorted((self.about.keys() | about.keys()) - {"source"}):
@@ -128,7 +128,7 @@ class Writer:
         path = _path(self.folder, index)
         tensors = {"features": features.contiguous(), "labels": labels.contiguous()}
         _check(path, self.about, index, tensors)
-        _write(path, save(tensors, metadata={"sha256": _digest(tensors)}))
+        write_whole(path, save(tensors, metadata={"sha256": _digest(tensors)}))
 
 
 def _shards(about: dict) -> int:
@@ -143,7 +143,7 @@ def _path(folder: Path, index: int) -> Path:
     return folder / f"{index:05}.safetensors"
 
 
-def _write(path: Path, data: bytes) -> None:
+def write_whole(path: Path, data: bytes) -> None:
     """A whole file or none, whenever the process dies; a half-written one is overwritten by the next attempt."""
     part = path.with_name(path.name + ".part")
     with part.open("wb") as file:
@@ -153,11 +153,17 @@ def _write(path: Path, data: bytes) -> None:
     os.replace(part, path)
 
 
+def fingerprint(cache: Cache) -> str:
+    """Of features, labels and names: what a training run depends on."""
+    names = json.dumps(cache.names).encode()
+    return hashlib.sha256(names + _digest({"features": cache.features, "labels": cache.labels}).encode()).hexdigest()
+
+
 def _digest(tensors: dict[str, Tensor]) -> str:
     """Of the bytes: safetensors sees that a file is truncated, not that its numbers changed."""
     total = hashlib.sha256()
     for name in sorted(tensors):
-        total.update(tensors[name].numpy())
+        total.update(tensors[name].contiguous().numpy())
     return total.hexdigest()
 
 

@@ -26,10 +26,10 @@ except ImportError as error:
     raise ImportError(f"{error}. The recipes need their extra: pip install 'daam-triton[recipes]'") from error
 
 import daam
+from daam.recipes.arguments import device, positive
 from daam.recipes.cache import Cache
 from daam.recipes.compare import write_comparison
 from daam.recipes.explain import explain
-from daam.recipes.features import positive
 from daam.recipes.train import Settings, cached_job, run
 
 LAYERS, FEATURES = 12, 64
@@ -81,15 +81,13 @@ def train_encoder(images: Tensor, labels: Tensor, epochs: int) -> Encoder:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--device", default="cpu", help='where to train; "cuda" uses the kernels')
+    parser.add_argument("--device", type=device, default="cpu", help='where to train; "cuda" uses the kernels')
     parser.add_argument("--backend", default="auto", choices=("auto", "triton", "eager"))
     parser.add_argument("--output", type=Path, default=Path("demo-output"), help="folder for pictures and results")
     parser.add_argument("--seeds", type=positive, default=3)
     parser.add_argument("--epochs", type=positive, default=20, help="of every decoder")
     parser.add_argument("--encoder-epochs", type=positive, default=24)
     args = parser.parse_args(argv)
-    if torch.device(args.device).type == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: torch finds no GPU")
     torch.set_num_threads(1)  # tensors this small gain little from more, and lose much to them on a busy machine
 
     torch.manual_seed(0)
@@ -102,17 +100,16 @@ def main(argv: list[str] | None = None) -> None:
     about = {"encoder": "a transformer that knows the digits 0-4", "source": "scikit-learn's digits 5-9"}
     cache = Cache(pooling(images[labels >= 5]).cpu(), labels[labels >= 5].cpu() - 5, list("56789"), about)
 
-    rows = []
+    rows, runs = [], args.output / "digits-runs"
+    shutil.rmtree(runs, ignore_errors=True)  # a demo begins anew, where a run goes on
     with daam.use_backend(backend):
         for name, (method, layers, rate) in DECODERS.items():
-            if (args.output / name / "run.json").exists():
-                shutil.rmtree(args.output / name)  # a demo begins anew, where a run goes on
             settings = Settings(method, seeds=args.seeds, epochs=args.epochs, batch=32, rate=rate, layers=layers)
-            results = run(cached_job(cache, settings), settings, args.output / name, args.device,
-                          {"cache": about, "backend": backend})  # fmt: skip
+            job = cached_job(cache, settings, args.device)
+            results = run(job, settings, runs / name, args.device, {"cache": about, "backend": backend})
             rows.append({**results, "method": name})
             if name == "daam":
-                report = explain(args.output / name, results, cache, args.output)
+                report = explain(runs / name, results, cache, args.output)
     (args.output / "importance.json").write_text(json.dumps(report, indent=1) + "\n")
     print(f"\nDigits 5-9 on a frozen encoder of digits 0-4, {LAYERS} layers x {FEATURES} features, {args.seeds} seeds")
     print(f"{write_comparison(rows, args.output)}\n\nPictures and results: {args.output.resolve()}")

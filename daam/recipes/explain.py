@@ -1,9 +1,8 @@
 """Which layers and features a trained decoder uses: importance factor, layer contribution, learned Gaussians.
 
-    python -m daam.recipes.explain runs/daam CACHE --output explained [--ablate 3]
-
-Weights are averaged over the test examples of every part, each by the decoder that has not seen them. --ablate trains
-the method again on so many layers of the highest importance, and on as many of the lowest.
+Weights are averaged over the validation examples of every part, each by the decoder of that part. --ablate trains the
+method again on so many layers of the highest contribution, and on as many of the lowest: compare the two with each
+other, since they were chosen on examples that test elsewhere.
 """
 
 from __future__ import annotations
@@ -19,94 +18,67 @@ from torch import Tensor
 
 import daam
 from daam.decoder import DENSITIES
-from daam.recipes.cache import Cache, read_cache
+from daam.recipes.arguments import positive
+from daam.recipes.cache import Cache, fingerprint, read_cache
 from daam.recipes.plots import describe, plot_gaussians, plot_importance
 from daam.recipes.train import RunError, Settings, cached_job, run
 
+EXAMPLE = """example:
+  python -m daam.recipes.explain comparison/daam cache --output explained --ablate 3"""
 
-def read_run(folder: Path) -> dict[str, Any]:
-    """The results of a finished run."""
+
+def read_run(folder: Path, cache: Cache) -> dict[str, Any]:
+    """The results of a finished run on a cache, of a method with densities."""
     path = folder / "results.json"
     if not path.exists():
         raise RunError(f"{path} does not exist: finish the run with daam.recipes.train first")
     results = json.loads(path.read_text())
+    if not isinstance(results, dict) or "method" not in results:
+        raise RunError(f"{path} holds no results of daam.recipes.train")
     if results["method"] not in (*DENSITIES, "daamv2"):
         raise RunError(f"{folder} is a run of {results['method']!r}, which has no densities: expected daam, daamv2, "
                        "mixture or gqdaam")  # fmt: skip
+    if results["examples"] != fingerprint(cache):
+        raise RunError(f"{folder} was trained on another cache, expected that of {results['about'].get('cache')}")
     return results
 
 
 def settings_of(results: dict[str, Any]) -> Settings:
+    """What a run was trained with."""
     return Settings(**{**results["settings"], "layers": tuple(results["settings"]["layers"])})
 
 
 @torch.no_grad()
 def average_weights(folder: Path, results: dict[str, Any], cache: Cache) -> daam.WeightMap:
-    """The weights, (layers, features), of the test examples of all parts."""
-    found, batch = daam.WeightMap(), cached_job(cache, settings_of(results)).batch
+    """The weights, (layers, features), of the validation examples of all parts."""
+    found, inputs = daam.WeightMap(), cached_job(cache, settings_of(results)).inputs
     for i, part in enumerate(results["parts"]):
         decoder = daam.load_decoder(folder / f"part-{i}.safetensors").eval()
-        for places in torch.tensor(part["test"]).split(64):
-            found.update(decoder(*batch(places), return_weights=True)[1])
+        for places in torch.tensor(part["validation"]).split(64):
+            found.update(decoder(**inputs(places), return_weights=True)[1])
     return found
-
-
-def ablate(results: dict[str, Any], cache: Cache, contribution: Tensor, count: int, output: Path) -> dict[str, Any]:
-    """Train on the layers that contribute most, and on those that contribute least."""
-    if not 1 <= count < len(contribution):
-        raise RunError(f"--ablate is {count}, expected 1 to {len(contribution) - 1} of the {len(contribution)} layers")
-    order, found = contribution.argsort(descending=True, stable=True), {}
-    for name, chosen in (("highest", order[:count]), ("lowest", order[-count:])):
-        layers = tuple(sorted(chosen.tolist()))
-        settings = replace(settings_of(results), layers=layers)
-        done = run(cached_job(cache, settings), settings, output / name, about=results["about"])
-        found[name] = {"layers": [layer + 1 for layer in layers], "accuracy": done["accuracy"]}
-    return found
-
-
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("run", type=Path, help="folder of daam.recipes.train, of a method with densities")
-    parser.add_argument("cache", type=Path, help="the features it was trained on")
-    parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--ablate", type=int, metavar="LAYERS", help="train on so many layers, highest against lowest")
-    args = parser.parse_args(argv)
-    try:
-        results, cache = read_run(args.run), read_cache(args.cache)
-        report = explain(args.run, results, cache, args.output)
-        if args.ablate is not None:
-            contribution = torch.tensor(report["layer_contribution"])
-            report["ablation"] = ablate(results, cache, contribution, args.ablate, args.output / "ablation")
-    except ValueError as error:
-        parser.error(str(error))
-    (args.output / "importance.json").write_text(json.dumps(report, indent=1) + "\n")
-    for layer, percent in enumerate(report["layer_contribution"], 1):
-        print(f"layer {layer:3}: {percent:5.1f} % of all weights")
-    for name, one in report.get("ablation", {}).items():
-        accuracy = one["accuracy"]
-        print(f"{name} layers {one['layers']}: test accuracy {accuracy['mean']:.3f} ± {accuracy['std']:.3f}")
-    print(args.output.resolve())
 
 
 def explain(folder: Path, results: dict[str, Any], cache: Cache, output: Path) -> dict[str, Any]:
-    """Draw the pictures and return the numbers."""
+    """Draw the pictures and return the numbers; layers count from 1, features from 0."""
     weights = average_weights(folder, results, cache)
     importance, contribution = (of(weights.mean()) for of in (daam.importance_factor, daam.layer_contribution))
     decoder = daam.load_decoder(folder / "part-0.safetensors")
+    layers = [layer + 1 for layer in settings_of(results).layers or range(len(contribution))]
+    about = f"{results['method']}, mean over {weights.count} validation examples\n{describe(results)}"
     heads = decoder.settings["num_heads"]
-    about = f"{results['method']}, mean over {weights.count} test examples\n{describe(results)}"
-    plot_importance(importance.numpy(), contribution.numpy(), heads, about, output / "importance.png")
+    plot_importance(importance.numpy(), contribution.numpy(), layers, heads, about, output / "importance.png")
     offset, c = gaussians(decoder)
-    plot_gaussians(
-        offset.numpy(), c.numpy(), f"{results['method']}, part 0\n{describe(results)}", output / "gaussians.png"
-    )
+    about = f"{results['method']}, part 0\n{describe(results)}"
+    plot_gaussians(offset.numpy(), c.numpy(), about, output / "gaussians.png")
     top = importance.flatten().topk(min(10, importance.numel()))
     features = importance.shape[1]
     return {
+        "layers": layers,
         "layer_contribution": contribution.tolist(),
         "importance_per_layer": importance.mean(1).tolist(),
         "most_important": [
-            {"layer": place // features + 1, "feature": place % features, "importance": value}
+            {"layer": layers[place // features], "feature": place % features, "importance": value}
             for value, place in zip(top.values.tolist(), top.indices.tolist(), strict=True)
         ],
         "mean_offset": {"min": offset.min().item(), "max": offset.max().item()},
@@ -120,6 +92,57 @@ def gaussians(decoder: daam.DATDecoder) -> tuple[Tensor, Tensor]:
         (layer,) = decoder.daam.layers
         return layer.mean_offsets.detach(), layer.c.detach().square()
     return decoder.daam.mean_offset.detach(), decoder.daam.c.detach()
+
+
+def ablate(results: dict[str, Any], cache: Cache, contribution: Tensor, count: int, output: Path) -> dict[str, Any]:
+    """Train on the layers that contribute most, and on those that contribute least."""
+    order, found = contribution.argsort(descending=True, stable=True), {}
+    own = settings_of(results).layers or range(len(contribution))
+    for name, chosen in (("highest", order[:count]), ("lowest", order[-count:])):
+        layers = tuple(sorted(own[i] for i in chosen.tolist()))
+        settings = replace(settings_of(results), layers=layers)
+        done = run(cached_job(cache, settings), settings, output / name, about=results["about"])
+        found[name] = {"layers": [layer + 1 for layer in layers], "accuracy": done["accuracy"]}
+    return found
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run", type=Path, help="folder of daam.recipes.train, of a method with densities")
+    parser.add_argument("cache", type=Path, help="the features it was trained on")
+    parser.add_argument("--output", type=Path, required=True, help="folder of the pictures and importance.json")
+    parser.add_argument("--ablate", type=positive, metavar="LAYERS", help="train on so many, highest against lowest")
+    args = parser.parse_args(argv)
+    try:
+        _explain(args)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+
+
+def _explain(args: argparse.Namespace) -> None:
+    cache = read_cache(args.cache)
+    results = read_run(args.run, cache)
+    layers = len(results["settings"]["layers"]) or cache.features.shape[1]
+    if args.ablate is not None and not 2 <= args.ablate <= layers // 2:
+        raise RunError(f"--ablate is {args.ablate}, expected 2 to {layers // 2}, half of the {layers} layers")
+    report = explain(args.run, results, cache, args.output)
+    _write(args.output, report)
+    for layer, percent in zip(report["layers"], report["layer_contribution"], strict=True):
+        print(f"layer {layer:3}: {percent:5.1f} % of all weights")
+    if args.ablate is not None:
+        contribution = torch.tensor(report["layer_contribution"])
+        report["ablation"] = ablate(results, cache, contribution, args.ablate, args.output / "ablation")
+        _write(args.output, report)
+    for name, one in report.get("ablation", {}).items():
+        accuracy = one["accuracy"]
+        print(f"{name} layers {one['layers']}: test accuracy {accuracy['mean']:.3f} ± {accuracy['std']:.3f}")
+    print(args.output.resolve())
+
+
+def _write(output: Path, report: dict[str, Any]) -> None:
+    (output / "importance.json").write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":

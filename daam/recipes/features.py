@@ -20,6 +20,7 @@ try:
 except ImportError as error:
     raise ImportError(f"{error}. The recipes need their extra: pip install 'daam-triton[recipes]'") from error
 
+from daam.recipes.arguments import device, positive
 from daam.recipes.cache import CacheError, Writer, first_not_finite, read_about
 from daam.recipes.data import DataError, Example, class_names, encode_labels, hash_examples, read_examples
 from daam.recipes.encoders import EncoderError, load_encoder, padding_shows
@@ -86,12 +87,6 @@ def _run(pooling: nn.Module, collate: Callable, examples: list[Example], rows: r
     return features
 
 
-def positive(text: str) -> int:
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text}, expected 1 or more")
-    return int(text)
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m daam.recipes.features", description=__doc__.partition("\n")[0], epilog=EXAMPLE,
@@ -114,7 +109,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--batch", type=positive, default=32, help="examples a call of the encoder (default 32)")
     add("--shard", type=positive, default=256, help="examples a file of the cache (default 256)")
     add("--max-length", type=positive, default=128, help="tokens of a text, the rest is cut off (default 128)")
-    add("--device", default="cpu", help="where the encoder runs, like cuda (default cpu)")
+    add("--device", type=device, default="cpu", help="where the encoder runs, like cuda (default cpu)")
     return parser
 
 
@@ -137,8 +132,6 @@ def _extract(args: argparse.Namespace) -> dict:
 def main(argv: list[str] | None = None) -> None:
     parser = _parser()
     args = parser.parse_args(argv)
-    if args.device.startswith("cuda") and not torch.cuda.is_available():
-        parser.error(f"--device {args.device}: torch finds no GPU")
     try:
         about = _extract(args)
     except (CacheError, DataError, EncoderError, ImportError, OSError) as error:

@@ -39,11 +39,15 @@ def plot_comparison(rows: list[dict[str, Any]], path: Path) -> None:
     axes.set(xscale="log", xlabel="trainable parameters", ylabel="test accuracy")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
-    _save(figure, f"Test accuracy, mean ± spread over {len(rows[0]['parts'])} parts", rows[0], path)
+    _save(figure, f"Test accuracy: mean ± standard deviation of {len(rows[0]['parts'])} parts", rows[0], path)
 
 
-def plot_importance(importance: np.ndarray, contribution: np.ndarray, heads: int, about: str, path: Path) -> None:
-    """The importance factor of every layer and feature, (layers, features), and the percent of each layer."""
+def plot_importance(
+    importance: np.ndarray, contribution: np.ndarray, names: list[int], heads: int, about: str, path: Path
+) -> None:
+    """The importance factor of every layer and feature, (layers, features), and the percent of each layer. names: the
+    layers' numbers.
+    """
     layers, features = importance.shape
     figure, (left, right) = plt.subplots(
         1, 2, figsize=(11, 1.5 + max(3, 0.22 * layers)), layout="constrained", width_ratios=(3, 1), sharey=True
@@ -54,8 +58,10 @@ def plot_importance(importance: np.ndarray, contribution: np.ndarray, heads: int
     left.set(xlabel="feature", ylabel="encoder layer", title="Importance factor")
     figure.colorbar(image, ax=left, label="(w - min) / (max - min)")
     right.barh(range(1, layers + 1), contribution)
-    right.set(xlabel="percent of all weights", title="Layer contribution", yticks=range(1, layers + 1))
-    right.axvline(100 / layers, color="black", linewidth=0.8, linestyle="--")
+    right.set(xlabel="percent of all weights", title="Layer contribution")
+    right.set_yticks(range(1, layers + 1), names)
+    right.axvline(100 / layers, color="black", linewidth=0.8, linestyle="--", label="an equal share")
+    right.legend(fontsize=7, loc="lower left")
     for edge in range(layers // heads, layers, layers // heads):
         left.axhline(edge + 0.5, color="white", linewidth=1)  # where one head ends
     figure.suptitle(about, fontsize=10)
@@ -70,9 +76,10 @@ def plot_gaussians(mean_offset: np.ndarray, c: np.ndarray, about: str, path: Pat
     figure, (curves, offsets, scales) = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
     z = np.linspace(-4, 4, 161)
     for h in range(heads):
+        style = ("-", "--", "-.", ":")[h % 4]  # heads that learned the same stay visible
         gates = np.exp(-((z[:, None] - mean_offset[h]) ** 2) / (2 * c[h]))
         low, high = np.quantile(gates, [0.25, 0.75], axis=1)
-        (line,) = curves.plot(z, gates.mean(1), label=f"head {h + 1}")
+        (line,) = curves.plot(z, gates.mean(1), style, label=f"head {h + 1}")
         curves.fill_between(z, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
     curves.set(
         xlabel="x - mean, at a standard deviation of 1", ylabel="gate", title="Learned Gaussians: mean, middle half"

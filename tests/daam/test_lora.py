@@ -51,6 +51,8 @@ def test_adapters_learn_and_the_encoder_does_not(method, made, tmp_path):
     data, encoder, cache = made
     settings = replace(QUICK, method=method, rate=1e-2 if method == "lora" else 2e-3)
     job = lora_job(data, encoder, cache, settings)
+    built, build = [], job.build
+    job.build = lambda: built.append(build()) or built[-1]
     model = job.build()
     trainable = {name for name, p in model.named_parameters() if p.requires_grad}
     assert trainable and all("lora_" in name or name.startswith("classify.") for name in trainable)
@@ -58,9 +60,10 @@ def test_adapters_learn_and_the_encoder_does_not(method, made, tmp_path):
     results = train.run(job, settings, tmp_path)
     assert results["accuracy"]["mean"] > 0.8
     assert results["trainable_parameters"] == sum(p.numel() for p in model.parameters() if p.requires_grad)
-    torch.manual_seed(0)
-    again = job.build()
-    assert all(torch.equal(p, frozen[name]) for name, p in again.named_parameters() if name in frozen)
+    trained = built[-1]
+    assert trained is not model and not torch.equal(trained.classify.weight, model.classify.weight)
+    assert all(torch.equal(p, frozen[name]) for name, p in trained.named_parameters() if name in frozen)
+    assert any("lora_B" in name and p.any() for name, p in trained.named_parameters()), "adapters did learn"
     parts = train.splits(cache.labels, replace(QUICK, method="daam"))
     assert [one.test.tolist() for one in parts] == [part["test"] for part in results["parts"]], "a decoder's folds"
 
@@ -72,7 +75,7 @@ def test_an_untrained_adapter_changes_nothing(made):
     model = job.build().eval()
     places = torch.arange(5)
     expected = model.classify(cache.features[places, -1])
-    torch.testing.assert_close(model(**job.batch(places)), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(model(**job.inputs(places)), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_lora_plus_trains_b_faster(made):
@@ -83,6 +86,17 @@ def test_lora_plus_trains_b_faster(made):
     names = {id(p): name for name, p in model.named_parameters()}
     assert all("lora_B" in names[id(p)] for p in fast["params"])
     assert not any("lora_B" in names[id(p)] for p in slow["params"])
+
+
+def test_only_what_learns_is_counted(made):
+    """The pooler is behind the layers, and of no use; what is left gets a gradient."""
+    data, encoder, cache = made
+    job = lora_job(data, encoder, cache, QUICK)
+    model = job.build()
+    names = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert names and not any("pooler" in name for name in names)
+    model(**job.inputs(torch.arange(4))).square().sum().backward()
+    assert all(p.grad is not None for name, p in model.named_parameters() if name in names)
 
 
 def test_other_examples_than_the_caches(made, tmp_path):
