@@ -46,7 +46,8 @@ class Call:
         self.view = view(x, [*tensors, numbers], axis, part.heads, feature_axis)
         *operands, self._numbers = self.view.operands
         self.of = SimpleNamespace(**dict(zip(("x", *others), operands, strict=True)))
-        self.tile = launch.tile_for(tiles, self.view, self.streamed, self.along, x.dtype)
+        full = any(others.get(name) is not None for name in ("mask", "weights", "grad_weights"))
+        self.tile = launch.tile_for(tiles, self.view, self.streamed, self.along, x.dtype, full)
         self.acc = tl.float64 if acc_dtype(x) == torch.float64 else tl.float32
         blocks = triton.cdiv(self.view.inner, self.tile.inner)
         self.extent = Extent(
@@ -85,7 +86,7 @@ class Call:
     def _programs(self, tiles_each: int) -> int:
         """One program's tiles all have the same parameters."""
         multiple = self.extent.blocks if self.along == "inner" else 1
-        return launch.programs(self.extent.tiles, self.part.heads, multiple, tiles_each)
+        return launch.programs(self.extent.tiles, self.part.heads, self.tile.num_warps, multiple, tiles_each)
 
     def launch(self, kernel, programs: int, *args, **meta) -> None:
         """Launch on a grid (programs, heads) with the call's extent and constants."""

@@ -33,50 +33,56 @@ class Tiles:
     """The tiles of one pass. Ladders of (longest chunk, resident tile), and the tiles of longer chunks, which are
     streamed.
 
-    rows: the axis is the fastest dimension; columns: the inner dimension is.
+    rows: the axis is the fastest dimension; columns: the inner dimension is, columns_full: and a mask or weights take
+    registers too.
     """
 
     rows: tuple[tuple[int, Tile], ...]
     columns: tuple[tuple[int, Tile], ...]
+    columns_full: tuple[tuple[int, Tile], ...]
     streamed_rows: Tile
     streamed_columns: Tile
 
 
 LONGEST_ROW, LONGEST_COLUMN = 4096, 256  # longest resident chunks: rows of 8192 spill backward
+Ladder = tuple[tuple[int, int], ...]
 
 
-def _tiles(
-    row_elements: int, column_elements: int, columns: int = 2048, longest_row: int = LONGEST_ROW,
-    longest_column: int = LONGEST_COLUMN, shared: int | None = None,
-) -> Tiles:  # fmt: skip
-    """Tiles by the elements a warp holds, 32 of them for each element a thread holds.
+def _powers(longest: int) -> list[int]:
+    return [2**k for k in range(longest.bit_length())]
 
-    Rows: one warp a row while it can hold it, since a short row spread over more costs a barrier a sum; up to 32 short
-    rows share a program, which then holds `shared` elements. Columns: `columns` elements a program, in no fewer than 16
-    columns, so that accesses stay whole sectors, and no more than 512.
+
+def _rows(elements: int, shared: int | None = None, longest: int = LONGEST_ROW) -> tuple[tuple[int, Tile], ...]:
+    """One warp a row while it can hold it, with so many elements, 32 for each that a thread holds: a short row spread
+    over more costs a barrier a sum. Up to 32 short rows share a program, which then holds `shared` elements.
     """
-    powers = [2**k for k in range(longest_row.bit_length())]
-    width = {n: min(512, max(16, columns // n)) for n in powers}
-    return Tiles(
-        rows=tuple(
-            (n, Tile(n, min(32, max(1, (shared or row_elements) // n)), max(1, n // row_elements))) for n in powers
-        ),
-        columns=tuple(
-            (n, Tile(n, width[n], min(8, max(2, n * width[n] // column_elements))))
-            for n in powers
-            if n <= longest_column
-        ),
-        streamed_rows=Tile(4 * row_elements, 1, 4),
-        streamed_columns=Tile(32, column_elements // 8, 4),
-    )
+    each = shared or elements
+    return tuple((n, Tile(n, min(32, max(1, each // n)), max(1, n // elements))) for n in _powers(longest))
 
 
-# What is alive at once decides: beyond 32 elements a thread forward, half of it with a mask, and 16 or 8 backward,
-# registers spill.
-FORWARD = _tiles(row_elements=1024, column_elements=512)
+def _columns(held: Ladder) -> tuple[tuple[int, Tile], ...]:
+    """One warp a tile, of as many columns as its threads can hold, by a ladder of (longest chunk, elements a thread):
+    sums over a chunk then need no barrier, and for the shortest ones no other thread. No fewer than 16 columns, so that
+    accesses stay whole sectors, with more warps where that takes them, and no more than 512.
+    """
+    found = []
+    for n in _powers(held[-1][0]):
+        elements = 32 * next(each for longest, each in held if n <= longest)
+        inner = min(512, max(16, elements // n))
+        found.append((n, Tile(n, inner, max(1, n * inner // elements))))
+    return tuple(found)
+
+
+# What is alive at once decides how many elements a thread can hold before registers spill: 32 forward; 32 backward too
+# where columns have neither mask nor weights, else 16; 16 backward in rows, and in the mixture. Streamed tiles are
+# longer than wide: one program walks a chunk.
+FORWARD = Tiles(_rows(1024), _columns(((256, 32),)), _columns(((256, 32),)), Tile(4096, 1, 4), Tile(32, 64, 4))
 # 32 elements a thread of rows that share a program spill with fp32, mask and weights
-FORWARD_MIXTURE = _tiles(row_elements=1024, column_elements=512, shared=512)
-BACKWARD = _tiles(row_elements=512, column_elements=256)
+FORWARD_MIXTURE = replace(FORWARD, rows=_rows(1024, shared=512))
+BACKWARD = Tiles(
+    _rows(512), _columns(((128, 32), (256, 16))), _columns(((256, 16),)), Tile(2048, 1, 4), Tile(32, 32, 4)
+)
+BACKWARD_MIXTURE = replace(BACKWARD, columns=BACKWARD.columns_full)
 
 
 @functools.cache
@@ -85,7 +91,8 @@ def gate_forward(gaussians: int) -> Tiles:
     chunks spill some 50 bytes.
     """
     parts = min(4, 1 << max(0, (gaussians - 1).bit_length() - 2))
-    return _tiles(1024 // parts, 512 // parts, columns=2048 // parts, shared=512 // parts)
+    lean, full = (_columns(((256, each // parts),)) for each in (32, 16))
+    return Tiles(_rows(1024 // parts, 512 // parts), lean, full, Tile(4096 // parts, 1, 4), Tile(32, 64 // parts, 4))
 
 
 @functools.cache
@@ -94,11 +101,18 @@ def gate_backward(gaussians: int) -> Tiles:
     half again for every doubling. Longer chunks are streamed rather than spilled.
     """
     parts = 1 << max(0, (gaussians - 1).bit_length() - 2)
-    return _tiles(*(max(32, n // parts) for n in (256, 128, 1024, 2048, 64)))
+    longest, few = max(32, 64 // parts), max(2, 4 // parts)
+    return Tiles(
+        _rows(max(32, 256 // parts), longest=max(32, 2048 // parts)),
+        _columns(((min(16, longest), max(2, 8 // parts)), (longest, few))),
+        _columns(((longest, few),)),
+        Tile(4 * max(32, 256 // parts), 1, 4),
+        Tile(32, max(4, 16 // parts), 4),
+    )
 
 
 MAX_PROGRAMS = 4096  # per head; beyond that programs take several tiles and load their parameters once
-FILL = 264  # programs that keep a large GPU (132 multiprocessors) busy
+FILL = 1056  # warps that keep a large GPU (132 multiprocessors) busy
 MAX_HEADS = 65_535  # heads are grid axis 1
 
 
@@ -126,14 +140,16 @@ def worth_keeping(x: Tensor, axis: int, heads: int) -> bool:
     return 4 * acc_dtype(x).itemsize * 20 <= x.shape[axis] // heads * x.element_size()
 
 
-def tile_for(tiles: Tiles, view: View, streamed: bool, along: str, dtype: torch.dtype) -> Tile:
-    """The tile of a call, from those of its pass.
+def tile_for(tiles: Tiles, view: View, streamed: bool, along: str, dtype: torch.dtype, full: bool = False) -> Tile:
+    """The tile of a call, from those of its pass. full: there is a mask, or weights.
 
     Parameters that follow the inner dimension shrink it to their number; otherwise a batch may be part of it and
     nothing does. Threads hold a quarter in fp64, where a value and all made of it take two registers, and half where
-    strides keep accesses narrow, since then every element has an address of its own.
+    strides keep accesses narrow, since then every element has an address of its own; of columns with a mask or weights
+    a quarter.
     """
-    parts = (4 if dtype == torch.float64 else 1) * (1 if view.aligned else 2)
+    narrow = 4 if full and not view.by_axis else 2
+    parts = (4 if dtype == torch.float64 else 1) * (1 if view.aligned else narrow)
     if streamed:
         rows, columns = tiles.streamed_rows, tiles.streamed_columns
         tile = (
@@ -142,18 +158,19 @@ def tile_for(tiles: Tiles, view: View, streamed: bool, along: str, dtype: torch.
             else replace(columns, inner=max(1, columns.inner // parts))
         )
     else:
-        tile = next(tile for longest, tile in (tiles.rows if view.by_axis else tiles.columns) if view.chunk <= longest)
+        ladder = tiles.rows if view.by_axis else tiles.columns_full if full else tiles.columns
+        tile = next(tile for longest, tile in ladder if view.chunk <= longest)
         # fewer columns, or more warps for the one there is
         warps = min(16, tile.num_warps * max(1, parts // tile.inner))
         tile = replace(tile, inner=max(1, tile.inner // parts), num_warps=warps)
     return replace(tile, inner=min(tile.inner, 1 << (view.inner - 1).bit_length())) if along == "inner" else tile
 
 
-def programs(tiles: int, heads: int, multiple: int = 1, tiles_each: int = 1) -> int:
+def programs(tiles: int, heads: int, num_warps: int, multiple: int = 1, tiles_each: int = 1) -> int:
     """Programs a head for a number of tiles: about tiles_each tiles each where that still fills the GPU, and a multiple
     of `multiple`.
     """
-    each = max(1, min(tiles_each, tiles * heads // FILL), -(-tiles // MAX_PROGRAMS))
+    each = max(1, min(tiles_each, tiles * heads * num_warps // FILL), -(-tiles // MAX_PROGRAMS))
     return min(tiles, -(-tiles // (each * multiple)) * multiple)
 
 

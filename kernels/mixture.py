@@ -36,7 +36,7 @@ import triton.language as tl
 from torch import Tensor
 
 from daam.kernels.call import Call
-from daam.kernels.launch import FORWARD_MIXTURE, split_float
+from daam.kernels.launch import BACKWARD_MIXTURE, FORWARD_MIXTURE, split_float
 from daam.kernels.layout import Strided
 from daam.kernels.passes import Backward, Forward
 from daam.kernels.stats import find_stats
@@ -334,7 +334,8 @@ def backward(
     stats: Tensor | None, axis: int, eps: float, padding: float | None, residual: bool, need_x: bool, need_params: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """Gradients of x, mean_offsets and c, contiguous; None where not needed. stats are recomputed where None."""
-    run = Backward(x, mask, grad_y, grad_weights, stats, c.shape[0], axis, need_x, need_params)
+    heads = c.shape[0]
+    run = Backward(x, mask, grad_y, grad_weights, stats, heads, axis, need_x, need_params, tiles=BACKWARD_MIXTURE)
     grads = run.param_grads(mean_offsets, c)
     for call in run.calls():
         of, stats = call.of, call.of_chunks(run.stats)

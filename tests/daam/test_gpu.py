@@ -91,7 +91,7 @@ def test_nothing_waits_for_the_device(case, device):
 
 @cases
 def test_peak_memory(case, device):
-    """y and dx, a tenth of them for statistics, and partial sums of at most two programs for each that fits at once."""
+    """y and dx, a tenth of them for statistics, and partial sums of at most twice the programs that fit at once."""
     case = case.but(weights=False)
     given = given_on(device, case)
     run(case, given, "triton")

@@ -9,7 +9,7 @@ from daam.kernels import launch
 from daam.kernels.layout import varies, view
 
 GATE = [tiles(k) for tiles in (launch.gate_forward, launch.gate_backward) for k in (1, 4, 8, 40)]
-PASSES = (launch.FORWARD, launch.FORWARD_MIXTURE, launch.BACKWARD, *GATE)
+PASSES = (launch.FORWARD, launch.FORWARD_MIXTURE, launch.BACKWARD, launch.BACKWARD_MIXTURE, *GATE)
 
 
 def of(shape, axis, feature_axis, dtype=torch.bfloat16, heads=1):
@@ -19,7 +19,8 @@ def of(shape, axis, feature_axis, dtype=torch.bfloat16, heads=1):
     along, found = varies(axis, feature_axis), []
     for tiles in PASSES:
         streamed = launch.streams(tiles, x, axis, heads, feature_axis)
-        found.append((tiles, launch.tile_for(tiles, one, streamed, along, dtype), streamed))
+        for full in (False, True):
+            found.append((tiles, launch.tile_for(tiles, one, streamed, along, dtype, full), streamed))
     return found
 
 
@@ -48,12 +49,13 @@ def test_resident_tiles_hold_a_chunk(n, rows, dtype):
 @pytest.mark.parametrize("heads", [1, 8])
 @pytest.mark.parametrize("multiple", [1, 3, 100])
 @pytest.mark.parametrize("tiles_each", [1, 16, 48])
-def test_programs(tiles, heads, multiple, tiles_each):
+@pytest.mark.parametrize("num_warps", [1, 8])
+def test_programs(tiles, heads, multiple, tiles_each, num_warps):
     tiles = -(-tiles // multiple) * multiple  # as it is: `multiple` tiles to every outer place
-    programs = launch.programs(tiles, heads, multiple, tiles_each)
+    programs = launch.programs(tiles, heads, num_warps, multiple, tiles_each)
     assert 1 <= programs <= tiles and programs % multiple == 0
     assert programs <= max(launch.MAX_PROGRAMS, multiple) + multiple
-    assert programs * heads >= min(launch.FILL, tiles * heads) / 2, "too few to fill a GPU"
+    assert programs * heads >= min(launch.FILL // num_warps, tiles * heads) / 2, "too few to fill a GPU"
     assert -(-tiles // programs) <= max(2 * tiles_each, 2 * -(-tiles // launch.MAX_PROGRAMS))
 
 
