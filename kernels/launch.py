@@ -158,7 +158,9 @@ def tile_for(tiles: Tiles, view: View, streamed: bool, along: str, dtype: torch.
             else replace(columns, inner=max(1, columns.inner // parts))
         )
     else:
-        ladder = tiles.rows if view.by_axis else tiles.columns_full if full else tiles.columns
+        # fp32 moves twice the bytes an element: it has instructions to spare, and more warps hide more latency
+        columns = tiles.columns_full if full or dtype.itemsize > 2 else tiles.columns
+        ladder = tiles.rows if view.by_axis else columns
         tile = next(tile for longest, tile in ladder if view.chunk <= longest)
         # fewer columns, or more warps for the one there is
         warps = min(16, tile.num_warps * max(1, parts // tile.inner))
