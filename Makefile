@@ -14,15 +14,15 @@ SHARDS := 0 1 2 3 4 5 6 7
 demo: $(INSTALLED)
 	$(BIN)/python -m daam.recipes.digits $(ARGS)
 
-# Two processes at a time: interpreted kernels cannot be compiled ahead of time.
+# Two processes at a time, of parts that fill both cores: interpreted kernels cannot be compiled ahead of time.
 test: lint
-	$(MAKE) --jobs=2 --output-sync=target test-compiled test-interpreted-0 test-interpreted-1
+	$(MAKE) --jobs=2 --output-sync=target test-compiled $(addprefix test-interpreted-,0 1 2 3)
 
 test-compiled: $(INSTALLED)
 	$(BIN)/python -m pytest -q -m "not kernel and not audit and not slow and not gpu"
 
 test-interpreted-%: $(INSTALLED)
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -m "kernel and not slow" --shard $*/2
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -m "kernel and not slow" --shard $*/4
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
