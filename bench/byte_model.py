@@ -10,13 +10,11 @@ from __future__ import annotations
 from bench.workloads import Workload
 from daam.kernels import launch
 
-_PARTS = {"forward": ("forward",), "backward": ("backward",), "forward+backward": ("forward", "backward")}
-
 
 def least_bytes(workload: Workload, which: str) -> int:
     """Bytes of a pass; which is one of results.PASSES."""
     tensors = {"forward": (2, 2), "backward": (3, 4)}  # of x's size, of the parameters'
-    return sum(_bytes(workload, *tensors[part]) for part in _PARTS[which])
+    return sum(_bytes(workload, *tensors[part]) for part in which.split("+"))
 
 
 def kernel_bytes(workload: Workload, which: str) -> int:
@@ -24,7 +22,7 @@ def kernel_bytes(workload: Workload, which: str) -> int:
     partial sums of the parameters' gradients, which are a few percent of a large x, and as much as x for a small one.
     """
     moved = {"forward": _forward, "backward": _backward}
-    return sum(moved[part](workload) for part in _PARTS[which])
+    return sum(moved[part](workload) for part in which.split("+"))
 
 
 def _forward(workload: Workload) -> int:

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench import plot
-from bench.results import OWN, YARDSTICKS, Run, UnusableError, read
+from bench.results import OWN, YARDSTICKS, Run, UnusableError, read, short
 
 LEAST, OF_IQR, CPU = 0.05, 3, 0.25
 BYTES = ("bytes", "kernel_bytes", "saved_bytes", "peak_bytes")
@@ -100,23 +100,15 @@ def _speed(yardstick: float, name: str, base: dict, new: dict) -> list[Change]:
 
 
 def _audit(name: str, base: dict, new: dict) -> list[Change]:
-    narrower = [Change(name, key, base[key], new[key], (base[key] - new[key]) / (base[key] or 1)) for key in WIDTHS]
+    fewer = [_fewer(name, key, base, new) for key in WIDTHS]
+    if base["warps"] is not None:
+        fewer.append(_fewer(name, "warps", base, new, new["warps"] < WARPS))
     registers = _counted(name, "registers", base, new, new["registers"] > REGISTERS)
-    warps = (
-        []
-        if base["warps"] is None
-        else [
-            Change(
-                name,
-                "warps",
-                base["warps"],
-                new["warps"],
-                1 - new["warps"] / base["warps"],
-                judged=new["warps"] < WARPS,
-            )
-        ]
-    )
-    return [registers, *warps, *narrower, *(_counted(name, key, base, new) for key in COUNTED)]
+    return [registers, *fewer, *(_counted(name, key, base, new) for key in COUNTED)]
+
+
+def _fewer(name: str, key: str, base: dict, new: dict, judged: bool = True) -> Change:
+    return Change(name, key, base[key], new[key], (base[key] - new[key]) / (base[key] or 1), judged=judged)
 
 
 def _counted(name: str, key: str, base: dict, new: dict, judged: bool = True) -> Change:
@@ -128,11 +120,11 @@ def table(changes: list[Change], base: Run, new: Run) -> str:
     """Every change that failed, and those past what noise explains; how many did not."""
     lines = [f"base: {base.title}", f"new:  {new.title}", ""]
     shown = [one for one in changes if one.worse > min(one.limit, LEAST) or one.improved]
-    width = max((len(_short(one.name)) for one in shown), default=0)
+    width = max((len(short(one.name)) for one in shown), default=0)
     for one in shown:
         verdict = "FAILED" if one.failed else "worse" if one.worse > 0 else "better"
         lines.append(
-            f"{_short(one.name):{width}}  {one.figure:12} {one.base:12.6g} -> {one.new:12.6g}  "
+            f"{short(one.name):{width}}  {one.figure:12} {one.base:12.6g} -> {one.new:12.6g}  "
             f"{100 * one.worse:+8.1f} % (limit {100 * one.limit:.0f} %)  {verdict}"
         )
     for which, here, there in (("missing", base.rows, new.rows), ("new", new.rows, base.rows)):
@@ -142,11 +134,6 @@ def table(changes: list[Change], base: Run, new: Run) -> str:
     failed = sum(one.failed for one in changes)
     lines.append(f"{cases} cases, {len(changes)} figures: {failed} failed, {len(changes) - len(shown)} unchanged")
     return "\n".join(lines)
-
-
-def _short(name: str) -> str:
-    """A case without the test that it is of."""
-    return name.partition("[")[2].rstrip("]") or name
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -24,6 +24,7 @@ import daam
 from bench.byte_model import kernel_bytes, least_bytes
 from bench.providers import PROVIDERS, Candidate, Task
 from bench.workloads import Workload
+from daam.recipes.memory import saved_bytes
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SECONDS = {"cpu": 3.0, "cuda": 0.5}  # that providers together take for one pass of a workload
@@ -173,22 +174,6 @@ def _flush_buffer() -> Tensor:
     return torch.empty(size, dtype=torch.uint8, device=DEVICE)
 
 
-def saved_bytes(candidate: Candidate) -> int:
-    """Bytes that autograd keeps for the backward pass, each storage once, without parameters."""
-    own = {leaf.untyped_storage().data_ptr() for leaf in candidate.leaves[candidate.inputs :]}
-    kept = {}
-
-    def pack(t: Tensor) -> Tensor:
-        if t.untyped_storage().data_ptr() not in own:
-            kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        y = candidate.forward()
-    del y
-    return sum(kept.values())
-
-
 def peak_bytes(one: Step) -> int:
     """Bytes that the timed part of a turn asks for at most, on a GPU."""
     state = one.prepare()
@@ -227,7 +212,7 @@ def figures(workload: Workload, which: str, name: str, names: tuple[str, ...]) -
     moved = least_bytes(workload, which) if name != "copy" else 2 * workload.x.nbytes
     roof = 2 * workload.x.nbytes / summary(copy)["p50"]
     memory = (
-        {"saved_bytes": saved_bytes(candidate)}
+        {"saved_bytes": saved_bytes(candidate.forward, candidate.leaves[candidate.inputs :])}
         if DEVICE == "cpu"
         else {"peak_bytes": peak_bytes(step(candidate, which))}
     )

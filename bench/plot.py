@@ -26,7 +26,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from bench.results import OWN, PASSES, YARDSTICKS, Run, UnusableError, history, read
+from bench.results import OWN, PASSES, YARDSTICKS, Run, UnusableError, history, read, short
 
 if TYPE_CHECKING:
     from bench.compare import Change
@@ -276,7 +276,7 @@ def regression(changes: list[Change], title: str, path: Path) -> None:
     axes.plot([100 * one.limit for one in shown], color="black", linewidth=0.8, label="limit")
     for i, one in enumerate(shown):
         if one.failed and i >= len(shown) - 8:
-            axes.annotate(f"{one.name.partition('[')[2].rstrip(']') or one.name} {one.figure}", (i, 100 * one.worse),
+            axes.annotate(f"{short(one.name)} {one.figure}", (i, 100 * one.worse),
                           fontsize=6, ha="right", xytext=(-4, 2), textcoords="offset points")  # fmt: skip
     what = "time, in multiples of the yardsticks" if times else "counted figures"
     _axes(axes, f"red: failed, grey: not ours ({what})", "cases, by their change", "worse by (%)")

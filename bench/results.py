@@ -56,6 +56,11 @@ def _audit(data: dict[str, Any]) -> Run:
     return Run("audit", device, {"triton": data["triton"]}, f"{device}, compiled by triton {data['triton']}", rows)
 
 
+def short(name: str) -> str:
+    """A case without the test that it is of."""
+    return name.partition("[")[2].rstrip("]") or name
+
+
 def slug(device: str) -> str:
     """A device as the name of its folder."""
     return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")

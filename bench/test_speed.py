@@ -36,8 +36,9 @@ def test_speed(workload, which, provider, benchmark, names, past_deadline, write
         pytest.skip(f"{provider} is not timed: {candidate}")
     if benchmark.disabled:
         return
-    times = iter(core.samples(workload, which, names)[provider])
+    times = core.samples(workload, which, names)[provider]
+    replayed = iter(times)
     benchmark.group = f"{workload}-{which}"
     benchmark.extra_info |= core.figures(workload, which, provider, names)
-    benchmark.pedantic(lambda: REPLAY.pass_by(next(times)), rounds=len(core.samples(workload, which, names)[provider]))
+    benchmark.pedantic(lambda: REPLAY.pass_by(next(replayed)), rounds=len(times))
     write_case(benchmark.extra_info)

@@ -101,8 +101,8 @@ class DensityAdaptiveTransformer(nn.Module):
     ):  # fmt: skip
         super().__init__()
         self.pooling, self.decoder = LayerPooling(encoder, layers), decoder
-        if loss not in _LOSSES:
-            raise ValueError(f"loss is {loss!r}, expected one of {', '.join(map(repr, _LOSSES))}")
+        if loss not in LOSSES:
+            raise ValueError(f"loss is {loss!r}, expected one of {', '.join(map(repr, LOSSES))}")
         self.loss = loss
         settings = getattr(decoder, "settings", None)
         if settings is not None and settings["num_layers"] != self.pooling.num_layers:
@@ -126,7 +126,7 @@ class DensityAdaptiveTransformer(nn.Module):
             logits, weights = self.decoder(features, return_weights=True)
         else:
             logits, weights = self.decoder(features), None
-        loss = None if labels is None else _LOSSES[self.loss](logits, labels)
+        loss = None if labels is None else LOSSES[self.loss](logits, labels)
         return Output(logits, features, loss, weights)
 
     def trainable_parameters(self) -> list[nn.Parameter]:
@@ -144,7 +144,7 @@ class DensityAdaptiveTransformer(nn.Module):
         self.decoder.load_state_dict(load_file(path))
 
 
-_LOSSES = {"cross_entropy": nn.functional.cross_entropy, "focal": focal_loss}
+LOSSES = {"cross_entropy": nn.functional.cross_entropy, "focal": focal_loss}
 
 
 def save_decoder(decoder: nn.Module, path: str | Path) -> None:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 import daam
+from bench import workloads
 from daam import reference
 from daam.kernels import launch
 
@@ -48,7 +49,7 @@ ALGORITHMS = {
         daam.density_attention,
         reference.density,
         ("mean_offset", "c"),
-        lambda normal, uniform: (0.3 * normal, 0.5 + uniform),
+        workloads.ALGORITHMS["density"].draw,
         lambda case: (case.feature_axis, case.eps_or_default),
         eps=1e-5,
         features=True,
@@ -58,7 +59,7 @@ ALGORITHMS = {
         daam.mixture_attention,
         reference.mixture,
         ("mean_offsets", "c"),
-        lambda normal, uniform: (0.3 * normal, (0.5 + uniform) * normal.sign()),
+        workloads.ALGORITHMS["mixture"].draw,
         lambda case: (case.eps_or_default, case.padding),
         eps=1e-8,
         features=False,
@@ -71,7 +72,7 @@ ALGORITHMS = {
         daam.density_gate,
         reference.gate,
         ("mean_offsets", "log_sigma"),
-        lambda normal, uniform: (0.3 * normal, uniform - 1),
+        workloads.ALGORITHMS["gate"].draw,
         lambda case: (),
         eps=None,
         features=False,

