@@ -36,6 +36,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, 
 AUDITED = ["bf16", "fp32"]  # unless told
 # of x's size, that a kernel must read or write; what it loads beyond them should come from the cache
 TENSORS = {"_forward": 2, "_backward": 3, "_stats": 1, "_scales": 1, "_sums": 2}
+LOADED = {"_forward": 1, "_backward": 2, "_stats": 1, "_scales": 1, "_sums": 2}  # of these
 # an H200, per element a thread handles: picoseconds of an issue slot, a special function, a byte of memory
 ISSUE, SPECIAL, BYTE = 0.0299, 0.239, 0.2325
 
@@ -92,16 +93,17 @@ def launches(
     return recorded
 
 
-ROWS = [2**k for k in range(1, launch.LONGEST_ROW.bit_length())] + [4 * launch.LONGEST_ROW]
-COLUMNS = [2**k for k in range(launch.LONGEST_COLUMN.bit_length())] + [4 * launch.LONGEST_COLUMN]
+# chunk lengths: of models, powers of two and others, the longest on chip, and streamed ones
+ROWS = [4, 16, 64, 200, 512, 768, 1024, launch.LONGEST_ROW, 4 * launch.LONGEST_ROW]
+COLUMNS = [1, 3, 6, 12, 24, 37, 64, 128, launch.LONGEST_COLUMN, 32 * launch.LONGEST_COLUMN]
 OTHERS = [name for name in SETTINGS if name != "density"]
 CONFIGURATIONS = [
     Configuration(*one)
     for one in (
         *itertools.product(["density"], ["rows"], ["chunk", "nothing"], ROWS),
         *itertools.product(["density"], ["columns"], ["inner", "nothing"], COLUMNS),
-        *itertools.product(["density"], ["rows"], ["inner"], ROWS[::5] + ROWS[-1:]),
-        *itertools.product(["density"], ["columns"], ["chunk"], COLUMNS[::4] + COLUMNS[-1:]),
+        *itertools.product(["density"], ["rows"], ["inner"], [ROWS[1], ROWS[6], ROWS[-1]]),
+        *itertools.product(["density"], ["columns"], ["chunk"], [COLUMNS[1], COLUMNS[6], COLUMNS[-1]]),
         *itertools.product(OTHERS, ["rows"], ["nothing"], ROWS),
         *itertools.product(OTHERS, ["columns"], ["nothing"], COLUMNS),
     )
@@ -126,13 +128,15 @@ class Figures:
 
 
 def figures(target: str, recorded: Launch, compiled: Compiled) -> Figures:
-    """Of one launch; its tile is what the main loop handles in one turn."""
+    """Of one launch; its tile, less what of it stands outside the chunk, is what the main loop handles in one turn."""
     code = instructions(compiled.code)
-    loop = main_loop(code)
-    lanes = TARGETS[target].warp_size
-    elements = recorded.meta["BLOCK_CHUNK"] * recorded.meta["BLOCK_INNER"] / (lanes * recorded.meta["num_warps"])
+    loop, meta, extent = main_loop(code), recorded.meta, recorded.args[-1]
+    rows = min(extent.chunk, meta["BLOCK_CHUNK"] * meta["PARTS"])
+    elements = rows * meta["BLOCK_INNER"] / (TARGETS[target].warp_size * meta["num_warps"])
     itemsize = recorded.args[0].data.itemsize
     loads, stores = ([one.bits for one in loop if one.bits and one.loads == wanted] for wanted in (True, False))
+    if extent.chunk > rows:  # streamed: LLVM may have unrolled the loop
+        elements *= max(1, int(sum(loads) / 8 / itemsize / elements / LOADED[recorded.name]))
     moved = [sum(bits) / 8 / itemsize / elements for bits in (loads, stores)]
     issued, special = len(loop) / elements, sum(one.special for one in loop) / elements
     memory = TENSORS[recorded.name] * itemsize * BYTE
@@ -162,7 +166,7 @@ def audit(target: str, configurations: list[Configuration]) -> Iterator[tuple[st
     """(name of the configuration and the kernel, its figures)."""
     for configuration in configurations:
         for recorded in configuration.launches():
-            if "BLOCK_CHUNK" in recorded.meta:  # all but what sums partial sums
+            if recorded.name in TENSORS:  # all but what sums partial sums
                 yield f"{configuration}/{recorded.name}", figures(target, recorded, compile_for(target, recorded))
 
 

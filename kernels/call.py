@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -15,16 +16,76 @@ from daam.kernels.layout import Part, Strided, acc_dtype, varies, view
 
 
 class Extent(NamedTuple):
-    """What kernels know of the view: outer sizes, tiles of all of them, tiles of one outer place, blocks along a chunk
-    (1 where a tile holds whole chunks), positions of a chunk, size of the inner dimension.
+    """What kernels know of the view: outer sizes, x's strides, tiles of all outer places and of one, strips that a
+    chunk is cut into and positions of each (one, of the whole chunk, where a tile holds it), positions of a chunk, size
+    of the inner dimension. The eighths of one of these two where x and tensors of its strides are aligned to 8 elements
+    only, and then of the strides, too (`tile.stride_of`).
     """
 
     sizes: tuple[int, ...]
+    strides: tuple[int, ...]
     tiles: int
     blocks: int
-    row_blocks: int
+    strips: int
+    strip: int
     chunk: int
     inner: int
+    chunk_eighths: int | None
+    inner_eighths: int | None
+
+
+class Plan(NamedTuple):
+    """What a call does, whatever its tensors hold: what parameters vary along, tile, extent, the strides of its tensors
+    as kernels take them, constants.
+    """
+
+    along: str
+    tile: launch.Tile
+    extent: Extent
+    strides: tuple[tuple[int | None, ...] | None, ...]
+    constants: dict[str, object]
+
+
+Spec = tuple[torch.Size, tuple[int, ...], torch.dtype]  # shape, strides and dtype of a tensor
+
+
+@functools.lru_cache(maxsize=1024)
+def _plan(
+    tiles: launch.Tiles, part: Part, axis: int, feature_axis: int | None, specs: tuple[Spec | None, ...],
+    streamed: bool, weights: bool,
+) -> Plan:  # fmt: skip
+    """The plan of a call on tensors of such specs: x, a mask or None, others; where chunks are streamed the last is one
+    number of every chunk. Kept, since making it takes longer than a launch.
+    """
+    x, mask, *others = (
+        spec and torch.empty_strided(*spec[:2], dtype=spec[2], device="meta") for spec in specs
+    )  # fmt: skip
+    seen, along = view(x, [mask, *others], axis, part.heads, feature_axis), varies(axis, feature_axis)
+    of_x, of_mask = seen.operands[0].strides, seen.operands[1] and seen.operands[1].strides
+    one_mask = of_mask is not None and of_mask[1] == 0  # for all of the inner dimension
+    tile = launch.tile_for(tiles, seen, streamed, along, x.dtype, of_mask is not None, weights)
+    eighths, fast = seen.unit == 8, 0 if seen.by_axis else 1
+    chunk_eighths, inner_eighths = (
+        size // 8 if eighths and fast == i else None for i, size in enumerate((seen.chunk, seen.inner))
+    )
+    blocks = triton.cdiv(seen.inner, tile.inner)
+    strip = launch.strip_of(tile, seen, along) if streamed else seen.chunk
+    extent = Extent(
+        seen.sizes, tuple(step // 8 if eighths and i != fast else step for i, step in enumerate(of_x)),
+        seen.places * blocks, blocks, triton.cdiv(seen.chunk, strip), strip, seen.chunk, seen.inner,
+        chunk_eighths, inner_eighths,
+    )  # fmt: skip
+    strides = [t and (None if t.strides == of_x else t.strides) for t in seen.operands]
+    if streamed:
+        strides[-1] = seen.operands[-1].strides
+    if one_mask:
+        strides[1] = (of_mask[0], None, *of_mask[2:])
+    constants = {
+        "ACC": tl.float64 if acc_dtype(x) == torch.float64 else tl.float32,
+        "INDEX": tl.int32 if launch.index_bits(seen, tile) == 32 else tl.int64,
+        "num_warps": tile.num_warps, "BLOCK_CHUNK": tile.chunk, "BLOCK_INNER": tile.inner,
+    }  # fmt: skip
+    return Plan(along, tile, extent, tuple(strides), constants)
 
 
 class Call:
@@ -37,23 +98,19 @@ class Call:
 
     def __init__(
         self, tiles: launch.Tiles, part: Part, axis: int, feature_axis: int | None, stats: Tensor | None, x: Tensor,
-        **others: Tensor | None,
+        mask: Tensor | None, **others: Tensor | None,
     ):  # fmt: skip
-        x, *tensors = (None if t is None else part.positions_of(t, axis) for t in (x, *others.values()))
-        self.part, self.axis, self.device, self.streamed = part, axis, x.device, stats is not None
-        self.along = varies(axis, feature_axis)
-        numbers = None if stats is None else part.heads_of(stats[0], axis)
-        self.view = view(x, [*tensors, numbers], axis, part.heads, feature_axis)
-        *operands, self._numbers = self.view.operands
-        self.of = SimpleNamespace(**dict(zip(("x", *others), operands, strict=True)))
-        full = any(others.get(name) is not None for name in ("mask", "weights", "grad_weights"))
-        self.tile = launch.tile_for(tiles, self.view, self.streamed, self.along, x.dtype, full)
-        self.acc = tl.float64 if acc_dtype(x) == torch.float64 else tl.float32
-        blocks = triton.cdiv(self.view.inner, self.tile.inner)
-        self.extent = Extent(
-            self.view.sizes, self.view.places * blocks, blocks, triton.cdiv(self.view.chunk, self.tile.chunk),
-            self.view.chunk, self.view.inner,
-        )  # fmt: skip
+        self.part, self.axis, self.device = part, axis, x.device
+        self.stats, self.streamed = stats, stats is not None
+        tensors = [None if t is None else part.positions_of(t, axis) for t in (x, mask, *others.values())]
+        if self.streamed:
+            tensors.append(part.heads_of(stats[0], axis))
+        specs = tuple([None if t is None else (t.shape, t.stride(), t.dtype) for t in tensors])
+        weights = others.get("weights") is not None or others.get("grad_weights") is not None
+        self.plan = _plan(tiles, part, axis, feature_axis, specs, self.streamed, weights)
+        self.along, self.extent = self.plan.along, self.plan.extent
+        taken = [None if t is None else Strided(t, s) for t, s in zip(tensors, self.plan.strides, strict=True)]
+        self.of = SimpleNamespace(**dict(zip(("x", "mask", *others), taken, strict=False)))
 
     def of_chunks(self, t: Tensor | None) -> Strided | None:
         """The part's share of a tensor of some numbers a chunk: the operand of the first, with the distance of the next
@@ -61,7 +118,12 @@ class Call:
         """
         if t is None or not self.streamed:
             return None
-        return Strided(self.part.heads_of(t, self.axis + 1), (*self._numbers.strides, t.stride(0)))
+        return Strided(self.part.heads_of(t, self.axis + 1), (*self.plan.strides[-1], t.stride(0)))
+
+    def of_strips(self, numbers: int, strips: int | None = None) -> Strided:
+        """Room for so many numbers of every strip of every streamed chunk, or of so many strips."""
+        count = numbers * (self.extent.strips if strips is None else strips)
+        return self.of_chunks(self.stats.new_empty((count, *self.stats.shape[1:])))
 
     def of_heads(self, param: Tensor) -> Strided:
         """The part's rows of a parameter."""
@@ -69,34 +131,43 @@ class Call:
 
     @property
     def programs(self) -> int:
-        """Programs a head that share its tiles, one to each block along the chunk."""
-        return self._programs(1) * self.extent.row_blocks
+        """Programs a head that share its tiles: of streamed chunks one to each strip of a tile, but for those that
+        share their parameters.
+        """
+        if self.streamed and self.along != "chunk":
+            return self.extent.tiles * self.extent.strips
+        return self._programs(1) * self.extent.strips
 
     def programs_of_sums(self, numbers: int) -> int:
         """Programs a head where each leaves so many partial sums a parameter: few enough that these fp32 numbers,
         written and read, cost under 3 % of the 6 bytes an element.
         """
-        elements = {"inner": self.view.chunk, "chunk": self.tile.inner, "nothing": self.tile.chunk * self.tile.inner}
-        return self._programs(triton.cdiv(24 * numbers, elements[self.along])) * self.extent.row_blocks
+        tile = self.plan.tile
+        elements = {"inner": self.extent.chunk, "chunk": tile.inner, "nothing": tile.length * tile.inner}
+        return self._programs(triton.cdiv(24 * numbers, elements[self.along])) * self.extent.strips
 
     def groups(self, programs: int) -> int:
         """Groups of programs that together hold every parameter of a head once."""
-        return programs // (self.extent.row_blocks * (self.extent.blocks if self.along == "inner" else 1))
+        return programs // (self.extent.strips * (self.extent.blocks if self.along == "inner" else 1))
 
     def _programs(self, tiles_each: int) -> int:
         """One program's tiles all have the same parameters."""
         multiple = self.extent.blocks if self.along == "inner" else 1
-        return launch.programs(self.extent.tiles, self.part.heads, self.tile.num_warps, multiple, tiles_each)
+        return launch.programs(self.extent.tiles, self.part.heads, self.plan.tile.num_warps, multiple, tiles_each)
 
     def launch(self, kernel, programs: int, *args, **meta) -> None:
         """Launch on a grid (programs, heads) with the call's extent and constants."""
-        launch.launch(
-            kernel, (programs, self.part.heads), *args, self.extent, device=self.device, num_warps=self.tile.num_warps,
-            ACC=self.acc, INDEX=tl.int32 if launch.index_bits(self.view, self.tile) == 32 else tl.int64,
-            BLOCK_CHUNK=self.tile.chunk, BLOCK_INNER=self.tile.inner, **meta,
-        )  # fmt: skip
+        tile = self.plan.tile
+        ragged = (self.extent.chunk % tile.length != 0, self.extent.inner % tile.inner != 0)
+        grid, meta = (programs, self.part.heads), self.plan.constants | meta
+        launch.launch(kernel, grid, *args, self.extent, device=self.device, PARTS=tile.parts, RAGGED=ragged, **meta)
+
+    def launch_merge(self, kernel, *args, **meta) -> None:
+        """Launch what makes numbers of chunks from those of their strips: a program a tile of chunks."""
+        grid, strips = (self.extent.tiles, self.part.heads), triton.next_power_of_2(self.extent.strips)
+        meta |= self.plan.constants | {"BLOCK_CHUNK": min(launch.STRIPS, strips), "num_warps": 4}
+        launch.launch(kernel, grid, *args, self.extent, device=self.device, **meta)
 
     def launch_sums(self, kernel, programs: int, *args, **meta) -> None:
         """Launch what turns partial sums into gradients of parameters, on a grid (programs, heads)."""
-        grid = (programs, self.part.heads)
-        launch.launch(kernel, grid, *args, device=self.device, num_warps=4, BLOCK=1024, **meta)
+        launch.launch(kernel, (programs, self.part.heads), *args, device=self.device, num_warps=4, **meta)

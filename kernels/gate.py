@@ -21,14 +21,22 @@ from torch import Tensor
 
 from daam.kernels import launch
 from daam.kernels.passes import Backward, Forward
-from daam.kernels.stats import find_stats
+from daam.kernels.stats import add_strips, find_stats, store_strip
 from daam.kernels.tile import (
+    added,
+    along_chunk,
     at_of,
-    chunk_numbers,
+    columns_inside,
     deviation,
     first_tile,
     gradients,
+    less,
+    load_numbers,
+    next_tile,
+    of_weights,
+    only,
     read_tile,
+    reciprocal,
     store_partials,
     sum_partials,
     sum_to_one,
@@ -63,100 +71,164 @@ def _gaussians(mean_offsets, log_sigma, head, K: tl.constexpr, ACC: tl.constexpr
 
 
 @triton.jit
-def _part(d, gaussian, std):
-    """z, its factor 1/width, and N of one Gaussian."""
-    offset, sigma, log = gaussian
-    narrow = 1.0 / (std * sigma + 1e-8)
-    z = (d - offset) * narrow
-    return z, narrow, tl.exp2(log - z * z * 0.7213475204444817)
+def _std(variance):
+    """std, and 1/std where the variance is above its floor, 0 below."""
+    floored = tl.maximum(variance, 1e-6, propagate_nan=tl.PropagateNan.ALL)
+    inverse = tl.rsqrt(floored)
+    return floored * inverse, tl.where(variance >= 1e-6, inverse, 0.0)
 
 
 @triton.jit
-def _deviation(x, valid, mask, stats, extent, at, head, ACC: tl.constexpr):
-    """x - mean, std, 1/std where the variance is above its floor and 0 below, and 1/n."""
-    d, variance, share = deviation(x, valid, mask, None, stats, extent, at, head, None, False, ACC)
-    std = tl.sqrt(tl.maximum(variance, 1e-6))
-    return d, std, tl.where(variance >= 1e-6, 1.0 / std, 0.0), share
+def _of_columns(gaussians, rest, std, K: tl.constexpr):
+    """Of every Gaussian a and b, so that sqrt(log2(e)/2)·z = a·d - b, x - mean being d - rest."""
+    factors = ()
+    for k in tl.static_range(K):
+        narrow = 0.8493218002880191 * reciprocal(std * gaussians[k][1] + 1e-8)
+        factors = factors + ((narrow, (rest + gaussians[k][0]) * narrow),)
+    return factors
+
+
+@triton.jit
+def _part(d, factors, gaussian):
+    """z as scaled by `_of_columns`, and N, of one block and one Gaussian."""
+    z = factors[0] * d - factors[1]
+    return z, tl.exp2(gaussian[2] - z * z)
+
+
+@triton.jit
+def _weights(d, factors, gaussians, valid, K: tl.constexpr):
+    """Weights of every block, and Σ_k N_k·z_k/width_k as scaled by `_of_columns`."""
+    weights, slopes = (), ()
+    for i in tl.static_range(len(d)):
+        z, w = _part(d[i], factors[0], gaussians[0])
+        slope = w * z * factors[0][0]
+        for k in tl.static_range(1, K):
+            z, part = _part(d[i], factors[k], gaussians[k])
+            w += part
+            slope += part * z * factors[k][0]
+        weights, slopes = weights + (w,), slopes + (slope,)
+    return only(valid, weights), slopes
+
+
+@triton.jit
+def _qs(h, slopes):
+    """Q of every block. 1/0.8493218002880191² is 1.3862943611198906."""
+    q = ()
+    for i in tl.static_range(len(h)):
+        q = q + (-1.3862943611198906 * h[i] * slopes[i],)
+    return q
 
 
 @triton.jit
 def _forward(
     x, mean_offsets, log_sigma, mask, stats, y, weights, extent,
     RESIDUAL: tl.constexpr, ACC: tl.constexpr, INDEX: tl.constexpr, K: tl.constexpr,
-    BLOCK_CHUNK: tl.constexpr, BLOCK_INNER: tl.constexpr,
+    BLOCK_CHUNK: tl.constexpr, BLOCK_INNER: tl.constexpr, PARTS: tl.constexpr, RAGGED: tl.constexpr,
 ):  # fmt: skip
-    head, first, step, row = first_tile(extent, BLOCK_CHUNK)
+    head, start, first, step, spot, apart = first_tile(extent, stats is not None)
     gaussians = _gaussians(mean_offsets, log_sigma, head, K, ACC)
-    for tile in range(first, extent.tiles, step):
-        at, inside, valid, raw, xv = read_tile(x, mask, tile, head, row, extent, ACC, INDEX, BLOCK_CHUNK, BLOCK_INNER)
-        d, std, _slope, _share = _deviation(xv, valid, mask, stats, extent, at, head, ACC)
-        w = tl.zeros([BLOCK_CHUNK, BLOCK_INNER], ACC)
-        for k in tl.static_range(K):
-            _z, _narrow, part = _part(d, gaussians[k], std)
-            w += part
-        w = tl.where(valid, w, 0.0)
-        write_outputs(y, weights, xv, raw, w, None, extent, at, inside, RESIDUAL)
+    for _tile in range(first, extent.tiles, step):
+        if stats is None:
+            at, inside, valid, raw, xv = read_tile(
+                x, mask, spot, head, start, extent, RESIDUAL, ACC, INDEX, BLOCK_CHUNK, BLOCK_INNER, PARTS, RAGGED
+            )
+            d, rest, variance, _share = deviation(xv, valid, mask, None, extent, None, False, ACC)
+            std, _slope = _std(variance)
+            w, _slopes = _weights(d, _of_columns(gaussians, rest, std, K), gaussians, valid, K)
+            write_outputs(y, weights, xv, raw, w, None, extent, at, inside, RESIDUAL)
+        else:
+            own = at_of(spot, head, start, extent, INDEX, BLOCK_CHUNK, BLOCK_INNER)
+            mean, rest, variance = load_numbers(stats, extent, own, head, 3)
+            std, _slope = _std(variance)
+            factors = _of_columns(gaussians, rest, std, K)
+            for row in range(start, tl.minimum(start + extent.strip, extent.chunk), BLOCK_CHUNK * PARTS):
+                at, inside, valid, raw, xv = read_tile(
+                    x, mask, spot, head, row, extent, RESIDUAL, ACC, INDEX, BLOCK_CHUNK, BLOCK_INNER, PARTS, RAGGED
+                )
+                w, _slopes = _weights(less(xv, mean), factors, gaussians, valid, K)
+                write_outputs(y, weights, xv, raw, w, None, extent, at, inside, RESIDUAL)
+        spot = next_tile(spot, apart, extent)
 
 
 @triton.jit
-def _products(d, h, raw, std, gaussians, totals, K: tl.constexpr, TOTALS: tl.constexpr):
-    """grad_y·weights + Q, and over each column Σ Q and Σ Σ_k q_k·z_k·sigma_k; with TOTALS each Gaussian's Σ q and
-    Σ (q·z·std + t/sigma), added to totals.
-    """
-    grad = tl.zeros_like(d)
-    sum_q = tl.zeros_like(std)
-    sum_qzs = sum_q
-    new = ()
-    for k in tl.static_range(K):
-        z, narrow, part = _part(d, gaussians[k], std)
-        sigma = gaussians[k][1]
-        t = h * part
-        q = -t * z * narrow
-        grad += raw * part + q
-        each_q, each_qz = tl.sum(q, 0)[None, :], tl.sum(q * z, 0)[None, :]
-        sum_q += each_q
-        sum_qzs += each_qz * sigma
-        if TOTALS:
-            of_sigma = each_qz * std + tl.sum(t, 0)[None, :] / sigma
-            new = new + (totals[2 * k] + sum_to_one(each_q), totals[2 * k + 1] + sum_to_one(of_sigma))
-    return grad, sum_q, sum_qzs, new
-
-
-@triton.jit
-def _zeros(count: tl.constexpr, ACC: tl.constexpr):
+def _zeros(ACC: tl.constexpr, BLOCK_CHUNK: tl.constexpr, BLOCK_INNER: tl.constexpr, COUNT: tl.constexpr):
     zeros = ()
-    for _ in tl.static_range(count):
-        zeros = zeros + (tl.zeros([1, 1], ACC),)
+    for _ in tl.static_range(COUNT):
+        zeros = zeros + (tl.zeros([BLOCK_CHUNK, BLOCK_INNER], ACC),)
     return zeros
+
+
+@triton.jit
+def _add_products(sums, d, h, factors, gaussians, K: tl.constexpr):
+    """Σ t·z, Σ t·z² and Σ t of every Gaussian, z as scaled, with those of one more tile: of every place in a block by
+    itself.
+    """
+    more = ()
+    for k in tl.static_range(K):
+        tz, tzz, all_t = sums[3 * k], sums[3 * k + 1], sums[3 * k + 2]
+        for i in tl.static_range(len(d)):
+            z, part = _part(d[i], factors[k], gaussians[k])
+            t = h[i] * part
+            tz += t * z
+            tzz += t * z * z
+            all_t += t
+        more = more + (tz, tzz, all_t)
+    return more
+
+
+@triton.jit
+def _chunk_sums(sums, factors, gaussians, std, ok, K: tl.constexpr):
+    """Σ Σ_k q_k·z_k·sigma_k of each column, and what its tile adds to every Gaussian's Σ q and
+    Σ (q·z·std + t/sigma), [1, 1] each.
+    """
+    sum_qzs = tl.zeros_like(std)
+    totals = ()
+    for k in tl.static_range(K):
+        sigma = gaussians[k][1]
+        # of z as it is: 1/0.8493218002880191 is 1.1774100225154747, and its square 1.3862943611198906
+        of_q = -1.3862943611198906 * along_chunk(sums[3 * k]) * factors[k][0]
+        of_qz = -1.3862943611198906 * 1.1774100225154747 * along_chunk(sums[3 * k + 1]) * factors[k][0]
+        sum_qzs += of_qz * sigma
+        of_sigma = of_qz * std + along_chunk(sums[3 * k + 2]) / sigma
+        totals = totals + (sum_to_one(tl.where(ok, of_q, 0.0)), sum_to_one(tl.where(ok, of_sigma, 0.0)))
+    return sum_qzs, totals
+
+
+@triton.jit
+def _gradient(gradient, d, w, q, common, slope):
+    """dx of every block. The mean of Q, in common, is that of the same numbers: where all are alike nothing is left."""
+    grad = ()
+    for i in tl.static_range(len(d)):
+        grad = grad + (gradient[1][i] * w[i] + (q[i] - (common + slope * d[i])),)
+    return grad
 
 
 @triton.jit
 def _sums(
     x, grad_y, grad_weights, mean_offsets, log_sigma, mask, stats, sums, partials, extent,
-    ACC: tl.constexpr, INDEX: tl.constexpr, K: tl.constexpr, BLOCK_CHUNK: tl.constexpr, BLOCK_INNER: tl.constexpr,
+    ACC: tl.constexpr, INDEX: tl.constexpr, K: tl.constexpr,
+    BLOCK_CHUNK: tl.constexpr, BLOCK_INNER: tl.constexpr, PARTS: tl.constexpr, RAGGED: tl.constexpr,
 ):  # fmt: skip
-    """Σ Q/n and [var >= 1e-6]·Σ Σ_k q_k·z_k·sigma_k/(std·n) of every chunk of one tile's columns."""
-    head, tile = tl.program_id(1).to(tl.int64), tl.program_id(0)
+    """Σ Q and Σ Σ_k q_k·z_k·sigma_k of every chunk's strip of one tile's columns."""
+    head, start, _first, _step, spot, _apart = first_tile(extent, True)
     gaussians = _gaussians(mean_offsets, log_sigma, head, K, ACC)
-    sum_q = tl.zeros([1, BLOCK_INNER], ACC)
-    sum_qzs = sum_q
-    totals = _zeros(2 * K, ACC)
-    for row in range(0, extent.chunk, BLOCK_CHUNK):
-        at, inside, valid, _raw, xv = read_tile(x, mask, tile, head, row, extent, ACC, INDEX, BLOCK_CHUNK, BLOCK_INNER)
-        d, std, _slope, _share = _deviation(xv, valid, mask, stats, extent, at, head, ACC)
-        h, raw = gradients(xv, grad_y, grad_weights, None, extent, at, inside, valid, ACC)
-        _grad, q, qzs, added = _products(d, h, raw, std, gaussians, totals, K, partials is not None)
-        sum_q += q
-        sum_qzs += qzs
-        if partials is not None:
-            totals = added
-    at = at_of(tile, head, 0, extent, INDEX, BLOCK_CHUNK, BLOCK_INNER)
-    at_mean, step, ok = chunk_numbers(stats, extent, at, head)
-    variance, share = tl.load(at_mean + 2 * step, ok, 0.0), tl.load(at_mean + 3 * step, ok, 0.0)
-    slope = tl.where(variance >= 1e-6, share / tl.sqrt(tl.maximum(variance, 1e-6)), 0.0)
-    at_q, step, ok = chunk_numbers(sums, extent, at, head)
-    tl.store(at_q, sum_q * share, ok)
-    tl.store(at_q + step, sum_qzs * slope, ok)
+    own = at_of(spot, head, start, extent, INDEX, BLOCK_CHUNK, BLOCK_INNER)
+    mean, rest, variance = load_numbers(stats, extent, own, head, 3)
+    std, _slope = _std(variance)
+    factors = _of_columns(gaussians, rest, std, K)
+    products = _zeros(ACC, BLOCK_CHUNK, BLOCK_INNER, 3 * K)
+    all_q = tl.zeros([BLOCK_CHUNK, BLOCK_INNER], ACC)
+    for row in range(start, tl.minimum(start + extent.strip, extent.chunk), BLOCK_CHUNK * PARTS):
+        at, inside, valid, _raw, xv = read_tile(
+            x, mask, spot, head, row, extent, False, ACC, INDEX, BLOCK_CHUNK, BLOCK_INNER, PARTS, RAGGED
+        )
+        h = of_weights(gradients(grad_y, grad_weights, mask, extent, at, inside, valid, False, ACC), xv, None)
+        d = less(xv, mean)
+        _w, slopes = _weights(d, factors, gaussians, valid, K)
+        all_q += added(_qs(h, slopes))
+        products = _add_products(products, d, h, factors, gaussians, K)
+    sum_qzs, totals = _chunk_sums(products, factors, gaussians, std, columns_inside(extent, own), K)
+    store_strip(sums, extent, own, head, start, (along_chunk(all_q), sum_qzs))
     if partials is not None:
         store_partials(partials, totals, head)
 
@@ -165,25 +237,56 @@ def _sums(
 def _backward(
     x, grad_y, grad_weights, mean_offsets, log_sigma, mask, stats, sums, dx, partials, extent,
     RESIDUAL: tl.constexpr, ACC: tl.constexpr, INDEX: tl.constexpr, K: tl.constexpr,
-    BLOCK_CHUNK: tl.constexpr, BLOCK_INNER: tl.constexpr,
+    BLOCK_CHUNK: tl.constexpr, BLOCK_INNER: tl.constexpr, PARTS: tl.constexpr, RAGGED: tl.constexpr,
 ):  # fmt: skip
-    head, first, step, row = first_tile(extent, BLOCK_CHUNK)
+    head, start, first, step, spot, apart = first_tile(extent, stats is not None)
     gaussians = _gaussians(mean_offsets, log_sigma, head, K, ACC)
-    totals = _zeros(2 * K, ACC)
-    for tile in range(first, extent.tiles, step):
-        at, inside, valid, _raw, xv = read_tile(x, mask, tile, head, row, extent, ACC, INDEX, BLOCK_CHUNK, BLOCK_INNER)
-        d, std, slope, share = _deviation(xv, valid, mask, stats, extent, at, head, ACC)
-        h, raw = gradients(xv, grad_y, grad_weights, None, extent, at, inside, valid, ACC)
-        grad, q, qzs, added = _products(d, h, raw, std, gaussians, totals, K, partials is not None)
-        if partials is not None:
-            totals = added
-        if dx is not None:
-            if sums is None:
-                mean_q, slope = q * share, qzs * (share * slope)
-            else:
-                at_q, far, ok = chunk_numbers(sums, extent, at, head)
-                mean_q, slope = tl.load(at_q, ok, 0.0), tl.load(at_q + far, ok, 0.0)
-            write_dx(dx, grad - mean_q - d * slope, raw, extent, at, inside, valid, RESIDUAL)
+    totals = _zeros(ACC, 1, 1, 2 * K)
+    for _tile in range(first, extent.tiles, step):
+        if stats is None:
+            at, inside, valid, _raw, xv = read_tile(
+                x, mask, spot, head, start, extent, False, ACC, INDEX, BLOCK_CHUNK, BLOCK_INNER, PARTS, RAGGED
+            )
+            d, rest, variance, share = deviation(xv, valid, mask, None, extent, None, False, ACC)
+            std, slope = _std(variance)
+            factors = _of_columns(gaussians, rest, std, K)
+            gradient = gradients(grad_y, grad_weights, mask, extent, at, inside, valid, RESIDUAL, ACC)
+            h = of_weights(gradient, xv, None)
+            products = _zeros(ACC, BLOCK_CHUNK, BLOCK_INNER, 3 * K)
+            products = _add_products(products, d, h, factors, gaussians, K)
+            w, slopes = _weights(d, factors, gaussians, valid, K)
+            q = _qs(h, slopes)
+            sum_qzs, more = _chunk_sums(products, factors, gaussians, std, columns_inside(extent, at), K)
+            if dx is not None:
+                slope *= share * sum_qzs
+                common = share * along_chunk(added(q)) - slope * rest
+                write_dx(
+                    dx, _gradient(gradient, d, w, q, common, slope), gradient[0], extent, at, inside, valid, RESIDUAL
+                )
+            if partials is not None:
+                both = ()
+                for i in tl.static_range(2 * K):
+                    both = both + (totals[i] + more[i],)
+                totals = both
+        else:
+            own = at_of(spot, head, start, extent, INDEX, BLOCK_CHUNK, BLOCK_INNER)
+            mean, rest, variance, share = load_numbers(stats, extent, own, head, 4)
+            sum_q, sum_qzs = load_numbers(sums, extent, own, head, 2)
+            std, slope = _std(variance)
+            factors = _of_columns(gaussians, rest, std, K)
+            slope *= share * sum_qzs
+            common = share * sum_q - slope * rest
+            for row in range(start, tl.minimum(start + extent.strip, extent.chunk), BLOCK_CHUNK * PARTS):
+                at, inside, valid, _raw, xv = read_tile(
+                    x, mask, spot, head, row, extent, False, ACC, INDEX, BLOCK_CHUNK, BLOCK_INNER, PARTS, RAGGED
+                )
+                gradient = gradients(grad_y, grad_weights, mask, extent, at, inside, valid, RESIDUAL, ACC)
+                d = less(xv, mean)
+                w, slopes = _weights(d, factors, gaussians, valid, K)
+                q = _qs(of_weights(gradient, xv, None), slopes)
+                grad = _gradient(gradient, d, w, q, common, slope)
+                write_dx(dx, grad, gradient[0], extent, at, inside, valid, RESIDUAL)
+        spot = next_tile(spot, apart, extent)
     if partials is not None:
         store_partials(partials, totals, head)
 
@@ -237,9 +340,17 @@ def backward(
             find_stats(call, stats, None)
         params = call.of_heads(mean_offsets), call.of_heads(log_sigma)
         inputs = (of.x, of.grad_y, of.grad_weights, *params, of.mask, stats)
-        partials, groups = run.launch(
-            call, _sums, _backward, inputs, (), sums=2, partials=2 * gaussians, residual=residual, K=gaussians
-        )
+        sums, partials, groups = None, None, call.programs
+        if call.streamed:
+            strips, partials = call.of_strips(2), run.partials(call, 2 * gaussians, groups)
+            call.launch(_sums, groups, *inputs, strips, partials, K=gaussians)
+            sums = add_strips(call, strips, 2)
+        elif need_params:
+            groups = call.programs_of_sums(2 * gaussians)
+            partials = run.partials(call, 2 * gaussians, groups)
+        if need_x or not call.streamed:
+            programs, of_backward = (call.programs, None) if call.streamed else (groups, partials)
+            call.launch(_backward, programs, *inputs, sums, of.dx, of_backward, RESIDUAL=residual, K=gaussians)
         if need_params:
-            call.launch_sums(_chain, gaussians, partials, groups, params[1], *map(call.of_heads, grads))
+            call.launch_sums(_chain, gaussians, partials, groups, params[1], *map(call.of_heads, grads), BLOCK=1024)
     return run.dx, *grads

@@ -19,80 +19,55 @@ from daam.kernels.layout import View, acc_dtype, axis_is_fastest, inner_dim, par
 
 @dataclass(frozen=True)
 class Tile:
-    """The block a program holds in registers: positions along the chunk, places along the inner dimension, and the
-    warps it takes.
+    """What a program holds in registers: so many blocks, one below the other, of positions along the chunk x places
+    along the inner dimension, and the warps it takes.
     """
 
     chunk: int
     inner: int
     num_warps: int
+    parts: int = 1
+
+    @property
+    def length(self) -> int:
+        """Positions along the chunk."""
+        return self.chunk * self.parts
+
+
+LONGEST_ROW, LONGEST_COLUMN = 4096, 256
 
 
 @dataclass(frozen=True)
 class Tiles:
-    """The tiles of one pass. Ladders of (longest chunk, resident tile), and the tiles of longer chunks, which are
-    streamed.
+    """What one pass can hold without spilling, which depends on what is alive at once: elements a thread, those of them
+    that it loads at once (8 are 128 bits of bf16), and the longest chunks that stay on chip.
 
-    rows: the axis is the fastest dimension; columns: the inner dimension is, columns_full: and a mask or weights take
-    registers too.
+    rows: where the axis is the fastest dimension; with a mask or weights, or parameters for every position; with both.
+    columns: where the inner dimension is; with a mask; with weights, or of fp32. streamed: of chunks that do not stay.
     """
 
-    rows: tuple[tuple[int, Tile], ...]
-    columns: tuple[tuple[int, Tile], ...]
-    columns_full: tuple[tuple[int, Tile], ...]
-    streamed_rows: Tile
-    streamed_columns: Tile
+    rows: tuple[int, int, int]
+    columns: tuple[int, int, int]
+    streamed: int
+    row_vector: int = 8
+    column_vectors: tuple[int, int] = (8, 8)
+    streamed_vector: int = 8
+    longest_row: int = LONGEST_ROW
+    longest_column: int = LONGEST_COLUMN
 
 
-LONGEST_ROW, LONGEST_COLUMN = 4096, 256  # longest resident chunks: rows of 8192 spill backward
-Ladder = tuple[tuple[int, int], ...]
-
-
-def _powers(longest: int) -> list[int]:
-    return [2**k for k in range(longest.bit_length())]
-
-
-def _rows(elements: int, shared: int | None = None, longest: int = LONGEST_ROW) -> tuple[tuple[int, Tile], ...]:
-    """One warp a row while it can hold it, with so many elements, 32 for each that a thread holds: a short row spread
-    over more costs a barrier a sum. Up to 32 short rows share a program, which then holds `shared` elements.
-    """
-    each = shared or elements
-    return tuple((n, Tile(n, min(32, max(1, each // n)), max(1, n // elements))) for n in _powers(longest))
-
-
-def _columns(held: Ladder) -> tuple[tuple[int, Tile], ...]:
-    """One warp a tile, of as many columns as its threads can hold, by a ladder of (longest chunk, elements a thread):
-    sums over a chunk then need no barrier, and for the shortest ones no other thread. No fewer than 16 columns, so that
-    accesses stay whole sectors, with more warps where that takes them, and no more than 512.
-    """
-    found = []
-    for n in _powers(held[-1][0]):
-        elements = 32 * next(each for longest, each in held if n <= longest)
-        inner = min(512, max(16, elements // n))
-        found.append((n, Tile(n, inner, max(1, n * inner // elements))))
-    return tuple(found)
-
-
-# What is alive at once decides how many elements a thread can hold before registers spill: 32 forward; 32 backward too
-# where columns have neither mask nor weights, else 16; 16 backward in rows, and in the mixture. Streamed tiles are
-# longer than wide: one program walks a chunk.
-FORWARD = Tiles(_rows(1024), _columns(((256, 32),)), _columns(((256, 32),)), Tile(4096, 1, 4), Tile(32, 64, 4))
-# 32 elements a thread of rows that share a program spill with fp32, mask and weights
-FORWARD_MIXTURE = replace(FORWARD, rows=_rows(1024, shared=512))
-BACKWARD = Tiles(
-    _rows(512), _columns(((128, 32), (256, 16))), _columns(((256, 16),)), Tile(2048, 1, 4), Tile(32, 32, 4)
-)
-BACKWARD_MIXTURE = replace(BACKWARD, columns=BACKWARD.columns_full)
+FORWARD = Tiles((32, 32, 32), (48, 48, 24), 32)
+FORWARD_MIXTURE = replace(FORWARD, column_vectors=(4, 8))
+BACKWARD = Tiles((32, 16, 16), (48, 32, 16), 16, row_vector=4, column_vectors=(4, 8))
+BACKWARD_MIXTURE = Tiles((16, 16, 16), (24, 24, 16), 16, column_vectors=(2, 8))
 
 
 @functools.cache
 def gate_forward(gaussians: int) -> Tiles:
-    """As the others for up to four Gaussians; half as much for up to eight, and a quarter for more: then the longest
-    chunks spill some 50 bytes.
-    """
+    """As the others for up to four Gaussians; half as much for up to eight, and a quarter for more."""
     parts = min(4, 1 << max(0, (gaussians - 1).bit_length() - 2))
-    lean, full = (_columns(((256, each // parts),)) for each in (32, 16))
-    return Tiles(_rows(1024 // parts, 512 // parts), lean, full, Tile(4096 // parts, 1, 4), Tile(32, 64 // parts, 4))
+    rows, columns, full, streamed = (n // parts for n in (32, 32, 16, 16))
+    return Tiles((rows, rows, rows), (columns, columns, full), streamed, column_vectors=(4, 8), streamed_vector=4)
 
 
 @functools.cache
@@ -101,14 +76,66 @@ def gate_backward(gaussians: int) -> Tiles:
     half again for every doubling. Longer chunks are streamed rather than spilled.
     """
     parts = 1 << max(0, (gaussians - 1).bit_length() - 2)
-    longest, few = max(32, 64 // parts), max(2, 4 // parts)
-    return Tiles(
-        _rows(max(32, 256 // parts), longest=max(32, 2048 // parts)),
-        _columns(((min(16, longest), max(2, 8 // parts)), (longest, few))),
-        _columns(((longest, few),)),
-        Tile(4 * max(32, 256 // parts), 1, 4),
-        Tile(32, max(4, 16 // parts), 4),
-    )
+    rows, rows_full, columns, full, streamed = (max(2, n // parts) for n in (16, 8, 24, 8, 8))
+    longest = max(32, 2048 // parts), max(32, 128 // parts)
+    return Tiles((rows, rows_full, rows_full), (columns, full, full), streamed, 4, (2, 4), 4, *longest)
+
+
+def _power(n: int) -> int:
+    """The least power of two that is not less."""
+    return 1 << max(0, n - 1).bit_length()
+
+
+def _power_below(n: int) -> int:
+    """The largest power of two that is not greater, 1 of 0."""
+    return 1 << max(0, n.bit_length() - 1)
+
+
+def _row(chunk: int, elements: int, vector: int) -> Tile:
+    """One warp a row while it can hold it: a row spread over more costs a barrier a sum. Blocks of as few positions as
+    a warp loads at once, so that a row of 768 is three of them; up to 32 short rows share a program.
+    """
+    vector = min(vector, elements)
+    num_warps = max(1, _power(chunk) // (32 * elements))
+    least = max(min(16, _power(chunk)), _power(-(-chunk * min(4, vector) // elements)))
+    sizes = [n for n in (least << k for k in range(8)) if n <= max(least, 32 * vector * num_warps)]
+    rows = min(sizes, key=lambda n: (-(-chunk // n) * n, -n))
+    parts = -(-chunk // rows)
+    inner = 32 * num_warps * elements // (rows * parts)
+    return Tile(rows, min(32, _power_below(inner)), num_warps, parts)
+
+
+def _column(chunk: int, elements: int, least: int, most: int) -> Tile:
+    """One warp a tile, whose threads load `most` elements at a time, or less, down to `least`, where that leaves a
+    chunk to fewer lanes: sums over it need no barrier, and for the shortest ones no other thread. Columns no fewer than
+    16, so that accesses stay whole sectors, with more warps where that takes them.
+    """
+    vector = min(most, elements, max(least, _power_below(elements // chunk)))
+    rows = _power(-(-chunk * vector // elements))
+    if rows == 1 and chunk * vector > 40:
+        rows = 2  # twelve blocks of one row are too many addresses: a few bytes spill
+    inner = max(16, 32 * vector // rows)
+    return Tile(rows, inner, max(1, rows * inner // (32 * vector)), -(-chunk // rows))
+
+
+def _streamed(elements: int, vector: int, by_axis: bool) -> Tile:
+    """Blocks of four warps, of a row, or 16 rows of 64 columns of bf16."""
+    vector = min(vector, elements)
+    chunk, inner = (128 * vector, 1) if by_axis else (16, 8 * vector)
+    return Tile(chunk, inner, 4, elements // vector)
+
+
+STRIP_ROW, STRIP_COLUMN = 16_384, 512  # positions of a strip: its numbers are 16 bytes, 3 % of what it reads
+STRIPS = 64  # merged at a time
+
+
+def strip_of(tile: Tile, view: View, along: str) -> int:
+    """Positions that one program reads of a streamed chunk: a multiple of its tile's. One tile where parameters vary
+    along the chunk, so that a program has the same for all its tiles.
+    """
+    if along == "chunk":
+        return tile.length
+    return -(-(STRIP_ROW if view.by_axis else STRIP_COLUMN) // tile.length) * tile.length
 
 
 MAX_PROGRAMS = 4096  # per head; beyond that programs take several tiles and load their parameters once
@@ -121,7 +148,7 @@ def streams(tiles: Tiles, x: Tensor, axis: int, heads: int, feature_axis: int | 
     longest, the last, is. Depends on nothing but x and the axis.
     """
     by_axis = axis_is_fastest(x, axis, inner_dim(x, axis, feature_axis))
-    limit, _ = (tiles.rows if by_axis else tiles.columns)[-1]
+    limit = tiles.longest_row if by_axis else tiles.longest_column
     last = parts(x.shape[axis], heads)[-1]
     return last.length // last.heads > (limit // 4 if x.dtype == torch.float64 else limit)
 
@@ -140,32 +167,39 @@ def worth_keeping(x: Tensor, axis: int, heads: int) -> bool:
     return 4 * acc_dtype(x).itemsize * 20 <= x.shape[axis] // heads * x.element_size()
 
 
-def tile_for(tiles: Tiles, view: View, streamed: bool, along: str, dtype: torch.dtype, full: bool = False) -> Tile:
-    """The tile of a call, from those of its pass. full: there is a mask, or weights.
+def tile_for(
+    tiles: Tiles, view: View, streamed: bool, along: str, dtype: torch.dtype, mask: bool = False, weights: bool = False
+) -> Tile:  # fmt: skip
+    """The tile of a call with a mask, or weights, from what its pass can hold.
 
     Parameters that follow the inner dimension shrink it to their number; otherwise a batch may be part of it and
     nothing does. Threads hold a quarter in fp64, where a value and all made of it take two registers, and half where
     strides keep accesses narrow, since then every element has an address of its own; of columns with a mask or weights
     a quarter.
     """
+    full = mask or weights
     narrow = 4 if full and not view.by_axis else 2
-    parts = (4 if dtype == torch.float64 else 1) * (1 if view.aligned else narrow)
+    parts = (4 if dtype == torch.float64 else 1) * (narrow if view.unit == 1 else 1)
     if streamed:
-        rows, columns = tiles.streamed_rows, tiles.streamed_columns
-        tile = (
-            replace(rows, chunk=rows.chunk // parts)
-            if view.by_axis
-            else replace(columns, inner=max(1, columns.inner // parts))
-        )
+        elements = tiles.streamed
+    elif view.by_axis:
+        elements = tiles.rows[full + (along == "chunk")]
     else:
         # fp32 moves twice the bytes an element: it has instructions to spare, and more warps hide more latency
-        columns = tiles.columns_full if full or dtype.itemsize > 2 else tiles.columns
-        ladder = tiles.rows if view.by_axis else columns
-        tile = next(tile for longest, tile in ladder if view.chunk <= longest)
-        # fewer columns, or more warps for the one there is
-        warps = min(16, tile.num_warps * max(1, parts // tile.inner))
-        tile = replace(tile, inner=max(1, tile.inner // parts), num_warps=warps)
-    return replace(tile, inner=min(tile.inner, 1 << (view.inner - 1).bit_length())) if along == "inner" else tile
+        elements = tiles.columns[2 if weights or dtype.itemsize > 2 else 1 if mask else 0]
+    elements = max(1, elements // parts)
+    row, streamed_vector, *column = (
+        max(1, n // parts) for n in (tiles.row_vector, tiles.streamed_vector, *tiles.column_vectors)
+    )
+    if streamed:
+        tile = _streamed(elements, streamed_vector, view.by_axis)
+    elif view.by_axis:
+        tile = _row(view.chunk, elements, row)
+    else:
+        tile = _column(view.chunk, elements, *column)
+    if tile.num_warps > 16:  # fewer columns instead
+        tile = replace(tile, inner=max(1, tile.inner * 16 // tile.num_warps), num_warps=16)
+    return replace(tile, inner=min(tile.inner, _power(view.inner))) if along == "inner" else tile
 
 
 def programs(tiles: int, heads: int, num_warps: int, multiple: int = 1, tiles_each: int = 1) -> int:
@@ -179,7 +213,7 @@ def programs(tiles: int, heads: int, num_warps: int, multiple: int = 1, tiles_ea
 def index_bits(view: View, tile: Tile) -> int:
     """32, or 64 where an offset inside one tile can pass 2**31 - 1. Offsets of whole tiles are 64 bits wide always."""
     reach = max(
-        (tile.chunk - 1) * t.strides[0] + (tile.inner - 1) * t.strides[1] for t in view.operands if t is not None
+        (tile.length - 1) * t.strides[0] + (tile.inner - 1) * t.strides[1] for t in view.operands if t is not None
     )
     return 32 if reach < 2**31 else 64
 

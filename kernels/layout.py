@@ -19,11 +19,11 @@ from torch import Tensor
 
 class Strided(NamedTuple):
     """A tensor as kernels take it: its data and its strides in elements, axis first, then inner, then outer from the
-    fastest.
+    fastest. No strides: those of x. No stride along the inner dimension: the same for all of it.
     """
 
     data: Tensor
-    strides: tuple[int, ...]
+    strides: tuple[int | None, ...] | None
 
 
 @dataclass(frozen=True)
@@ -49,15 +49,16 @@ class View:
         return math.prod(self.sizes)
 
     @property
-    def aligned(self) -> bool:
-        """Whether tensors of x's dtype can be moved 128 bits at a time: one stride is 1, others are multiples of 16.
-
-        So must be the length of rows, which is the stride that a single one does not show.
+    def unit(self) -> int:
+        """16 or 8 where tensors of x's dtype can be moved 128 bits at a time, else 1: one stride is 1, others are
+        multiples of it, and so is the length of what that stride walks along.
         """
         x = self.operands[0].data
         strides = [t.strides for t in self.operands if t is not None and t.data.dtype == x.dtype]
-        apart = all(s.count(1) <= 1 and all(step in (0, 1) or step % 16 == 0 for step in s) for s in strides)
-        return apart and not (self.by_axis and self.heads * self.chunk % 16)
+        if any(s.count(1) > 1 for s in strides):
+            return 1
+        steps = {step for s in strides for step in s if step != 1} | {self.chunk if self.by_axis else self.inner}
+        return next(unit for unit in (16, 8, 1) if not any(step % unit for step in steps))
 
 
 @dataclass(frozen=True)
@@ -70,10 +71,10 @@ class Part:
     length: int
 
     def heads_of(self, t: Tensor, dim: int) -> Tensor:
-        return t.narrow(dim, self.head, self.heads)
+        return t if self.heads == t.shape[dim] else t.narrow(dim, self.head, self.heads)
 
     def positions_of(self, t: Tensor, axis: int) -> Tensor:
-        return t.narrow(axis, self.start, self.length)
+        return t if self.length == t.shape[axis] else t.narrow(axis, self.start, self.length)
 
 
 def parts(size: int, heads: int) -> list[Part]:

@@ -39,20 +39,32 @@ from daam.kernels.call import Call
 from daam.kernels.launch import BACKWARD_MIXTURE, FORWARD_MIXTURE, split_float
 from daam.kernels.layout import Strided
 from daam.kernels.passes import Backward, Forward
-from daam.kernels.stats import find_stats
+from daam.kernels.stats import find_stats, store_strip, strip_numbers
 from daam.kernels.tile import (
+    added,
+    along_chunk,
     at_of,
-    chunk_numbers,
+    columns_inside,
+    convert,
     deviation,
     first_tile,
     gradients,
     inverse_count,
+    less,
+    load_numbers,
+    next_tile,
+    of_weights,
     padded_in,
+    products,
     read_tile,
+    reciprocal,
     share_less_one,
+    spot_of,
+    store_numbers,
     store_partials,
     sum_partials,
     sum_to_one,
+    there,
     write_dx,
     write_outputs,
 )
@@ -64,12 +76,12 @@ from daam.kernels.tile import (
 
 @triton.jit
 def _gaussian(gaussians, head, ACC: tl.constexpr, BLOCK_K: tl.constexpr):
-    """a, m, v and l/log(2) of one head, scalars.
+    """a, m, v and l/log(2) of one head, and 0, scalars.
 
     Relative to the narrowest Gaussian, so that 1/c² overflows nowhere but in its limit: there, with c below 1e-12, all
     weight is on one position whatever a is.
     """
-    mean_offsets, c, count = gaussians
+    mean_offsets, c, count, zero = gaussians
     ks = tl.arange(0, BLOCK_K)
     offset = tl.load(mean_offsets.data + head * mean_offsets.strides[0] + ks * mean_offsets.strides[1], ks < count, 0.0)
     scale = tl.load(c.data + head * c.strides[0] + ks * c.strides[1], ks < count, float("inf"))
@@ -82,219 +94,367 @@ def _gaussian(gaussians, head, ACC: tl.constexpr, BLOCK_K: tl.constexpr):
     v = tl.sum((offset - m) * (offset - m) * part, 0) / total
     precision = tl.minimum(1.0 / narrowest, 1099511627776.0)  # 2**40
     log = tl.where(ks < count, tl.log2(scale) + 1.3257480647361593, 0.0)  # log2(sqrt(2π))
-    return total * precision * precision, m, v, tl.sum(log, 0)
+    return total * precision * precision, m, v, tl.sum(log, 0), tl.cast(zero, ACC)
 
 
 @triton.jit
 def _frame(gaussian, r2):
     """What columns measure in: p, (m - p)² + v, and the factor of s in log2 of the weights."""
-    a, m, v, _log = gaussian
-    far = 4.0 / tl.sqrt(r2)
+    a, m, v, _log, _zero = gaussian
+    far = 4.0 * tl.rsqrt(r2)
     origin = tl.minimum(tl.maximum(m, -far), far)
     return origin, (m - origin) * (m - origin) + v, 0.7213475204444817 * a * r2
 
 
 @triton.jit
-def _distance(d, gaussian, origin, valid):
-    """d - p, and s where it is valid. Selected before it is used: fused into one of its uses, the product would differ
-    from what it is compared with by a rounding error, which a narrow Gaussian's precision makes anything.
+def _distance(d, rest, gaussian, origin, valid):
+    """d - p, and s where it is valid, of every block; x - mean is d - rest.
+
+    s is compared, and what it is compared with subtracted from it: both must be the same rounded product. Adding a 0
+    that the compiler does not know keeps it from being fused into the difference, whose rounding error a narrow
+    Gaussian's precision would make anything.
     """
-    f = d - origin
-    return f, tl.where(valid, f * (d - (2.0 * gaussian[1] - origin)), 1e37)
+    near, far = rest + origin, rest + (2.0 * gaussian[1] - origin)
+    f, s = (), ()
+    for i in tl.static_range(len(d)):
+        from_near = d[i] - near
+        f = f + (from_near,)
+        s = s + (tl.where(valid[i], tl.fma(from_near, d[i] - far, gaussian[4]), 1e37),)
+    return f, s
 
 
 @triton.jit
-def _relative(s, nearest, precision, valid):
-    """Weights relative to the likeliest position of the chunk, where s is least. The difference comes first: a product
-    can be so large that it is wrong by more than 1.
-    """
-    return tl.where(valid, tl.exp2((nearest - s) * precision), 0.0)
+def _nearest(s):
+    """The least s of all blocks."""
+    least = s[0]
+    for i in tl.static_range(1, len(s)):
+        least = tl.minimum(least, s[i])
+    return least
 
 
 @triton.jit
-def _scale(total, nearest, rest, precision, gaussian, log_eps):
+def _under(s, nearest):
+    """The least s less that of every block's positions: what weights depend on, and sums are of. The difference comes
+    first: a product can be so large that it is wrong by more than 1, and a mean of s by more than what tells positions
+    apart.
+    """
+    parts = ()
+    for i in tl.static_range(len(s)):
+        parts = parts + (nearest - s[i],)
+    return parts
+
+
+@triton.jit
+def _relative(under, precision, valid):
+    """Weights relative to the likeliest position of the chunk, where s is least."""
+    parts = ()
+    for i in tl.static_range(len(under)):
+        parts = parts + (tl.where(valid[i], tl.exp2(under[i] * precision), 0.0),)
+    return parts
+
+
+@triton.jit
+def _times(w, scale):
+    parts = ()
+    for i in tl.static_range(len(w)):
+        parts = parts + (w[i] * scale,)
+    return parts
+
+
+@triton.jit
+def _scale(total, nearest, away, precision, gaussian, log_eps):
     """What relative weights, whose sum is total, are multiplied by, and whether it is free (1.0) or clamped to eps
-    (0.0).
+    (0.0). away is what `_frame` has beside s.
     """
-    inverse = 1.0 / total
-    cap = tl.exp2(-(nearest + rest) * precision - gaussian[3] - log_eps[0] - log_eps[1])
-    clamped = cap < inverse  # not so where eps is 0 and an overflow makes the cap NaN
-    return tl.where(clamped, cap, inverse), 1.0 - clamped.to(total.dtype)
+    inverse = reciprocal(total)
+    inverse *= 2.0 - total * inverse  # to the last bit: weights that do not sum to 1 shift all sums of k
+    # NaN where eps is 0 and the cap overflows: then it is none
+    cap = tl.exp2(-(nearest + away) * precision - (gaussian[3] + log_eps[0] + log_eps[1]))
+    return tl.minimum(cap, inverse), 1.0 - (cap < inverse).to(total.dtype)
 
 
 @triton.jit
-def _weights(s, rest, precision, gaussian, log_eps, valid, share):
-    """Weights of a tile that holds whole chunks, and whether their sum is free."""
-    nearest = tl.where(share > 0, tl.min(s, 0)[None, :], 0.0)
-    w = _relative(s, nearest, precision, valid)
-    scale, free = _scale(tl.where(share > 0, tl.sum(w, 0)[None, :], 1.0), nearest, rest, precision, gaussian, log_eps)
-    return w * scale, free
+def _weights(s, away, precision, gaussian, log_eps, valid, share, mask):
+    """Weights of a tile that holds whole chunks, `_under`, the least s and whether the sum of the weights is free."""
+    nearest = there(share, mask, tl.min(_nearest(s), 0)[None, :], 0.0)
+    under = _under(s, nearest)
+    w = _relative(under, precision, valid)
+    total = there(share, mask, along_chunk(added(w)), 1.0)
+    scale, free = _scale(total, nearest, away, precision, gaussian, log_eps)
+    return _times(w, scale), under, nearest, free
 
 
 @triton.jit
 def _forward(
     x, gaussians, mask, padding, stats, scales, y, weights, eps, log_eps, extent,
     RESIDUAL: tl.constexpr, ACC: tl.constexpr, INDEX: tl.constexpr, BLOCK_K: tl.constexpr,
-    BLOCK_CHUNK: tl.constexpr, BLOCK_INNER: tl.constexpr,
+    BLOCK_CHUNK: tl.constexpr, BLOCK_INNER: tl.constexpr, PARTS: tl.constexpr, RAGGED: tl.constexpr,
 ):  # fmt: skip
-    head, first, step, row = first_tile(extent, BLOCK_CHUNK)
+    head, start, first, step, spot, apart = first_tile(extent, stats is not None)
     gaussian = _gaussian(gaussians, head, ACC, BLOCK_K)
-    for tile in range(first, extent.tiles, step):
-        at, inside, valid, raw, xv = read_tile(
-            x, mask, tile, head, row, extent, ACC, INDEX, BLOCK_CHUNK, BLOCK_INNER
-        )  # fmt: skip
-        d, r2, last = deviation(xv, valid, mask, padding, stats, extent, at, head, eps, True, ACC)
-        origin, rest, precision = _frame(gaussian, r2)
-        _f, s = _distance(d, gaussian, origin, valid)
+    for _tile in range(first, extent.tiles, step):
         if stats is None:
-            w, _free = _weights(s, rest, precision, gaussian, log_eps, valid, last)
+            at, inside, valid, raw, xv = read_tile(
+                x, mask, spot, head, start, extent, RESIDUAL, ACC, INDEX, BLOCK_CHUNK, BLOCK_INNER, PARTS, RAGGED
+            )
+            d, rest, r2, share = deviation(xv, valid, mask, padding, extent, eps, True, ACC)
+            origin, away, precision = _frame(gaussian, r2)
+            _f, s = _distance(d, rest, gaussian, origin, valid)
+            w, _u, _least, _free = _weights(s, away, precision, gaussian, log_eps, valid, share, mask)
+            write_outputs(y, weights, xv, raw, w, padding, extent, at, inside, RESIDUAL)
         else:
-            at_scale, _far, ok = chunk_numbers(scales, extent, at, head)
-            w = _relative(s, last, precision, valid) * tl.load(at_scale, ok, 0.0)
-        write_outputs(y, weights, xv, raw, w, padding, extent, at, inside, RESIDUAL)
+            own = at_of(spot, head, start, extent, INDEX, BLOCK_CHUNK, BLOCK_INNER)
+            mean, rest, r2, nearest = load_numbers(stats, extent, own, head, 4)
+            (scale,) = load_numbers(scales, extent, own, head, 1)
+            origin, _away, precision = _frame(gaussian, r2)
+            for row in range(start, tl.minimum(start + extent.strip, extent.chunk), BLOCK_CHUNK * PARTS):
+                at, inside, valid, raw, xv = read_tile(
+                    x, mask, spot, head, row, extent, RESIDUAL, ACC, INDEX, BLOCK_CHUNK, BLOCK_INNER, PARTS, RAGGED
+                )
+                _f, s = _distance(less(xv, mean), rest, gaussian, origin, valid)
+                w = _times(_relative(_under(s, nearest), precision, valid), scale)
+                write_outputs(y, weights, xv, raw, w, padding, extent, at, inside, RESIDUAL)
+        spot = next_tile(spot, apart, extent)
 
 
 @triton.jit
 def _scales(
-    x, gaussians, mask, padding, stats, scales, log_eps, extent,
+    x, gaussians, mask, stats, strips, extent,
+    ACC: tl.constexpr, INDEX: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_CHUNK: tl.constexpr, BLOCK_INNER: tl.constexpr, PARTS: tl.constexpr, RAGGED: tl.constexpr,
+):  # fmt: skip
+    """The least s of every chunk's strip of one tile's columns, and the sum of the weights relative to it."""
+    head, start, first, step, spot, apart = first_tile(extent, True)
+    gaussian = _gaussian(gaussians, head, ACC, BLOCK_K)
+    for _tile in range(first, extent.tiles, step):
+        own = at_of(spot, head, start, extent, INDEX, BLOCK_CHUNK, BLOCK_INNER)
+        mean, rest, r2 = load_numbers(stats, extent, own, head, 3)
+        origin, _away, precision = _frame(gaussian, r2)
+        # of every place in a block by itself: they are compared once, at the end
+        nearest = tl.zeros([BLOCK_CHUNK, BLOCK_INNER], ACC) + 1e37  # not inf: the difference of two of them is NaN
+        total = tl.zeros([BLOCK_CHUNK, BLOCK_INNER], ACC)
+        for row in range(start, tl.minimum(start + extent.strip, extent.chunk), BLOCK_CHUNK * PARTS):
+            _at, _inside, valid, _raw, xv = read_tile(
+                x, mask, spot, head, row, extent, False, ACC, INDEX, BLOCK_CHUNK, BLOCK_INNER, PARTS, RAGGED
+            )
+            _f, s = _distance(less(xv, mean), rest, gaussian, origin, valid)
+            before, nearest = nearest, tl.minimum(nearest, _nearest(s))
+            more = added(_relative(_under(s, nearest), precision, valid))
+            total = total * tl.exp2((nearest - before) * precision) + more
+        least = tl.min(nearest, 0)[None, :]
+        total = along_chunk(total * tl.exp2((least - nearest) * precision))
+        store_strip(strips, extent, own, head, start, (least, total))
+        spot = next_tile(spot, apart, extent)
+
+
+@triton.jit
+def _merge_scales(
+    strips, gaussians, stats, scales, log_eps, extent,
     ACC: tl.constexpr, INDEX: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_CHUNK: tl.constexpr, BLOCK_INNER: tl.constexpr,
 ):  # fmt: skip
     """The least s of every chunk of one tile's columns, in place of its 1/n, and the scale of its weights, if asked."""
-    head, tile = tl.program_id(1).to(tl.int64), tl.program_id(0)
+    head, spot = tl.program_id(1).to(tl.int64), spot_of(tl.program_id(0), extent)
     gaussian = _gaussian(gaussians, head, ACC, BLOCK_K)
-    at = at_of(tile, head, 0, extent, INDEX, BLOCK_CHUNK, BLOCK_INNER)
-    at_mean, step, ok = chunk_numbers(stats, extent, at, head)
-    r2 = tl.load(at_mean + 2 * step, ok, 0.0)
-    origin, rest, precision = _frame(gaussian, r2)
-    nearest = tl.zeros([BLOCK_INNER], ACC) + 1e37  # not inf: the difference of two of them is NaN
-    total = tl.zeros([BLOCK_INNER], ACC)
-    for row in range(0, extent.chunk, BLOCK_CHUNK):
-        at, _inside, valid, _raw, xv = read_tile(
-            x, mask, tile, head, row, extent, ACC, INDEX, BLOCK_CHUNK, BLOCK_INNER
-        )  # fmt: skip
-        d, _r2, _last = deviation(xv, valid, mask, padding, stats, extent, at, head, None, True, ACC)
-        _f, s = _distance(d, gaussian, origin, valid)
-        before, nearest = nearest, tl.minimum(nearest, tl.min(s, 0))
-        less = tl.exp2((nearest - before)[None, :] * precision)
-        total = total * tl.sum(less, 0) + tl.sum(_relative(s, nearest[None, :], precision, valid), 0)
-    total = tl.where(total == 0, 1.0, total)[None, :]
-    scale, _free = _scale(total, nearest[None, :], rest, precision, gaussian, log_eps)
-    tl.store(at_mean + 3 * step, nearest[None, :], ok)
+    at = at_of(spot, head, 0, extent, INDEX, BLOCK_CHUNK, BLOCK_INNER)
+    mean, rest, r2 = load_numbers(stats, extent, at, head, 3)
+    _origin, away, precision = _frame(gaussian, r2)
+    nearest, total = tl.zeros_like(r2) + 1e37, tl.zeros_like(r2)
+    for first in range(0, extent.strips, BLOCK_CHUNK):
+        least = strip_numbers(strips, 0, first, extent, at, head, BLOCK_CHUNK, 1e37)
+        sums = strip_numbers(strips, 1, first, extent, at, head, BLOCK_CHUNK, 0.0)
+        before, nearest = nearest, tl.minimum(nearest, tl.min(least, 0)[None, :])
+        more = along_chunk(sums * tl.exp2((nearest - least) * precision))
+        total = total * tl.exp2((nearest - before) * precision) + more
+    total = tl.where(total == 0, 1.0, total)
+    scale, _free = _scale(total, nearest, away, precision, gaussian, log_eps)
+    store_numbers(stats, extent, at, head, (mean, rest, r2, nearest))
     if scales is not None:
-        at_scale, _step, ok = chunk_numbers(scales, extent, at, head)
-        tl.store(at_scale, scale, ok)
+        store_numbers(scales, extent, at, head, (scale,))
 
 
 @triton.jit
 def _sums(
-    x, grad_y, grad_weights, gaussians, mask, padding, stats, sums, partials, eps, log_eps, extent,
-    ACC: tl.constexpr, INDEX: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_CHUNK: tl.constexpr, BLOCK_INNER: tl.constexpr,
+    x, grad_y, grad_weights, gaussians, mask, padding, stats, strips, extent,
+    ACC: tl.constexpr, INDEX: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_CHUNK: tl.constexpr, BLOCK_INNER: tl.constexpr, PARTS: tl.constexpr, RAGGED: tl.constexpr,
 ):  # fmt: skip
-    """The weights' scale, free·Σ h, Σ k·e/n and r2·(Σ k·e² + clamped·v)/(n - 1) of every chunk of one tile's columns.
+    """Σ h, Σ h·f, Σ h·u, Σ w, Σ w·f, Σ w·u and n of every chunk's strip of one tile's columns, f being d - p and u what
+    `_under` gives.
 
-    Sums are of relative weights, so that their scale need not be known before.
+    Of relative weights, so that their scale need not be known before.
     """
-    head, tile = tl.program_id(1).to(tl.int64), tl.program_id(0)
+    head, start, first, step, spot, apart = first_tile(extent, True)
     gaussian = _gaussian(gaussians, head, ACC, BLOCK_K)
-    at = at_of(tile, head, 0, extent, INDEX, BLOCK_CHUNK, BLOCK_INNER)
-    at_mean, step, ok = chunk_numbers(stats, extent, at, head)
-    r2, nearest = tl.load(at_mean + 2 * step, ok, 0.0), tl.load(at_mean + 3 * step, ok, 0.0)
-    origin, rest, precision = _frame(gaussian, r2)
-    sum_h = tl.zeros([BLOCK_CHUNK, BLOCK_INNER], ACC)
-    sum_hf, sum_hs, sum_w, sum_wf, sum_ws = sum_h, sum_h, sum_h, sum_h, sum_h
-    n = tl.zeros([BLOCK_INNER], ACC)
-    for row in range(0, extent.chunk, BLOCK_CHUNK):
-        at, inside, valid, _raw, xv = read_tile(
-            x, mask, tile, head, row, extent, ACC, INDEX, BLOCK_CHUNK, BLOCK_INNER
-        )  # fmt: skip
-        d, _r2, _last = deviation(xv, valid, mask, padding, stats, extent, at, head, eps, True, ACC)
-        f, s = _distance(d, gaussian, origin, valid)
-        w = _relative(s, nearest, precision, valid)
-        h, _raw = gradients(xv, grad_y, grad_weights, padding, extent, at, inside, valid, ACC)
-        h *= w
-        sum_h += h
-        sum_hf += h * f
-        sum_hs += h * s
-        sum_w += w
-        sum_wf += w * f
-        sum_ws += w * s
-        n += tl.sum(valid.to(ACC), 0)
-    total = tl.sum(sum_w, 0)[None, :]
-    total = tl.where(total == 0, 1.0, total)
-    scale, free = _scale(total, nearest, rest, precision, gaussian, log_eps)
-    all_h = tl.sum(sum_h, 0)[None, :] * scale
-    taken, clamped = free * all_h, (1.0 - free) * all_h
-    ke = scale * (tl.sum(sum_hf, 0)[None, :] - taken * tl.sum(sum_wf, 0)[None, :]) + clamped * (origin - gaussian[1])
-    kee = scale * (tl.sum(sum_hs, 0)[None, :] - taken * tl.sum(sum_ws, 0)[None, :]) + clamped * rest
-    share = inverse_count(n)[None, :]
-    at_scale, step, ok = chunk_numbers(sums, extent, at, head)
-    tl.store(at_scale, scale, ok)
-    tl.store(at_scale + step, taken, ok)
-    tl.store(at_scale + 2 * step, ke * share, ok)
-    tl.store(at_scale + 3 * step, kee * r2 * share_less_one(share), ok)
-    if partials is not None:
-        store_partials(partials, _head_sums(ke, kee, clamped, r2, ok & (share > 0)), head)
+    for _tile in range(first, extent.tiles, step):
+        own = at_of(spot, head, start, extent, INDEX, BLOCK_CHUNK, BLOCK_INNER)
+        mean, rest, r2, nearest = load_numbers(stats, extent, own, head, 4)
+        origin, _away, precision = _frame(gaussian, r2)
+        sum_h = tl.zeros([BLOCK_CHUNK, BLOCK_INNER], ACC)
+        sum_hf, sum_hu, sum_w, sum_wf, sum_wu, n = sum_h, sum_h, sum_h, sum_h, sum_h, sum_h
+        for row in range(start, tl.minimum(start + extent.strip, extent.chunk), BLOCK_CHUNK * PARTS):
+            at, inside, valid, _raw, xv = read_tile(
+                x, mask, spot, head, row, extent, False, ACC, INDEX, BLOCK_CHUNK, BLOCK_INNER, PARTS, RAGGED
+            )
+            f, s = _distance(less(xv, mean), rest, gaussian, origin, valid)
+            under = _under(s, nearest)
+            w = _relative(under, precision, valid)
+            h = of_weights(gradients(grad_y, grad_weights, mask, extent, at, inside, valid, False, ACC), xv, padding)
+            for i in tl.static_range(PARTS):
+                hw = h[i] * w[i]
+                sum_h += hw
+                sum_hf += hw * f[i]
+                sum_hu += hw * under[i]
+                sum_w += w[i]
+                sum_wf += w[i] * f[i]
+                sum_wu += w[i] * under[i]
+            if mask is not None:
+                n += added(convert(valid, ACC))
+        if mask is None:
+            length = (tl.minimum(start + extent.strip, extent.chunk) - start).to(ACC)
+            n = tl.where(tl.arange(0, BLOCK_CHUNK)[:, None] == 0, length, n)
+        sums = (along_chunk(sum_h), along_chunk(sum_hf), along_chunk(sum_hu), along_chunk(sum_w), along_chunk(sum_wf))
+        store_strip(strips, extent, own, head, start, sums + (along_chunk(sum_wu), along_chunk(n)))
+        spot = next_tile(spot, apart, extent)
 
 
 @triton.jit
-def _head_sums(ke, kee, clamped, r2, there):
-    """What a tile adds to ke, kee, cr and cl, [1, 1] each."""
-    r2, one = tl.where(there, r2, 0.0), tl.where(there, clamped, 0.0)
-    return sum_to_one(ke * r2), sum_to_one(kee * r2), sum_to_one(one * r2), sum_to_one(one)
+def _merge_sums(
+    strips, gaussians, stats, sums, partials, log_eps, extent,
+    ACC: tl.constexpr, INDEX: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_CHUNK: tl.constexpr, BLOCK_INNER: tl.constexpr,
+):  # fmt: skip
+    """The weights' scale, free·Σ h, Σ k·e/n and r2·(Σ k·e² + clamped·v)/(n - 1) of the chunks of one tile's columns."""
+    head, spot = tl.program_id(1).to(tl.int64), spot_of(tl.program_id(0), extent)
+    gaussian = _gaussian(gaussians, head, ACC, BLOCK_K)
+    at = at_of(spot, head, 0, extent, INDEX, BLOCK_CHUNK, BLOCK_INNER)
+    _mean, _rest, r2, nearest = load_numbers(stats, extent, at, head, 4)
+    origin, away, precision = _frame(gaussian, r2)
+    zero = tl.zeros_like(r2)
+    of_strips = (zero, zero, zero, zero, zero, zero, zero)
+    for first in range(0, extent.strips, BLOCK_CHUNK):
+        more = ()
+        for i in tl.static_range(7):
+            part = strip_numbers(strips, i, first, extent, at, head, BLOCK_CHUNK, 0.0)
+            more = more + (of_strips[i] + along_chunk(part),)
+        of_strips = more
+    sum_h, sum_hf, sum_hu, sum_w, sum_wf, sum_wu, n = of_strips
+    scale, free = _scale(tl.where(sum_w == 0, 1.0, sum_w), nearest, away, precision, gaussian, log_eps)
+    all_h = sum_h * scale
+    taken, clamped = free * all_h, (1.0 - free) * all_h
+    ke = scale * (sum_hf - taken * sum_wf) + clamped * (origin - gaussian[1])
+    kee = clamped * (nearest + away) - scale * (sum_hu - taken * sum_wu)
+    share = inverse_count(n)
+    store_numbers(sums, extent, at, head, (scale, taken, ke * share, kee * r2 * share_less_one(share)))
+    if partials is not None:
+        counted = columns_inside(extent, at) & (share > 0)
+        store_partials(partials, _head_sums(ke, kee, clamped, r2, counted), head)
+
+
+@triton.jit
+def _head_sums(ke, kee, clamped, r2, counted):
+    """What a tile adds to ke, kee, cr and cl, [1, 1] each, from the columns that count."""
+    sums = (ke * r2, kee * r2, clamped * r2, clamped)
+    totals = ()
+    for i in tl.static_range(4):
+        totals = totals + (sum_to_one(tl.where(counted, sums[i], 0.0)),)
+    return totals
 
 
 @triton.jit
 def _backward(
     x, grad_y, grad_weights, gaussians, mask, padding, stats, sums, dx, partials, eps, log_eps, extent,
     RESIDUAL: tl.constexpr, ACC: tl.constexpr, INDEX: tl.constexpr, BLOCK_K: tl.constexpr,
-    BLOCK_CHUNK: tl.constexpr, BLOCK_INNER: tl.constexpr,
+    BLOCK_CHUNK: tl.constexpr, BLOCK_INNER: tl.constexpr, PARTS: tl.constexpr, RAGGED: tl.constexpr,
 ):  # fmt: skip
-    head, first, step, row = first_tile(extent, BLOCK_CHUNK)
+    head, start, first, step, spot, apart = first_tile(extent, stats is not None)
     gaussian = _gaussian(gaussians, head, ACC, BLOCK_K)
-    a, m, _v, _log = gaussian
     zero = tl.zeros([1, 1], ACC)
     totals = (zero, zero, zero, zero)
-    for tile in range(first, extent.tiles, step):
-        at, inside, valid, _raw, xv = read_tile(x, mask, tile, head, row, extent, ACC, INDEX, BLOCK_CHUNK, BLOCK_INNER)
-        d, r2, last = deviation(xv, valid, mask, padding, stats, extent, at, head, eps, True, ACC)
-        origin, rest, precision = _frame(gaussian, r2)
-        f, s = _distance(d, gaussian, origin, valid)
-        h, raw = gradients(xv, grad_y, grad_weights, padding, extent, at, inside, valid, ACC)
-        if sums is None:
-            w, free = _weights(s, rest, precision, gaussian, log_eps, valid, last)
-            h *= w
-            all_h = tl.sum(h, 0)[None, :]
-            k, clamped = h - w * (free * all_h), (1.0 - free) * all_h
-            ke = tl.sum(k * f, 0)[None, :] + clamped * (origin - m)
-            kee = tl.sum(k * s, 0)[None, :] + clamped * rest
-            mean_ke, slope = ke * last, kee * r2 * share_less_one(last)
+    for _tile in range(first, extent.tiles, step):
+        if stats is None:
+            at, inside, valid, _raw, xv = read_tile(
+                x, mask, spot, head, start, extent, False, ACC, INDEX, BLOCK_CHUNK, BLOCK_INNER, PARTS, RAGGED
+            )
+            d, rest, r2, share = deviation(xv, valid, mask, padding, extent, eps, True, ACC)
+            origin, away, precision = _frame(gaussian, r2)
+            f, s = _distance(d, rest, gaussian, origin, valid)
+            w, under, nearest, free = _weights(s, away, precision, gaussian, log_eps, valid, share, mask)
+            gradient = gradients(grad_y, grad_weights, mask, extent, at, inside, valid, RESIDUAL, ACC)
+            h = of_weights(gradient, xv, padding)
+            all_h = along_chunk(products(h, w))
+            taken, clamped = free * all_h, (1.0 - free) * all_h
+            k = _excess(h, w, taken)
+            ke = along_chunk(products(k, f)) + clamped * (origin - gaussian[1])
+            kee = clamped * (nearest + away) - along_chunk(products(k, under))
+            if dx is not None:
+                numbers = (taken, ke * share, kee * r2 * share_less_one(share))
+                grad = _gradient(gradient, xv, d, rest, h, k, w, numbers, gaussian, r2, padding)
+                write_dx(dx, grad, gradient[0], extent, at, inside, valid, RESIDUAL)
             if partials is not None:
-                added = _head_sums(ke, kee, clamped, r2, last > 0)
-                totals = (totals[0] + added[0], totals[1] + added[1], totals[2] + added[2], totals[3] + added[3])
+                counted = columns_inside(extent, at) & (share > 0)
+                more = _head_sums(ke, kee, clamped, r2, counted)
+                totals = (totals[0] + more[0], totals[1] + more[1], totals[2] + more[2], totals[3] + more[3])
         else:
-            at_scale, far, ok = chunk_numbers(sums, extent, at, head)
-            w = _relative(s, last, precision, valid) * tl.load(at_scale, ok, 0.0)
-            k = h * w - w * tl.load(at_scale + far, ok, 0.0)
-            mean_ke, slope = tl.load(at_scale + 2 * far, ok, 0.0), tl.load(at_scale + 3 * far, ok, 0.0)
-        if dx is not None:
-            common = mean_ke + d * slope
-            if padding is not None:
-                common = tl.where(padded_in(xv, padding), 0.0, common)
-                w = tl.where(padded_in(xv, padding), 1.0, w)
-            grad = raw * w + a * r2 * (common - k * (d - m))
-            write_dx(dx, grad, raw, extent, at, inside, valid, RESIDUAL)
+            own = at_of(spot, head, start, extent, INDEX, BLOCK_CHUNK, BLOCK_INNER)
+            mean, rest, r2, nearest = load_numbers(stats, extent, own, head, 4)
+            scale, taken, mean_ke, slope = load_numbers(sums, extent, own, head, 4)
+            origin, _away, precision = _frame(gaussian, r2)
+            for row in range(start, tl.minimum(start + extent.strip, extent.chunk), BLOCK_CHUNK * PARTS):
+                at, inside, valid, _raw, xv = read_tile(
+                    x, mask, spot, head, row, extent, False, ACC, INDEX, BLOCK_CHUNK, BLOCK_INNER, PARTS, RAGGED
+                )
+                d = less(xv, mean)
+                _f, s = _distance(d, rest, gaussian, origin, valid)
+                w = _times(_relative(_under(s, nearest), precision, valid), scale)
+                gradient = gradients(grad_y, grad_weights, mask, extent, at, inside, valid, RESIDUAL, ACC)
+                h = of_weights(gradient, xv, padding)
+                grad = _gradient(gradient, xv, d, rest, h, None, w, (taken, mean_ke, slope), gaussian, r2, padding)
+                write_dx(dx, grad, gradient[0], extent, at, inside, valid, RESIDUAL)
+        spot = next_tile(spot, apart, extent)
     if partials is not None:
         store_partials(partials, totals, head)
+
+
+@triton.jit
+def _excess(h, w, taken):
+    """k of every block; h is not multiplied by the weights yet."""
+    k = ()
+    for i in tl.static_range(len(h)):
+        k = k + (h[i] * w[i] - taken * w[i],)
+    return k
+
+
+@triton.jit
+def _gradient(gradient, x, d, rest, h, k, w, numbers, gaussian, r2, padding):
+    """dx of every block; numbers are free·Σ h, Σ k·e/n and r2·(Σ k·e² + clamped·v)/(n - 1).
+
+    k, where it is not needed otherwise (None), is not made: dx = weights·(grad_y - (h - free·Σ h)·…) takes less.
+    """
+    factor = gaussian[0] * r2
+    slope = factor * numbers[2]
+    constant, shift = factor * numbers[1] - slope * rest, factor * (rest + gaussian[1])
+    grad = ()
+    for i in tl.static_range(len(h)):
+        common, ae = constant + slope * d[i], factor * d[i] - shift
+        if padding is not None:
+            padded = padded_in(x[i], padding)
+            direct = tl.where(padded, gradient[1][i], gradient[1][i] * w[i])
+            of_block = direct + tl.where(padded, 0.0, common) - (h[i] - numbers[0]) * w[i] * ae
+        elif k is None:
+            of_block = (gradient[1][i] - (h[i] - numbers[0]) * ae) * w[i] + common
+        else:
+            of_block = gradient[1][i] * w[i] + (common - k[i] * ae)
+        grad = grad + (of_block,)
+    return grad
 
 
 @triton.jit
 def _chain(partials, groups, gaussians, d_mean_offsets, d_c, BLOCK_K: tl.constexpr, BLOCK: tl.constexpr):
     """Gradients of one head's parameters from the partial sums, in fixed order and fp64: 1/c³ overflows fp32."""
     head = tl.program_id(1).to(tl.int64)
-    mean_offsets, c, count = gaussians
+    mean_offsets, c, count, _zero = gaussians
     ke, kee = sum_partials(partials, groups, 0, head, BLOCK), sum_partials(partials, groups, 1, head, BLOCK)
     cr, cl = sum_partials(partials, groups, 2, head, BLOCK), sum_partials(partials, groups, 3, head, BLOCK)
-    _a, m, v, _log = _gaussian(gaussians, head, tl.float64, BLOCK_K)
+    _a, m, v, _log, _zero = _gaussian(gaussians, head, tl.float64, BLOCK_K)
     ks = tl.arange(0, BLOCK_K)
     offset = tl.load(mean_offsets.data + head * mean_offsets.strides[0] + ks * mean_offsets.strides[1], ks < count, 0.0)
     scale = tl.load(c.data + head * c.strides[0] + ks * c.strides[1], ks < count, 1.0).to(tl.float64)
@@ -343,13 +503,29 @@ def backward(
         if run.lacks_stats:
             numbers.find(stats, None)
         inputs = (of.x, of.grad_y, of.grad_weights, numbers.gaussians, of.mask, numbers.padding, stats)
-        partials, groups = run.launch(
-            call, _sums, _backward, inputs, (numbers.eps, numbers.log_eps), sums=4, partials=4, residual=residual,
-            BLOCK_K=numbers.block,
-        )  # fmt: skip
+        constants = (numbers.eps, numbers.log_eps)
+        sums, partials, groups = None, None, call.programs
+        if call.streamed:
+            strips, sums, groups = call.of_strips(7), call.of_strips(4, strips=1), call.extent.tiles
+            partials = run.partials(call, 4, groups)
+            call.launch(_sums, call.programs, *inputs, strips, BLOCK_K=numbers.block)
+            args = (strips, numbers.gaussians, stats, sums, partials, numbers.log_eps)
+            call.launch_merge(_merge_sums, *args, BLOCK_K=numbers.block)
+        elif need_params:
+            groups = call.programs_of_sums(4)
+            partials = run.partials(call, 4, groups)
+        if need_x or not call.streamed:
+            of_backward = None if call.streamed else partials
+            programs = call.programs if call.streamed else groups
+            call.launch(
+                _backward, programs, *inputs, sums, of.dx, of_backward, *constants, RESIDUAL=residual,
+                BLOCK_K=numbers.block,
+            )  # fmt: skip
         if need_params:
             of_grads = map(call.of_heads, grads)
-            call.launch_sums(_chain, 1, partials, groups, numbers.gaussians, *of_grads, BLOCK_K=numbers.block)
+            call.launch_sums(
+                _chain, 1, partials, groups, numbers.gaussians, *of_grads, BLOCK_K=numbers.block, BLOCK=1024
+            )
     return run.dx, *grads
 
 
@@ -358,7 +534,7 @@ class _Numbers:
 
     def __init__(self, call: Call, mean_offsets: Tensor, c: Tensor, eps: float, padding: int | None):
         self.call, self.padding = call, padding
-        self.gaussians = (call.of_heads(mean_offsets), call.of_heads(c), c.shape[1])
+        self.gaussians = (call.of_heads(mean_offsets), call.of_heads(c), c.shape[1], 0.0)
         self.block = triton.next_power_of_2(c.shape[1])
         self.eps = split_float(eps)
         self.log_eps = split_float(math.log2(eps)) if eps > 0 else (-math.inf, 0.0)
@@ -367,8 +543,9 @@ class _Numbers:
         """Fill the statistics of streamed chunks, and the scale of each chunk's weights."""
         call = self.call
         find_stats(call, stats, self.eps, self.padding, unbiased=True)
-        inputs = (call.of.x, self.gaussians, call.of.mask, self.padding, stats, scales, self.log_eps)
-        call.launch(_scales, call.extent.tiles, *inputs, BLOCK_K=self.block)
+        strips = call.of_strips(2)
+        call.launch(_scales, call.programs, call.of.x, self.gaussians, call.of.mask, stats, strips, BLOCK_K=self.block)
+        call.launch_merge(_merge_scales, strips, self.gaussians, stats, scales, self.log_eps, BLOCK_K=self.block)
 
 
 def _bits(padding: float | None, dtype: torch.dtype) -> int | None:

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import torch
 from torch import Tensor
 
 from daam.kernels import launch
@@ -37,7 +36,7 @@ class _Pass:
         """A call for every part of the axis, one or two, on x, mask and tensors; none where x is empty."""
         mask = None if self.mask is None else self.mask.expand(self.x.shape)
         for part in parts(self.x.shape[self.axis], self.heads) if self.x.numel() else ():
-            yield Call(self.tiles, part, self.axis, self.feature_axis, self.stats, x=self.x, mask=mask, **tensors)
+            yield Call(self.tiles, part, self.axis, self.feature_axis, self.stats, self.x, mask, **tensors)
 
 
 class Forward(_Pass):
@@ -81,39 +80,12 @@ class Backward(_Pass):
         """A call for every part of the axis, on x, mask, grad_y, grad_weights and dx."""
         return self._calls(grad_y=self.grad_y, grad_weights=self.grad_weights, dx=self.dx)
 
-    def sums(self, call: Call, numbers: int) -> Strided | None:
-        """Room for so many numbers a chunk, where a call streams them."""
-        return call.of_chunks(torch.empty_like(self.stats[:numbers])) if call.streamed else None
-
     def partials(self, call: Call, numbers: int, groups: int, params: int = 1) -> Strided | None:
         """Room for so many sums of every parameter from each group of programs, (numbers, heads, groups, params)."""
         if not self.need_params:
             return None
         t = self.x.new_empty((numbers, call.part.heads, groups, params), dtype=acc_dtype(self.x))
         return Strided(t, t.stride())
-
-    def launch(
-        self, call: Call, sums_kernel, backward_kernel, inputs: tuple, constants: tuple, *, sums: int, partials: int,
-        residual: bool, **meta,
-    ) -> tuple[Strided | None, int]:  # fmt: skip
-        """Launch the kernels of a part whose parameters are numbers of a head.
-
-        Streamed chunks: sums_kernel(*inputs, sums, partials, *constants) leaves so many sums a chunk, and so many
-        partial sums a program. Then backward_kernel(*inputs, sums, dx, partials, *constants) writes dx; where chunks
-        stay on chip it leaves the partial sums itself. Returns these, None where no parameter needs a gradient, and how
-        many there are.
-        """
-        resident = call.programs_of_sums(partials) if self.need_params else call.programs
-        groups = call.extent.tiles if call.streamed else resident
-        of_partials, of_sums = self.partials(call, partials, groups), self.sums(call, sums)
-        meta_backward = meta | {"RESIDUAL": residual}
-        if not call.streamed:
-            call.launch(backward_kernel, groups, *inputs, None, call.of.dx, of_partials, *constants, **meta_backward)
-            return of_partials, groups
-        call.launch(sums_kernel, groups, *inputs, of_sums, of_partials, *constants, **meta)
-        if self.dx is not None:
-            call.launch(backward_kernel, call.programs, *inputs, of_sums, call.of.dx, None, *constants, **meta_backward)
-        return of_partials, groups
 
     def param_grads(self, *params: Tensor) -> tuple[Tensor | None, ...]:
         """Room for the parameters' gradients, zeros where x is empty and nothing will be written."""

@@ -53,7 +53,10 @@ ALGORITHMS = {
         lambda case: (case.feature_axis, case.eps_or_default),
         eps=1e-5,
         features=True,
-        kernels=(["_forward", "_backward"], ["_stats", "_forward", "_sums", "_backward"]),
+        kernels=(
+            ["_forward", "_backward", "_chain"],
+            ["_stats", "_merge", "_forward", "_sums", "_backward", "_chain"],
+        ),
     ),
     "mixture": Algorithm(
         daam.mixture_attention,
@@ -65,7 +68,7 @@ ALGORITHMS = {
         features=False,
         kernels=(
             ["_forward", "_backward", "_chain"],
-            ["_stats", "_scales", "_forward", "_sums", "_backward", "_chain"],
+            ["_stats", "_merge", "_scales", "_merge_scales", "_forward", "_sums", "_merge_sums", "_backward", "_chain"],
         ),
     ),
     "gate": Algorithm(
@@ -76,7 +79,10 @@ ALGORITHMS = {
         lambda case: (),
         eps=None,
         features=False,
-        kernels=(["_forward", "_backward", "_chain"], ["_stats", "_forward", "_sums", "_backward", "_chain"]),
+        kernels=(
+            ["_forward", "_backward", "_chain"],
+            ["_stats", "_merge", "_forward", "_sums", "_backward", "_chain"],
+        ),
     ),
 }
 

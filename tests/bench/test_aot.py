@@ -14,14 +14,14 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 from helpers import ALGORITHMS
 
 from bench.aot import TARGETS, compile_for
-from bench.audit import COLUMNS, CONFIGURATIONS, DTYPES, GAUSSIANS, OTHERS, ROWS, Configuration, launches
+from bench.audit import COLUMNS, CONFIGURATIONS, DTYPES, GAUSSIANS, OTHERS, ROWS, TENSORS, Configuration, launches
 
 ONE_A_REGIME = [
     Configuration("density", "rows", "chunk", 1024),
     Configuration("density", "rows", "chunk", ROWS[-1]),
-    *(Configuration("density", "columns", "inner", chunk) for chunk in (4, 256, COLUMNS[-1])),
+    *(Configuration("density", "columns", "inner", chunk) for chunk in (3, 24, 256, COLUMNS[-1])),
     *(Configuration(name, "rows", "nothing", chunk) for name in OTHERS for chunk in (1024, ROWS[-1])),
-    *(Configuration(name, "columns", "nothing", chunk) for name in OTHERS for chunk in (4, 64, COLUMNS[-1])),
+    *(Configuration(name, "columns", "nothing", chunk) for name in OTHERS for chunk in (3, 24, 64, COLUMNS[-1])),
 ]
 
 
@@ -33,12 +33,12 @@ def check(target, configuration):
         if TARGETS[target].backend == "cuda":  # a wavefront of gfx942 has 64 lanes: other tiles would suit it better
             assert compiled.registers * 32 * one.meta["num_warps"] <= 65536, "no multiprocessor could hold it"
             assert compiled.stack == 0, f"{one.name} spills {compiled.stack} bytes with {compiled.registers} registers"
-            if one.name != "_chain":
-                # the gate's backward pass, which computes more than it moves, has less in registers
-                narrow = configuration.algorithm == "gate" and one.name != "_forward"
-                widest = 128 if not narrow else 64 if DTYPES[configuration.dtype].itemsize <= 4 else 32
-                short = configuration.order == "rows" and configuration.chunk < 64
-                assert compiled.load_bits >= widest or short, one.name
+            if one.name in TENSORS:
+                # 128 bits, or all of a block that a thread has
+                block = one.meta["BLOCK_CHUNK"] * one.meta["BLOCK_INNER"] // (32 * one.meta["num_warps"])
+                narrow = configuration.order == "rows" and configuration.chunk % 64
+                widest = min(128, 8 * DTYPES[configuration.dtype].itemsize * block)
+                assert compiled.load_bits >= widest or narrow, one.name
 
 
 def test_every_algorithm_is_audited():
@@ -110,7 +110,7 @@ def test_the_mixture_compares_what_it_subtracts():
     """
     x, p = torch.empty(64, 1024, dtype=torch.bfloat16, device="meta"), torch.empty(1, GAUSSIANS, device="meta")
     for one in launches("mixture", x, p, None, 1, None, False):
-        if one.name == "_chain":
+        if one.name not in TENSORS:
             continue
         code = re.findall(r"\t(\w+)[\w.]*\s+(%\w+), ([^;]+);", compile_for("sm_90", one).assembly)
         made = {result: (op, operands.split(", ")) for op, result, operands in code}
@@ -121,6 +121,7 @@ def test_the_mixture_compares_what_it_subtracts():
 
         exponents = [operands for op, _, operands in code if op == "ex2"]
         differences = [d for e in exponents for factor in parts(e, "mul") for d in [parts(factor, "sub")] if d]
-        elements = one.meta["BLOCK_CHUNK"] * one.meta["BLOCK_INNER"] // (32 * one.meta["num_warps"])
+        tile = one.meta["PARTS"] * one.meta["BLOCK_CHUNK"] * one.meta["BLOCK_INNER"]
+        elements = tile // (32 * one.meta["num_warps"])
         assert len(differences) == elements, one.name
-        assert all(parts(subtracted, "selp") for _, subtracted in differences), one.name
+        assert all(parts(subtracted, "fma") for _, subtracted in differences), one.name

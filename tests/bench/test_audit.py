@@ -106,7 +106,7 @@ def test_every_configuration_is_committed(committed):
 
 
 def test_the_same_twice():
-    one = audit.Configuration("gate", "columns", "nothing", 4)
+    one = audit.Configuration("gate", "columns", "nothing", 6)
     assert dict(audit.audit("sm_90", [one])) == dict(audit.audit("sm_90", [one]))
 
 

@@ -25,7 +25,11 @@ from helpers import (
     run,
 )
 
+from bench.aot import recording
+from bench.audit import TENSORS
 from daam.kernels import launch
+from daam.kernels.call import _plan
+from daam.kernels.layout import Strided, axis_is_fastest, inner_dim, varies
 
 pytestmark = pytest.mark.kernel
 algorithms = pytest.mark.parametrize("algorithm", ALGORITHMS)
@@ -63,6 +67,11 @@ DENSITY = [
     Case((1, 2500), 1, params="features", mask=True),
     Case((1, 5000), 1, heads=2, params="one", layout="sliced", residual=True),
     Case((2, 3, 2200), 2, params="features", grads="expanded"),
+    Case((2, 24, 64), 1),
+    Case((32, 512), -1, params="one"),
+    Case((2, 128, 64), 1),
+    Case((2, 131, 9), 1),
+    Case((1, 2048), 1),
     Case((1, 5, 1), 1, params="one"),
     Case((1, 1), 0),
 ]
@@ -91,6 +100,10 @@ OTHERS = [
     Case((1, 2500), 1, mask=True),
     Case((1, 3071), 1, heads=3, layout="sliced", residual=True),
     Case((2, 3, 1100), 2, grads="expanded"),
+    Case((2, 24, 64), 1),
+    Case((32, 256), -1),
+    Case((2, 128, 64), 1),
+    Case((1, 2048), 1),
 ]
 # Sums of the weights on both sides of their clamp, positions that hold the padding value, and both.
 MIXTURE = [
@@ -138,6 +151,71 @@ def test_agrees_where_programs_take_several_tiles(case, device):
     """Small tensors have a program for every tile: here programs loop, and share partial sums."""
     with mock.patch.multiple(launch, MAX_PROGRAMS=3, FILL=1):
         check(case, device)
+
+
+STREAMED = [
+    Case((2, 300, 21), 1, heads=2, mask=True, residual=True),
+    Case((2, 300, 5), 1, params="features", grads="expanded", weights=False),
+    Case((1, 5000), 1, heads=2, params="one", layout="sliced", residual=True),
+    Case((1, 2500), 1, params="features", mask=True),
+    *(
+        case.but(algorithm=name)
+        for name, spec in ALGORITHMS.items()
+        if not spec.features
+        for case in (Case((2, 131, 9), 1, heads=2, grads="sliced"), Case((1, 2500), 1, mask=True))
+    ),
+    Case((3, 200, 5), 1, eps=1.0, grads="expanded", algorithm="mixture"),
+    Case((2, 1100), 1, padding=0.0, eps=0.3, residual=True, algorithm="mixture"),
+]
+
+
+@pytest.mark.parametrize("case", STREAMED, ids=str)
+def test_agrees_where_chunks_have_several_strips(case, device):
+    """Strips of one tile, and merged three at a time: many of both."""
+    with mock.patch.multiple(launch, STRIP_ROW=1, STRIP_COLUMN=1, STRIPS=4):
+        _plan.cache_clear()
+        check(case, device)
+    _plan.cache_clear()
+
+
+def paths_of(case):
+    """What decides which code of a kernel runs, of every launch of a case: (algorithm, order, kernel, what)."""
+    given = inputs(case)
+    inner = inner_dim(given.x, case.positive_axis, case.feature_axis)
+    order = "rows" if axis_is_fastest(given.x, case.positive_axis, inner) else "columns"
+    along = varies(case.positive_axis, case.feature_axis)
+    with recording() as launches:
+        run(case, given, "triton")
+    for one in launches:
+        if "PARTS" not in one.meta:
+            continue
+        extent, (rows, columns) = one.args[-1], one.meta["RAGGED"]
+        streamed = extent.chunk > one.meta["BLOCK_CHUNK"] * one.meta["PARTS"]
+        for what in (
+            f"parameters along {along}", "masked" if case.mask else "not masked",
+            "several blocks" if one.meta["PARTS"] > 1 else "one block", "ragged rows" if rows else "whole rows",
+            "ragged columns" if columns else "whole columns",
+        ):  # fmt: skip
+            yield case.algorithm, order, one.name, "streamed" if streamed else "resident", what
+
+
+def test_every_path_is_taken():
+    """By the cases that are compared with float64: no code of a regime that no case runs."""
+    taken = {path for case in CASES for path in paths_of(case)}
+    both = ("masked", "not masked", "ragged rows", "whole rows", "several blocks", "whole columns")
+    missing = []
+    for name, spec in ALGORITHMS.items():
+        for order in ("rows", "columns"):
+            for streamed in (False, True):
+                where, whats = ("streamed", both) if streamed else ("resident", (*both, "one block", "ragged columns"))
+                missing += [
+                    (name, order, kernel, where, what)
+                    for kernel in spec.kernels[streamed]
+                    if kernel in TENSORS
+                    for what in whats
+                    if (name, order, kernel, where, what) not in taken
+                ]
+    assert not missing, "\n".join(map(str, missing))
 
 
 PARAMS = [(name, p) for name, spec in ALGORITHMS.items() for p in (("features", "one") if spec.features else (4,))]
@@ -211,7 +289,8 @@ def test_path(shape, axis, streamed, algorithm, device):
     case = Case(shape, axis, algorithm=algorithm)
     with recorded_launches() as names:
         run(case, inputs(case, torch.float32, device=device), "triton")
-    assert names == case.spec.kernels[streamed]
+    # density's parameters along the chunk are those of one tile, whose strips' sums are added
+    assert [name for name in names if name != "_add"] == case.spec.kernels[streamed]
 
 
 def test_chunks_that_only_the_backward_pass_streams(device):
@@ -222,7 +301,9 @@ def test_chunks_that_only_the_backward_pass_streams(device):
         case = Case(shape, 1, heads=heads, algorithm="gate")
         with recorded_launches() as names:
             run(case, inputs(case, device=device), "triton")
-        assert list(dict.fromkeys(names))[:2] == expected and names.count("_stats") == heads // 2 + 1
+        assert [name for name in dict.fromkeys(names) if name != "_merge"][:2] == expected and names.count(
+            "_stats"
+        ) == heads // 2 + 1
         check(case, device)
 
 
@@ -243,7 +324,7 @@ def test_frozen_inputs(shape, needs, algorithm, device):
         assert not need or error(t.grad, expected[name]) < 1e-11
     streamed = shape[1] == 300
     assert ("_backward" in names) == (needs[0] or not streamed), "sums are enough for parameters of streamed chunks"
-    assert ("_chain" in names) == (not case.spec.features and any(needs[1:]))
+    assert ("_chain" in names) == any(needs[1:])
 
 
 @algorithms
@@ -382,7 +463,7 @@ def test_nothing_is_written_beside_the_tensors(shape, algorithm, device):
         moved = []
 
         def fence(arg):
-            if not hasattr(arg, "strides"):
+            if not isinstance(arg, Strided):
                 return tuple(map(fence, arg)) if type(arg) is tuple else arg
             t = arg.data
             room = 1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))

@@ -1,5 +1,6 @@
 """Launch configurations: pure functions, tested as such."""
 
+import itertools
 from unittest import mock
 
 import pytest
@@ -19,8 +20,8 @@ def of(shape, axis, feature_axis, dtype=torch.bfloat16, heads=1):
     along, found = varies(axis, feature_axis), []
     for tiles in PASSES:
         streamed = launch.streams(tiles, x, axis, heads, feature_axis)
-        for full in (False, True):
-            found.append((tiles, launch.tile_for(tiles, one, streamed, along, dtype, full), streamed))
+        for more in itertools.product((False, True), repeat=2):
+            found.append((tiles, launch.tile_for(tiles, one, streamed, along, dtype, *more), streamed))
     return found
 
 
@@ -39,10 +40,38 @@ def test_no_number_of_rows_changes_a_tile(n):
 @pytest.mark.parametrize("rows", [False, True])
 def test_resident_tiles_hold_a_chunk(n, rows, dtype):
     for tiles, tile, streamed in of((5, n) if rows else (5, n, 100), 1, 1 if rows else 2, dtype):
-        longest, _ = (tiles.rows if rows else tiles.columns)[-1]
+        longest = tiles.longest_row if rows else tiles.longest_column
         assert streamed == (n > longest // (4 if dtype == torch.float64 else 1))
-        assert streamed or n <= tile.chunk
-        assert tile.num_warps <= 16 and tile.chunk * tile.inner <= 2**16
+        assert streamed or n <= tile.length < n + tile.chunk, "a chunk, and no block that holds nothing of it"
+        assert tile.num_warps <= 16 and tile.length * tile.inner <= 2**16
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 6, 8, 12, 24, 48, 96, 192, 256])
+def test_common_chunks_fill_their_tiles(n):
+    """Columns of common lengths: nothing is computed for rows that are not there."""
+    one = view(torch.empty(5, n, 1024), [], 1, 1, 2)
+    assert launch.tile_for(launch.FORWARD, one, False, "inner", torch.bfloat16).length == n
+
+
+@pytest.mark.parametrize("n", [64, 512, 768, 1024])
+def test_a_row_is_one_warps(n):
+    tile = launch.tile_for(launch.FORWARD, view(torch.empty(64, n), [], 1, 1, None), False, "nothing", torch.bfloat16)
+    assert (tile.num_warps, tile.length) == (1, n)
+
+
+@pytest.mark.parametrize("n", [300, 5000, 100_000])
+@pytest.mark.parametrize("rows", [False, True])
+@pytest.mark.parametrize("feature_axis", [1, 2, None])
+def test_strips(n, rows, feature_axis):
+    """Whole tiles, enough of them for their numbers not to count; one where parameters vary along the chunk."""
+    feature_axis = 1 if rows and feature_axis == 2 else feature_axis
+    shape = (5, n) if rows else (5, n, 64)
+    one, along = view(torch.empty(shape, device="meta"), [], 1, 1, feature_axis), varies(1, feature_axis)
+    for tiles in PASSES:
+        tile = launch.tile_for(tiles, one, True, along, torch.bfloat16)
+        strip = launch.strip_of(tile, one, along)
+        assert strip % tile.length == 0
+        assert strip == tile.length if along == "chunk" else strip >= 512
 
 
 @pytest.mark.parametrize("tiles", [1, 3, 100, 5000, 10**6, 2**33])
