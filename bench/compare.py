@@ -3,12 +3,12 @@
     python -m bench.compare BASE NEW [--plot regression.png]
 
 Cases are aligned by full name. Times count in multiples of the copy that took turns with the case, and fail where they
-grew by more than max(5 %, 3·IQR of base) on a GPU, by more than 25 % on a CPU, if they are this project's. On a CPU
-they must also have grown so much in multiples of all copies and layer_norms of the run: a busy moment moves one of the
-two, a slower kernel both. Lesser changes are only reported. Counted figures fail on any increase: bytes; of the audit
-stack, shared memory, loads, stores, instructions and special functions an element, narrower accesses, registers past
-128 and warps below 16. So does a case of ours that is missing. Exit code 1 on a failure, 2 where there is nothing to
-compare.
+grew by more than max(5 %, 3·IQR of base) on a GPU, by more than 25 % on a CPU or of the host, if they are this
+project's. The latter must also have grown so much in multiples of all copies and layer_norms of the run: a busy moment
+moves one of the two, slower code both. Lesser changes are only reported. Counted figures fail on any increase: bytes;
+of the audit stack, shared memory, loads, stores, instructions and special functions an element, narrower accesses,
+registers past 128 and warps below 16. So does a case of ours that is missing. Exit code 1 on a failure, 2 where there
+is nothing to compare.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def _speed(yardstick: float, name: str, base: dict, new: dict) -> list[Change]:
     seconds = [one["seconds"]["p50"] for one in (base, new)]
     # an erratic new run does not raise its own limit
     worse, limit = after["p50"] / before["p50"], max(LEAST, OF_IQR * before["iqr"] / before["p50"])
-    if "peak_bytes" not in new:
+    if "peak_bytes" not in new:  # on a CPU, or of the host
         worse, limit = min(worse, seconds[1] / seconds[0] / yardstick), CPU
     return [
         Change(name, "time", *seconds, worse - 1, limit, judged),

@@ -208,7 +208,8 @@ def figures(workload: Workload, which: str, name: str, names: tuple[str, ...]) -
     if "copy" not in times:
         raise WrongResultError(f"the copy is not right: {candidates(workload, names)['copy']}")
     own, copy = times[name], times["copy"]
-    seconds = summary(own)
+    duration = timed(own, copy)
+    seconds = duration["seconds"]["p50"]
     moved = least_bytes(workload, which) if name != "copy" else 2 * workload.x.nbytes
     roof = 2 * workload.x.nbytes / summary(copy)["p50"]
     memory = (
@@ -218,6 +219,19 @@ def figures(workload: Workload, which: str, name: str, names: tuple[str, ...]) -
     )
     if candidate.backend == "triton":
         memory["kernel_bytes"] = kernel_bytes(workload, which)
+    return {
+        **described(workload, which, name, candidate.backend),
+        "error": rounded(off),
+        **duration,
+        "bytes": moved,
+        "gb_per_s": rounded(moved / seconds / 1e9),
+        "percent_of_roof": rounded(100 * moved / seconds / roof),
+        **memory,
+    }
+
+
+def described(workload: Workload, which: str, name: str, backend: str) -> dict[str, Any]:
+    """What was timed, and on what."""
     return {
         "workload": str(workload),
         "family": workload.family,
@@ -229,16 +243,14 @@ def figures(workload: Workload, which: str, name: str, names: tuple[str, ...]) -
         "dtype": workload.dtype,
         "pass": which,
         "provider": name,
-        "backend": candidate.backend,
-        "error": rounded(off),
-        "seconds": seconds,
-        "of_copy": summary(a / b for a, b in zip(own, copy, strict=True)),
-        "bytes": moved,
-        "gb_per_s": rounded(moved / seconds["p50"] / 1e9),
-        "percent_of_roof": rounded(100 * moved / seconds["p50"] / roof),
-        **memory,
+        "backend": backend,
         **about(),
     }
+
+
+def timed(own: list[float], copy: list[float]) -> dict[str, dict[str, float]]:
+    """Seconds, and multiples of the copy that took turns."""
+    return {"seconds": summary(own), "of_copy": summary(a / b for a, b in zip(own, copy, strict=True))}
 
 
 @functools.cache

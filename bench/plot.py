@@ -151,7 +151,7 @@ def memory(run: Run) -> Figure | None:
     )
     if not found:
         return None
-    key = "saved_bytes" if "saved_bytes" in next(iter(run.rows.values())) else "peak_bytes"
+    key = "saved_bytes" if "saved_bytes" in next(iter(found.values()))[0] else "peak_bytes"
     what = {"saved_bytes": "Bytes saved for backward", "peak_bytes": "Peak of allocated bytes, forward and backward"}
     figure, grid = _grid(1, len(found), f"{what[key]}\n{run.title}")
     for (title, cases), axes in zip(found.items(), grid[0], strict=True):
