@@ -7,7 +7,6 @@ from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -68,11 +67,11 @@ def _plan(
     chunk_eighths, inner_eighths = (
         size // 8 if eighths and fast == i else None for i, size in enumerate((seen.chunk, seen.inner))
     )
-    blocks = triton.cdiv(seen.inner, tile.inner)
+    blocks = -(-seen.inner // tile.inner)
     strip = launch.strip_of(tile, seen, along) if streamed else seen.chunk
     extent = Extent(
         seen.sizes, tuple(step // 8 if eighths and i != fast else step for i, step in enumerate(of_x)),
-        seen.places * blocks, blocks, triton.cdiv(seen.chunk, strip), strip, seen.chunk, seen.inner,
+        seen.places * blocks, blocks, -(-seen.chunk // strip), strip, seen.chunk, seen.inner,
         chunk_eighths, inner_eighths,
     )  # fmt: skip
     strides = [t and (None if t.strides == of_x else t.strides) for t in seen.operands]
@@ -144,7 +143,7 @@ class Call:
         """
         tile = self.plan.tile
         elements = {"inner": self.extent.chunk, "chunk": tile.inner, "nothing": tile.length * tile.inner}
-        return self._programs(triton.cdiv(24 * numbers, elements[self.along])) * self.extent.strips
+        return self._programs(-(-24 * numbers // elements[self.along])) * self.extent.strips
 
     def groups(self, programs: int) -> int:
         """Groups of programs that together hold every parameter of a head once."""
@@ -164,7 +163,7 @@ class Call:
 
     def launch_merge(self, kernel, *args, **meta) -> None:
         """Launch what makes numbers of chunks from those of their strips: a program a tile of chunks."""
-        grid, strips = (self.extent.tiles, self.part.heads), triton.next_power_of_2(self.extent.strips)
+        grid, strips = (self.extent.tiles, self.part.heads), launch.power_of_2(self.extent.strips)
         meta |= self.plan.constants | {"BLOCK_CHUNK": min(launch.STRIPS, strips), "num_warps": 4}
         launch.launch(kernel, grid, *args, self.extent, device=self.device, **meta)
 

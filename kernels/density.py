@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from daam.kernels.launch import split_float
+from daam.kernels.launch import power_of_2, split_float
 from daam.kernels.layout import Strided
 from daam.kernels.passes import Backward, Forward
 from daam.kernels.stats import add_strips, find_stats, store_strip
@@ -330,9 +330,9 @@ def backward(
         if need_params:
             partials = _as_partials(sums.data, axis, feature_axis) if direct else partials
             features = c.shape[1]
-            block = min(128, triton.next_power_of_2(features))
+            block = min(128, power_of_2(features))
             args = (partials, partials.data.shape[2], call.of_heads(c), *grads, features)
-            blocks = triton.cdiv(features, block)
+            blocks = -(-features // block)
             call.launch_sums(_chain, blocks, *args, BLOCK=1024 // block, BLOCK_FEATURES=block)
     return run.dx, *grads
 

@@ -81,12 +81,12 @@ def gate_backward(gaussians: int) -> Tiles:
     return Tiles((rows, rows_full, rows_full), (columns, full, full), streamed, 4, (2, 4), 4, *longest)
 
 
-def _power(n: int) -> int:
+def power_of_2(n: int) -> int:
     """The least power of two that is not less."""
     return 1 << max(0, n - 1).bit_length()
 
 
-def _power_below(n: int) -> int:
+def power_below(n: int) -> int:
     """The largest power of two that is not greater, 1 of 0."""
     return 1 << max(0, n.bit_length() - 1)
 
@@ -96,13 +96,13 @@ def _row(chunk: int, elements: int, vector: int) -> Tile:
     a warp loads at once, so that a row of 768 is three of them; up to 32 short rows share a program.
     """
     vector = min(vector, elements)
-    num_warps = max(1, _power(chunk) // (32 * elements))
-    least = max(min(16, _power(chunk)), _power(-(-chunk * min(4, vector) // elements)))
+    num_warps = max(1, power_of_2(chunk) // (32 * elements))
+    least = max(min(16, power_of_2(chunk)), power_of_2(-(-chunk * min(4, vector) // elements)))
     sizes = [n for n in (least << k for k in range(8)) if n <= max(least, 32 * vector * num_warps)]
     rows = min(sizes, key=lambda n: (-(-chunk // n) * n, -n))
     parts = -(-chunk // rows)
     inner = 32 * num_warps * elements // (rows * parts)
-    return Tile(rows, min(32, _power_below(inner)), num_warps, parts)
+    return Tile(rows, min(32, power_below(inner)), num_warps, parts)
 
 
 def _column(chunk: int, elements: int, least: int, most: int) -> Tile:
@@ -110,8 +110,8 @@ def _column(chunk: int, elements: int, least: int, most: int) -> Tile:
     chunk to fewer lanes: sums over it need no barrier, and for the shortest ones no other thread. Columns no fewer than
     16, so that accesses stay whole sectors, with more warps where that takes them.
     """
-    vector = min(most, elements, max(least, _power_below(elements // chunk)))
-    rows = _power(-(-chunk * vector // elements))
+    vector = min(most, elements, max(least, power_below(elements // chunk)))
+    rows = power_of_2(-(-chunk * vector // elements))
     if rows == 1 and chunk * vector > 40:
         rows = 2  # twelve blocks of one row are too many addresses: a few bytes spill
     inner = max(16, 32 * vector // rows)
@@ -199,7 +199,7 @@ def tile_for(
         tile = _column(view.chunk, elements, *column)
     if tile.num_warps > 16:  # fewer columns instead
         tile = replace(tile, inner=max(1, tile.inner * 16 // tile.num_warps), num_warps=16)
-    return replace(tile, inner=min(tile.inner, _power(view.inner))) if along == "inner" else tile
+    return replace(tile, inner=min(tile.inner, power_of_2(view.inner))) if along == "inner" else tile
 
 
 def programs(tiles: int, heads: int, num_warps: int, multiple: int = 1, tiles_each: int = 1) -> int:
@@ -226,6 +226,7 @@ def split_float(value: float) -> tuple[float, float]:
     return high, value - high
 
 
+@functools.cache
 def options(num_warps: int, nvidia: bool) -> dict[str, int | bool]:
     """Compiler options of a launch. FP fusion is pinned: Triton 3.10 changes its default, and with it the last bits.
 

@@ -77,13 +77,13 @@ class Part:
         return t if self.length == t.shape[axis] else t.narrow(axis, self.start, self.length)
 
 
-def parts(size: int, heads: int) -> list[Part]:
+def parts(size: int, heads: int) -> tuple[Part, ...]:
     """An axis cut into chunks of size // heads: all heads at once, or all but the last, which takes the remainder."""
     chunk = size // heads
     if size == heads * chunk:
-        return [Part(0, heads, 0, size)]
+        return (Part(0, heads, 0, size),)
     first = (heads - 1) * chunk
-    return [Part(0, heads - 1, 0, first), Part(heads - 1, 1, first, size - first)]
+    return Part(0, heads - 1, 0, first), Part(heads - 1, 1, first, size - first)
 
 
 def varies(axis: int, feature_axis: int | None) -> str:

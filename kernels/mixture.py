@@ -36,7 +36,7 @@ import triton.language as tl
 from torch import Tensor
 
 from daam.kernels.call import Call
-from daam.kernels.launch import BACKWARD_MIXTURE, FORWARD_MIXTURE, split_float
+from daam.kernels.launch import BACKWARD_MIXTURE, FORWARD_MIXTURE, power_of_2, split_float
 from daam.kernels.layout import Strided
 from daam.kernels.passes import Backward, Forward
 from daam.kernels.stats import find_stats, store_strip, strip_numbers
@@ -535,7 +535,7 @@ class _Numbers:
     def __init__(self, call: Call, mean_offsets: Tensor, c: Tensor, eps: float, padding: int | None):
         self.call, self.padding = call, padding
         self.gaussians = (call.of_heads(mean_offsets), call.of_heads(c), c.shape[1], 0.0)
-        self.block = triton.next_power_of_2(c.shape[1])
+        self.block = power_of_2(c.shape[1])
         self.eps = split_float(eps)
         self.log_eps = split_float(math.log2(eps)) if eps > 0 else (-math.inf, 0.0)
 

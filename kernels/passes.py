@@ -4,13 +4,25 @@ for every part of the axis.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 
+import torch
 from torch import Tensor
 
 from daam.kernels import launch
 from daam.kernels.call import Call
 from daam.kernels.layout import Strided, acc_dtype, parts
+
+
+@functools.lru_cache(maxsize=1024)
+def _stats_shape(
+    tiles: launch.Tiles, shape: torch.Size, strides: tuple[int, ...], dtype: torch.dtype, axis: int, heads: int,
+    feature_axis: int | None,
+) -> tuple[int, ...] | None:  # fmt: skip
+    """`launch.stats_shape`, kept: it is asked at every call, and takes as long as all other questions."""
+    x = torch.empty_strided(shape, strides, dtype=dtype, device="meta")
+    return launch.stats_shape(tiles, x, axis, heads, feature_axis)
 
 
 class _Pass:
@@ -28,7 +40,8 @@ class _Pass:
             axis,
             feature_axis,
         )
-        if stats is None and (shape := launch.stats_shape(tiles, x, axis, heads, feature_axis)) is not None:
+        shape = _stats_shape(tiles, x.shape, x.stride(), x.dtype, axis, heads, feature_axis)
+        if stats is None and shape is not None:
             stats = x.new_empty(shape, dtype=acc_dtype(x))
         self.stats = stats
 
