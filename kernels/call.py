@@ -50,20 +50,22 @@ Spec = tuple[torch.Size, tuple[int, ...], torch.dtype]  # shape, strides and dty
 
 @functools.lru_cache(maxsize=1024)
 def _plan(
-    tiles: launch.Tiles, part: Part, axis: int, feature_axis: int | None, specs: tuple[Spec | None, ...],
+    tiles: launch.Tiles, part: Part, axis: int, length: int, feature_axis: int | None, specs: tuple[Spec | None, ...],
     streamed: bool, weights: bool,
 ) -> Plan:  # fmt: skip
     """The plan of a call on tensors of such specs: x, a mask or None, others; where chunks are streamed the last is one
-    number of every chunk. Kept, since making it takes longer than a launch.
+    number of every chunk. length is that of the whole axis. Kept, since making it takes longer than a launch.
     """
     x, mask, *others = (
         spec and torch.empty_strided(*spec[:2], dtype=spec[2], device="meta") for spec in specs
     )  # fmt: skip
-    seen, along = view(x, [mask, *others], axis, part.heads, feature_axis), varies(axis, feature_axis)
+    seen = view(x, [mask, *others], axis, part.heads, feature_axis, length)
+    along = varies(axis, feature_axis)
     of_x, of_mask = seen.operands[0].strides, seen.operands[1] and seen.operands[1].strides
     one_mask = of_mask is not None and of_mask[1] == 0  # for all of the inner dimension
     tile = launch.tile_for(tiles, seen, streamed, along, x.dtype, of_mask is not None, weights)
-    eighths, fast = seen.unit == 8, 0 if seen.by_axis else 1
+    fast = 0 if seen.by_axis else 1
+    eighths = seen.unit == 8 and all(step % 8 == 0 for i, step in enumerate(of_x) if i != fast)
     chunk_eighths, inner_eighths = (
         size // 8 if eighths and fast == i else None for i, size in enumerate((seen.chunk, seen.inner))
     )
@@ -106,7 +108,7 @@ class Call:
             tensors.append(part.heads_of(stats[0], axis))
         specs = tuple([None if t is None else (t.shape, t.stride(), t.dtype) for t in tensors])
         weights = others.get("weights") is not None or others.get("grad_weights") is not None
-        self.plan = _plan(tiles, part, axis, feature_axis, specs, self.streamed, weights)
+        self.plan = _plan(tiles, part, axis, x.shape[axis], feature_axis, specs, self.streamed, weights)
         self.along, self.extent = self.plan.along, self.plan.extent
         taken = [None if t is None else Strided(t, s) for t, s in zip(tensors, self.plan.strides, strict=True)]
         self.of = SimpleNamespace(**dict(zip(("x", "mask", *others), taken, strict=False)))

@@ -15,6 +15,7 @@ blocks one by one. Gradients of the parameters go through one partial sum a prog
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -164,6 +165,8 @@ def _backward(
                 x, mask, spot, head, start, extent, False, ACC, INDEX, BLOCK_CHUNK, BLOCK_INNER, PARTS, RAGGED
             )
             d, rest, r2, share = deviation(xv, valid, mask, None, extent, eps, False, ACC)
+            if VARIES == "chunk":  # sums over columns: r2 is infinite outside where eps is 0
+                r2 = tl.where(columns_inside(extent, at), r2, 0.0)
             e, w = _weights(d, rest, params, r2, valid)
             gradient = gradients(grad_y, grad_weights, mask, extent, at, inside, valid, RESIDUAL, ACC)
             he = _products(of_weights(gradient, xv, None), w, e, params, r2, VARIES)
@@ -341,7 +344,7 @@ def _as_partials(sums: Tensor, axis: int, feature_axis: int | None) -> Strided:
     """Sums of chunks, (2, …, heads, …), as partial sums (2, heads, 1, P)."""
     kept = (0, axis + 1, 0 if feature_axis is None else feature_axis + 1)
     others = [d for d in range(sums.dim()) if d not in kept]
-    totals = sums.sum(others) if others else sums  # sum([]) would sum everything
+    totals = sums.sum(others, dtype=torch.float64) if others else sums  # sum([]) would sum everything
     if feature_axis is None:
         totals = totals.unsqueeze(-1)
     elif feature_axis < axis:

@@ -3,6 +3,16 @@
 A configuration is a pure function of chunk length, strides, dtype and the number of parameters: same tensors, same
 bits, on every machine and rank, and no autotuning. What a chunk is summed in never depends on the sizes of dimensions
 that stand before it in memory, so that a contiguous batch equals its rows bit for bit.
+
+Three regimes, by how x lies in memory and how long a chunk is:
+
+- columns, the inner dimension being the fastest (layers, channels): a thread has a few neighbouring columns and as much
+  of their chunk as it holds, since what one thread adds costs no shuffle; the rest of the chunk is other lanes of its
+  warp, and only a chunk too long for 16 columns of one warp other warps.
+- rows, the axis being the fastest: a warp has a row of up to 1024, or several short ones; longer ones more warps.
+- streamed, chunks too long for both: read again, strip by strip, so that few long chunks still fill a GPU.
+
+What decides within these is how many elements a thread can hold before registers spill (`Tiles`).
 """
 
 from __future__ import annotations
@@ -43,7 +53,8 @@ class Tiles:
     that it loads at once (8 are 128 bits of bf16), and the longest chunks that stay on chip.
 
     rows: where the axis is the fastest dimension; with a mask or weights, or parameters for every position; with both.
-    columns: where the inner dimension is; with a mask; with weights, or of fp32. streamed: of chunks that do not stay.
+    columns: where the inner dimension is; with a mask, or where blocks do not divide the chunk; with weights, or
+    parameters for every position, or of fp32. streamed: of chunks that do not stay.
     """
 
     rows: tuple[int, int, int]
@@ -56,8 +67,12 @@ class Tiles:
     longest_column: int = LONGEST_COLUMN
 
 
+# Rows: 32 elements a thread are a row of 1024. Columns: 48 are 24 layers two columns at a time, or, as here, 12 or 6
+# blocks of them 64 or 128 bits wide. The mixture adds along a chunk five times where density attention does three, so
+# that narrower loads pay for themselves: lanes that share a chunk shuffle for every sum.
 FORWARD = Tiles((32, 32, 32), (48, 48, 24), 32)
 FORWARD_MIXTURE = replace(FORWARD, column_vectors=(4, 8))
+# Backward x, grad_y and the weights are alive at once; so are k and s in the mixture.
 BACKWARD = Tiles((32, 16, 16), (48, 32, 16), 16, row_vector=4, column_vectors=(4, 8))
 BACKWARD_MIXTURE = Tiles((16, 16, 16), (24, 24, 16), 16, column_vectors=(2, 8))
 
@@ -76,9 +91,9 @@ def gate_backward(gaussians: int) -> Tiles:
     half again for every doubling. Longer chunks are streamed rather than spilled.
     """
     parts = 1 << max(0, (gaussians - 1).bit_length() - 2)
-    rows, rows_full, columns, full, streamed = (max(2, n // parts) for n in (16, 8, 24, 8, 8))
+    rows, rows_full, columns, masked, streamed = (max(2, n // parts) for n in (16, 8, 24, 12, 8))
     longest = max(32, 2048 // parts), max(32, 128 // parts)
-    return Tiles((rows, rows_full, rows_full), (columns, full, full), streamed, 4, (2, 4), 4, *longest)
+    return Tiles((rows, rows_full, rows_full), (columns, masked, rows_full), streamed, 4, (2, 4), 4, *longest)
 
 
 def power_of_2(n: int) -> int:
@@ -125,8 +140,8 @@ def _streamed(elements: int, vector: int, by_axis: bool) -> Tile:
     return Tile(chunk, inner, 4, elements // vector)
 
 
-STRIP_ROW, STRIP_COLUMN = 16_384, 512  # positions of a strip: its numbers are 16 bytes, 3 % of what it reads
-STRIPS = 64  # merged at a time
+STRIP_ROW, STRIP_COLUMN = 16_384, 512  # positions of a strip: its numbers are 16 bytes, 2 % of what it reads
+STRIPS = 32  # merged at a time, in fp64: 64 of 64 columns spill
 
 
 def strip_of(tile: Tile, view: View, along: str) -> int:
@@ -186,7 +201,7 @@ def tile_for(
         elements = tiles.rows[full + (along == "chunk")]
     else:
         # fp32 moves twice the bytes an element: it has instructions to spare, and more warps hide more latency
-        elements = tiles.columns[2 if weights or dtype.itemsize > 2 else 1 if mask else 0]
+        elements = tiles.columns[2 if weights or dtype.itemsize > 2 or along == "chunk" else 1 if mask else 0]
     elements = max(1, elements // parts)
     row, streamed_vector, *column = (
         max(1, n // parts) for n in (tiles.row_vector, tiles.streamed_vector, *tiles.column_vectors)
@@ -197,6 +212,8 @@ def tile_for(
         tile = _row(view.chunk, elements, row)
     else:
         tile = _column(view.chunk, elements, *column)
+        if view.chunk % tile.chunk:
+            tile = _column(view.chunk, min(elements, max(1, tiles.columns[1] // parts)), *column)
     if tile.num_warps > 16:  # fewer columns instead
         tile = replace(tile, inner=max(1, tile.inner * 16 // tile.num_warps), num_warps=16)
     return replace(tile, inner=min(tile.inner, power_of_2(view.inner))) if along == "inner" else tile

@@ -30,16 +30,16 @@ class Strided(NamedTuple):
 class View:
     """What all tensors of one call look like to a kernel.
 
-    sizes: of the outer dimensions, the fastest first. chunk: positions of one head along the axis. inner: size of the
-        inner dimension.
+    sizes: of the outer dimensions, the fastest first. chunk: positions of one head along the axis. length: positions of
+        the whole axis. inner: size of the inner dimension.
     by_axis: whether neighbours along the axis stand closer in memory than neighbours along the inner dimension
         ("rows").
     operands: the tensors of the call, in the order given.
     """
 
     sizes: tuple[int, ...]
-    heads: int
     chunk: int
+    length: int
     inner: int
     by_axis: bool
     operands: tuple[Strided | None, ...]
@@ -50,14 +50,17 @@ class View:
 
     @property
     def unit(self) -> int:
-        """16 or 8 where tensors of x's dtype can be moved 128 bits at a time, else 1: one stride is 1, others are
-        multiples of it, and so is the length of what that stride walks along.
+        """16 or 8 where tensors like x can be moved 128 bits at a time, else 1: one stride is 1, others are multiples
+        of it, and so is the length of what that one walks along. The length of whole rows, too, which is a stride that
+        a single row does not show: a batch has the tiles of its rows.
         """
         x = self.operands[0].data
-        strides = [t.strides for t in self.operands if t is not None and t.data.dtype == x.dtype]
+        alike = (t for t in self.operands if t is not None and (t.data.dtype, t.data.shape) == (x.dtype, x.shape))
+        strides = [t.strides for t in alike]
         if any(s.count(1) > 1 for s in strides):
             return 1
-        steps = {step for s in strides for step in s if step != 1} | {self.chunk if self.by_axis else self.inner}
+        steps = {step for s in strides for step in s if step != 1}
+        steps |= {self.chunk, self.length} if self.by_axis else {self.inner}
         return next(unit for unit in (16, 8, 1) if not any(step % unit for step in steps))
 
 
@@ -115,8 +118,13 @@ def acc_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def view(x: Tensor, others: Sequence[Tensor | None], axis: int, heads: int, feature_axis: int | None = None) -> View:
-    """The view of a call on x and on others that have its dimensions; where one is broadcast its stride is 0."""
+def view(
+    x: Tensor, others: Sequence[Tensor | None], axis: int, heads: int, feature_axis: int | None = None,
+    length: int | None = None,
+) -> View:  # fmt: skip
+    """The view of a call on x and on others that have its dimensions; where one is broadcast its stride is 0. length:
+    of the axis that x is a part of, if it is.
+    """
     inner, along = inner_dim(x, axis, feature_axis), varies(axis, feature_axis)
     tensors = [t for t in (x, *others) if t is not None]
     groups: list[
@@ -142,8 +150,8 @@ def view(x: Tensor, others: Sequence[Tensor | None], axis: int, heads: int, feat
     )
     return View(
         sizes=tuple(size for size, _ in outer),
-        heads=heads,
         chunk=x.shape[axis] // heads,
+        length=x.shape[axis] if length is None else length,
         inner=inner_size,
         by_axis=axis_is_fastest(x, axis, inner),
         operands=tuple(None if t is None else next(strided) for t in (x, *others)),

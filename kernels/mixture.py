@@ -224,27 +224,25 @@ def _scales(
     BLOCK_CHUNK: tl.constexpr, BLOCK_INNER: tl.constexpr, PARTS: tl.constexpr, RAGGED: tl.constexpr,
 ):  # fmt: skip
     """The least s of every chunk's strip of one tile's columns, and the sum of the weights relative to it."""
-    head, start, first, step, spot, apart = first_tile(extent, True)
+    head, start, _first, _step, spot, _apart = first_tile(extent, True)
     gaussian = _gaussian(gaussians, head, ACC, BLOCK_K)
-    for _tile in range(first, extent.tiles, step):
-        own = at_of(spot, head, start, extent, INDEX, BLOCK_CHUNK, BLOCK_INNER)
-        mean, rest, r2 = load_numbers(stats, extent, own, head, 3)
-        origin, _away, precision = _frame(gaussian, r2)
-        # of every place in a block by itself: they are compared once, at the end
-        nearest = tl.zeros([BLOCK_CHUNK, BLOCK_INNER], ACC) + 1e37  # not inf: the difference of two of them is NaN
-        total = tl.zeros([BLOCK_CHUNK, BLOCK_INNER], ACC)
-        for row in range(start, tl.minimum(start + extent.strip, extent.chunk), BLOCK_CHUNK * PARTS):
-            _at, _inside, valid, _raw, xv = read_tile(
-                x, mask, spot, head, row, extent, False, ACC, INDEX, BLOCK_CHUNK, BLOCK_INNER, PARTS, RAGGED
-            )
-            _f, s = _distance(less(xv, mean), rest, gaussian, origin, valid)
-            before, nearest = nearest, tl.minimum(nearest, _nearest(s))
-            more = added(_relative(_under(s, nearest), precision, valid))
-            total = total * tl.exp2((nearest - before) * precision) + more
-        least = tl.min(nearest, 0)[None, :]
-        total = along_chunk(total * tl.exp2((least - nearest) * precision))
-        store_strip(strips, extent, own, head, start, (least, total))
-        spot = next_tile(spot, apart, extent)
+    own = at_of(spot, head, start, extent, INDEX, BLOCK_CHUNK, BLOCK_INNER)
+    mean, rest, r2 = load_numbers(stats, extent, own, head, 3)
+    origin, _away, precision = _frame(gaussian, r2)
+    # of every place in a block by itself: they are compared once, at the end
+    nearest = tl.zeros([BLOCK_CHUNK, BLOCK_INNER], ACC) + 1e37  # not inf: the difference of two of them is NaN
+    total = tl.zeros([BLOCK_CHUNK, BLOCK_INNER], ACC)
+    for row in range(start, tl.minimum(start + extent.strip, extent.chunk), BLOCK_CHUNK * PARTS):
+        _at, _inside, valid, _raw, xv = read_tile(
+            x, mask, spot, head, row, extent, False, ACC, INDEX, BLOCK_CHUNK, BLOCK_INNER, PARTS, RAGGED
+        )
+        _f, s = _distance(less(xv, mean), rest, gaussian, origin, valid)
+        before, nearest = nearest, tl.minimum(nearest, _nearest(s))
+        more = added(_relative(_under(s, nearest), precision, valid))
+        total = total * tl.exp2((nearest - before) * precision) + more
+    least = tl.min(nearest, 0)[None, :]
+    total = along_chunk(total * tl.exp2((least - nearest) * precision))
+    store_strip(strips, extent, own, head, start, (least, total))
 
 
 @triton.jit
@@ -283,38 +281,36 @@ def _sums(
 
     Of relative weights, so that their scale need not be known before.
     """
-    head, start, first, step, spot, apart = first_tile(extent, True)
+    head, start, _first, _step, spot, _apart = first_tile(extent, True)
     gaussian = _gaussian(gaussians, head, ACC, BLOCK_K)
-    for _tile in range(first, extent.tiles, step):
-        own = at_of(spot, head, start, extent, INDEX, BLOCK_CHUNK, BLOCK_INNER)
-        mean, rest, r2, nearest = load_numbers(stats, extent, own, head, 4)
-        origin, _away, precision = _frame(gaussian, r2)
-        sum_h = tl.zeros([BLOCK_CHUNK, BLOCK_INNER], ACC)
-        sum_hf, sum_hu, sum_w, sum_wf, sum_wu, n = sum_h, sum_h, sum_h, sum_h, sum_h, sum_h
-        for row in range(start, tl.minimum(start + extent.strip, extent.chunk), BLOCK_CHUNK * PARTS):
-            at, inside, valid, _raw, xv = read_tile(
-                x, mask, spot, head, row, extent, False, ACC, INDEX, BLOCK_CHUNK, BLOCK_INNER, PARTS, RAGGED
-            )
-            f, s = _distance(less(xv, mean), rest, gaussian, origin, valid)
-            under = _under(s, nearest)
-            w = _relative(under, precision, valid)
-            h = of_weights(gradients(grad_y, grad_weights, mask, extent, at, inside, valid, False, ACC), xv, padding)
-            for i in tl.static_range(PARTS):
-                hw = h[i] * w[i]
-                sum_h += hw
-                sum_hf += hw * f[i]
-                sum_hu += hw * under[i]
-                sum_w += w[i]
-                sum_wf += w[i] * f[i]
-                sum_wu += w[i] * under[i]
-            if mask is not None:
-                n += added(convert(valid, ACC))
-        if mask is None:
-            length = (tl.minimum(start + extent.strip, extent.chunk) - start).to(ACC)
-            n = tl.where(tl.arange(0, BLOCK_CHUNK)[:, None] == 0, length, n)
-        sums = (along_chunk(sum_h), along_chunk(sum_hf), along_chunk(sum_hu), along_chunk(sum_w), along_chunk(sum_wf))
-        store_strip(strips, extent, own, head, start, sums + (along_chunk(sum_wu), along_chunk(n)))
-        spot = next_tile(spot, apart, extent)
+    own = at_of(spot, head, start, extent, INDEX, BLOCK_CHUNK, BLOCK_INNER)
+    mean, rest, r2, nearest = load_numbers(stats, extent, own, head, 4)
+    origin, _away, precision = _frame(gaussian, r2)
+    sum_h = tl.zeros([BLOCK_CHUNK, BLOCK_INNER], ACC)
+    sum_hf, sum_hu, sum_w, sum_wf, sum_wu, n = sum_h, sum_h, sum_h, sum_h, sum_h, sum_h
+    for row in range(start, tl.minimum(start + extent.strip, extent.chunk), BLOCK_CHUNK * PARTS):
+        at, inside, valid, _raw, xv = read_tile(
+            x, mask, spot, head, row, extent, False, ACC, INDEX, BLOCK_CHUNK, BLOCK_INNER, PARTS, RAGGED
+        )
+        f, s = _distance(less(xv, mean), rest, gaussian, origin, valid)
+        under = _under(s, nearest)
+        w = _relative(under, precision, valid)
+        h = of_weights(gradients(grad_y, grad_weights, mask, extent, at, inside, valid, False, ACC), xv, padding)
+        for i in tl.static_range(PARTS):
+            hw = h[i] * w[i]
+            sum_h += hw
+            sum_hf += hw * f[i]
+            sum_hu += hw * under[i]
+            sum_w += w[i]
+            sum_wf += w[i] * f[i]
+            sum_wu += w[i] * under[i]
+        if mask is not None:
+            n += added(convert(valid, ACC))
+    if mask is None:
+        length = (tl.minimum(start + extent.strip, extent.chunk) - start).to(ACC)
+        n = tl.where(tl.arange(0, BLOCK_CHUNK)[:, None] == 0, length, n)
+    sums = (along_chunk(sum_h), along_chunk(sum_hf), along_chunk(sum_hu), along_chunk(sum_w), along_chunk(sum_wf))
+    store_strip(strips, extent, own, head, start, sums + (along_chunk(sum_wu), along_chunk(n)))
 
 
 @triton.jit

@@ -100,6 +100,7 @@ def strip_numbers(strips, number, first, extent, at, head, BLOCK_CHUNK: tl.const
     """One number of the strips from the first on, [BLOCK_CHUNK, BLOCK_INNER]; `other` for those that are not there."""
     pointer, far, ok = chunk_numbers(strips, extent, at, head)
     places = first + tl.arange(0, BLOCK_CHUNK)[:, None]
+    far = tl.cast(far, tl.int64)
     return tl.load(pointer + (number * extent.strips + places) * far, ok & (places < extent.strips), other)
 
 

@@ -26,7 +26,7 @@ from helpers import (
 )
 
 from bench.aot import recording
-from bench.audit import TENSORS
+from bench.audit import TENSORS, launches
 from daam.kernels import launch
 from daam.kernels.call import _plan
 from daam.kernels.layout import Strided, axis_is_fastest, inner_dim, varies
@@ -68,6 +68,9 @@ DENSITY = [
     Case((1, 5000), 1, heads=2, params="one", layout="sliced", residual=True),
     Case((2, 3, 2200), 2, params="features", grads="expanded"),
     Case((2, 24, 64), 1),
+    Case((8, 8, 8), 1, layout="transposed"),
+    Case((2, 24, 40), 1, heads=2),
+    Case((5, 72), -1, params="one"),
     Case((32, 512), -1, params="one"),
     Case((2, 128, 64), 1),
     Case((2, 131, 9), 1),
@@ -102,6 +105,8 @@ OTHERS = [
     Case((2, 3, 1100), 2, grads="expanded"),
     Case((2, 24, 64), 1),
     Case((32, 256), -1),
+    Case((2, 24, 40), 1, heads=2),
+    Case((5, 72), -1),
     Case((2, 128, 64), 1),
     Case((1, 2048), 1),
 ]
@@ -195,6 +200,7 @@ def paths_of(case):
             f"parameters along {along}", "masked" if case.mask else "not masked",
             "several blocks" if one.meta["PARTS"] > 1 else "one block", "ragged rows" if rows else "whole rows",
             "ragged columns" if columns else "whole columns",
+            "sixteenths" if extent.chunk_eighths is extent.inner_eighths is None else "eighths",
         ):  # fmt: skip
             yield case.algorithm, order, one.name, "streamed" if streamed else "resident", what
 
@@ -202,12 +208,13 @@ def paths_of(case):
 def test_every_path_is_taken():
     """By the cases that are compared with float64: no code of a regime that no case runs."""
     taken = {path for case in CASES for path in paths_of(case)}
+    more = ("one block", "ragged columns", "eighths", "sixteenths")
     both = ("masked", "not masked", "ragged rows", "whole rows", "several blocks", "whole columns")
     missing = []
     for name, spec in ALGORITHMS.items():
         for order in ("rows", "columns"):
             for streamed in (False, True):
-                where, whats = ("streamed", both) if streamed else ("resident", (*both, "one block", "ragged columns"))
+                where, whats = ("streamed", both) if streamed else ("resident", (*both, *more))
                 missing += [
                     (name, order, kernel, where, what)
                     for kernel in spec.kernels[streamed]
@@ -301,9 +308,8 @@ def test_chunks_that_only_the_backward_pass_streams(device):
         case = Case(shape, 1, heads=heads, algorithm="gate")
         with recorded_launches() as names:
             run(case, inputs(case, device=device), "triton")
-        assert [name for name in dict.fromkeys(names) if name != "_merge"][:2] == expected and names.count(
-            "_stats"
-        ) == heads // 2 + 1
+        assert [name for name in dict.fromkeys(names) if name != "_merge"][:2] == expected
+        assert names.count("_stats") == heads // 2 + 1
         check(case, device)
 
 
@@ -382,6 +388,40 @@ def test_a_batch_equals_its_rows_bit_for_bit(case, algorithm, device):
         row = run(one, part, "triton")
         for name in ("y", "weights", "dx"):
             assert torch.equal(row[name], whole[name][i : i + 1]), name
+
+
+@algorithms
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("shape", [(24, 40), (20_000,), (20_003,), (96,), (600, 40)], ids=str)
+def test_a_batch_has_the_tiles_of_its_rows(shape, dtype, algorithm):
+    """Long rows and heads of unequal length included: what a chunk is summed in is the same."""
+    spec, found = ALGORITHMS[algorithm], set()
+    heads = 4 if not spec.features or shape[0] % 4 == 0 else 1
+    for batch in (1, 2, 7):
+        x = torch.empty(batch, *shape, dtype=dtype, device="meta")
+        p = torch.empty(heads, 1 if spec.features else 3, device="meta")
+        tiles = [
+            (one.name, one.meta["BLOCK_CHUNK"], one.meta["PARTS"], one.meta["num_warps"], one.args[-1].strip)
+            for one in launches(algorithm, x, p, None, 1, None, False)
+            if one.name in TENSORS
+        ]
+        found.add(str(tiles))
+    assert len(found) == 1, found
+
+
+@pytest.mark.parametrize("shape", [(4, 8, 8), (24, 40)], ids=str)
+@pytest.mark.parametrize("dim", [0, -1])
+@algorithms
+def test_x_that_is_expanded(shape, dim, algorithm, device):
+    """Strides of 0 in x itself, along a batch or the features: a stride of 1 may be any dimension's."""
+    if dim == -1 and len(shape) == 2:
+        pytest.skip("the axis is the last dimension")
+    case = Case(shape, 1, params="one", algorithm=algorithm)
+    given = inputs(case, device=device)
+    given.x = given.x.narrow(dim, 0, 1).contiguous().expand(shape)
+    expected, result = oracle(case, given), run(case, given, "triton")
+    for name in expected:
+        assert error(result[name], expected[name]) < 1e-11, name
 
 
 @algorithms

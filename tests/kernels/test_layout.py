@@ -19,7 +19,7 @@ def addresses(operand, one):
         base = 0
         for size, stride in zip(one.sizes, outer, strict=True):
             base, place = base + place % size * stride, place // size
-        for row, col in itertools.product(range(one.heads * one.chunk), range(one.inner)):
+        for row, col in itertools.product(range(one.length), range(one.inner)):
             offsets.append(base + row * axis + col * inner)
     return offsets
 
@@ -36,7 +36,7 @@ def test_every_element_is_addressed_once_in_every_tensor(shape, axis, layout, gr
         pytest.skip("a parameter of one feature varies along nothing")
     x, grad = (strided(shape, name, torch.float32, GENERATOR) for name in (layout, grads))
     one = view(x, [None, grad], axis, 2, feature_axis)
-    assert one.places * one.heads * one.chunk * one.inner == x.numel()
+    assert one.places * one.length * one.inner == x.numel()
     assert one.chunk == shape[axis] // 2 and one.operands[1] is None
     of_x, of_grad = (addresses(one.operands[i], one) for i in (0, 2))
     assert len(set(of_x)) == x.numel()
