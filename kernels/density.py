@@ -9,8 +9,9 @@ Over one chunk of length n, with e = x - mean - mean_offset and r2 = 1/(var + ep
     d_mean_offset = Σ he      d_c = Σ he·e/(2c)
 
 A chunk that fits on chip is read once: statistics, sums and output come from the same registers. A longer one is
-streamed: `stats.py` (and `_sums` in the backward pass) walk it first, then the same `_forward` and `_backward` take its
-blocks one by one. Gradients of the parameters go through one partial sum a program and a second sum in fixed order.
+streamed: `stats.py` (and `_sums` in the backward pass) walk its strips first, then the same `_forward` and `_backward`
+take them again, last strip first. Gradients of the parameters go through one partial sum a program, or the sums of
+streamed chunks where these are sums over the same positions, and `_chain`, which adds them in fixed order.
 """
 
 from __future__ import annotations

@@ -9,8 +9,8 @@ Gaussians sigma_k = softplus(log_sigma_k) + 1e-3, width_k = std·sigma_k + 1e-8,
     dx = grad_y·weights + Q - Σ Q/n - [var >= 1e-6]·(d/std)·Σ Σ_k q_k·z_k·sigma_k/n (+ grad_y)
     d_mean_offset_k = -Σ q_k      d_log_sigma_k = -(Σ q_k·z_k·std + Σ t_k/sigma_k)·sigmoid(log_sigma_k)
 
-A chunk that fits on chip is read once. A longer one is streamed: `stats.py`, and in the backward pass `_sums`, walk it
-first, then the same `_forward` and `_backward` take its blocks one by one.
+A chunk that fits on chip is read once. A longer one is streamed: `stats.py`, and in the backward pass `_sums`, walk its
+strips first, then the same `_forward` and `_backward` take them again.
 """
 
 from __future__ import annotations

@@ -21,8 +21,9 @@ e² is taken as s + (m - p)², s = (d - p)·(d - q), q = 2m - p, where the origi
 standard deviations: so far out, e² would round away what tells the positions apart. Positions that hold the padding
 value count as zeros in mean and variance, so dx has neither sum there, and pass x through.
 
-A chunk that fits on chip is read once. A longer one is streamed: `stats.py` and `_scales` walk it first, in the
-backward pass `_sums`, then the same `_forward` and `_backward` take its blocks one by one.
+A chunk that fits on chip is read once. A longer one is streamed: `stats.py` and `_scales` walk its strips first, in the
+backward pass `_sums`, and `_merge_…` makes of theirs the numbers of the chunk; then the same `_forward` and `_backward`
+take the strips again.
 """
 
 from __future__ import annotations
