@@ -41,7 +41,7 @@ class Plan(NamedTuple):
     along: str
     tile: launch.Tile
     extent: Extent
-    strides: tuple[tuple[int | None, ...] | None, ...]
+    strides: tuple[tuple[int, ...] | None, ...]
     constants: dict[str, object]
 
 
@@ -76,11 +76,11 @@ def _plan(
         seen.places * blocks, blocks, -(-seen.chunk // strip), strip, seen.chunk, seen.inner,
         chunk_eighths, inner_eighths,
     )  # fmt: skip
-    strides = [t and (None if t.strides == of_x else t.strides) for t in seen.operands]
+    strides = [t and (() if t.strides == of_x else t.strides) for t in seen.operands]
     if streamed:
         strides[-1] = seen.operands[-1].strides
     if one_mask:
-        strides[1] = (of_mask[0], None, *of_mask[2:])
+        strides[1] = (of_mask[0], *of_mask[2:])
     constants = {
         "ACC": tl.float64 if acc_dtype(x) == torch.float64 else tl.float32,
         "INDEX": tl.int32 if launch.index_bits(seen, tile) == 32 else tl.int64,

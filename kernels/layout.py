@@ -19,11 +19,12 @@ from torch import Tensor
 
 class Strided(NamedTuple):
     """A tensor as kernels take it: its data and its strides in elements, axis first, then inner, then outer from the
-    fastest. No strides: those of x. No stride along the inner dimension: the same for all of it.
+    fastest. No strides: those of x. One less: none along the inner dimension, the same for all of it. (Not None, which
+    Triton 3.6 does not take inside a tuple.)
     """
 
     data: Tensor
-    strides: tuple[int | None, ...] | None
+    strides: tuple[int, ...]
 
 
 @dataclass(frozen=True)

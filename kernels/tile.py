@@ -108,15 +108,15 @@ def inside_of(extent, at, PARTS: tl.constexpr, RAGGED: tl.constexpr):
 @triton.jit
 def offsets(strides, extent, at, OF_X: tl.constexpr):
     """Of the first block: of its first element, and of the others from there. A tensor that is the same along the inner
-    dimension has no stride there, and one column.
+    dimension has one stride less, and one column.
     """
     place, offset = at[0], at[1] * stride_of(strides, 0, extent, OF_X)
     within = at[3][:, None] * stride_of(strides, 0, extent, OF_X)
-    if strides[1] is not None:
+    if len(strides) > 1 + len(extent.sizes):
         offset += at[2] * stride_of(strides, 1, extent, OF_X)
         within += at[4][None, :] * stride_of(strides, 1, extent, OF_X)
     for i in tl.static_range(len(extent.sizes)):
-        stride = stride_of(strides, 2 + i, extent, OF_X)
+        stride = stride_of(strides, (2 if len(strides) > 1 + len(extent.sizes) else 1) + i, extent, OF_X)
         if i + 1 < len(extent.sizes):
             offset += (place % extent.sizes[i]) * stride
             place = place // extent.sizes[i]
@@ -128,9 +128,9 @@ def offsets(strides, extent, at, OF_X: tl.constexpr):
 @triton.jit
 def blocks(t, extent, at, PARTS: tl.constexpr):
     """Pointers of every block of a tile. How far they are apart is in the width that offsets in a tile need."""
-    first, within = at[6] if t.strides is None else offsets(t.strides, extent, at, False)
+    first, within = at[6] if len(t.strides) == 0 else offsets(t.strides, extent, at, False)
     data = t.data + first
-    stride = tl.cast(at[7] if t.strides is None else t.strides[0], at[3].dtype)
+    stride = tl.cast(at[7] if len(t.strides) == 0 else t.strides[0], at[3].dtype)
     pointers = ()
     for i in tl.static_range(PARTS):
         pointers = pointers + (data + (within + stride * (i * at[3].shape[0])),)
@@ -168,7 +168,7 @@ def valid_in(mask, extent, at, inside, RAGGED: tl.constexpr):
         rows = rows_inside(extent, at, i, RAGGED)
         if mask is None:
             parts = parts + (rows,)
-        elif mask.strides is not None and mask.strides[1] is None:
+        elif len(mask.strides) == 1 + len(extent.sizes):
             parts = parts + (rows & (tl.load(pointers[i], rows, 0) != 0),)
         else:
             parts = parts + (inside[i] & (tl.load(pointers[i], inside[i], 0) != 0),)
@@ -183,7 +183,7 @@ def load_valid(t, mask, extent, at, inside, valid, ACC: tl.constexpr, RAW: tl.co
     if mask is None:
         raw = convert(load(t, extent, at, inside), ACC)
         return raw, raw
-    elif RAW or mask.strides is None or mask.strides[1] is not None:
+    elif RAW or len(mask.strides) != 1 + len(extent.sizes):
         raw = convert(load(t, extent, at, inside), ACC)
         return raw, only(valid, raw)
     else:
@@ -400,8 +400,8 @@ def load_param(p, head, row, at, extent, other, ACC: tl.constexpr, VARIES: tl.co
 
 @triton.jit
 def gradients(grad_y, grad_weights, mask, extent, at, inside, valid, RAW: tl.constexpr, ACC: tl.constexpr):
-    """grad_y as it came, if RAW, and both gradients with 0 for what is not valid; None for no grad_weights, 0 for no
-    grad_y.
+    """grad_y as it came, if RAW, and both gradients with 0 for what is not valid; no tuple of grad_weights without
+    them, 0 without grad_y.
     """
     if grad_y is None:
         raw = ()
@@ -411,7 +411,7 @@ def gradients(grad_y, grad_weights, mask, extent, at, inside, valid, RAW: tl.con
     else:
         raw, values = load_valid(grad_y, mask, extent, at, inside, valid, ACC, RAW)
     if grad_weights is None:
-        return raw, values, None
+        return raw, values, ()
     else:
         return raw, values, load_valid(grad_weights, mask, extent, at, inside, valid, ACC, False)[1]
 
@@ -424,7 +424,7 @@ def of_weights(gradient, x, padding):
         h = gradient[1][i] * x[i]
         if padding is not None:
             h = tl.where(padded_in(x[i], padding), 0.0, h)
-        parts = parts + (h if gradient[2] is None else h + gradient[2][i],)
+        parts = parts + (h if len(gradient[2]) == 0 else h + gradient[2][i],)
     return parts
 
 
