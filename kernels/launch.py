@@ -71,7 +71,7 @@ class Tiles:
 # blocks of them 64 or 128 bits wide. The mixture adds along a chunk five times where density attention does three, so
 # that narrower loads pay for themselves: lanes that share a chunk shuffle for every sum.
 FORWARD = Tiles((32, 32, 32), (48, 48, 24), 32)
-FORWARD_MIXTURE = replace(FORWARD, column_vectors=(4, 8))
+FORWARD_MIXTURE = replace(FORWARD, columns=(48, 32, 24), column_vectors=(4, 8))
 # Backward x, grad_y and the weights are alive at once; so are k and s in the mixture.
 BACKWARD = Tiles((32, 16, 16), (48, 32, 16), 16, row_vector=4, column_vectors=(4, 8))
 BACKWARD_MIXTURE = Tiles((16, 16, 16), (24, 24, 16), 16, column_vectors=(2, 8))
@@ -185,15 +185,15 @@ def worth_keeping(x: Tensor, axis: int, heads: int) -> bool:
 def tile_for(
     tiles: Tiles, view: View, streamed: bool, along: str, dtype: torch.dtype, mask: bool = False, weights: bool = False
 ) -> Tile:  # fmt: skip
-    """The tile of a call with a mask, or weights, from what its pass can hold.
+    """The tile of a call with a mask, or a gradient of weights, from what its pass can hold.
 
     Parameters that follow the inner dimension shrink it to their number; otherwise a batch may be part of it and
     nothing does. Threads hold a quarter in fp64, where a value and all made of it take two registers, and half where
-    strides keep accesses narrow, since then every element has an address of its own; of columns with a mask or weights
-    a quarter.
+    strides keep accesses narrow, since then every element has an address of its own; of columns that are streamed, or
+    have a mask or weights, a quarter.
     """
     full = mask or weights
-    narrow = 4 if full and not view.by_axis else 2
+    narrow = 4 if (full or streamed) and not view.by_axis else 2
     parts = (4 if dtype == torch.float64 else 1) * (narrow if view.unit == 1 else 1)
     if streamed:
         elements = tiles.streamed
