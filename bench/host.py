@@ -6,9 +6,8 @@ is torch.autograd.grad of its y. Not in them is Triton's own part of a launch (`
 arguments, finds the kernel and calls the driver), which does nothing here.
 
 No GPU is needed: on a CPU the backend is told that kernels are interpreted, the one case in which it takes CPU tensors,
-and nothing is. There memory is malloc's, autograd stays in the calling thread, and what PyTorch does beside the kernels
-(density attention sums partial sums) is computed and not launched. x is small, so that this takes no time to speak of;
-what the host does depends on no size.
+and nothing is. There memory is malloc's, and autograd stays in the calling thread. x is small, so that copying it takes
+no time to speak of; what the host does depends on no size.
 """
 
 from __future__ import annotations

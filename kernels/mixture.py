@@ -476,7 +476,7 @@ def forward(
     for call in run.calls():
         of, stats = call.of, call.of_chunks(run.stats)
         numbers = _Numbers(call, mean_offsets, c, eps, _bits(padding, x.dtype))
-        scales = call.of_chunks(torch.empty_like(run.stats[:1])) if call.streamed else None
+        scales = call.of_strips(1, strips=1) if call.streamed else None
         if call.streamed:
             numbers.find(stats, scales)
         call.launch(
