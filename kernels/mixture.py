@@ -59,6 +59,7 @@ from daam.kernels.tile import (
     products,
     read_tile,
     reciprocal,
+    rounded_product,
     share_less_one,
     spot_of,
     store_numbers,
@@ -77,50 +78,51 @@ from daam.kernels.tile import (
 
 @triton.jit
 def _gaussian(gaussians, head, ACC: tl.constexpr, BLOCK_K: tl.constexpr):
-    """a, m, v and l/log(2) of one head, and 0, scalars.
+    """a, m, v and l/log(2) of one head, a·log2(e)/2, and 0, scalars.
 
-    Relative to the narrowest Gaussian, so that 1/c² overflows nowhere but in its limit: there, with c below 1e-12, all
-    weight is on one position whatever a is.
+    In fp64 up to their last rounding: an error of a or m is one of all weights alike, which does not average out of the
+    sums that become gradients of the parameters. Relative to the narrowest Gaussian, so that 1/c² overflows nowhere but
+    in its limit: there, with c below 1e-12, all weight is on one position whatever a is.
     """
     mean_offsets, c, count, zero = gaussians
     ks = tl.arange(0, BLOCK_K)
     offset = tl.load(mean_offsets.data + head * mean_offsets.strides[0] + ks * mean_offsets.strides[1], ks < count, 0.0)
     scale = tl.load(c.data + head * c.strides[0] + ks * c.strides[1], ks < count, float("inf"))
-    offset, scale = offset.to(ACC), tl.abs(scale.to(ACC))
-    narrowest = tl.min(scale, 0)
-    part = narrowest / scale
+    offset, scale = offset.to(tl.float64), tl.abs(scale.to(ACC))
+    narrowest = tl.min(scale, 0).to(tl.float64)
+    part = narrowest / scale.to(tl.float64)
     part *= part
     total = tl.sum(part, 0)
     m = tl.sum(offset * part, 0) / total
     v = tl.sum((offset - m) * (offset - m) * part, 0) / total
     precision = tl.minimum(1.0 / narrowest, 1099511627776.0)  # 2**40
+    a = total * precision * precision
     log = tl.where(ks < count, tl.log2(scale) + 1.3257480647361593, 0.0)  # log2(sqrt(2π))
-    return total * precision * precision, m, v, tl.sum(log, 0), tl.cast(zero, ACC)
+    return a.to(ACC), m.to(ACC), v.to(ACC), tl.sum(log, 0), (a * 0.7213475204444817).to(ACC), tl.cast(zero, ACC)
 
 
 @triton.jit
 def _frame(gaussian, r2):
     """What columns measure in: p, (m - p)² + v, and the factor of s in log2 of the weights."""
-    a, m, v, _log, _zero = gaussian
+    m, v, half_log2_a = gaussian[1], gaussian[2], gaussian[4]
     far = 4.0 * tl.rsqrt(r2)
     origin = tl.minimum(tl.maximum(m, -far), far)
-    return origin, (m - origin) * (m - origin) + v, 0.7213475204444817 * a * r2
+    return origin, (m - origin) * (m - origin) + v, half_log2_a * r2
 
 
 @triton.jit
 def _distance(d, rest, gaussian, origin, valid):
     """d - p, and s where it is valid, of every block; x - mean is d - rest.
 
-    s is compared, and what it is compared with subtracted from it: both must be the same rounded product. Adding a 0
-    that the compiler does not know keeps it from being fused into the difference, whose rounding error a narrow
-    Gaussian's precision would make anything.
+    s is compared, and what it is compared with subtracted from it: both must be the same rounded product. What a fused
+    one leaves in the difference a narrow Gaussian's precision would make anything.
     """
     near, far = rest + origin, rest + (2.0 * gaussian[1] - origin)
     f, s = (), ()
     for i in tl.static_range(len(d)):
         from_near = d[i] - near
         f = f + (from_near,)
-        s = s + (tl.where(valid[i], tl.fma(from_near, d[i] - far, gaussian[4]), 1e37),)
+        s = s + (tl.where(valid[i], rounded_product(from_near, d[i] - far, gaussian[5]), 1e37),)
     return f, s
 
 
@@ -168,7 +170,6 @@ def _scale(total, nearest, away, precision, gaussian, log_eps):
     (0.0). away is what `_frame` has beside s.
     """
     inverse = reciprocal(total)
-    inverse *= 2.0 - total * inverse  # to the last bit: weights that do not sum to 1 shift all sums of k
     # NaN where eps is 0 and the cap overflows: then it is none
     cap = tl.exp2(-(nearest + away) * precision - (gaussian[3] + log_eps[0] + log_eps[1]))
     return tl.minimum(cap, inverse), 1.0 - (cap < inverse).to(total.dtype)
@@ -319,19 +320,23 @@ def _merge_sums(
     strips, gaussians, stats, sums, partials, log_eps, extent,
     ACC: tl.constexpr, INDEX: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_CHUNK: tl.constexpr, BLOCK_INNER: tl.constexpr,
 ):  # fmt: skip
-    """The weights' scale, free·Σ h, Σ k·e/n and r2·(Σ k·e² + clamped·v)/(n - 1) of the chunks of one tile's columns."""
+    """The weights' scale, free·Σ h, Σ k·e/n and r2·(Σ k·e² + clamped·v)/(n - 1) of the chunks of one tile's columns.
+
+    In fp64: k is the difference of h·weights and its mean, and so are its sums here, where single terms are long lost.
+    """
     head, spot = tl.program_id(1).to(tl.int64), spot_of(tl.program_id(0), extent)
     gaussian = _gaussian(gaussians, head, ACC, BLOCK_K)
     at = at_of(spot, head, 0, extent, INDEX, BLOCK_CHUNK, BLOCK_INNER)
     _mean, _rest, r2, nearest = load_numbers(stats, extent, at, head, 4)
     origin, away, precision = _frame(gaussian, r2)
+    r2, precision = r2.to(tl.float64), precision.to(tl.float64)
     zero = tl.zeros_like(r2)
     of_strips = (zero, zero, zero, zero, zero, zero, zero)
     for first in range(0, extent.strips, BLOCK_CHUNK):
         more = ()
         for i in tl.static_range(7):
             part = strip_numbers(strips, i, first, extent, at, head, BLOCK_CHUNK, 0.0)
-            more = more + (of_strips[i] + along_chunk(part),)
+            more = more + (of_strips[i] + along_chunk(part.to(tl.float64)),)
         of_strips = more
     sum_h, sum_hf, sum_hu, sum_w, sum_wf, sum_wu, n = of_strips
     scale, free = _scale(tl.where(sum_w == 0, 1.0, sum_w), nearest, away, precision, gaussian, log_eps)
@@ -451,7 +456,7 @@ def _chain(partials, groups, gaussians, d_mean_offsets, d_c, BLOCK_K: tl.constex
     mean_offsets, c, count, _zero = gaussians
     ke, kee = sum_partials(partials, groups, 0, head, BLOCK), sum_partials(partials, groups, 1, head, BLOCK)
     cr, cl = sum_partials(partials, groups, 2, head, BLOCK), sum_partials(partials, groups, 3, head, BLOCK)
-    _a, m, v, _log, _zero = _gaussian(gaussians, head, tl.float64, BLOCK_K)
+    _a, m, v, _log, _half, _zero = _gaussian(gaussians, head, tl.float64, BLOCK_K)
     ks = tl.arange(0, BLOCK_K)
     offset = tl.load(mean_offsets.data + head * mean_offsets.strides[0] + ks * mean_offsets.strides[1], ks < count, 0.0)
     scale = tl.load(c.data + head * c.strides[0] + ks * c.strides[1], ks < count, 1.0).to(tl.float64)

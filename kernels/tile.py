@@ -262,6 +262,14 @@ def along_chunk(block):
     return tl.sum(block, 0)[None, :]
 
 
+@triton.jit
+def rounded_product(a, b, zero):
+    """a·b, rounded once wherever it is used. A plain product may be fused, unrounded, into one sum and not into
+    another, and what should cancel leaves a rounding error; a 0 that the compiler does not know keeps it whole.
+    """
+    return tl.fma(a, b, tl.cast(zero, a.dtype))
+
+
 # --- Numbers of a chunk -------------------------------------------------------------------------
 
 
@@ -290,16 +298,25 @@ def store_numbers(t, extent, at, head, numbers):
 
 
 @triton.jit
+def refined(inverse, x):
+    """An approximate 1/x after one step of Newton's: right to the last bit or so."""
+    return inverse * (2.0 - x * inverse)
+
+
+@triton.jit
 def reciprocal(x):
-    """1/x of positive x, to 2 ulp: a root and a product, where a division takes eight instructions."""
+    """1/x of positive x, refined; 0 of inf and inf of 0. A division takes two instructions more and is approximate."""
     root = tl.rsqrt(x)
-    return root * root
+    square = root * root
+    inverse = refined(square, x)
+    return tl.where(inverse > 0, inverse, square)
 
 
 @triton.jit
 def inverse_count(n):
-    """1/n, and 0 for columns with no valid position."""
-    return tl.where(n > 0, 1.0 / tl.maximum(n, 1.0), 0.0)
+    """1/n, refined, and 0 for columns with no valid position: what is wrong with it is wrong for a whole chunk."""
+    most = tl.maximum(n, 1.0)
+    return tl.where(n > 0, refined(1.0 / most, most), 0.0)
 
 
 @triton.jit
