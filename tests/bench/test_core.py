@@ -12,6 +12,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+from helpers import within
 
 from bench import core, providers
 from bench.results import PASSES
@@ -59,7 +60,7 @@ def test_every_provider_is_right(name):
     found = core.candidates(SMALL, NAMES)[name]
     assert not isinstance(found, Exception), found
     candidate, off = found
-    assert off < 1e-5
+    within(off, 1e-5, name)
     assert len(candidate.expected) == 1 + len(candidate.leaves)
     assert candidate.backend == name
 
@@ -162,7 +163,8 @@ def test_the_suite(tmp_path):
             "the times of the table are the same"
         )
         assert info["gb_per_s"] == pytest.approx(info["bytes"] / info["seconds"]["p50"] / 1e9, rel=1e-5)
-        assert info["percent_of_roof"] > 0 and info["error"] < 1e-4 and info["saved_bytes"] >= 0
+        assert info["percent_of_roof"] > 0 and info["saved_bytes"] >= 0
+        within(info["error"], 1e-4, info["provider"])
         assert info["backend"] == info["provider"] and info["versions"]["torch"] == torch.__version__
         assert info["commit"] and "CPU" in info["device"]
         if info["provider"] == "copy":
