@@ -9,7 +9,7 @@ SHELL := bash
 AUDITS := audit-sm_80 audit-sm_90 audit-sm_100 audit-gfx942
 SHARDS := 0 1 2 3 4 5 6 7
 
-.PHONY: demo test test-compiled lint bench audit test-slow gpu gpu-test gpu-bench gpu-compile gpu-needs clean
+.PHONY: demo test test-compiled margins lint bench audit test-slow gpu gpu-test gpu-bench gpu-compile gpu-needs clean
 
 demo: $(INSTALLED)
 	$(BIN)/python -m daam.recipes.digits $(ARGS)
@@ -23,6 +23,10 @@ test-compiled: $(INSTALLED)
 
 test-interpreted-%: $(INSTALLED)
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -m "kernel and not slow" --shard $*/4
+
+# Shares of their bounds that errors take, under all that CPUs differ in: hours, or ARGS="--only avx2-1 tests/... -k ...".
+margins: $(INSTALLED)
+	$(BIN)/python tests/margins.py $(ARGS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -9,6 +9,9 @@ import os
 import pytest
 import torch
 
+# Kernel tests whose tensors need no device: launches are recorded, of tensors on meta.
+WITHOUT_DEVICE = {"test_a_batch_has_the_tiles_of_its_rows"}
+
 
 def pytest_addoption(parser):
     parser.addoption("--device", default="cpu", choices=("cpu", "cuda"), help="where kernel tests run")
@@ -29,6 +32,11 @@ def pytest_collection_modifyitems(config, items):
     skipped = {"kernel": not gpu and not interpreter, "gpu": not gpu}
     reasons = {"kernel": "kernels need TRITON_INTERPRET=1, or --device cuda", "gpu": "needs --device cuda"}
     for item in items:
+        anywhere = "device" not in item.fixturenames and item.originalname not in WITHOUT_DEVICE
+        if anywhere and item.get_closest_marker("kernel"):
+            raise pytest.UsageError(
+                f"{item.nodeid} is marked kernel and does not ask for `device`: no GPU could run it"
+            )
         for name in skipped:
             if skipped[name] and item.get_closest_marker(name):
                 item.add_marker(pytest.mark.skip(reason=reasons[name]))
@@ -40,6 +48,12 @@ def pytest_collection_modifyitems(config, items):
 @pytest.fixture
 def device(request):
     return torch.device(request.config.getoption("--device"))
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    """Let a test draw the same numbers whichever tests ran before it."""
+    torch.manual_seed(0)
 
 
 @pytest.fixture(autouse=True)

@@ -4,7 +4,6 @@ import gc
 import json
 import subprocess
 import sys
-import time
 import weakref
 from pathlib import Path
 from unittest import mock
@@ -12,6 +11,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+from helpers import within
 
 from bench import core, providers
 from bench.results import PASSES
@@ -48,9 +48,23 @@ def test_providers_take_turns():
     assert times == {name: [3.0, 4.0, 5.0, 6.0, 7.0, 8.0] for name in "abc"}
 
 
+class Clock:
+    """A clock that only a test moves: what it shows is the same on every machine."""
+
+    seconds = 0.0
+
+    def perf_counter(self):
+        return self.seconds
+
+    def advance(self, seconds):
+        self.seconds += seconds
+
+
 def test_a_turn_times_what_runs_and_not_what_prepares():
-    (seconds,) = core.turns("cpu")([core.Step(lambda: time.sleep(0.2), lambda _: time.sleep(0.02))])
-    assert 0.02 <= seconds < 0.2
+    clock = Clock()
+    with mock.patch.object(core, "time", clock):
+        times = core.turns("cpu")([core.Step(lambda: clock.advance(8), lambda _: clock.advance(2))] * 2)
+    assert times == [2, 2]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -59,7 +73,7 @@ def test_every_provider_is_right(name):
     found = core.candidates(SMALL, NAMES)[name]
     assert not isinstance(found, Exception), found
     candidate, off = found
-    assert off < 1e-5
+    within(off, 1e-5, name)
     assert len(candidate.expected) == 1 + len(candidate.leaves)
     assert candidate.backend == name
 
@@ -162,7 +176,8 @@ def test_the_suite(tmp_path):
             "the times of the table are the same"
         )
         assert info["gb_per_s"] == pytest.approx(info["bytes"] / info["seconds"]["p50"] / 1e9, rel=1e-5)
-        assert info["percent_of_roof"] > 0 and info["error"] < 1e-4 and info["saved_bytes"] >= 0
+        assert info["percent_of_roof"] > 0 and info["saved_bytes"] >= 0
+        within(info["error"], 1e-4, info["provider"])
         assert info["backend"] == info["provider"] and info["versions"]["torch"] == torch.__version__
         assert info["commit"] and "CPU" in info["device"]
         if info["provider"] == "copy":
@@ -173,7 +188,7 @@ def test_a_turn_on_a_gpu():
     """The cache is emptied and the device waits twice the host's last time before the first event; between the events
     is what runs, and nothing else.
     """
-    done, events = [], []
+    done, events, clock = [], [], Clock()
 
     class Event:
         def __init__(self, enable_timing):
@@ -187,13 +202,14 @@ def test_a_turn_on_a_gpu():
 
     def run(state):
         done.append(f"run {state}")
-        time.sleep(0.001)
+        clock.advance(3e-3)
 
     flush = mock.Mock(zero_=lambda: done.append("flush"))
     steps = [core.Step(lambda name=name: done.append(f"prepare {name}") or name, run) for name in "ab"]
     slept = []
     fakes = {"Event": Event, "_sleep": lambda cycles: done.append("sleep") or slept.append(cycles)}
-    with mock.patch.multiple(torch.cuda, **fakes, synchronize=lambda: done.append("synchronize")):
+    fakes["synchronize"] = lambda: done.append("synchronize")
+    with mock.patch.multiple(torch.cuda, **fakes), mock.patch.object(core, "time", clock):
         first = core._turns_cuda(flush, steps)
         second = core._turns_cuda(flush, steps)
     turn = ["prepare {}", "flush", "sleep", "record {}", "run {}", "record {}"]
@@ -201,8 +217,7 @@ def test_a_turn_on_a_gpu():
               [line.format(fill) for line, fill in zip(turn, ("b", "", "", 2, "b", 3), strict=True)]]  # fmt: skip
     assert done[:13] == [*orders[0], *orders[1], "synchronize"]
     assert first == [0.01, 0.03] and second == [0.05, 0.07]
-    assert all(cycles == pytest.approx(2e-3 * core.CYCLES) for cycles in slept[:2])
-    assert all(2e-3 * core.CYCLES < cycles < 1e-2 * core.CYCLES for cycles in slept[2:])
+    assert slept == pytest.approx([2e-3 * core.CYCLES] * 2 + [6e-3 * core.CYCLES] * 2)
     del steps
     gc.collect()
     assert not core.HOST_SECONDS, "a step's tensors are kept"

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from helpers import close
 from torch import nn
 from torch.nn.functional import cross_entropy
 
@@ -69,11 +70,11 @@ def test_attentions(attention):
     x = torch.randn(5, 6, 48, requires_grad=True)
     scores = decoder(x)
     expected, weights = composed(decoder, x)
-    torch.testing.assert_close(scores, expected)
+    close(scores, expected, "scores")
     if attention in DENSITIES:
         again, found = decoder(x, return_weights=True)
-        torch.testing.assert_close(again, scores)
-        torch.testing.assert_close(found, weights)
+        close(again, scores, "scores with weights")
+        close(found, weights, "weights")
     else:
         with pytest.raises(ValueError, match="has no densities"):
             decoder(x, return_weights=True)
@@ -143,8 +144,8 @@ def test_focal_loss():
     scores = torch.randn(7, 4, dtype=torch.float64, requires_grad=True)
     labels = torch.randint(4, (7,))
     p = torch.softmax(scores, 1)[torch.arange(7), labels]
-    torch.testing.assert_close(daam.focal_loss(scores, labels), (0.25 * (1 - p) ** 2.5 * -p.log()).mean())
-    torch.testing.assert_close(daam.focal_loss(scores, labels, gamma=0, alpha=1), cross_entropy(scores, labels))
+    close(daam.focal_loss(scores, labels), (0.25 * (1 - p) ** 2.5 * -p.log()).mean(), "focal loss")
+    close(daam.focal_loss(scores, labels, gamma=0, alpha=1), cross_entropy(scores, labels), "cross entropy")
     certain = torch.tensor([[200.0, 0.0]], requires_grad=True)
     (gradient,) = torch.autograd.grad(daam.focal_loss(certain, torch.tensor([0])), certain)
     assert gradient.isfinite().all()

@@ -13,7 +13,8 @@ ROOT = SCRIPT.parents[2]
 
 @pytest.mark.parametrize("setup", ["ddp", "fsdp", "local_map"])
 def test_two_processes(setup, tmp_path):
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    paths = [str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     processes = [
         subprocess.Popen(
             [sys.executable, SCRIPT, setup, str(rank), str(tmp_path / "store")],

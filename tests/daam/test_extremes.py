@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import ALGORITHMS, Case, error, inputs, oracle, run
+from helpers import ALGORITHMS, Case, error, inputs, oracle, run, within
 
 BACKENDS = ["eager", pytest.param("triton", marks=pytest.mark.kernel)]
 algorithms = pytest.mark.parametrize("algorithm", ALGORITHMS)
@@ -42,7 +42,7 @@ def test_offsets_of_1e4(offset, backend, algorithm, device):
         given.params = (torch.full_like(given.params[0], offset), given.params[1])
         result, expected = finite(case, given, backend), oracle(case, given)
         for name in ("y", "weights"):
-            assert error(result[name], expected[name]) < 1e-5, (str(case), name)
+            within(error(result[name], expected[name]), 1e-5, f"{name} of {case}")
 
 
 @backends
@@ -55,7 +55,7 @@ def test_a_mixture_far_from_its_chunk_is_accurate(ratio, backend, device):
         given.params = (torch.full_like(given.params[0], ratio), given.params[1] * ratio**0.5)
         result, expected = finite(case, given, backend), oracle(case, given)
         for name in ("y", "weights", "dx"):
-            assert error(result[name], expected[name]) < 1e-5, (str(case), name)
+            within(error(result[name], expected[name]), 1e-5, f"{name} of {case}")
 
 
 @algorithms
@@ -68,7 +68,7 @@ def test_a_variance_of_1e_8(backend, algorithm, device):
         given.params = (given.params[0] * 1e-4, given.params[1])
         result, expected = finite(case, given, backend), oracle(case, given)
         for name in ("y", "weights", "dx"):
-            assert error(result[name], expected[name]) < 1e-4, (str(case), name)
+            within(error(result[name], expected[name]), 1e-4, f"{name} of {case}")
 
 
 @backends
@@ -82,7 +82,7 @@ def test_a_mixture_of_c_near_0(scale, backend, device):
         y = run(case, given, backend)["y"]
         assert y.isfinite().all()
         if scale < 1e-3:
-            assert error(y, oracle(case, given)["y"]) < 1e-5
+            within(error(y, oracle(case, given)["y"]), 1e-5, f"y of {case}")
         if scale > 1e-12:
             finite(case, given, backend)
 
@@ -96,7 +96,7 @@ def test_density_of_c_near_0_and_negative(c, backend, device):
         given = inputs(case, torch.float32, device=device)
         given.params = (given.params[0] * 0, torch.full_like(given.params[1], c))
         result, expected = finite(case, given, backend), oracle(case, given)
-        assert error(result["y"], expected["y"]) < (1e-3 if c > 0 else 1e-4)
+        within(error(result["y"], expected["y"]), 1e-3 if c > 0 else 1e-4, f"y of {case}")
 
 
 @backends
@@ -110,7 +110,7 @@ def test_a_gate_of_every_width(log_sigma, backend, device):
         result, expected = finite(case, given, backend), oracle(case, given)
         tolerance = 1e-2 if log_sigma < -1 else 1e-5  # Gaussians 1e-3 wide
         for name in ("y", "weights"):
-            assert error(result[name], expected[name]) < tolerance, (str(case), name)
+            within(error(result[name], expected[name]), tolerance, f"{name} of {case}")
 
 
 @algorithms
@@ -124,7 +124,7 @@ def test_one_valid_position(backend, algorithm, device):
         given.mask[:, 1] = True
         result, expected = finite(case, given, backend), oracle(case, given)
         for name, t in expected.items():
-            assert error(result[name], t) < 1e-11, (str(case), name)
+            within(error(result[name], t), 1e-11, f"{name} of {case}")
 
 
 @algorithms
@@ -144,4 +144,4 @@ def test_eps_0_and_chunks_of_nothing(backend, algorithm, device):
         given = inputs(case, device=device)
         result, expected = finite(case, given, backend), oracle(case, given)
         for name, t in expected.items():
-            assert error(result[name], t) < 1e-10, (str(case), name)
+            within(error(result[name], t), 1e-10, f"{name} of {case}")

@@ -20,6 +20,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("PIL")
 
 import transformers
+from helpers import close
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -63,15 +64,16 @@ def pooling():
 def collate(texts):
     return {"hidden": torch.tensor([float(len(text)) for text in texts])[:, None, None].expand(-1, 3, 8)}
 
-def slow(texts):
-    time.sleep(0.05)
+def endless(texts):
+    if len(texts[0]) > 24:  # in the fourth shard
+        time.sleep(600)
     return collate(texts)
 
 EXAMPLES = [Example("a" * n, "odd" if n % 2 else "even") for n in range(1, 101)]
 ABOUT = {"encoder": "toy", "modality": "text"}
 
 if __name__ == "__main__":
-    extract(pooling(), slow, EXAMPLES, sys.argv[1], about=ABOUT, batch=3, shard=8)
+    extract(pooling(), endless, EXAMPLES, sys.argv[1], about=ABOUT, batch=3, shard=8)
 """
 
 
@@ -97,7 +99,7 @@ def test_own_encoder(toy, tmp_path):
     assert cache.names == ["even", "odd"] and cache.about == about
     assert about.items() >= {"encoder": "toy", "modality": "text", "source": "memory", "shard": 8, "layers": 3}.items()
     expected = toy["pooling"]()(**toy["collate"](["a" * n for n in range(1, 101)]))
-    torch.testing.assert_close(cache.features, expected, rtol=1e-5, atol=1e-5)
+    close(cache.features, expected, "features", (1e-5, 1e-5))
     assert len(list((tmp_path / "cache").iterdir())) == 14
 
 
@@ -114,7 +116,7 @@ def test_killed_and_run_again(toy, tmp_path):
     process.kill()
     process.wait()
     shards = sorted(folder.glob("*.safetensors"))
-    assert 3 <= len(shards) < 13
+    assert len(shards) == 3
     with pytest.raises(CacheError, match=f"holds {len(shards)} of 13 shards: run the command that made it again"):
         read_cache(folder)
     times = [path.stat().st_mtime_ns for path in shards]
@@ -364,11 +366,11 @@ def test_texts_from_csv_to_cache(tmp_path, capsys):
         for example, own in zip(read_examples(few)[1], found.features, strict=True):
             hidden = encoder(**tokenizer([example.source], return_tensors="pt"), output_hidden_states=True)
             expected = torch.stack([h[0].mean(0) for h in hidden.hidden_states[1:]])
-            torch.testing.assert_close(own, expected, rtol=1e-5, atol=1e-5)
+            close(own, expected, "features", (1e-5, 1e-5))
         batch = tokenizer([e.source for e in read_examples(few)[1]], padding=True, return_tensors="pt")
         hidden = torch.stack(encoder(**batch, output_hidden_states=True).hidden_states[1:], 1)
     weights = batch["attention_mask"][:, None, :, None].float()
-    torch.testing.assert_close(found.features, (hidden * weights).sum(2) / weights.sum(2), rtol=1e-5, atol=1e-5)
+    close(found.features, (hidden * weights).sum(2) / weights.sum(2), "features of a batch", (1e-5, 1e-5))
 
     other, few = tmp_path / "other", tmp_path / "other.csv"
     few.write_text("text,label\nA train to Lisbon,travel\nRain,weather\n")
@@ -410,7 +412,7 @@ def test_decoder_only_models_pad_on_the_right(tmp_path):
     together = pooling(**{k: v for k, v in batch.items() if k != "token_type_ids"})
     for text, own in zip(texts, together, strict=True):
         alone = collate([text])
-        torch.testing.assert_close(own[None], pooling(**alone), rtol=2e-2, atol=2e-2)
+        close(own[None], pooling(**alone), "features", (2e-2, 2e-2))
 
 
 def tiny_vit(folder):
@@ -439,7 +441,7 @@ def test_images(tmp_path, capsys):
     assert [cache.names[i] for i in cache.labels] == [str(digits.target[i]) for i in order]
     pixels = torch.tensor((digits.images[order] * 15.9).astype(np.uint8)[:, None]).float().expand(-1, 3, -1, -1)
     pooling, collate = load_encoder(encoder, "vision")
-    torch.testing.assert_close(cache.features, pooling(pixel_values=pixels / 127.5 - 1), rtol=1e-4, atol=1e-4)
+    close(cache.features, pooling(pixel_values=pixels / 127.5 - 1), "features", (1e-4, 1e-4))
     (tmp_path / "broken.png").write_bytes(b"\x89PNG nothing")
     with pytest.raises(DataError, match=r"broken\.png: no image that can be read"):
         collate([tmp_path / "broken.png"])
@@ -481,13 +483,13 @@ def test_padded_speech_equals_single_files(tmp_path, capsys):
     assert batch["attention_mask"].sum(1).tolist() == [4000, 3333, 2500, 700]
     together = pooling(**batch)
     alone = torch.cat([pooling(**collate([path])) for path in paths])
-    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-4)
+    close(together, alone, "features", (1e-4, 1e-4))
     # the mask is what does it
     unmasked = pooling(input_values=batch["input_values"])
     assert (unmasked - alone)[1:].abs().amax((1, 2)).min() > 1e-2
     features.main([str(tmp_path / "data"), "--output", str(cache), "--encoder", encoder])
     assert "one example at a time" not in capsys.readouterr().out
-    torch.testing.assert_close(read_cache(cache).features, alone, rtol=1e-4, atol=1e-4)
+    close(read_cache(cache).features, alone, "cached features", (1e-4, 1e-4))
 
 
 @pytest.mark.filterwarnings("ignore:Support for mismatched key_padding_mask")
@@ -499,7 +501,7 @@ def test_speech_normalised_over_time_runs_one_by_one(tmp_path, capsys):
     assert padding_shows(pooling.encoder) and (pooling(**collate(paths)) - alone).abs().max() > 1e-2
     features.main([str(tmp_path / "data"), "--output", str(cache), "--encoder", encoder])
     assert "one example at a time" in capsys.readouterr().out
-    torch.testing.assert_close(read_cache(cache).features, alone, rtol=1e-5, atol=1e-5)
+    close(read_cache(cache).features, alone, "cached features", (1e-5, 1e-5))
 
 
 def test_wav(tmp_path):
@@ -598,4 +600,4 @@ def test_speech_encoders_with_adapters(add_adapter):
     pooling = daam.LayerPooling(transformers.Wav2Vec2Model(config), "encoder.layers")
     sound = torch.randn(2, 4000)
     found = pooling(sound, attention_mask=torch.ones(2, 4000, dtype=torch.long))
-    torch.testing.assert_close(found, pooling(sound), rtol=1e-4, atol=1e-5)
+    close(found, pooling(sound), "features", (1e-4, 1e-5))

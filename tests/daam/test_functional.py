@@ -5,11 +5,11 @@ import re
 import numpy as np
 import pytest
 import torch
-from helpers import ALGORITHMS, LAYOUTS, Case, attend, inputs, run
+from helpers import ALGORITHMS, LAYOUTS, Case, attend, close, inputs, run
 
 from daam import density_attention, density_gate, mixture_attention
 
-X = torch.randn(2, 6, 4)
+X = torch.randn(2, 6, 4, generator=torch.Generator().manual_seed(0))
 P = torch.ones(3, 4)
 algorithms = pytest.mark.parametrize("algorithm", ALGORITHMS)
 Q = torch.ones(4, 4)
@@ -163,8 +163,8 @@ def test_returns(algorithm):
     args = (given.x, *given.params)
     y, weights = attend(case, *args)
     assert y.shape == weights.shape == given.x.shape
-    torch.testing.assert_close(y, given.x * weights)
-    torch.testing.assert_close(attend(case, *args, residual=True)[0], given.x * weights + given.x)
+    close(y, given.x * weights, "y")
+    close(attend(case, *args, residual=True)[0], given.x * weights + given.x, "y with a residual")
     assert torch.equal(attend(case, *args, return_weights=False), y)
 
 
@@ -207,9 +207,9 @@ def test_empty(shape, features):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("backend", ["eager", pytest.param("triton", marks=pytest.mark.kernel)])
 @algorithms
-def test_outputs_can_be_changed_in_place(backend, layout, dtype, algorithm):
+def test_outputs_can_be_changed_in_place(backend, layout, dtype, algorithm, device):
     case = Case((2, 6, 5), 1, layout=layout, algorithm=algorithm)
-    given = inputs(case, dtype)
+    given = inputs(case, dtype, device=device)
     args = (given.x.detach().requires_grad_(), *given.params)
     y, weights = attend(case, *args, backend=backend)
     expected = (y * 2).sum() + (weights + 1).sum()

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import ALGORITHMS, Case, attend, error, inputs, run
+from helpers import ALGORITHMS, Case, attend, error, inputs, run, within
 from torch._dynamo.utils import counters
 
 from daam.kernels import launch
@@ -112,4 +112,4 @@ def test_like_the_eager_backend(case, device):
     given = given_on(device, case)
     expected = run(case, given, "eager")
     for name, found in run(case, given, "triton").items():
-        assert error(found, expected[name].cpu().double()) < 2e-2, name
+        within(error(found, expected[name]), 2e-2, name)

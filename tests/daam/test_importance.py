@@ -2,13 +2,14 @@
 
 import pytest
 import torch
+from helpers import close
 
 import daam
 
 
 def test_importance_factor():
     weights = torch.tensor([[0.2, 0.4], [0.6, 1.0]])
-    torch.testing.assert_close(daam.importance_factor(weights), torch.tensor([[0.0, 0.25], [0.5, 1.0]]))
+    close(daam.importance_factor(weights), torch.tensor([[0.0, 0.25], [0.5, 1.0]]), "importance")
     random = torch.rand(24, 1024, dtype=torch.bfloat16)
     found = daam.importance_factor(random)
     assert found.dtype == torch.float32 and found.aminmax() == (0, 1)
@@ -21,8 +22,8 @@ def test_a_constant_map_is_zero():
 
 def test_layer_contribution():
     weights = torch.tensor([[1.0, 1.0], [2.0, 4.0]])
-    torch.testing.assert_close(daam.layer_contribution(weights), torch.tensor([25.0, 75.0]))
-    torch.testing.assert_close(daam.layer_contribution(torch.zeros(4, 2)), torch.full((4,), 25.0))
+    close(daam.layer_contribution(weights), torch.tensor([25.0, 75.0]), "percent")
+    close(daam.layer_contribution(torch.zeros(4, 2)), torch.full((4,), 25.0), "percent")
     with pytest.raises(ValueError, match=r"shape \(3,\), expected \(layers, features\)"):
         daam.layer_contribution(torch.ones(3))
 
@@ -39,7 +40,7 @@ def test_weight_map():
     found = daam.WeightMap()
     for batch in batches:
         found.update(batch)
-    torch.testing.assert_close(found.mean(), torch.cat(batches).mean(0))
+    close(found.mean(), torch.cat(batches).mean(0), "average")
     assert not found.mean().requires_grad and found.count == 12
     with pytest.raises(ValueError, match=r"shape \(2, 5\), expected \(3, 5\)"):
         found.update(torch.rand(4, 2, 5))

@@ -8,7 +8,7 @@ from unittest import mock
 
 import pytest
 import torch
-from helpers import ALGORITHMS, Case, attend, broadcast, error, inputs, recorded_launches
+from helpers import ALGORITHMS, Case, attend, broadcast, close, error, inputs, recorded_launches, within
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -35,10 +35,9 @@ def leaves(shape=(2, 6, 5), heads=2, dtype=torch.float64, seed=0, device="cpu", 
     return case, inputs(case, dtype, seed, device).leaves()
 
 
-def op_arguments(case, backward):
-    given = inputs(
-        case, torch.float64 if case.shape[1] > 100 else torch.float32
-    )  # 140 positions are streamed either way
+def op_arguments(case, backward, device):
+    dtype = torch.float64 if case.shape[1] > 100 else torch.float32  # 140 positions are streamed in float64
+    given = inputs(case, dtype, device=device)
     tensors, how = (given.x, *given.params, broadcast(given.mask, case)), (1, *case.spec.settings(case), case.residual)
     if not backward:
         return (*tensors, *how, case.weights, True)
@@ -46,7 +45,7 @@ def op_arguments(case, backward):
 
 
 @algorithms
-@pytest.mark.parametrize("interpreted", [False, pytest.param(True, marks=pytest.mark.kernel)])
+@pytest.mark.parametrize("kernels", [False, pytest.param(True, marks=pytest.mark.kernel)])
 @pytest.mark.parametrize(
     ("shape", "layout", "mask", "residual", "weights"),
     [
@@ -57,15 +56,15 @@ def op_arguments(case, backward):
         ((0, 6, 5), "contiguous", False, False, True),
     ],
 )
-def test_opcheck(shape, layout, mask, residual, weights, interpreted, algorithm):
-    if interpreted != INTERPRETED:
-        pytest.skip("the other process runs this one")
+def test_opcheck(shape, layout, mask, residual, weights, kernels, algorithm, device):
+    if INTERPRETED and not kernels:
+        pytest.skip("the operators of the CPU run the kernels in this process")
     shape = shape if ALGORITHMS[algorithm].features else (shape[0], shape[1] + 1, shape[2])
     case = Case(shape, 1, 2, layout=layout, mask=mask, residual=residual, weights=weights, algorithm=algorithm)
     for name, backward in ((f"{algorithm}_forward", False), (f"{algorithm}_backward", True)):
-        torch.library.opcheck(getattr(torch.ops.daam, name).default, op_arguments(case, backward))
-    x, *args, _save_stats = op_arguments(case, False)
-    args = (x.requires_grad_(), *args, "triton" if interpreted else "eager", "0")
+        torch.library.opcheck(getattr(torch.ops.daam, name).default, op_arguments(case, backward, device))
+    x, *args, _save_stats = op_arguments(case, False, device)
+    args = (x.requires_grad_(), *args, "triton" if kernels else "eager", "0")
     torch.library.opcheck(getattr(torch.ops.daam, algorithm).default, args)
 
 
@@ -73,7 +72,7 @@ def test_opcheck(shape, layout, mask, residual, weights, interpreted, algorithm)
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
 @pytest.mark.parametrize("dynamic", [False, True])
-def test_compile_fullgraph(backend, compiler, dynamic, algorithm):
+def test_compile_fullgraph(backend, compiler, dynamic, algorithm, device):
     """Forward and backward in one graph, static and dynamic, with mask and differentiable weights."""
     if compiler == "inductor" and dynamic and algorithm != "density":
         pytest.skip("half a minute each, for what the other combinations show")
@@ -84,18 +83,19 @@ def test_compile_fullgraph(backend, compiler, dynamic, algorithm):
 
     compiled = torch.compile(plain, fullgraph=True, dynamic=dynamic, backend=compiler)
     for batch in (2, 3) if dynamic else (2,):
-        case, tensors = leaves((batch, 6, 5), dtype=torch.float32, algorithm=algorithm)
-        mask = torch.rand(case.shape[:2]) > 0.3
+        case, tensors = leaves((batch, 6, 5), dtype=torch.float32, device=device, algorithm=algorithm)
+        mask = (torch.rand(case.shape[:2]) > 0.3).to(device)
         with recorded_launches() as names:
             grads = torch.autograd.grad(compiled(*tensors, mask), tensors)
         assert (backend == "triton") == ("_forward" in names and "_backward" in names)
-        for ours, theirs in zip(grads, torch.autograd.grad(plain(*tensors, mask), tensors), strict=True):
-            assert error(ours, theirs.double()) < 1e-5
+        expected = torch.autograd.grad(plain(*tensors, mask), tensors)
+        for name, ours, theirs in zip(case.gradients, grads, expected, strict=True):
+            within(error(ours, theirs), 1e-5, name)
 
 
 @algorithms
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_dynamic_shapes_do_not_recompile(backend, algorithm):
+def test_dynamic_shapes_do_not_recompile(backend, algorithm, device):
     counter = CompileCounterWithBackend("aot_eager")
     call = torch.compile(
         lambda *args: ALGORITHMS[algorithm].call(*args, norm_axis=1, backend=backend),
@@ -105,21 +105,21 @@ def test_dynamic_shapes_do_not_recompile(backend, algorithm):
     )
     graphs = []
     for batch in (4, 6, 8, 9):  # of no other dimension's size: equal sizes are taken for one
-        _, tensors = leaves((batch, 6, 5), dtype=torch.float32, algorithm=algorithm)
+        _, tensors = leaves((batch, 6, 5), dtype=torch.float32, device=device, algorithm=algorithm)
         call(*tensors).sum().backward()
         graphs.append(counter.frame_count)
     assert graphs == graphs[:1] * 4
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_compile_of_the_module_and_the_context(backend):
-    layer = daam.MultiHeadDAAM(5, 2)
+def test_compile_of_the_module_and_the_context(backend, device):
+    layer = daam.MultiHeadDAAM(5, 2).to(device)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
-    x = torch.randn(2, 6, 5)
+    x = torch.randn(2, 6, 5).to(device)
     with daam.use_backend(backend), recorded_launches() as names:
         y = compiled(x)
     assert bool(names) == (backend == "triton")
-    torch.testing.assert_close(y, layer(x))
+    close(y, layer(x), "y")
     with daam.use_backend("eager"), recorded_launches() as names:
         compiled(x)
     assert not names, "the choice of the context was compiled in"
@@ -127,8 +127,8 @@ def test_compile_of_the_module_and_the_context(backend):
 
 @algorithms
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_double_backward_of_a_compiled_call_is_an_error(backend, algorithm):
-    _, (x, p, q) = leaves(algorithm=algorithm)
+def test_double_backward_of_a_compiled_call_is_an_error(backend, algorithm, device):
+    _, (x, p, q) = leaves(device=device, algorithm=algorithm)
     y = torch.compile(ALGORITHMS[algorithm].call, fullgraph=True, backend="aot_eager")(
         x, p, q, norm_axis=1, backend=backend
     )
@@ -146,60 +146,60 @@ def loss(case, backend, x, p, q):
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("backend", BACKENDS)
 @algorithms
-def test_functorch(backend, compiled, algorithm):
+def test_functorch(backend, compiled, algorithm, device):
     """func.grad, vmap, vmap of grad and jvp agree with plain autograd, compiled too."""
-    case, tensors = leaves(algorithm=algorithm)
+    case, tensors = leaves(device=device, algorithm=algorithm)
     expected = torch.autograd.grad(loss(case, backend, *tensors), tensors)
     wrap = torch.compile(fullgraph=True, backend="aot_eager") if compiled else lambda f: f
     x, p, q = (t.detach() for t in tensors)
     one_case = case.but(axis=0, weights=False)
 
     grads = wrap(torch.func.grad(lambda *args: loss(case, backend, *args), (0, 1, 2)))(x, p, q)
-    for ours, theirs in zip(grads, expected, strict=True):
-        assert error(ours, theirs) < 1e-12
+    for name, ours, theirs in zip(case.gradients, grads, expected, strict=True):
+        within(error(ours, theirs), 1e-12, name)
 
     def call(x, p, q):
         return attend(one_case, x, p, q, backend=backend)
 
     y = wrap(torch.func.vmap(call, (0, None, None)))(x, p, q)
-    assert error(y, attend(case, x, p, q)[0]) < 1e-12
+    within(error(y, attend(case, x, p, q)[0]), 1e-12, "y, x mapped")
     offsets = torch.stack([p, p + 0.1])
     y = wrap(torch.func.vmap(call, (None, 0, None)))(x[0], offsets, q)
-    assert error(y[1], call(x[0], offsets[1], q)) < 1e-12
+    within(error(y[1], call(x[0], offsets[1], q)), 1e-12, "y, offsets mapped")
 
     def one(x, p, q):
         return loss(case, backend, x[None], p, q)
 
     each = wrap(torch.func.vmap(torch.func.grad(one, 2), (0, None, None)))(x, p, q)
-    assert error(each.sum(0), expected[2]) < 1e-12
+    within(error(each.sum(0), expected[2]), 1e-12, "gradients mapped")
 
     tangent = torch.ones_like(x)
     _, jvp = wrap(lambda x: torch.func.jvp(lambda x: loss(case, backend, x, p, q), (x,), (tangent,)))(x)
-    assert error(jvp, (expected[0] * tangent).sum()) < 1e-12
+    within(error(jvp, (expected[0] * tangent).sum()), 1e-12, "jvp")
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
 @pytest.mark.parametrize("backend", BACKENDS)
 @algorithms
-def test_functorch_in_other_orders(backend, algorithm):
+def test_functorch_in_other_orders(backend, algorithm, device):
     """Backward through vmap, second derivatives and masks under vmap."""
-    case, (x, p, q) = leaves(algorithm=algorithm)
-    mask = torch.rand(case.shape[:2]) > 0.3
+    case, (x, p, q) = leaves(device=device, algorithm=algorithm)
+    mask = (torch.rand(case.shape[:2]) > 0.3).to(device)
     one_case = case.but(axis=0, weights=False)
     mapped = torch.func.vmap(lambda x, mask: attend(one_case, x, p, q, mask, backend=backend))
     grads = torch.autograd.grad(mapped(x, mask).square().sum(), (x, p, q))
     plain = attend(case, x, p, q, mask)[0].square().sum()
-    for ours, theirs in zip(grads, torch.autograd.grad(plain, (x, p, q)), strict=True):
-        assert error(ours, theirs) < 1e-12
+    for name, ours, theirs in zip(case.gradients, grads, torch.autograd.grad(plain, (x, p, q)), strict=True):
+        within(error(ours, theirs), 1e-12, name)
     second = torch.func.grad(lambda q: torch.func.grad(lambda q: loss(case, backend, x, p, q))(q).square().sum())(q)
     (first,) = torch.autograd.grad(loss(case, backend, x, p, q), q, create_graph=True)
-    assert error(second, torch.autograd.grad(first.square().sum(), q)[0]) < 1e-12
+    within(error(second, torch.autograd.grad(first.square().sum(), q)[0]), 1e-12, "second derivative")
 
 
 @algorithms
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_gradient_penalty_and_checkpointing(backend, algorithm):
-    case, (x, p, q) = leaves(algorithm=algorithm)
+def test_gradient_penalty_and_checkpointing(backend, algorithm, device):
+    case, (x, p, q) = leaves(device=device, algorithm=algorithm)
 
     def penalised(call):
         y = call(x, p, q)
@@ -208,8 +208,9 @@ def test_gradient_penalty_and_checkpointing(backend, algorithm):
 
     how = (1, *case.spec.settings(case), False)
     expected = penalised(lambda *args: case.spec.reference.formula(*args, None, *how)[0])
-    for ours, theirs in zip(penalised(lambda *args: attend(case, *args, backend=backend)[0]), expected, strict=True):
-        assert error(ours, theirs) < 1e-11
+    found = penalised(lambda *args: attend(case, *args, backend=backend)[0])
+    for name, ours, theirs in zip(case.gradients, found, expected, strict=True):
+        within(error(ours, theirs), 1e-11, name)
     plain = torch.autograd.grad(loss(case, backend, x, p, q), (x, q))
     again = torch.utils.checkpoint.checkpoint(lambda *args: loss(case, backend, *args), x, p, q, use_reentrant=False)
     for ours, theirs in zip(torch.autograd.grad(again, (x, q)), plain, strict=True):
@@ -218,8 +219,8 @@ def test_gradient_penalty_and_checkpointing(backend, algorithm):
 
 @algorithms
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_x_changed_in_place_is_an_error(backend, algorithm):
-    case, (x, p, q) = leaves(algorithm=algorithm)
+def test_x_changed_in_place_is_an_error(backend, algorithm, device):
+    case, (x, p, q) = leaves(device=device, algorithm=algorithm)
     x = x * 1
     y, _ = attend(case, x, p, q, backend=backend)
     x.add_(1)
@@ -229,10 +230,10 @@ def test_x_changed_in_place_is_an_error(backend, algorithm):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
-def test_compile_of_a_transposed_streamed_input_and_in_place_use(backend, compiler):
+def test_compile_of_a_transposed_streamed_input_and_in_place_use(backend, compiler, device):
     """Channels first seen as channels last, parameters along a dimension that stands before the chunk in memory."""
-    _, tensors = leaves((2, 3, 1100), heads=2)
-    x, c = tensors[0].detach(), torch.rand(2, 3, dtype=torch.float64).requires_grad_()
+    _, tensors = leaves((2, 3, 1100), heads=2, device=device)
+    x, c = tensors[0].detach(), torch.rand(2, 3, dtype=torch.float64).to(device).requires_grad_()
 
     @torch.compile(fullgraph=True, backend=compiler)
     def attend(x, c):
@@ -240,20 +241,21 @@ def test_compile_of_a_transposed_streamed_input_and_in_place_use(backend, compil
 
     (ours,) = torch.autograd.grad(attend(x, c).square().sum(), c)
     plain = 2 * density_attention(x.transpose(1, 2), 0 * c, c + 1, backend="eager")
-    assert error(ours, torch.autograd.grad(plain.square().sum(), c)[0]) < 1e-11
+    within(error(ours, torch.autograd.grad(plain.square().sum(), c)[0]), 1e-11, "d_c")
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
 @pytest.mark.parametrize("backend", BACKENDS)
 @algorithms
-def test_batched_gradients(backend, algorithm):
-    case, tensors = leaves(algorithm=algorithm)
+def test_batched_gradients(backend, algorithm, device):
+    case, tensors = leaves(device=device, algorithm=algorithm)
     y, _ = attend(case, *tensors, backend=backend)
-    rows = torch.randn(3, *y.shape, dtype=y.dtype)
+    rows = torch.randn(3, *y.shape, dtype=y.dtype).to(device)
     batched = torch.autograd.grad(y, tensors, rows, is_grads_batched=True, retain_graph=True)
     for i, row in enumerate(rows):
-        for ours, theirs in zip(batched, torch.autograd.grad(y, tensors, row, retain_graph=True), strict=True):
-            assert error(ours[i], theirs) < 1e-12
+        expected = torch.autograd.grad(y, tensors, row, retain_graph=True)
+        for name, ours, theirs in zip(case.gradients, batched, expected, strict=True):
+            within(error(ours[i], theirs), 1e-12, f"{name} of row {i}")
 
 
 @algorithms
@@ -297,7 +299,7 @@ def test_export(algorithm):
 
     args = tuple(t.detach() for t in tensors)
     program = torch.export.export(Attend(), args)
-    torch.testing.assert_close(program.module()(*args), attend(case, *args)[0])
+    close(program.module()(*args), attend(case, *args)[0], "y exported")
 
 
 def test_the_compile_cache_sees_a_change_of_the_source():
@@ -346,6 +348,5 @@ def test_compile_with_padding_values(dynamic):
     attend = torch.compile(daam.mixture_attention, fullgraph=True, dynamic=dynamic, backend="aot_eager")
     for value in (0.0, 1.0, -2.5):
         x[:, 3:5] = value
-        torch.testing.assert_close(
-            attend(x, p, p, padding_value=value), daam.mixture_attention(x, p, p, padding_value=value)
-        )
+        expected = daam.mixture_attention(x, p, p, padding_value=value)
+        close(attend(x, p, p, padding_value=value), expected, f"y, padding {value}")

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from helpers import error, golden
+from helpers import close, error, golden, within
 from torch import nn
 
 import daam
@@ -24,22 +24,23 @@ def pair(axis, heads, gaussians, padding=None, seed=0):
     return theirs, ours
 
 
-def agree(theirs, ours, x, backend):
-    """Outputs, details and all gradients."""
-    grad = torch.randn_like(x)
-    leaves = [x.clone().requires_grad_() for _ in range(2)]
+def agree(theirs, ours, x, backend, device="cpu"):
+    """Outputs, details and all gradients. Theirs stay on the CPU, as x does."""
+    grad, ours = torch.randn_like(x), ours.to(device)
+    leaves = [x.to(device, copy=True).requires_grad_(), x.clone().requires_grad_()]
     with daam.use_backend(backend):
         y, weights = ours(leaves[0], return_attention_details=True)
-        y.backward(grad)
-        assert torch.equal(ours(x), y)
+        y.backward(grad.to(device))
+        assert torch.equal(ours(leaves[0]), y)
     z, details = theirs(leaves[1], return_attention_details=True)
     z.backward(grad)
     assert not weights.requires_grad
-    assert error(y, z) < 1e-9 and error(weights, details) < 1e-9
-    assert error(leaves[0].grad, leaves[1].grad) < 1e-9
+    within(error(y, z), 1e-9, "y")
+    within(error(weights, details), 1e-9, "weights")
+    within(error(leaves[0].grad, leaves[1].grad), 1e-9, "dx")
     for name in ("mean_offsets", "c"):
         expected = torch.stack([getattr(head, name).grad for head in theirs.attention_heads])
-        assert error(getattr(ours, name).grad, expected) < 1e-9, name
+        within(error(getattr(ours, name).grad, expected), 1e-9, f"d_{name}")
 
 
 SHAPES = [((9, 14), 0), ((5, 33), -1), ((2, 23, 6), 1), ((3, 7, 17), 2), ((2, 16, 5, 3), 1), ((2, 3, 13, 4), -2)]
@@ -49,7 +50,7 @@ SHAPES += [((2, 3, 2, 11, 3), 3), ((2, 3, 2, 5, 9), -1)]
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("padding", [None, 0.0, -1.25])
 @pytest.mark.parametrize(("shape", "axis"), SHAPES, ids=str)
-def test_random_modules_agree(shape, axis, padding, backend):
+def test_random_modules_agree(shape, axis, padding, backend, device):
     torch.manual_seed(sum(shape))
     for gaussians, heads in [(1, 2), (3, 1), (8, 4)] if backend == "eager" else [(3, 2)]:
         if shape[axis] // heads < 2:
@@ -57,7 +58,7 @@ def test_random_modules_agree(shape, axis, padding, backend):
         x = torch.randn(shape, dtype=torch.float64)
         if padding is not None:
             x[torch.rand(shape) < 0.2] = padding
-        agree(*pair(axis, heads, gaussians, padding, seed=gaussians), x, backend)
+        agree(*pair(axis, heads, gaussians, padding, seed=gaussians), x, backend, device)
 
 
 @pytest.mark.parametrize("gaussians", range(1, 9))
@@ -81,8 +82,8 @@ def test_one_head(axis):
         y, weights = module(leaf, return_attention_details=True)
         y.square().sum().backward()
         grads.append((y, weights, leaf.grad, module.mean_offsets.grad, module.c.grad))
-    for a, b in zip(*grads, strict=True):
-        assert error(a, b.detach()) < 1e-9
+    for name, a, b in zip(("y", "weights", "dx", "d_mean_offsets", "d_c"), *grads, strict=True):
+        within(error(b, a), 1e-9, name)
 
 
 def test_blocks_agree_and_state_dicts_travel_both_ways():
@@ -98,8 +99,10 @@ def test_blocks_agree_and_state_dicts_travel_both_ways():
     x = torch.randn(2, 16, 9, dtype=torch.float64)
     y, details = ours(x, return_attention_details=True)
     z, expected = theirs(x, return_attention_details=True)
-    assert error(y, z.detach()) < 1e-9 and details.keys() == expected.keys()
-    assert all(error(details[name], expected[name]) < 1e-9 for name in expected)
+    within(error(y, z), 1e-9, "y")
+    assert details.keys() == expected.keys()
+    for name in expected:
+        within(error(details[name], expected[name]), 1e-9, name)
     assert torch.equal(ours(x), y)
 
 
@@ -114,36 +117,36 @@ def test_initialisation_is_the_published_one():
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_golden_block(backend):
+def test_golden_block(backend, device):
     data, meta = golden("block_three_layers")
     params = {key.removeprefix("param__"): t for key, t in data.items() if key.startswith("param__")}
-    block = daam.DensityBlock(meta["norm_axes"], meta["num_heads"], meta["num_gaussians"], 3).double()
+    block = daam.DensityBlock(meta["norm_axes"], meta["num_heads"], meta["num_gaussians"], 3).double().to(device)
     block.load_state_dict(params)
-    x = data["x"].requires_grad_()
+    x = data["x"].to(device).requires_grad_()
     with daam.use_backend(backend):
         y, details = block(x, return_attention_details=True)
-        y.backward(data["grad_out"])
+        y.backward(data["grad_out"].to(device))
     results = {"y": y, "grad_x": x.grad} | {f"weights__{name}": t for name, t in details.items()}
     for name, result in results.items():
-        assert error(result, data[name].detach()) < 1e-10, name
+        within(error(result, data[name]), 1e-10, name)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_golden_gate(backend):
+def test_golden_gate(backend, device):
     data, _ = golden("jepa_channel_gate")
-    gate = daam.DensityGate(8)
+    gate = daam.DensityGate(8).to(device)
     names = {"to_attn.weight": "conv_weight", "to_attn.bias": "conv_bias", "alpha": "alpha"}
     names |= {f"gaa.{name}": name for name in ("mean_offsets", "log_sigma")}
     gate.load_state_dict({ours: data[theirs] for ours, theirs in names.items()})
-    x = data["x"].requires_grad_()
+    x = data["x"].to(device).requires_grad_()
     with daam.use_backend(backend):
         y, weights = gate(x)
-        y.backward(data["grad_out"])
+        y.backward(data["grad_out"].to(device))
     grads = {
         f"grad_{theirs}": gate.get_parameter(ours).grad for ours, theirs in names.items() if ours != "to_attn.bias"
     }
     for name, result in {"y": y, "gate": weights, "grad_x": x.grad, **grads}.items():
-        assert error(result, data[name].detach().double()) < 1e-5, name
+        within(error(result, data[name]), 1e-5, name)
 
 
 @pytest.mark.parametrize(
@@ -155,11 +158,11 @@ def test_where_the_package_underflows_we_do_not(c, theirs):
     module = published.MultiHeadGaussianAdaptiveAttention(1, 1, len(c))
     module.attention_heads[0].c.data = torch.tensor(c)
     _, details = module(x, return_attention_details=True)
-    torch.testing.assert_close(details, torch.full_like(x, theirs), equal_nan=True)
+    torch.testing.assert_close(details, torch.full_like(x, theirs), rtol=0, atol=0, equal_nan=True)
     ours = daam.MultiHeadGaussianAdaptiveAttention(1, 1, len(c))
     ours.load_state_dict(module.state_dict())
     _, details = ours(x, return_attention_details=True)
-    torch.testing.assert_close(details, torch.full_like(x, 1 / 7))
+    close(details, torch.full_like(x, 1 / 7), "weights")
 
 
 def test_every_combination_of_padding_and_heads_in_one_sweep():

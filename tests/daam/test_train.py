@@ -10,6 +10,8 @@ pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 pytest.importorskip("safetensors")
 
+from helpers import close, within
+
 import daam
 from daam.recipes import compare, explain, train
 from daam.recipes.cache import Cache
@@ -269,7 +271,7 @@ def test_explain(method, command, cache, tmp_path, capsys):
         total += decoder(cache.features[part["validation"]], return_weights=True)[1].detach().sum(0)
         count += len(part["validation"])
     expected = daam.layer_contribution(total / count)
-    torch.testing.assert_close(torch.tensor(report["layer_contribution"]), expected)
+    close(torch.tensor(report["layer_contribution"]), expected, "percent")
     importance = daam.importance_factor(total / count)
     first = report["most_important"][0]
     assert first["importance"] == 1 and importance[first["layer"] - 1, first["feature"]] == pytest.approx(1)
@@ -334,4 +336,5 @@ def test_kernels_train_as_the_eager_backend_does(device):
             optimizer.step()
             curves[backend].append(loss.item())
     assert curves["eager"][-1] < curves["eager"][0]
-    assert curves["triton"] == pytest.approx(curves["eager"], rel=1e-4)
+    for step, (ours, theirs) in enumerate(zip(curves["triton"], curves["eager"], strict=True)):
+        within(abs(ours - theirs), 1e-4 * theirs, f"loss of step {step}")
