@@ -19,12 +19,14 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import inspect
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from daam.kernels.layout import View, acc_dtype, axis_is_fastest, inner_dim, parts
+from daam.kernels.layout import Extent, Strided, View, acc_dtype, axis_is_fastest, inner_dim, parts
 
 
 @dataclass(frozen=True)
@@ -244,6 +246,19 @@ def split_float(value: float) -> tuple[float, float]:
 
 
 @functools.cache
+def _knobs():
+    from triton import knobs
+
+    return knobs
+
+
+def _compiled_kernel() -> type:
+    from triton.compiler import CompiledKernel
+
+    return CompiledKernel
+
+
+@functools.cache
 def options(num_warps: int, nvidia: bool) -> dict[str, int | bool]:
     """Compiler options of a launch. FP fusion is pinned: Triton 3.10 changes its default, and with it the last bits.
 
@@ -253,13 +268,68 @@ def options(num_warps: int, nvidia: bool) -> dict[str, int | bool]:
     return {"enable_fp_fusion": True, **({"maxnreg": min(255, 2048 // num_warps)} if nvidia else {})}
 
 
+# Launches that are kept, by all that Triton compiles a kernel for, and then their grids
+kept: dict[tuple, Callable[..., None]] = {}
+MOST_KEPT = 4096
+
+
 def launch(kernel, grid: tuple[int, int], *args, device: torch.device, **meta) -> None:
     """Launch on the device of the tensors, which need not be the current one. grid is (programs, heads)."""
-    if grid[1] > MAX_HEADS:
-        raise ValueError(f'num_heads is {grid[1]}, the backend "triton" takes at most {MAX_HEADS}')
-    meta |= options(meta["num_warps"], nvidia=not torch.version.hip)
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
-            kernel[grid](*args, **meta)
+            _launch(kernel, grid, args, device, meta)
     else:
-        kernel[grid](*args, **meta)
+        _launch(kernel, grid, args, device, meta)
+
+
+def _launch(kernel, grid: tuple[int, int], args: tuple, device: torch.device, meta: dict[str, object]) -> None:
+    """Launch what was compiled for such arguments before, or else through Triton, and keep what it compiled.
+
+    Triton finds a compiled kernel anew at every launch, which takes longer than the launch. What it would look at is
+    the key here: the values of integers and constants, the dtypes of tensors and whether they begin at a multiple of 16
+    bytes, which is their data's, not their strides'; that None is None, and the two settings that a process may change
+    between launches. It also sees that a global variable of a kernel has changed, which ours never do.
+    """
+    knobs = _knobs()
+    key = (
+        kernel.fn, grid, device, knobs.runtime.debug, knobs.compilation.instrumentation_mode, *meta, *meta.values(),
+        *_traits(args),
+    )  # fmt: skip
+    run = kept.get(key)
+    if run is None or kernel.pre_run_hooks or knobs.runtime.add_stages_inspection_hook is not None:
+        _launch_anew(key, kernel, grid, args, meta)
+    else:
+        run[0](*args, *run[1])
+
+
+def _traits(args: tuple) -> list:
+    """What Triton compiles a kernel for, of each argument. Numbers are taken as they are, but for floats."""
+    traits = []
+    for arg in args:
+        kind = type(arg)
+        if arg is None:
+            traits.append(None)
+        elif kind is Strided:
+            data = arg[0]
+            traits.append((data.dtype, data.data_ptr() % 16 == 0, arg[1]))
+        elif kind is float:
+            traits.append(float)
+        elif isinstance(arg, Tensor):
+            traits.append((arg.dtype, arg.data_ptr() % 16 == 0))
+        elif isinstance(arg, tuple) and kind is not Extent:
+            traits.append((kind, *_traits(arg)))
+        else:
+            traits.append((kind, arg))
+    return traits
+
+
+def _launch_anew(key: tuple, kernel, grid: tuple[int, int], args: tuple, meta: dict[str, object]) -> None:
+    if grid[1] > MAX_HEADS:
+        raise ValueError(f'num_heads is {grid[1]}, the backend "triton" takes at most {MAX_HEADS}')
+    compiled = kernel[grid](*args, **meta, **options(meta["num_warps"], nvidia=not torch.version.hip))
+    if torch.version.hip or not isinstance(compiled, _compiled_kernel()):
+        return  # on AMD GPUs Triton also looks at the size of memory; the interpreter compiles nothing
+    if len(kept) >= MOST_KEPT:
+        kept.clear()
+    constants = [meta[name] for name in list(inspect.signature(kernel.fn).parameters)[len(args) :]]
+    kept[key] = compiled[(*grid, 1)], constants
