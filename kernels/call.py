@@ -51,28 +51,27 @@ def plan(
     there are gradients of them. Kept, since making it takes longer than a launch.
     """
     x, *others = (spec and torch.empty_strided(*spec[:2], dtype=spec[2], device="meta") for spec in specs)
-    others = [t if t is None else t.expand(x.shape) for t in others]
-    stats_shape = launch.stats_shape(tiles, x, axis, heads, feature_axis)
+    tensors = [x, *(t if t is None else t.expand(x.shape) for t in others)]
+    stats_shape, stats = launch.stats_shape(tiles, x, axis, heads, feature_axis), None
     if stats_shape is not None:
-        others.append(torch.empty(stats_shape[1:], dtype=acc_dtype(x), device="meta"))
-    streamed, keeps_stats = stats_shape is not None, launch.worth_keeping(x, axis, heads)
+        stats = torch.empty(stats_shape[1:], dtype=acc_dtype(x), device="meta")
     found = parts(x.shape[axis], heads) if x.numel() else ()
     return Plan(
-        tuple(_plan_part(tiles, part, axis, feature_axis, weights, streamed, x, *others) for part in found),
-        stats_shape, streamed and keeps_stats,
+        tuple(_plan_part(tiles, part, axis, feature_axis, weights, tensors, stats) for part in found),
+        stats_shape, stats is not None and launch.worth_keeping(x, axis, heads),
     )  # fmt: skip
 
 
 def _plan_part(
-    tiles: launch.Tiles, part: Part, axis: int, feature_axis: int | None, weights: bool, streamed: bool,
-    whole_x: Tensor, *others: Tensor | None,
+    tiles: launch.Tiles, part: Part, axis: int, feature_axis: int | None, weights: bool,
+    tensors: list[Tensor | None], stats: Tensor | None,
 ) -> PartPlan:  # fmt: skip
-    """The plan of a call; where chunks are streamed the last tensor is one number of every chunk."""
-    tensors = [None if t is None else part.positions_of(t, axis) for t in (whole_x, *others)]
-    if streamed:
-        tensors[-1] = part.heads_of(others[-1], axis)
-    x, mask, *_ = tensors
-    seen = view(x, tensors[1:], axis, part.heads, feature_axis, whole_x.shape[axis])
+    """The plan of a call. stats: one number of every streamed chunk."""
+    x, mask, *others = (t if t is None else part.positions_of(t, axis) for t in tensors)
+    if stats is not None:
+        others.append(part.heads_of(stats, axis))
+    streamed, length = stats is not None, tensors[0].shape[axis]
+    seen = view(x, [mask, *others], axis, part.heads, feature_axis, length)
     along = varies(axis, feature_axis)
     of_x, of_mask = seen.operands[0].strides, seen.operands[1] and seen.operands[1].strides
     one_mask = of_mask is not None and of_mask[1] == 0  # for all of the inner dimension
@@ -101,8 +100,7 @@ def _plan_part(
     }  # fmt: skip
     ragged = (seen.chunk % tile.length != 0, seen.inner % tile.inner != 0)
     of_tiles = constants | {"PARTS": tile.parts, "RAGGED": ragged}
-    whole = x.shape == whole_x.shape
-    return PartPlan(part, whole, along, tile, extent, tuple(strides), constants, of_tiles)
+    return PartPlan(part, part.length == length, along, tile, extent, tuple(strides), constants, of_tiles)
 
 
 class Call:
