@@ -268,38 +268,33 @@ def options(num_warps: int, nvidia: bool) -> dict[str, int | bool]:
     return {"enable_fp_fusion": True, **({"maxnreg": min(255, 2048 // num_warps)} if nvidia else {})}
 
 
-# Launches that are kept, by all that Triton compiles a kernel for, and then their grids
-kept: dict[tuple, Callable[..., None]] = {}
+# Launches of compiled kernels and the constants that end their arguments, by all that Triton compiles a kernel for
+kept: dict[tuple, tuple[Callable[..., None], list]] = {}
 MOST_KEPT = 4096
 
 
 def launch(kernel, grid: tuple[int, int], *args, device: torch.device, **meta) -> None:
-    """Launch on the device of the tensors, which need not be the current one. grid is (programs, heads)."""
+    """Launch on the device of the tensors, which need not be the current one. grid is (programs, heads).
+
+    Triton finds the compiled kernel of such arguments anew at every launch, which takes four times as long as to launch
+    it: from the second time on the one that it found is launched. What Triton compiles for is the key: numbers and
+    constants as they are, None as None, dtypes of tensors and whether they begin at a multiple of 16 bytes, which
+    strides do not tell, and the two settings of a process that it looks at. Triton also tells when a global variable
+    that a kernel reads has changed, which ours never do.
+    """
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
-            _launch(kernel, grid, args, device, meta)
-    else:
-        _launch(kernel, grid, args, device, meta)
-
-
-def _launch(kernel, grid: tuple[int, int], args: tuple, device: torch.device, meta: dict[str, object]) -> None:
-    """Launch what was compiled for such arguments before, or else through Triton, and keep what it compiled.
-
-    Triton finds a compiled kernel anew at every launch, which takes longer than the launch. What it would look at is
-    the key here: the values of integers and constants, the dtypes of tensors and whether they begin at a multiple of 16
-    bytes, which is their data's, not their strides'; that None is None, and the two settings that a process may change
-    between launches. It also sees that a global variable of a kernel has changed, which ours never do.
-    """
+            launch(kernel, grid, *args, device=device, **meta)
+        return
     knobs = _knobs()
-    key = (
-        kernel.fn, grid, device, knobs.runtime.debug, knobs.compilation.instrumentation_mode, *meta, *meta.values(),
-        *_traits(args),
-    )  # fmt: skip
-    run = kept.get(key)
-    if run is None or kernel.pre_run_hooks or knobs.runtime.add_stages_inspection_hook is not None:
+    settings = knobs.runtime.debug, knobs.compilation.instrumentation_mode
+    key = (kernel.fn, grid, device, settings, *meta, *meta.values(), *_traits(args))
+    found = kept.get(key)
+    if found is None or kernel.pre_run_hooks or knobs.runtime.add_stages_inspection_hook is not None:
         _launch_anew(key, kernel, grid, args, meta)
     else:
-        run[0](*args, *run[1])
+        run, constants = found
+        run(*args, *constants)
 
 
 def _traits(args: tuple) -> list:
@@ -324,6 +319,7 @@ def _traits(args: tuple) -> list:
 
 
 def _launch_anew(key: tuple, kernel, grid: tuple[int, int], args: tuple, meta: dict[str, object]) -> None:
+    """Launch through Triton, and keep what it compiled."""
     if grid[1] > MAX_HEADS:
         raise ValueError(f'num_heads is {grid[1]}, the backend "triton" takes at most {MAX_HEADS}')
     compiled = kernel[grid](*args, **meta, **options(meta["num_warps"], nvidia=not torch.version.hip))
@@ -331,5 +327,5 @@ def _launch_anew(key: tuple, kernel, grid: tuple[int, int], args: tuple, meta: d
         return  # on AMD GPUs Triton also looks at the size of memory; the interpreter compiles nothing
     if len(kept) >= MOST_KEPT:
         kept.clear()
-    constants = [meta[name] for name in list(inspect.signature(kernel.fn).parameters)[len(args) :]]
-    kept[key] = compiled[(*grid, 1)], constants
+    names = list(inspect.signature(kernel.fn).parameters)
+    kept[key] = compiled[(*grid, 1)], [meta[name] for name in names[len(args) :]]
