@@ -46,6 +46,18 @@ def _forward_mode() -> bool:
     return forward_ad._current_level >= 0
 
 
+_PLAIN = frozenset({Tensor, torch.nn.Parameter, type(None)})
+
+
+def _watched(*tensors: Tensor | None) -> bool:
+    """Whether a call must go through its operator, which transforms, dispatch modes (fake tensors, tracing, counters),
+    tensors of other types and devices without kernels see. For all others dispatch costs as much as a launch.
+    """
+    if _transformed() or torch._C._len_torch_dispatch_stack() or tensors[0].is_meta:
+        return True
+    return not _PLAIN.issuperset(map(type, tensors))
+
+
 class Algorithm:
     """One algorithm's operators, `{name}_forward`, `{name}_backward` and the composite `{name}`, and how it is called.
 
@@ -184,9 +196,10 @@ class Attention(torch.autograd.Function):
     def forward(x, p, q, mask, call):
         algorithm, args = call.algorithm, (x, p, q, mask, *call.how)
         if call.backend == "triton":
-            y, weights, stats = algorithm.forward_op(*args, call.return_weights, call.save_stats)
+            run = algorithm.forward_op if _watched(x, p, q, mask) else algorithm.kernels.forward
+            y, weights, stats = run(*args, call.return_weights, call.save_stats)
             outputs = (y, weights) if call.return_weights else (y,)
-            return (*outputs, stats) if stats.numel() else outputs
+            return outputs if stats is None or stats.numel() == 0 else (*outputs, stats)
         if _transformed():
             return algorithm.eager.formula(*args)[: 1 + call.return_weights]
         return algorithm.eager.forward(*args, call.return_weights)[: 1 + call.return_weights]
@@ -212,8 +225,8 @@ class Attention(torch.autograd.Function):
             # under create_graph: the closed form in differentiable operations, exact to any order
             grads = algorithm.eager.gradient(*inputs, *call.how)
         elif call.backend == "triton":
-            stats = stats[0] if stats else None
-            dx, dp, dq = algorithm.backward_op(*inputs, stats, *call.how, need_x, need_params)
+            run = algorithm.backward_op if _watched(x, p, q, mask, *inputs[:2]) else algorithm.kernels.backward
+            dx, dp, dq = run(*inputs, stats[0] if stats else None, *call.how, need_x, need_params)
             return dx if need_x else None, dp if needs[1] else None, dq if needs[2] else None, None, None
         else:
             grads = algorithm.eager.backward(*inputs, *call.how, need_x, need_params)
