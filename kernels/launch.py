@@ -274,21 +274,25 @@ MOST_KEPT = 4096
 
 
 def launch(kernel, grid: tuple[int, int], *args, device: torch.device, **meta) -> None:
-    """Launch on the device of the tensors, which need not be the current one. grid is (programs, heads).
-
-    Triton finds the compiled kernel of such arguments anew at every launch, which takes four times as long as to launch
-    it: from the second time on the one that it found is launched. What Triton compiles for is the key: numbers and
-    constants as they are, None as None, dtypes of tensors and whether they begin at a multiple of 16 bytes, which
-    strides do not tell, and the two settings of a process that it looks at. Triton also tells when a global variable
-    that a kernel reads has changed, which ours never do.
-    """
+    """Launch on the device of the tensors, which need not be the current one. grid is (programs, heads)."""
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
-            launch(kernel, grid, *args, device=device, **meta)
-        return
+            _launch(kernel, grid, args, device, meta)
+    else:
+        _launch(kernel, grid, args, device, meta)
+
+
+def _launch(kernel, grid: tuple[int, int], args: tuple, device: torch.device, meta: dict[str, object]) -> None:
+    """Launch what Triton compiled for such arguments, and ask it where there is none.
+
+    Triton finds the compiled kernel anew at every launch, which takes three times as long as to launch it. The key is
+    what Triton compiles for: arguments (`traits`), constants, device, and two settings of the process. A third, a hook
+    of the compiler, and hooks of a kernel are left to Triton; hooks of launches are called by what is kept. Triton also
+    looks whether global variables that a kernel reads have changed, which ours never do.
+    """
     knobs = _knobs()
     settings = knobs.runtime.debug, knobs.compilation.instrumentation_mode
-    key = (kernel.fn, grid, device, settings, *meta, *meta.values(), *_traits(args))
+    key = (kernel.fn, grid, device, settings, *meta, *meta.values(), *traits(args))
     found = kept.get(key)
     if found is None or kernel.pre_run_hooks or knobs.runtime.add_stages_inspection_hook is not None:
         _launch_anew(key, kernel, grid, args, meta)
@@ -297,25 +301,28 @@ def launch(kernel, grid: tuple[int, int], *args, device: torch.device, **meta) -
         run(*args, *constants)
 
 
-def _traits(args: tuple) -> list:
-    """What Triton compiles a kernel for, of each argument. Numbers are taken as they are, but for floats."""
-    traits = []
+def traits(args: tuple) -> list:
+    """What Triton compiles a kernel for, of each argument: the dtype of a tensor, and whether its data begin at a
+    multiple of 16 bytes, which strides do not tell; that a float is one; of an integer whether it is 1 or a multiple
+    of 16, for which its value stands. The same of what tuples hold; strides and `Extent` hold nothing but integers.
+    """
+    found = []
     for arg in args:
         kind = type(arg)
         if arg is None:
-            traits.append(None)
+            found.append(None)
         elif kind is Strided:
             data = arg[0]
-            traits.append((data.dtype, data.data_ptr() % 16 == 0, arg[1]))
+            found.append((data.dtype, data.data_ptr() % 16 == 0, arg[1]))
         elif kind is float:
-            traits.append(float)
+            found.append(float)
         elif isinstance(arg, Tensor):
-            traits.append((arg.dtype, arg.data_ptr() % 16 == 0))
+            found.append((arg.dtype, arg.data_ptr() % 16 == 0))
         elif isinstance(arg, tuple) and kind is not Extent:
-            traits.append((kind, *_traits(arg)))
+            found.append((kind, *traits(arg)))
         else:
-            traits.append((kind, arg))
-    return traits
+            found.append((kind, arg))
+    return found
 
 
 def _launch_anew(key: tuple, kernel, grid: tuple[int, int], args: tuple, meta: dict[str, object]) -> None:

@@ -8,9 +8,10 @@ from unittest import mock
 
 import pytest
 import torch
-from helpers import ALGORITHMS, Case, attend, broadcast, error, inputs, recorded_launches
+from helpers import ALGORITHMS, Case, attend, broadcast, error, inputs, recorded_launches, run
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import daam
 from daam import density_attention, ops
@@ -349,3 +350,28 @@ def test_compile_with_padding_values(dynamic):
         torch.testing.assert_close(
             attend(x, p, p, padding_value=value), daam.mixture_attention(x, p, p, padding_value=value)
         )
+
+
+@pytest.mark.kernel
+@algorithms
+def test_operators_are_called_where_something_watches_them(algorithm, device):
+    """Dispatch modes see both passes; without one kernels are called directly, and the results are the same."""
+    case = Case((2, 24, 9), 1, algorithm=algorithm)
+    given, spec = inputs(case, torch.float32, device=device), ops.__dict__[algorithm]
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            seen.append(op)
+            return op(*args, **(kwargs or {}))
+
+    seen: list = []
+    with Watch():
+        watched = run(case, given, "triton")
+    assert [op for op in seen if op.namespace == "daam"] == [spec.forward_op, spec.backward_op]
+
+    def refuse(*args):
+        raise AssertionError("dispatched")
+
+    with mock.patch.multiple(spec, forward_op=refuse, backward_op=refuse):
+        direct = run(case, given, "triton")
+    assert all(torch.equal(watched[name], direct[name]) for name in watched)

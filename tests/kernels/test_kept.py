@@ -11,6 +11,7 @@ from bench import host
 from bench.stub_driver import UnavailableError, stub_driver
 from daam.backend import interpreting
 from daam.kernels import launch
+from daam.kernels.layout import Strided
 
 BASE = Case((2, 24, 32), 1, heads=2, weights=False)
 algorithms = pytest.mark.parametrize("algorithm", ALGORITHMS)
@@ -161,6 +162,36 @@ def test_triton_is_asked_once(n, algorithm, launched):
         first, launched[:] = list(launched), []
         run(case)
     assert not names and launched == first
+
+
+@pytest.mark.parametrize(
+    "other",
+    [unaligned(torch.ones(2)), torch.ones(2).double(), None, 1.0, 1, 16, True, (torch.ones(2),), (1,), ((1,), 1)],
+    ids=str,
+)
+@pytest.mark.parametrize("inside", [False, True])
+def test_arguments_that_triton_tells_apart(inside, other):
+    """Alone, and in a tuple."""
+    told = (torch.ones(2), None, 1.0, 1, 16, True, (torch.ones(2),), (1,), ((1,), 1), Strided(torch.ones(2), (1,)))
+    wrap = (lambda arg: ((arg,),)) if inside else (lambda arg: (arg,))
+    same = [arg for arg in told if launch.traits(wrap(arg)) == launch.traits(wrap(other))]
+    assert [repr(arg) for arg in same] == [repr(other)] * (not isinstance(other, torch.Tensor))
+
+
+def test_floats_and_the_numbers_in_tensors_are_not_told_apart():
+    assert launch.traits((1.0, torch.ones(2))) == launch.traits((2.5, torch.zeros(2)))
+
+
+def test_a_kept_launch_has_its_own_grid(launched):
+    x, original = torch.ones(2, 24, 32), launch.launch
+
+    def on_grids(kernel, grid, *args, **meta):
+        for one in ((1, 2), (2, 2), (1, 2), (2, 2)):
+            original(kernel, one, *args, **meta)
+
+    with mock.patch.object(launch, "launch", on_grids):
+        attend(BASE, x, x[0, :2], x[0, :2], backend="triton")
+    assert [grid for _function, grid in launched] == [(1, 2, 1), (2, 2, 1), (1, 2, 1), (2, 2, 1)]
 
 
 def test_each_device_has_its_own(launched):
