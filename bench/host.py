@@ -1,9 +1,11 @@
-"""What a call costs the host, which a GPU waits for where tensors are small: everything but the launches themselves.
+"""What a call costs the host, which a GPU waits for where tensors are small, without its launches and with them.
 
 Forward is the public function on the Triton backend, x and the parameters requiring grad: checks, choice of the
-backend, operator, autograd, memory for the outputs, the arguments of every launch, and freeing all that again. Backward
-is torch.autograd.grad of its y. Not in them is Triton's own part of a launch (`JITFunction.run`: it specialises
-arguments, finds the kernel and calls the driver), which does nothing here.
+backend, autograd, memory for the outputs, the arguments of every launch, and freeing all that again. Backward is
+torch.autograd.grad of its y. Of the two launchers "nothing" stops where a compiled kernel is found, so that what is
+left is this package's and PyTorch's; "driver" goes on through Triton's launcher to the call of the CUDA driver. On a
+GPU that is the real one, which queues the launch and does not wait for it; without one it is a stub that does nothing
+(`stub_driver.py`), so that what libcuda takes, a few microseconds a launch, is not counted.
 
 No GPU is needed: on a CPU the backend is told that kernels are interpreted, the one case in which it takes CPU tensors,
 and nothing is. There memory is malloc's, and autograd stays in the calling thread. x is small, so that copying it takes
@@ -19,31 +21,61 @@ from unittest import mock
 
 from bench import core
 from bench.providers import PROVIDERS, Task
+from bench.stub_driver import stub_driver
 from bench.workloads import ALGORITHMS, Workload
 from daam import backend, ops
+from daam.kernels import launch
 
 WORKLOADS = [Workload("host", name, (2, 24, 128), 1, 8, 1 if name == "density" else 4) for name in ALGORITHMS]
 PASSES = ("forward", "backward")
 WARM_UP, ROUNDS = 500, 2000
 
 
+class _Found(dict):
+    """Kept launches, all of them, that do nothing."""
+
+    def get(self, key: tuple) -> tuple:
+        return lambda *args: None, ()
+
+
 @contextlib.contextmanager
 def launching_nothing() -> Iterator[None]:
     """Let the Triton backend take tensors on any device and launch nothing: outputs hold what memory held."""
-    from triton.runtime import JITFunction
+    with taking_any_tensor(), mock.patch.object(launch, "kept", _Found()):
+        yield
 
+
+@contextlib.contextmanager
+def launching() -> Iterator[None]:
+    """Launch on a GPU, or without one through Triton's launcher into a driver that does nothing.
+
+    Raises:
+        UnavailableError: there is no GPU, and the stub cannot be built; the message says why.
+    """
+    if core.DEVICE == "cuda":
+        yield
+        return
+    with taking_any_tensor(), stub_driver():
+        yield
+
+
+@contextlib.contextmanager
+def taking_any_tensor() -> Iterator[None]:
+    """Let the Triton backend take tensors on any device."""
     with (
         mock.patch.object(backend, "interpreting", lambda: True),
         mock.patch.object(ops, "interpreting", lambda: True),
-        mock.patch.object(JITFunction, "run", lambda *args, **meta: None),
     ):
         yield
 
 
-def samples(workload: Workload, which: str) -> tuple[list[float], list[float]]:
+LAUNCHERS = {"nothing": launching_nothing, "driver": launching}
+
+
+def samples(workload: Workload, which: str, launcher: str) -> tuple[list[float], list[float]]:
     """Seconds of a pass on the host, and of the call that copies x, which takes turns with it."""
     turn = core.turns("cpu")  # the wall clock's, whatever the device
-    with launching_nothing():
+    with LAUNCHERS[launcher]():
         task = Task(workload, core.DEVICE)
         steps = [core.step(PROVIDERS[name].build(task), which) for name in ("triton", "copy")]
         rounds = [turn(steps) for _ in range(WARM_UP + ROUNDS)][WARM_UP:]
@@ -51,6 +83,9 @@ def samples(workload: Workload, which: str) -> tuple[list[float], list[float]]:
     return own, copy
 
 
-def figures(workload: Workload, which: str, own: list[float], copy: list[float]) -> dict[str, Any]:
+def figures(workload: Workload, which: str, launcher: str, own: list[float], copy: list[float]) -> dict[str, Any]:
     """What a benchmark tells beside its times, as JSON takes it."""
-    return {**core.described(workload, which, "triton", "triton, launching nothing"), **core.timed(own, copy)}
+    driver = "launching" if core.DEVICE == "cuda" else "launching into a stub"
+    launches = {"nothing": "launching nothing", "driver": driver}
+    described = core.described(workload, which, "triton", f"triton, {launches[launcher]}")
+    return {**described, "launcher": launcher, **core.timed(own, copy)}

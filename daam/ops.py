@@ -46,6 +46,18 @@ def _forward_mode() -> bool:
     return forward_ad._current_level >= 0
 
 
+_PLAIN = frozenset({Tensor, torch.nn.Parameter, type(None)})
+
+
+def _watched(*tensors: Tensor | None) -> bool:
+    """Whether a call must go through its operator, which transforms, dispatch modes (fake tensors, tracing, counters),
+    tensors of other types and devices without kernels see. For all others dispatch costs as much as a launch.
+    """
+    if _transformed() or torch._C._len_torch_dispatch_stack() or tensors[0].is_meta:
+        return True
+    return not _PLAIN.issuperset(map(type, tensors))
+
+
 class Algorithm:
     """One algorithm's operators, `{name}_forward`, `{name}_backward` and the composite `{name}`, and how it is called.
 
@@ -113,11 +125,11 @@ class Algorithm:
 
     def _forward_triton(self, x, *args):
         y, weights, stats = self.kernels.forward(x, *args)
-        return y, _or_empty(weights, x, x.dtype), _or_empty(stats, x, acc_dtype(x))
+        return y, _or_empty(weights, x), x.new_empty(0, dtype=acc_dtype(x)) if stats is None else stats
 
     def _backward_triton(self, grad_y, grad_weights, x, p, q, *args):
-        grads = self.kernels.backward(grad_y, grad_weights, x, p, q, *args)
-        return tuple(_or_empty(g, x, like.dtype) for g, like in zip(grads, (x, p, q), strict=True))
+        dx, dp, dq = self.kernels.backward(grad_y, grad_weights, x, p, q, *args)
+        return _or_empty(dx, x), _or_empty(dp, p), _or_empty(dq, q)
 
     def _forward_cpu(self, x, *args):
         if interpreting():
@@ -125,14 +137,14 @@ class Algorithm:
         *args, _save_stats = args
         y, weights = self.eager.forward(x, *args)
         weights = None if weights is None else weights.contiguous()
-        return y.contiguous(), _or_empty(weights, x, x.dtype), _or_empty(None, x, acc_dtype(x))
+        return y.contiguous(), _or_empty(weights, x), x.new_empty(0, dtype=acc_dtype(x))
 
     def _backward_cpu(self, grad_y, grad_weights, x, p, q, mask, stats, *args):
         if interpreting():
             return self._backward_triton(grad_y, grad_weights, x, p, q, mask, stats, *args)
         grads = self.eager.backward(grad_y, grad_weights, x, p, q, mask, *args)
         return tuple(
-            _or_empty(None if g is None else g.to(like.dtype).contiguous(), x, like.dtype)
+            _or_empty(None if g is None else g.to(like.dtype).contiguous(), like)
             for g, like in zip(grads, (x, p, q), strict=True)
         )
 
@@ -153,11 +165,11 @@ class Algorithm:
         return tuple(like.new_empty(like.shape if need else 0) for like, need in needs)
 
 
-def _or_empty(t: Tensor | None, x: Tensor, dtype: torch.dtype) -> Tensor:
-    return x.new_empty(0, dtype=dtype) if t is None else t
+def _or_empty(t: Tensor | None, like: Tensor) -> Tensor:
+    return like.new_empty(0) if t is None else t
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True, eq=False)  # not frozen: that takes twice as long to make
 class _Call:
     """What is no tensor in a call. how: axis, the algorithm's settings and residual."""
 
@@ -184,8 +196,10 @@ class Attention(torch.autograd.Function):
     def forward(x, p, q, mask, call):
         algorithm, args = call.algorithm, (x, p, q, mask, *call.how)
         if call.backend == "triton":
-            y, weights, stats = algorithm.forward_op(*args, call.return_weights, call.save_stats)
-            return (y, *([weights] if call.return_weights else []), *([stats] if stats.numel() else []))
+            run = algorithm.forward_op if _watched(x, p, q, mask) else algorithm.kernels.forward
+            y, weights, stats = run(*args, call.return_weights, call.save_stats)
+            outputs = (y, weights) if call.return_weights else (y,)
+            return outputs if stats is None or stats.numel() == 0 else (*outputs, stats)
         if _transformed():
             return algorithm.eager.formula(*args)[: 1 + call.return_weights]
         return algorithm.eager.forward(*args, call.return_weights)[: 1 + call.return_weights]
@@ -194,7 +208,8 @@ class Attention(torch.autograd.Function):
     def setup_context(ctx, inputs, outputs):
         *tensors, ctx.call = inputs
         stats = outputs[1 + ctx.call.return_weights :]
-        ctx.mark_non_differentiable(*stats)
+        if stats:
+            ctx.mark_non_differentiable(*stats)
         ctx.save_for_backward(*tensors, *stats)
         ctx.set_materialize_grads(False)
 
@@ -210,7 +225,9 @@ class Attention(torch.autograd.Function):
             # under create_graph: the closed form in differentiable operations, exact to any order
             grads = algorithm.eager.gradient(*inputs, *call.how)
         elif call.backend == "triton":
-            grads = algorithm.backward_op(*inputs, stats[0] if stats else None, *call.how, need_x, need_params)
+            run = algorithm.backward_op if _watched(x, p, q, mask, *inputs[:2]) else algorithm.kernels.backward
+            dx, dp, dq = run(*inputs, stats[0] if stats else None, *call.how, need_x, need_params)
+            return dx if need_x else None, dp if needs[1] else None, dq if needs[2] else None, None, None
         else:
             grads = algorithm.eager.backward(*inputs, *call.how, need_x, need_params)
         each = zip(grads, (x, p, q), needs, strict=True)

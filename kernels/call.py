@@ -11,59 +11,71 @@ import triton.language as tl
 from torch import Tensor
 
 from daam.kernels import launch
-from daam.kernels.layout import Part, Strided, acc_dtype, varies, view
+from daam.kernels.layout import Extent, Part, Strided, acc_dtype, parts, varies, view
 
 
-class Extent(NamedTuple):
-    """What kernels know of the view: outer sizes, x's strides, tiles of all outer places and of one, strips that a
-    chunk is cut into and positions of each (one, of the whole chunk, where a tile holds it), positions of a chunk, size
-    of the inner dimension. The eighths of one of these two where x and tensors of its strides are aligned to 8 elements
-    only, and then of the strides, too (`tile.stride_of`).
+class PartPlan(NamedTuple):
+    """What a call on one part of x does, whatever its tensors hold: the part, whether that is all of x, what parameters
+    vary along, tile, extent, the strides of its tensors as kernels take them, constants, and those of kernels that take
+    tiles.
     """
 
-    sizes: tuple[int, ...]
-    strides: tuple[int, ...]
-    tiles: int
-    blocks: int
-    strips: int
-    strip: int
-    chunk: int
-    inner: int
-    chunk_eighths: int | None
-    inner_eighths: int | None
-
-
-class Plan(NamedTuple):
-    """What a call does, whatever its tensors hold: what parameters vary along, tile, extent, the strides of its tensors
-    as kernels take them, constants.
-    """
-
+    part: Part
+    whole: bool
     along: str
     tile: launch.Tile
     extent: Extent
     strides: tuple[tuple[int, ...] | None, ...]
     constants: dict[str, object]
+    tile_constants: dict[str, object]
+
+
+class Plan(NamedTuple):
+    """What a pass does: a plan for every part of x, none where that is empty, the shape of the statistics of streamed
+    chunks, None where these stay on chip, and whether a forward pass keeps them.
+    """
+
+    parts: tuple[PartPlan, ...]
+    stats_shape: tuple[int, ...] | None
+    keeps_stats: bool
 
 
 Spec = tuple[torch.Size, tuple[int, ...], torch.dtype]  # shape, strides and dtype of a tensor
 
 
 @functools.lru_cache(maxsize=1024)
-def _plan(
-    tiles: launch.Tiles, part: Part, axis: int, length: int, feature_axis: int | None, specs: tuple[Spec | None, ...],
-    streamed: bool, weights: bool,
-) -> Plan:  # fmt: skip
-    """The plan of a call on tensors of such specs: x, a mask or None, others; where chunks are streamed the last is one
-    number of every chunk. length is that of the whole axis. Kept, since making it takes longer than a launch.
+def plan(
+    tiles: launch.Tiles, axis: int, heads: int, feature_axis: int | None, weights: bool, *specs: Spec | None
+) -> Plan:
+    """The plan of a pass on tensors of such specs: x, a mask or None, others, which have x's shape. weights: whether
+    there are gradients of them. Kept, since making it takes longer than a launch.
     """
-    x, mask, *others = (
-        spec and torch.empty_strided(*spec[:2], dtype=spec[2], device="meta") for spec in specs
+    x, *others = (spec and torch.empty_strided(*spec[:2], dtype=spec[2], device="meta") for spec in specs)
+    tensors = [x, *(t if t is None else t.expand(x.shape) for t in others)]
+    stats_shape, stats = launch.stats_shape(tiles, x, axis, heads, feature_axis), None
+    if stats_shape is not None:
+        stats = torch.empty(stats_shape[1:], dtype=acc_dtype(x), device="meta")
+    found = parts(x.shape[axis], heads) if x.numel() else ()
+    return Plan(
+        tuple(_plan_part(tiles, part, axis, feature_axis, weights, tensors, stats) for part in found),
+        stats_shape, stats is not None and launch.worth_keeping(x, axis, heads),
     )  # fmt: skip
+
+
+def _plan_part(
+    tiles: launch.Tiles, part: Part, axis: int, feature_axis: int | None, weights: bool,
+    tensors: list[Tensor | None], stats: Tensor | None,
+) -> PartPlan:  # fmt: skip
+    """The plan of a call. stats: one number of every streamed chunk."""
+    x, mask, *others = (t if t is None else part.positions_of(t, axis) for t in tensors)
+    if stats is not None:
+        others.append(part.heads_of(stats, axis))
+    streamed, length = stats is not None, tensors[0].shape[axis]
     seen = view(x, [mask, *others], axis, part.heads, feature_axis, length)
     along = varies(axis, feature_axis)
     of_x, of_mask = seen.operands[0].strides, seen.operands[1] and seen.operands[1].strides
     one_mask = of_mask is not None and of_mask[1] == 0  # for all of the inner dimension
-    tile = launch.tile_for(tiles, seen, streamed, along, x.dtype, of_mask is not None, weights)
+    tile = launch.tile_for(tiles, seen, streamed, along, x.dtype, mask is not None, weights)
     fast = 0 if seen.by_axis else 1
     eighths = seen.unit == 8 and all(step % 8 == 0 for i, step in enumerate(of_x) if i != fast)
     chunk_eighths, inner_eighths = (
@@ -86,7 +98,9 @@ def _plan(
         "INDEX": tl.int32 if launch.index_bits(seen, tile) == 32 else tl.int64,
         "num_warps": tile.num_warps, "BLOCK_CHUNK": tile.chunk, "BLOCK_INNER": tile.inner,
     }  # fmt: skip
-    return Plan(along, tile, extent, tuple(strides), constants)
+    ragged = (seen.chunk % tile.length != 0, seen.inner % tile.inner != 0)
+    of_tiles = constants | {"PARTS": tile.parts, "RAGGED": ragged}
+    return PartPlan(part, part.length == length, along, tile, extent, tuple(strides), constants, of_tiles)
 
 
 class Call:
@@ -97,22 +111,17 @@ class Call:
     and are contiguous. streamed: whether there are stats, the chunks being too long for the chip.
     """
 
-    def __init__(
-        self, tiles: launch.Tiles, part: Part, axis: int, feature_axis: int | None, stats: Tensor | None, x: Tensor,
-        mask: Tensor | None, **others: Tensor | None,
-    ):  # fmt: skip
-        self.part, self.axis, self.device = part, axis, x.device
-        self.stats, self.streamed = stats, stats is not None
-        tensors = [None if t is None else part.positions_of(t, axis) for t in (x, mask, *others.values())]
-        if self.streamed:
-            tensors.append(part.heads_of(stats[0], axis))
-        specs = tuple([None if t is None else (t.shape, t.stride(), t.dtype) for t in tensors])
-        # not whether weights are written: y is the same to the bit with and without them
-        weights = others.get("grad_weights") is not None
-        self.plan = _plan(tiles, part, axis, x.shape[axis], feature_axis, specs, self.streamed, weights)
-        self.along, self.extent = self.plan.along, self.plan.extent
-        taken = [None if t is None else Strided(t, s) for t, s in zip(tensors, self.plan.strides, strict=True)]
-        self.of = SimpleNamespace(**dict(zip(("x", "mask", *others), taken, strict=False)))
+    def __init__(self, plan: PartPlan, axis: int, stats: Tensor | None, tensors: dict[str, Tensor | None]):
+        self.plan, self.axis, self.stats, self.streamed = plan, axis, stats, stats is not None
+        self.part, self.along, self.extent, self.device = plan.part, plan.along, plan.extent, tensors["x"].device
+        if not plan.whole:
+            tensors = {name: t if t is None else plan.part.positions_of(t, axis) for name, t in tensors.items()}
+        self.of = SimpleNamespace(
+            **{
+                name: None if t is None else Strided(t, strides)
+                for (name, t), strides in zip(tensors.items(), plan.strides, strict=False)
+            }
+        )
 
     def of_chunks(self, t: Tensor | None) -> Strided | None:
         """The part's share of a tensor of some numbers a chunk: the operand of the first, with the distance of the next
@@ -159,10 +168,10 @@ class Call:
 
     def launch(self, kernel, programs: int, *args, **meta) -> None:
         """Launch on a grid (programs, heads) with the call's extent and constants."""
-        tile = self.plan.tile
-        ragged = (self.extent.chunk % tile.length != 0, self.extent.inner % tile.inner != 0)
-        grid, meta = (programs, self.part.heads), self.plan.constants | meta
-        launch.launch(kernel, grid, *args, self.extent, device=self.device, PARTS=tile.parts, RAGGED=ragged, **meta)
+        constants = self.plan.tile_constants
+        launch.launch(
+            kernel, (programs, self.part.heads), *args, self.extent, device=self.device, **constants, **meta
+        )  # fmt: skip
 
     def launch_merge(self, kernel, *args, **meta) -> None:
         """Launch what makes numbers of chunks from those of their strips: a program a tile of chunks."""

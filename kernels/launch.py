@@ -19,12 +19,14 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import inspect
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from daam.kernels.layout import View, acc_dtype, axis_is_fastest, inner_dim, parts
+from daam.kernels.layout import Extent, Strided, View, acc_dtype, axis_is_fastest, inner_dim, parts
 
 
 @dataclass(frozen=True)
@@ -244,6 +246,19 @@ def split_float(value: float) -> tuple[float, float]:
 
 
 @functools.cache
+def _knobs():
+    from triton import knobs
+
+    return knobs
+
+
+def _compiled_kernel() -> type:
+    from triton.compiler import CompiledKernel
+
+    return CompiledKernel
+
+
+@functools.cache
 def options(num_warps: int, nvidia: bool) -> dict[str, int | bool]:
     """Compiler options of a launch. FP fusion is pinned: Triton 3.10 changes its default, and with it the last bits.
 
@@ -253,13 +268,71 @@ def options(num_warps: int, nvidia: bool) -> dict[str, int | bool]:
     return {"enable_fp_fusion": True, **({"maxnreg": min(255, 2048 // num_warps)} if nvidia else {})}
 
 
+# Launches of compiled kernels and the constants that end their arguments, by all that Triton compiles a kernel for
+kept: dict[tuple, tuple[Callable[..., None], list]] = {}
+MOST_KEPT = 4096
+
+
 def launch(kernel, grid: tuple[int, int], *args, device: torch.device, **meta) -> None:
     """Launch on the device of the tensors, which need not be the current one. grid is (programs, heads)."""
-    if grid[1] > MAX_HEADS:
-        raise ValueError(f'num_heads is {grid[1]}, the backend "triton" takes at most {MAX_HEADS}')
-    meta |= options(meta["num_warps"], nvidia=not torch.version.hip)
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
-            kernel[grid](*args, **meta)
+            _launch(kernel, grid, args, device, meta)
     else:
-        kernel[grid](*args, **meta)
+        _launch(kernel, grid, args, device, meta)
+
+
+def _launch(kernel, grid: tuple[int, int], args: tuple, device: torch.device, meta: dict[str, object]) -> None:
+    """Launch what Triton compiled for such arguments, and ask it where there is none.
+
+    Triton finds the compiled kernel anew at every launch, which takes three times as long as to launch it. The key is
+    what Triton compiles for: arguments (`traits`), constants, device, and two settings of the process. A third, a hook
+    of the compiler, and hooks of a kernel are left to Triton; hooks of launches are called by what is kept. Triton also
+    looks whether global variables that a kernel reads have changed, which ours never do.
+    """
+    knobs = _knobs()
+    settings = knobs.runtime.debug, knobs.compilation.instrumentation_mode
+    key = (kernel.fn, grid, device, settings, *meta, *meta.values(), *traits(args))
+    found = kept.get(key)
+    if found is None or kernel.pre_run_hooks or knobs.runtime.add_stages_inspection_hook is not None:
+        _launch_anew(key, kernel, grid, args, meta)
+    else:
+        run, constants = found
+        run(*args, *constants)
+
+
+def traits(args: tuple) -> list:
+    """What Triton compiles a kernel for, of each argument: the dtype of a tensor, and whether its data begin at a
+    multiple of 16 bytes, which strides do not tell; that a float is one; of an integer whether it is 1 or a multiple
+    of 16, for which its value stands. The same of what tuples hold; strides and `Extent` hold nothing but integers.
+    """
+    found = []
+    for arg in args:
+        kind = type(arg)
+        if arg is None:
+            found.append(None)
+        elif kind is Strided:
+            data = arg[0]
+            found.append((data.dtype, data.data_ptr() % 16 == 0, arg[1]))
+        elif kind is float:
+            found.append(float)
+        elif isinstance(arg, Tensor):
+            found.append((arg.dtype, arg.data_ptr() % 16 == 0))
+        elif isinstance(arg, tuple) and kind is not Extent:
+            found.append((kind, *traits(arg)))
+        else:
+            found.append((kind, arg))
+    return found
+
+
+def _launch_anew(key: tuple, kernel, grid: tuple[int, int], args: tuple, meta: dict[str, object]) -> None:
+    """Launch through Triton, and keep what it compiled."""
+    if grid[1] > MAX_HEADS:
+        raise ValueError(f'num_heads is {grid[1]}, the backend "triton" takes at most {MAX_HEADS}')
+    compiled = kernel[grid](*args, **meta, **options(meta["num_warps"], nvidia=not torch.version.hip))
+    if torch.version.hip or not isinstance(compiled, _compiled_kernel()):
+        return  # on AMD GPUs Triton also looks at the size of memory; the interpreter compiles nothing
+    if len(kept) >= MOST_KEPT:
+        kept.clear()
+    names = list(inspect.signature(kernel.fn).parameters)
+    kept[key] = compiled[(*grid, 1)], [meta[name] for name in names[len(args) :]]

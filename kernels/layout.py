@@ -27,6 +27,25 @@ class Strided(NamedTuple):
     strides: tuple[int, ...]
 
 
+class Extent(NamedTuple):
+    """What kernels know of the view: outer sizes, x's strides, tiles of all outer places and of one, strips that a
+    chunk is cut into and positions of each (one, of the whole chunk, where a tile holds it), positions of a chunk, size
+    of the inner dimension. The eighths of one of these two where x and tensors of its strides are aligned to 8 elements
+    only, and then of the strides, too (`tile.stride_of`).
+    """
+
+    sizes: tuple[int, ...]
+    strides: tuple[int, ...]
+    tiles: int
+    blocks: int
+    strips: int
+    strip: int
+    chunk: int
+    inner: int
+    chunk_eighths: int | None
+    inner_eighths: int | None
+
+
 @dataclass(frozen=True)
 class View:
     """What all tensors of one call look like to a kernel.

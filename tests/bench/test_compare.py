@@ -164,7 +164,7 @@ def test_a_worse_configuration_is_caught(fault, tmp_path, capsys):
     pytest.importorskip("triton")
     from bench import audit
     from daam.kernels import launch
-    from daam.kernels.call import _plan
+    from daam.kernels.call import plan
 
     chosen = {
         "slowed": audit.Configuration("density", "rows", "nothing", 1024, "fp32"),
@@ -181,9 +181,9 @@ def test_a_worse_configuration_is_caught(fault, tmp_path, capsys):
     base, new = tmp_path / "base.json", tmp_path / "new.json"
     write(base)
     with mock.patch.object(launch, "tile_for", lambda *args: worse(original(*args))):
-        _plan.cache_clear()  # plans keep their tiles
+        plan.cache_clear()  # plans keep their tiles
         write(new)
-    _plan.cache_clear()
+    plan.cache_clear()
     capsys.readouterr()
     assert compare.main([str(base), str(new), "--plot", str(tmp_path / "plot.png")]) == 1
     failed = [tuple(line.split()[:2]) for line in capsys.readouterr().out.splitlines() if line.endswith("FAILED")]

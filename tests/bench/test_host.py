@@ -1,4 +1,4 @@
-"""The host's time is that of a call that launches nothing, all of it; compare judges it, plots leave it out."""
+"""The host's time is that of a call, all of it, with launches and without; compare judges it, plots leave it out."""
 
 import copy
 import itertools
@@ -16,13 +16,15 @@ import torch
 from helpers import ALGORITHMS, recorded_launches
 
 import daam
-from bench import compare, core, host, plot
+from bench import compare, core, host, plot, stub_driver
 from bench.providers import PROVIDERS, Task
-from bench.results import read
+from bench.results import read, short
 from daam.backend import interpreting
+from daam.kernels import launch
 
 ROOT = Path(__file__).parents[2]
 workloads = pytest.mark.parametrize("workload", host.WORKLOADS, ids=lambda one: one.algorithm)
+launchers = pytest.mark.parametrize("launcher", host.LAUNCHERS)
 few_rounds = mock.patch.multiple(host, WARM_UP=2, ROUNDS=9)
 
 
@@ -31,6 +33,10 @@ def compiled():
     pytest.importorskip("triton")
     if interpreting():
         pytest.skip("the benchmark does not run in Triton's interpreter")
+    try:
+        stub_driver.build()
+    except stub_driver.UnavailableError as why:
+        pytest.skip(f"no launches without a stub of the driver: {why}")
 
 
 def test_every_algorithm_is_measured():
@@ -38,9 +44,10 @@ def test_every_algorithm_is_measured():
 
 
 @workloads
-def test_a_pass_launches_its_kernels(workload):
-    """Each of them once, on the way that users' calls take, with x requiring grad; and none is run."""
-    with host.launching_nothing(), recorded_launches() as names:
+@launchers
+def test_a_pass_launches_its_kernels(workload, launcher):
+    """Each of them once, on the way that users' calls take, with x requiring grad."""
+    with host.LAUNCHERS[launcher](), recorded_launches() as names:
         candidate = PROVIDERS["triton"].build(Task(workload, "cpu"))
         done = []
         for which in host.PASSES:
@@ -53,6 +60,22 @@ def test_a_pass_launches_its_kernels(workload):
     assert candidate.leaves[0].requires_grad and candidate.backend == "triton"
 
 
+@workloads
+def test_launches_reach_the_driver_or_not(workload):
+    """All of a pass, by the launcher that says so, and none by the other."""
+    reached = []
+    with stub_driver.stub_driver(lambda *args: reached.append(args)), host.taking_any_tensor():
+        candidate = PROVIDERS["triton"].build(Task(workload, "cpu"))
+        candidate.backward(candidate.forward())
+        assert len(reached) == len(ALGORITHMS[workload.algorithm].kernels[0])
+        with host.launching_nothing():
+            candidate.backward(candidate.forward())
+        assert len(reached) == len(ALGORITHMS[workload.algorithm].kernels[0])
+        candidate.forward()
+        assert len(reached) == len(ALGORITHMS[workload.algorithm].kernels[0]) + 1
+
+
+@launchers
 @pytest.mark.parametrize(
     ("stage", "passes"),
     [
@@ -65,7 +88,7 @@ def test_a_pass_launches_its_kernels(workload):
         ("daam.kernels.launch.launch", {"forward", "backward"}),
     ],
 )
-def test_every_stage_counts_in_its_pass(stage, passes):
+def test_every_stage_counts_in_its_pass(stage, passes, launcher):
     """The clock, which stands still but in this stage, shows it there and not in the other pass, nor in the copy."""
     original, seconds = pkgutil.resolve_name(stage), 0
 
@@ -78,20 +101,32 @@ def test_every_stage_counts_in_its_pass(stage, passes):
     clock = mock.Mock(perf_counter=lambda: seconds)
     with few_rounds, mock.patch(stage, counted), mock.patch.object(core, "time", clock):
         for which in host.PASSES:
-            own, beside = host.samples(host.WORKLOADS[0], which)
+            own, beside = host.samples(host.WORKLOADS[0], which, launcher)
             assert (min(own) > 0) == (max(own) > 0) == (which in passes), f"{which}: {own}"
             assert max(beside) == 0
 
 
-def test_the_stub_is_taken_back():
-    from triton.runtime import JITFunction
+@launchers
+def test_the_stub_is_taken_back(launcher):
+    import triton
 
-    before = JITFunction.run
-    with host.launching_nothing():
-        assert daam.backend_for(torch.empty(1), "triton")[0] == "triton" and JITFunction.run is not before
-    assert JITFunction.run is before
+    before, kept, entries = triton.runtime.driver._active, launch.kept, dict(launch.kept)
+    with host.LAUNCHERS[launcher]():
+        assert daam.backend_for(torch.empty(1), "triton")[0] == "triton"
+        x = torch.ones(2, 24, 8)
+        daam.density_attention(x, x[0, :1], x[0, :1], backend="triton")
+    assert triton.runtime.driver._active is before and launch.kept is kept and launch.kept == entries
     with pytest.raises(RuntimeError, match="cannot run"):
         daam.backend_for(torch.empty(1), "triton")
+
+
+def test_without_gcc_there_is_no_stub():
+    with (
+        mock.patch.object(stub_driver.shutil, "which", lambda name: None),
+        pytest.raises(stub_driver.UnavailableError, match="gcc is not there"),
+        host.launching(),
+    ):
+        pass
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +141,8 @@ def results(tmp_path_factory):
 
 def test_figures(results):
     cases = [one["extra_info"] for one in results["benchmarks"]]
-    assert {(one["algorithm"], one["pass"]) for one in cases} == set(itertools.product(ALGORITHMS, host.PASSES))
+    expected = itertools.product(ALGORITHMS, host.PASSES, host.LAUNCHERS)
+    assert sorted((one["algorithm"], one["pass"], one["launcher"]) for one in cases) == sorted(expected)
     for one, case in zip(results["benchmarks"], cases, strict=True):
         assert one["stats"]["rounds"] == host.ROUNDS
         assert one["stats"]["median"] == pytest.approx(case["seconds"]["p50"], rel=1e-5)
@@ -126,7 +162,7 @@ def test_a_slower_host_fails(slower, code, results, tmp_path, capsys):
         path.write_text(json.dumps(data))
     assert compare.main([*map(str, paths), "--plot", str(tmp_path / "plot.png")]) == code
     failed = [line.split()[0] for line in capsys.readouterr().out.splitlines() if line.endswith("FAILED")]
-    assert failed == [info["workload"] + "-" + info["pass"]] * code
+    assert failed == [short(new["benchmarks"][0]["fullname"])] * code
 
 
 def test_plots_leave_it_out(results):

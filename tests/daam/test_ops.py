@@ -8,9 +8,10 @@ from unittest import mock
 
 import pytest
 import torch
-from helpers import ALGORITHMS, Case, attend, broadcast, close, error, inputs, recorded_launches, within
+from helpers import ALGORITHMS, Case, attend, broadcast, close, error, inputs, recorded_launches, run, within
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import daam
 from daam import density_attention, ops
@@ -350,3 +351,28 @@ def test_compile_with_padding_values(dynamic):
         x[:, 3:5] = value
         expected = daam.mixture_attention(x, p, p, padding_value=value)
         close(attend(x, p, p, padding_value=value), expected, f"y, padding {value}")
+
+
+@pytest.mark.kernel
+@algorithms
+def test_operators_are_called_where_something_watches_them(algorithm, device):
+    """Dispatch modes see both passes; without one kernels are called directly, and the results are the same."""
+    case = Case((2, 24, 9), 1, algorithm=algorithm)
+    given, spec = inputs(case, torch.float32, device=device), ops.__dict__[algorithm]
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            seen.append(op)
+            return op(*args, **(kwargs or {}))
+
+    seen: list = []
+    with Watch():
+        watched = run(case, given, "triton")
+    assert [op for op in seen if op.namespace == "daam"] == [spec.forward_op, spec.backward_op]
+
+    def refuse(*args):
+        raise AssertionError("dispatched")
+
+    with mock.patch.multiple(spec, forward_op=refuse, backward_op=refuse):
+        direct = run(case, given, "triton")
+    assert all(torch.equal(watched[name], direct[name]) for name in watched)

@@ -29,7 +29,7 @@ from helpers import (
 from bench.aot import recording
 from bench.audit import TENSORS, launches
 from daam.kernels import launch
-from daam.kernels.call import _plan
+from daam.kernels.call import plan
 from daam.kernels.layout import Strided, axis_is_fastest, inner_dim, varies
 
 pytestmark = pytest.mark.kernel
@@ -179,9 +179,9 @@ STREAMED = [
 def test_agrees_where_chunks_have_several_strips(case, device):
     """Strips of one tile, and merged three at a time: many of both."""
     with mock.patch.multiple(launch, STRIP_ROW=1, STRIP_COLUMN=1, STRIPS=4):
-        _plan.cache_clear()
+        plan.cache_clear()
         check(case, device)
-    _plan.cache_clear()
+    plan.cache_clear()
 
 
 def paths_of(case, device):

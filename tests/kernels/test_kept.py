@@ -1,0 +1,303 @@
+"""Launches of kernels that Triton compiled before: without its search, and of the kernel that it would find."""
+
+import contextlib
+from unittest import mock
+
+import pytest
+import torch
+from helpers import ALGORITHMS, Case, attend, inputs
+
+from bench import host
+from bench.stub_driver import UnavailableError, stub_driver
+from daam.backend import interpreting
+from daam.kernels import launch
+from daam.kernels.layout import Strided
+
+BASE = Case((2, 24, 32), 1, heads=2, weights=False)
+algorithms = pytest.mark.parametrize("algorithm", ALGORITHMS)
+
+
+@pytest.fixture(autouse=True)
+def launched():
+    """What reaches the CUDA driver: (function, grid) of every launch; a function is one compiled kernel's."""
+    pytest.importorskip("triton")
+    if interpreting():
+        pytest.skip("the interpreter compiles nothing")
+    found = []
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(
+                stub_driver(lambda function, *grid_and_more: found.append((function, grid_and_more[:3])))
+            )
+        except UnavailableError as why:
+            pytest.skip(f"no launches without a stub of the driver: {why}")
+        stack.enter_context(host.taking_any_tensor())
+        yield found
+
+
+@contextlib.contextmanager
+def asked():
+    """The names of the kernels that Triton is asked for, in order."""
+    from triton.runtime import JITFunction
+
+    names, original = [], JITFunction.run
+
+    def run(self, *args, **meta):
+        names.append(self.fn.__name__)
+        return original(self, *args, **meta)
+
+    with mock.patch.object(JITFunction, "run", run):
+        yield names
+
+
+def unaligned(t):
+    """The same numbers, one element past what is aligned to 16 bytes."""
+    room = t.new_empty(t.numel() + 1)
+    assert room.data_ptr() % 16 == 0
+    return room[1:].view(t.shape).copy_(t)
+
+
+def run(case, *, x=lambda t: t, params=lambda t: t, grad=lambda t: t, dtype=torch.bfloat16):
+    """A forward and a backward pass of a case, whose tensors are changed before."""
+    given = inputs(case, dtype)
+    leaves = [x(given.x), *map(params, given.params)]
+    leaves = [t.detach().requires_grad_() for t in leaves]
+    y = attend(case, *leaves, given.mask, backend="triton")
+    torch.autograd.grad(y, leaves, grad(given.grad_y))
+
+
+def transposed(p):
+    return p.t().contiguous().t()
+
+
+# One thing that is not as in BASE, what of run changes; whether other compiled kernels than those of BASE are launched
+CHANGES = {
+    "x unaligned": ({}, {"x": unaligned}, True),
+    "parameters unaligned": ({}, {"params": unaligned}, True),
+    "grad_y unaligned": ({}, {"grad": unaligned}, True),
+    "x fp16": ({}, {"dtype": torch.float16}, True),
+    "x fp64": ({}, {"dtype": torch.float64}, True),
+    "parameters bf16": ({}, {"params": torch.Tensor.bfloat16}, True),
+    "parameters of other strides": ({"heads": 3}, {"params": transposed}, True),
+    "parameters expanded": ({}, {"params": lambda p: p[:1].expand(p.shape)}, False),
+    "heads": ({"heads": 4}, {}, True),
+    "one head": ({"heads": 1}, {}, True),
+    "one more chunk": ({"shape": (3, 24, 32)}, {}, False),
+    "one chunk": ({"shape": (1, 24, 32)}, {}, True),
+    "sixteen chunks": ({"shape": (16, 24, 32)}, {}, True),
+    "strides": ({"layout": "sliced"}, {}, True),
+    "strides of grad_y": ({"grads": "expanded"}, {}, True),
+    "a mask": ({"mask": True}, {}, True),
+    "residual": ({"residual": True}, {}, True),
+    "streamed": ({"shape": (2, 1032, 32)}, {}, True),
+}
+# the mixture's parameters are in a tuple of their own
+OF_A_TUPLE = ("x unaligned", "parameters unaligned", "parameters bf16", "parameters of other strides")
+OF_SETTINGS = {
+    "eps": ("density", {"eps": 0.25}, False),
+    "eps 0": ("density", {"eps": 0.0}, False),
+    "eps 1": ("mixture", {"eps": 1.0}, False),
+    "four gaussians": ("mixture", {"params": 4}, False),
+    "sixteen gaussians": ("mixture", {"params": 16}, True),
+    "one gaussian": ("gate", {"params": 1}, True),
+    # as the bits of fp64 numbers the integers 0, 1, 16, 2, and one of 64 bits
+    "padding 0": ("mixture", {"padding": 0.0}, True),
+    "padding 1": ("mixture", {"padding": 5e-324}, True),
+    "padding 16": ("mixture", {"padding": 8e-323}, True),
+    "padding 2": ("mixture", {"padding": 1e-323}, False),
+    "padding of 64 bits": ("mixture", {"padding": 1.0}, True),
+}
+
+
+def same_kernels(launched, base, changed):
+    """Run base and changed in turns, and each twice, with what is kept and without: whether all launches are the same,
+    and whether base and changed launch other compiled kernels.
+    """
+    turns = (base, base, changed, base, changed, changed)
+    found = {}
+    for keeps in (True, False):
+        launch.kept.clear()
+        found[keeps] = []
+        for one in turns:
+            if not keeps:
+                launch.kept.clear()
+            launched.clear()
+            one()
+            found[keeps].append(list(launched))
+    first, other = ({function for function, _grid in found[False][i]} for i in (0, 2))
+    return found[True] == found[False], first != other
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "change"),
+    [*(("density", change) for change in CHANGES), *(("mixture", change) for change in OF_A_TUPLE)],
+)
+def test_one_change_launches_what_triton_would(algorithm, change, launched):
+    of_case, of_run, others = CHANGES[change]
+    base = BASE.but(algorithm=algorithm)
+    same, differ = same_kernels(launched, lambda: run(base), lambda: run(base.but(**of_case), **of_run))
+    assert same
+    assert differ == others
+
+
+@pytest.mark.parametrize("change", OF_SETTINGS)
+def test_another_setting_launches_what_triton_would(change, launched):
+    algorithm, of_case, others = OF_SETTINGS[change]
+    dtype = torch.float64 if "padding" in of_case else torch.bfloat16
+    base = BASE.but(algorithm=algorithm, padding=1e-322 if "padding" in of_case else None)  # of the integer 20
+    same, differ = same_kernels(launched, lambda: run(base, dtype=dtype), lambda: run(base.but(**of_case), dtype=dtype))
+    assert same
+    assert differ == others
+
+
+@algorithms
+@pytest.mark.parametrize("n", [24, 1032])
+def test_triton_is_asked_once(n, algorithm, launched):
+    """For every kernel of both passes, chunks on chip and streamed."""
+    case = BASE.but(algorithm=algorithm, shape=(2, n, 32))
+    with asked() as names:
+        run(case)
+        assert names and set(names) >= set(ALGORITHMS[algorithm].kernels[n > 500])
+        names.clear()
+        first, launched[:] = list(launched), []
+        run(case)
+    assert not names and launched == first
+
+
+@pytest.mark.parametrize(
+    "other",
+    [unaligned(torch.ones(2)), torch.ones(2).double(), None, 1.0, 1, 16, True, (torch.ones(2),), (1,), ((1,), 1)],
+    ids=str,
+)
+@pytest.mark.parametrize("inside", [False, True])
+def test_arguments_that_triton_tells_apart(inside, other):
+    """Alone, and in a tuple."""
+    told = (torch.ones(2), None, 1.0, 1, 16, True, (torch.ones(2),), (1,), ((1,), 1), Strided(torch.ones(2), (1,)))
+    wrap = (lambda arg: ((arg,),)) if inside else (lambda arg: (arg,))
+    same = [arg for arg in told if launch.traits(wrap(arg)) == launch.traits(wrap(other))]
+    assert [repr(arg) for arg in same] == [repr(other)] * (not isinstance(other, torch.Tensor))
+
+
+def test_floats_and_the_numbers_in_tensors_are_not_told_apart():
+    assert launch.traits((1.0, torch.ones(2))) == launch.traits((2.5, torch.zeros(2)))
+
+
+def test_a_kept_launch_has_its_own_grid(launched):
+    x, original = torch.ones(2, 24, 32), launch.launch
+
+    def on_grids(kernel, grid, *args, **meta):
+        for one in ((1, 2), (2, 2), (1, 2), (2, 2)):
+            original(kernel, one, *args, **meta)
+
+    with mock.patch.object(launch, "launch", on_grids):
+        attend(BASE, x, x[0, :2], x[0, :2], backend="triton")
+    assert [grid for _function, grid in launched] == [(1, 2, 1), (2, 2, 1), (1, 2, 1), (2, 2, 1)]
+
+
+def test_each_device_has_its_own(launched):
+    """A compiled kernel is loaded on one device."""
+    import triton
+
+    x, active = torch.ones(2, 24, 32), triton.runtime.driver.active
+    args, original = [], launch.launch
+
+    def on_both(*given, device, **meta):
+        args.append((given, meta))
+        for index in (0, 1, 0, 1):
+            with (
+                mock.patch.object(active, "get_current_device", lambda index=index: index),
+                mock.patch.object(torch.cuda, "current_device", lambda index=index: index),
+            ):
+                original(*given, device=torch.device("cuda", index), **meta)
+
+    with mock.patch.object(launch, "launch", on_both):
+        attend(BASE, x, x[0, :2], x[0, :2], backend="triton")
+    (a, _), (b, _), *again = launched
+    assert a != b and [function for function, _ in again] == [a, b]
+
+
+def test_profilers_see_every_launch():
+    from triton import knobs
+
+    seen = []
+
+    def enter(metadata):
+        seen.append(metadata.get()["name"])
+
+    def leave(metadata):
+        seen.append("done")
+
+    knobs.runtime.launch_enter_hook.add(enter)
+    knobs.runtime.launch_exit_hook.add(leave)
+    try:
+        run(BASE)
+        first = list(seen)
+        seen.clear()
+        with asked() as names:
+            run(BASE)
+    finally:
+        knobs.runtime.launch_enter_hook.remove(enter)
+        knobs.runtime.launch_exit_hook.remove(leave)
+    assert not names and seen == first == ["_forward", "done", "_backward", "done", "_chain", "done"]
+
+
+@pytest.mark.parametrize(
+    ("group", "knob", "value"),
+    [
+        ("runtime", "debug", True),
+        ("compilation", "instrumentation_mode", "mode"),
+        ("runtime", "add_stages_inspection_hook", lambda *_: ("", "")),
+    ],
+)
+def test_triton_is_asked_again_where_its_settings_change(group, knob, value, launched):
+    from triton import knobs
+    from triton.runtime import JITFunction
+
+    run(BASE)
+    names = []
+    with (
+        mock.patch.object(getattr(knobs, group), knob, value),
+        mock.patch.object(JITFunction, "run", lambda self, *args, **meta: names.append(self.fn.__name__)),
+    ):
+        run(BASE)
+    launched.clear()
+    with asked() as again:
+        run(BASE)
+    assert names == ["_forward", "_backward", "_chain"] and not again and len(launched) == 3
+
+
+def test_hooks_of_a_kernel_are_called():
+    from daam.kernels import density
+
+    calls = []
+    run(BASE)
+    density._forward.add_pre_run_hook(lambda *args, **meta: calls.append(meta["num_warps"]))
+    try:
+        run(BASE)
+        run(BASE)
+    finally:
+        density._forward.pre_run_hooks.clear()
+    assert len(calls) == 2
+
+
+def test_what_is_kept_is_bounded():
+    with mock.patch.object(launch, "MOST_KEPT", 4):
+        for batch in range(1, 6):
+            run(BASE.but(shape=(batch, 24, 32)))
+            assert 0 < len(launch.kept) <= 4
+
+
+def test_on_amd_gpus_nothing_is_kept(launched):
+    """Triton compiles for the size of a tensor's memory there, too."""
+    with mock.patch.object(torch.version, "hip", "6.4"):
+        run(BASE)
+    assert launched and not launch.kept
+
+
+def test_what_was_not_compiled_is_not_kept():
+    """An interpreted kernel, or one that a hook of Triton's keeps from being compiled, comes back as None."""
+    kernel = mock.MagicMock()
+    kernel.__getitem__.return_value.return_value = None
+    for _ in range(2):
+        launch.launch(kernel, (1, 1), device=torch.device("cpu"), num_warps=1)
+    assert kernel.__getitem__.return_value.call_count == 2 and not launch.kept
