@@ -60,8 +60,8 @@ class Task:
 @dataclass(frozen=True)
 class Provider:
     """missing: why it cannot run on a device, None where it can. serves: the workloads it has an answer to. half: the
-    largest error of its results in bf16, of the largest value expected; infinite where they are timed whatever it is, and
-    it stands beside their times.
+    largest error of its results in bf16, of the largest value expected; infinite where they are timed whatever it is,
+    which stands beside their times.
     """
 
     build: Callable[[Task], Candidate]
