@@ -105,11 +105,7 @@ def samples(workload: Workload, which: str, names: tuple[str, ...]) -> dict[str,
     times = interleave({name: step(candidate, which) for name, candidate in right.items()}, turns(DEVICE))
     for name, candidate in right.items():
         checked(name, candidate, workload)
-    sampled.add((workload, which))
     return times
-
-
-sampled: set[tuple[Workload, str]] = set()  # what has been timed
 
 
 def interleave(steps: dict[str, Step], turn: Callable[[list[Step]], list[float]]) -> dict[str, list[float]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import importlib.util
@@ -21,14 +22,13 @@ from bench.device.session import ROOT, Job, Session
 
 PREPARED = ROOT / ".gpu"  # what `python -m bench.device.prepare` makes, to be taken to the GPU's machine
 CACHE, SITE, ABOUT = PREPARED / "cache.tar.xz", PREPARED / "site", PREPARED / "prepared.json"
-EMULATOR = ROOT.parent / "shared" / "emulator"
 PACKAGES = ("pytest", "pytest_benchmark", "numpy", "matplotlib", "gaussian_adaptive_attention")
 TOOLS = ("gcc", "make", "git", "ncu", "nvidia-smi")
 
 
 def missing() -> str | None:
     """Return what a plan needs and the machine lacks, in a line; None where it can run."""
-    absent = [name for name in ("torch", "triton", "pytest") if importlib.util.find_spec(name) is None]
+    absent = [name for name in ("torch", "triton", "numpy") if importlib.util.find_spec(name) is None]
     if absent:
         return f"{sys.executable} has no {', '.join(absent)}"
     import torch
@@ -117,12 +117,31 @@ def described(session: Session) -> Iterator[dict]:
         yield {"nvidia-smi": subprocess.run(command, capture_output=True, text=True, check=False).stdout.splitlines()}
 
 
-def install_emulator(launching: bool) -> None:
+@contextlib.contextmanager
+def emulation(launching: bool) -> Iterator[None]:
     """Compile kernels for sm_90 and launch them without a GPU, on CPU tensors: emulated, or doing nothing."""
-    build = ["bash", str(EMULATOR / "build.sh"), sys.executable]
+    sys.path.append(str(ROOT / "tests"))
+    if not (ROOT / "tests" / "emulator").exists():
+        _install_prototype(launching)
+        yield
+        return
+    from emulator import driver
+
+    from bench.host import taking_cpu_tensors
+
+    with driver.emulation() as device, taking_cpu_tensors():
+        if not launching:
+            device.launching = lambda launch, tensors: None
+        yield
+
+
+def _install_prototype(launching: bool) -> None:
+    """Stand in for tests/emulator until that is there."""
+    emulator = ROOT.parent / "shared" / "emulator"
+    build = ["bash", str(emulator / "build.sh"), sys.executable]
     library = subprocess.run(build, check=True, capture_output=True, text=True).stdout.strip()
     os.environ["EMULATOR_LIBRARY"] = os.environ["TRITON_LIBCUDA_PATH"] = library
-    sys.path.insert(0, str(EMULATOR))
+    sys.path.insert(0, str(emulator))
     from daam.kernels import density, gate, mixture  # noqa: F401
 
     if launching:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 from pathlib import Path
 
@@ -43,9 +44,9 @@ def main() -> None:
     args = parser.parse_args()
     k, n = map(int, args.shard.split("/"))
     session = Session(args.call, args.out, args.device, args.began, args.until, (k, n), args.only, args.progress)
-    if session.device != "cuda":
-        machine.install_emulator(launching=session.device == "emulated")
-    run_jobs(session, args.part, jobs(args.part, session))
+    without_gpu = session.device != "cuda"
+    with machine.emulation(session.device == "emulated") if without_gpu else contextlib.nullcontext():
+        run_jobs(session, args.part, jobs(args.part, session))
 
 
 if __name__ == "__main__":

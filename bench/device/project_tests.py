@@ -34,6 +34,11 @@ class Lines:
         if time.time() > self.session.until:
             pytest.skip("past the deadline")
 
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        """Write a file that cannot be imported: a package that its tests need may be absent."""
+        if report.failed:
+            self.session.write("tests", case=report.nodeid, ok=False, error=report.longreprtext[-1500:])
+
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.when != "call" and report.passed:
             return

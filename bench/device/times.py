@@ -11,7 +11,7 @@ import torch
 from bench import core
 from bench.device.cases import TIMED
 from bench.device.session import Job, Session, append, told
-from bench.providers import PROVIDERS, Task
+from bench.providers import PROVIDERS
 from bench.results import OWN, PASSES
 from bench.workloads import Workload
 
@@ -83,12 +83,15 @@ def warm_jobs(session: Session) -> list[Job]:
 
 
 def compile_(workload: Workload) -> Iterator[dict]:
-    candidate = PROVIDERS["compile"].build(Task(workload, core.DEVICE))
-    candidate.backward(candidate.forward())
-    torch.cuda.synchronize()
+    """Compile what the provider "compile" calls, without its reference in float64: processes share the memory."""
+    torch._dynamo.reset()  # else the second shape of a function is compiled for any size
+    x, params, grad_y = workload.inputs(core.DEVICE)
+    leaves = tuple(t.requires_grad_() for t in (x, *params))
+    call = torch.compile(partial(workload.call, backend="eager"), fullgraph=True)
+    torch.autograd.grad(call(*leaves), leaves, grad_y)
     yield {}
-    del candidate
-    torch.cuda.empty_cache()  # processes share the device
+    del x, params, grad_y, leaves
+    torch.cuda.empty_cache()
 
 
 def copies(session: Session) -> list[Job]:

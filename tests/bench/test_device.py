@@ -331,12 +331,14 @@ def test_skipped(): pass
 @pytest.mark.parametrize("until", [float("inf"), 0])
 def test_the_projects_own_tests_are_written_too(until, here):
     """A line a test: its outcome and, where it failed, why; past the deadline, that."""
-    path = here.out / "test_some.py"
-    path.write_text(TESTS)
+    (here.out / "test_some.py").write_text(TESTS)
+    (here.out / "test_unknown.py").write_text("import nothing_of_that_name")
     options = ["-p", "bench.device.project_tests", f"--out={here.out}", "--call=second", f"--until={until}"]
-    command = [sys.executable, "-m", "pytest", "-q", f"--rootdir={here.out}", "-c", os.devnull, *options, str(path)]
-    subprocess.run(command, cwd=ROOT, capture_output=True, check=False)
+    options += ["--continue-on-collection-errors", f"--rootdir={here.out}", "-c", os.devnull, str(here.out)]
+    subprocess.run([sys.executable, "-m", "pytest", "-q", *options], cwd=ROOT, capture_output=True, check=False)
     rows = {row["case"].partition("::")[2]: row for row in read(here.out)}
+    unknown = rows.pop("")
+    assert unknown["ok"] is False and "nothing_of_that_name" in unknown["error"]
     if not until:
         assert {row["skipped"] for row in rows.values()} == {"past the deadline"} and len(rows) == 3
         return
