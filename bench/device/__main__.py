@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from bench.device import machine
-from bench.device.plan import PLAN, run_call, table
+from bench.device.plan import PLAN, format_plan, run_call
 from bench.device.session import Session
 
 
@@ -24,13 +24,13 @@ def main() -> int:
         from bench.device.prepare import dry
 
         return dry(args.calls, args.only)
-    if lacking := machine.missing():
+    if lacking := machine.find_missing():
         print(f"bench.device: {lacking}", file=sys.stderr)
         return 2
     out = args.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
-    print(table(args.calls), flush=True)
-    machine.environment(os.cpu_count() or 1)
+    print(format_plan(args.calls), flush=True)
+    machine.set_environment(os.cpu_count() or 1)
     print(machine.unpack(), flush=True)
     well = [run_call(Session(call, out, only=args.only)) for call in args.calls]
     return int(not all(well))

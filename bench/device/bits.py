@@ -10,7 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from bench.device.cases import ALGORITHMS, BF16, Case, Inputs, bit_cases, case, given, helpers
+from bench.device.cases import ALGORITHMS, BF16, Case, Inputs, bit_cases, case, draw_inputs, helpers
 from bench.device.session import Job, Session
 
 Check = Callable[[Case, Inputs], dict]  # returns what differs, by name: nothing where all is well
@@ -18,34 +18,36 @@ Check = Callable[[Case, Inputs], dict]  # returns what differs, by name: nothing
 
 def jobs(session: Session) -> list[Job]:
     """Return a job a check and case; on a GPU also those of streams, graphs, synchronisation and threads."""
-    checks = [(check, *typed) for typed in bit_cases() for check in (repeats, rows, weights)]
+    checks = [(check, *typed) for typed in bit_cases() for check in (repeat, compare_rows, compare_weights)]
     if session.device == "cuda":
         shapes = ((8, 24, 1024), (2, 2048, 512), (512, 1024), (8, 20000))
         on_device = [(case(name, shape, 1, 1), BF16) for name in ALGORITHMS for shape in shapes]
-        checks += [(check, *typed) for typed in on_device for check in (on_a_stream, in_a_graph, without_waiting)]
-        checks += [(in_threads, case("density", (8, 24, 1024), 1, 8), BF16)]
+        checks += [
+            (check, *typed) for typed in on_device for check in (call_on_stream, replay_graph, call_without_waiting)
+        ]
+        checks += [(call_in_threads, case("density", (8, 24, 1024), 1, 8), BF16)]
     return [
-        Job(f"{check.__name__}-{one}-{str(dtype)[6:]}", partial(checked, session, check, one, dtype))
+        Job(f"{check.__name__}-{one}-{str(dtype)[6:]}", partial(run_check, session, check, one, dtype))
         for check, one, dtype in checks
     ]
 
 
-def checked(session: Session, check: Check, one: Case, dtype: torch.dtype) -> Iterator[dict]:
+def run_check(session: Session, check: Check, one: Case, dtype: torch.dtype) -> Iterator[dict]:
     """Yield whether a check finds nothing that differs, and by how much of the largest value what does."""
-    differs = check(one, given(one, dtype, session.tensors))
+    differs = check(one, draw_inputs(one, dtype, session.tensors))
     yield {} if session.compiling else {"ok": not differs, "differs": differs}
 
 
-def differing(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> dict[str, float]:
+def find_differences(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> dict[str, float]:
     """Return the errors of the results that are not the wanted ones to the bit."""
     return {n: helpers.error(t, wanted[n].cpu().double()) for n, t in found.items() if not torch.equal(t, wanted[n])}
 
 
-def repeats(one: Case, inputs: Inputs) -> dict:
-    return differing(helpers.run(one, inputs, "triton"), helpers.run(one, inputs, "triton"))
+def repeat(one: Case, inputs: Inputs) -> dict:
+    return find_differences(helpers.run(one, inputs, "triton"), helpers.run(one, inputs, "triton"))
 
 
-def rows(one: Case, inputs: Inputs) -> dict:
+def compare_rows(one: Case, inputs: Inputs) -> dict:
     """Compare a batch with each of its rows."""
     whole, differs = helpers.run(one, inputs, "triton"), {}
     for i in range(one.shape[0]):
@@ -53,27 +55,27 @@ def rows(one: Case, inputs: Inputs) -> dict:
         alone = Inputs(x, inputs.params, None, grad_y, grad_weights)
         row = helpers.run(one.but(shape=(1, *one.shape[1:])), alone, "triton")
         of_row = {name: whole[name][i : i + 1] for name in ("y", "weights", "dx")}
-        found = differing({name: row[name] for name in of_row}, of_row)
+        found = find_differences({name: row[name] for name in of_row}, of_row)
         differs |= {f"{name} of row {i}": off for name, off in found.items()}
     return differs
 
 
-def weights(one: Case, inputs: Inputs) -> dict:
+def compare_weights(one: Case, inputs: Inputs) -> dict:
     """Compare y that is returned with the weights with y alone."""
     both, alone = helpers.run(one, inputs, "triton"), helpers.run(one.but(weights=False), inputs, "triton")
-    return differing({"y": alone["y"]}, {"y": both["y"]})
+    return find_differences({"y": alone["y"]}, {"y": both["y"]})
 
 
-def on_a_stream(one: Case, inputs: Inputs) -> dict:
+def call_on_stream(one: Case, inputs: Inputs) -> dict:
     wanted, side = helpers.run(one, inputs, "triton"), torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         found = helpers.run(one, inputs, "triton")
     torch.cuda.current_stream().wait_stream(side)
-    return differing(found, wanted)
+    return find_differences(found, wanted)
 
 
-def in_a_graph(one: Case, inputs: Inputs) -> dict:
+def replay_graph(one: Case, inputs: Inputs) -> dict:
     """Compare what a captured call writes when it is replayed, over results that are wiped before."""
     wanted = helpers.run(one, inputs, "triton")
     torch.cuda.synchronize()
@@ -84,10 +86,10 @@ def in_a_graph(one: Case, inputs: Inputs) -> dict:
         result.detach().fill_(float("nan"))
     graph.replay()
     torch.cuda.synchronize()
-    return differing(captured, wanted)
+    return find_differences(captured, wanted)
 
 
-def without_waiting(one: Case, inputs: Inputs) -> dict:
+def call_without_waiting(one: Case, inputs: Inputs) -> dict:
     """Fail where a call waits for the device."""
     helpers.run(one, inputs, "triton")  # compiles
     torch.cuda.set_sync_debug_mode("error")
@@ -98,12 +100,12 @@ def without_waiting(one: Case, inputs: Inputs) -> dict:
     return {}
 
 
-def in_threads(one: Case, inputs: Inputs) -> dict:
+def call_in_threads(one: Case, inputs: Inputs) -> dict:
     """Compare the results of four threads at once; a thread that fails leaves none."""
     wanted, found = helpers.run(one, inputs, "triton"), {}
 
     def work(k: int) -> None:
-        found[k] = differing(helpers.run(one, inputs, "triton"), wanted)
+        found[k] = find_differences(helpers.run(one, inputs, "triton"), wanted)
 
     threads = [threading.Thread(target=work, args=(k,)) for k in range(4)]
     for thread in threads:

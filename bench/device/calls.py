@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from bench.device.session import Job, Session, told
+from bench.device.session import Job, Session, describe_error
 from bench.workloads import Workload
 
 SMALL = [
@@ -30,42 +30,42 @@ Calls = dict[str, Callable[[], Tensor]]
 def jobs(session: Session) -> list[Job]:
     """Return a job a workload and provider."""
     return [
-        Job(f"{one}-{name}", partial(measured, session, one, name))
+        Job(f"{one}-{name}", partial(measure, session, one, name))
         for one in SMALL
         for name in ("triton", "compile", "compile of triton", "eager", "layer_norm")
         if not name.startswith("compile") or (one in COMPILED and session.device == "cuda")
     ]
 
 
-def warm(session: Session) -> list[Job]:
+def warm_jobs(session: Session) -> list[Job]:
     """Return jobs that only compile."""
     return [
-        Job(f"{one}-{name}", partial(measured, session, one, name, once=True))
+        Job(f"{one}-{name}", partial(measure, session, one, name, once=True))
         for one in COMPILED
         for name in ("compile", "compile of triton")
     ]
 
 
-def measured(session: Session, workload: Workload, name: str, once: bool = False) -> Iterator[dict]:
+def measure(session: Session, workload: Workload, name: str, once: bool = False) -> Iterator[dict]:
     """Yield microseconds [host, until the device is done] of a call without grad, of one with, and of both passes."""
     x, params, grad_y = workload.inputs(session.tensors)
     leaves = tuple(t.requires_grad_() for t in (x, *params))
-    call = partial(provider(workload, name), *leaves)
+    call = partial(build_provider(workload, name), *leaves)
     differentiated = leaves[:1] if name == "layer_norm" else leaves
 
     def both() -> tuple[Tensor, ...]:
         return torch.autograd.grad(call(), differentiated, grad_y)
 
-    seconds = once_called if once or session.compiling else best_of_rounds
+    seconds = call_once if once or session.compiling else time_calls
     with torch.no_grad():
         found = {"forward, no grad": seconds(call)}
     found |= {"forward": seconds(call), "forward+backward": seconds(both)}
     yield {"us [host, all]": found}
     if session.device == "cuda" and not once and name in ("triton", "eager"):
-        yield {"us [host, all]": {"graph of forward+backward": graphed(both)}}
+        yield {"us [host, all]": {"graph of forward+backward": time_graph(both)}}
 
 
-def provider(workload: Workload, name: str) -> Callable[..., Tensor]:
+def build_provider(workload: Workload, name: str) -> Callable[..., Tensor]:
     """Return what is called with x and the parameters."""
     if name == "layer_norm":
         return lambda x, *params: functional.layer_norm(x, x.shape[-1:])
@@ -76,22 +76,22 @@ def provider(workload: Workload, name: str) -> Callable[..., Tensor]:
     return torch.compile(partial(workload.call, backend=backend), fullgraph=True)
 
 
-def graphed(both: Callable) -> list[float] | str:
+def time_graph(both: Callable) -> list[float] | str:
     """Return the times of a captured call; an error, in words, where it cannot be captured."""
     try:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             both()
     except RuntimeError as error:
-        return told(error)
-    return best_of_rounds(graph.replay)
+        return describe_error(error)
+    return time_calls(graph.replay)
 
 
-def once_called(call: Callable) -> None:
+def call_once(call: Callable) -> None:
     call()
 
 
-def best_of_rounds(call: Callable) -> list[float]:
+def time_calls(call: Callable) -> list[float]:
     """Return microseconds of a call, the best of some rounds: [until the host is done, until the device is]."""
     wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
     for _ in range(WARM_UP):

@@ -34,7 +34,7 @@ def correct_cases() -> list[Typed]:
 
 
 def _shipped() -> list[Typed]:
-    """What the paper and the modules run: layers, sequence, last axis, channels, steps."""
+    """Return what the paper and the modules run: layers, sequence, last axis, channels, steps."""
     found = []
     for name in ALGORITHMS:
         y_only = [((2, 1024, 768), 1, 8), ((1, 4096, 128), 1, 1), ((8, 16384), -1, 1)]
@@ -48,7 +48,7 @@ def _shipped() -> list[Typed]:
 
 
 def _regimes() -> list[Typed]:
-    """Chunks along the fastest dimension and along another one, on chip and streamed, as the audit compiles them."""
+    """Return chunks along the fastest dimension and along another one, on chip and streamed, as the audit has them."""
     found = []
     for name in ALGORITHMS:
         found += [(case(name, (24, n), 1, 1), BF16) for n in (4, 16, 64, 200, 512, 768, 4096)]
@@ -64,7 +64,7 @@ def _regimes() -> list[Typed]:
 
 
 def _odd() -> list[Typed]:
-    """Sizes that nothing divides, strides, other dtypes, numbers of Gaussians, padding."""
+    """Return sizes that nothing divides, strides, other dtypes, numbers of Gaussians, padding."""
     found = []
     for name in ALGORITHMS:
         found += [(case(name, (3, 37, 1000), 1, 1), dtype) for dtype in (BF16, FP32)]
@@ -85,7 +85,7 @@ def _odd() -> list[Typed]:
 
 
 def _large() -> list[Typed]:
-    """Programs of several tiles. No larger: a dozen processes hold float64 copies of one each."""
+    """Return programs of several tiles. No larger: a dozen processes hold float64 copies of one each."""
     sizes = (((512, 24, 1024), 1, 8), ((2**13, 1024), 1, 1), ((8, 2048, 768), 1, 1))
     found = [(case(name, *one, weights=False), BF16) for name in ALGORITHMS for one in sizes]
     return [*found, (case("gate", (8, 64, 24000), 2, 1, weights=False), BF16)]
@@ -115,7 +115,7 @@ def bit_cases() -> list[Typed]:
     return [(case(name, *one), dtype) for name in ALGORITHMS for dtype in (BF16, FP32) for one in sizes]
 
 
-def given(one: Case, dtype: torch.dtype, device: str) -> Inputs:
+def draw_inputs(one: Case, dtype: torch.dtype, device: str) -> Inputs:
     """Return the inputs of a case: the tests', or, where x is large, random ones that are drawn on the device."""
     if not is_large(one):
         return helpers.inputs(one, dtype, device=device)

@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from bench.device.cases import Case, Inputs, correct_cases, given, helpers, representative
+from bench.device.cases import Case, Inputs, correct_cases, draw_inputs, helpers, representative
 from bench.device.session import Job, Session
 
 WRONG = 4  # times the tests' bound; what is past the bound itself is flagged, of one seed and not the worst of eight
@@ -18,18 +18,18 @@ WRONG = 4  # times the tests' bound; what is past the bound itself is flagged, o
 def jobs(session: Session) -> list[Job]:
     """Return a job a case: all of them, or the representative ones where they are emulated."""
     chosen = representative() if session.device == "emulated" else correct_cases()
-    return [Job(f"{case}-{str(dtype)[6:]}", partial(judged, session, case, dtype)) for case, dtype in chosen]
+    return [Job(f"{case}-{str(dtype)[6:]}", partial(judge, session, case, dtype)) for case, dtype in chosen]
 
 
-def judged(session: Session, case: Case, dtype: torch.dtype) -> Iterator[dict]:
+def judge(session: Session, case: Case, dtype: torch.dtype) -> Iterator[dict]:
     """Yield the errors of our results and of eager's, and the share of the bound that the worst of ours takes."""
-    inputs = given(case, dtype, session.tensors)
+    inputs = draw_inputs(case, dtype, session.tensors)
     with helpers.recorded_launches() as launches:
         ours = helpers.run(case, inputs, "triton")
     if session.compiling:
         yield {"launches": launches}
         return
-    wanted, eager = expected(case, inputs), helpers.run(case, inputs, "eager")
+    wanted, eager = compute_expected(case, inputs), helpers.run(case, inputs, "eager")
     errors = {name: (helpers.error(ours[name], one), helpers.error(eager[name], one)) for name, one in wanted.items()}
     shares = {name: own / bound(case, dtype, name, beside) for name, (own, beside) in errors.items()}
     worst = max(shares, key=lambda name: math.inf if math.isnan(shares[name]) else shares[name])
@@ -50,8 +50,8 @@ def bound(case: Case, dtype: torch.dtype, name: str, eager_error: float) -> floa
     return 2 * (eager_error + 2 * eps * math.sqrt(helpers.places_summed(case, name)))
 
 
-def expected(case: Case, inputs: Inputs) -> dict[str, Tensor]:
-    """Return the oracle's results, which is made where the tensors are: a dozen processes share the host's cores."""
+def compute_expected(case: Case, inputs: Inputs) -> dict[str, Tensor]:
+    """Return the oracle's results. It works where the tensors are: a dozen processes share the host's cores."""
     leaves = [t.detach().double().requires_grad_() for t in (inputs.x, *inputs.params)]
     mask = helpers.broadcast(inputs.mask, case)
     outputs = case.spec.reference.formula(

@@ -14,7 +14,7 @@ import torch
 from bench.device.cases import PROFILED
 from bench.device.plan import wait
 from bench.device.session import Job, Session
-from bench.device.times import empty
+from bench.device.times import empty_tensors
 from bench.workloads import Workload
 
 SECTIONS = (
@@ -32,10 +32,10 @@ GRACE = 8  # seconds past the deadline for the workload that is being profiled t
 
 def jobs(session: Session) -> list[Job]:
     """Return the one job that profiles; where there are no counters, those of the profiled process instead."""
-    return profile_jobs(session) if session.compiling else [Job("ncu", partial(counted, session))]
+    return profile_jobs(session) if session.compiling else [Job("ncu", partial(count, session))]
 
 
-def counted(session: Session) -> Iterator[dict]:
+def count(session: Session) -> Iterator[dict]:
     """Profile a process and yield its metrics, those of the kernels that it reached before the deadline."""
     if shutil.which("ncu") is None:
         yield {"skipped": "ncu is not installed"}
@@ -46,11 +46,11 @@ def counted(session: Session) -> Iterator[dict]:
     wanted = ["--profile-from-start", "off", *(word for name in SECTIONS for word in ("--section", name))]
     told = ["--csv", "--page", "details", "--print-details", "all", "--clock-control", "none"]
     status = wait(["ncu", *wanted, *told, *profiled], path, session.until + GRACE)
-    yield from metrics(path)
+    yield from read_metrics(path)
     yield {"ok": status == 0, "status": "ended at its limit" if status is None else status}
 
 
-def metrics(path: Path) -> Iterator[dict]:
+def read_metrics(path: Path) -> Iterator[dict]:
     """Yield the kept metrics of a file that ncu wrote, beside whatever else it says there."""
     columns: list[str] = []
     for text in path.read_text(errors="replace").splitlines():
@@ -69,8 +69,9 @@ def profile_jobs(session: Session) -> list[Job]:
 
 
 def profile(session: Session, workload: Workload) -> Iterator[dict]:
+    """Run both passes twice, the profiler watching the second time; where nothing is launched, once."""
     if session.compiling:
-        leaves, grad_y = empty(workload)
+        leaves, grad_y = empty_tensors(workload)
         torch.autograd.grad(workload.call(*leaves, backend="triton"), leaves, grad_y)
         yield {}
         return

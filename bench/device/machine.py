@@ -26,7 +26,7 @@ PACKAGES = ("pytest", "pytest_benchmark", "numpy", "matplotlib", "gaussian_adapt
 TOOLS = ("gcc", "make", "git", "ncu", "nvidia-smi")
 
 
-def missing() -> str | None:
+def find_missing() -> str | None:
     """Return what a plan needs and the machine lacks, in a line; None where it can run."""
     absent = [name for name in ("torch", "triton", "numpy") if importlib.util.find_spec(name) is None]
     if absent:
@@ -38,7 +38,7 @@ def missing() -> str | None:
     return None
 
 
-def environment(cores: int, cache: Path | None = None) -> None:
+def set_environment(cores: int, cache: Path | None = None) -> None:
     """Set what processes of a plan find: caches, of kernels in a folder that may be given, threads, packages."""
     os.environ.pop("TRITON_INTERPRET", None)
     folder = Path(tempfile.gettempdir())
@@ -64,10 +64,10 @@ def unpack() -> str:
         return f"{folder} is there already"
     with tarfile.open(CACHE) as archive:
         archive.extractall(folder, filter="data")
-    return f"unpacked {CACHE.name}, made by {about_prepared()}"
+    return f"unpacked {CACHE.name}, made by {read_prepared()}"
 
 
-def about_prepared() -> dict:
+def read_prepared() -> dict:
     """Return the versions and the commit that kernels were taken along from."""
     return json.loads(ABOUT.read_text()) if ABOUT.exists() else {}
 
@@ -84,15 +84,15 @@ def fingerprint() -> str:
 
 def jobs(session: Session) -> list[Job]:
     """Return the jobs of the part `info`: versions and tools, then the bandwidth of a copy by size."""
-    found = [Job("machine", partial(described, session))]
+    found = [Job("machine", partial(describe, session))]
     if session.device == "cuda":
-        from bench.device.times import copies
+        from bench.device.times import copy_jobs
 
-        found += copies(session)
+        found += copy_jobs(session)
     return found
 
 
-def described(session: Session) -> Iterator[dict]:
+def describe(session: Session) -> Iterator[dict]:
     """Yield versions, tools, the prepared kernels, and on a GPU the device and its clocks."""
     from bench import core
 
@@ -101,8 +101,8 @@ def described(session: Session) -> Iterator[dict]:
         **core.about(),
         "packages": {name: found(name) is not None for name in PACKAGES},
         "tools": {name: shutil.which(name) for name in TOOLS},
-        "prepared": about_prepared(),
-        "prepared is of these sources": about_prepared().get("fingerprint") == fingerprint(),
+        "prepared": read_prepared(),
+        "prepared is of these sources": read_prepared().get("fingerprint") == fingerprint(),
         "environment": {k: v for k, v in os.environ.items() if k.startswith(("TRITON", "TORCH", "CUDA", "PYTORCH"))},
     }
     if session.device != "cuda":

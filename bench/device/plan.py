@@ -24,7 +24,7 @@ BUDGET = 13 * 60  # seconds that the calls and their starts may take in all, of 
 
 @dataclass(frozen=True)
 class Part:
-    """What one kind of processes does in a call.
+    """Say what one kind of processes does in a call, and how long.
 
     expected: the seconds it should take. deadline, limit: seconds after the call began, when it begins nothing new and
     when it is ended. processes: how many share its jobs.
@@ -61,24 +61,24 @@ TESTS = ("tests/kernels", "tests/daam/test_extremes.py", "tests/daam/test_gpu.py
 CHOSEN = "(kernel or gpu) and not slow"
 
 
-def expected(call: str) -> int:
+def expected_seconds(call: str) -> int:
     """Return the seconds that a call should take, without the machine's start."""
     return sum(max(part.expected for part in step) for step in PLAN[call])
 
 
-def ends(call: str) -> int:
+def latest_end(call: str) -> int:
     """Return the seconds after which a call has ended in any case."""
     return PLAN[call][-1][-1].limit
 
 
-def table(calls: list[str]) -> str:
+def format_plan(calls: list[str]) -> str:
     """Return the plan of some calls as text, and what it adds up to."""
     lines = [f"{'':24}expected   deadline      limit  processes"]
     for call in calls:
         for part in (part for step in PLAN[call] for part in step):
             times = "".join(f"{seconds:>9} s" for seconds in (part.expected, part.deadline, part.limit))
             lines.append(f"{call:12}{part.name:10}{times}{part.processes:>11}")
-    needed, most = (sum(map(of, calls)) + START * len(calls) for of in (expected, ends))
+    needed, most = (sum(map(of, calls)) + START * len(calls) for of in (expected_seconds, latest_end))
     lines.append(f"with {len(calls)} starts of {START} s: {needed / 60:.1f} minutes, {most / 60:.1f} at most")
     return "\n".join(lines)
 
@@ -101,7 +101,7 @@ def run_part(session: Session, part: Part) -> None:
     session = replace(session, until=session.began + part.deadline)
     with ThreadPoolExecutor(part.processes) as pool:
         list(pool.map(partial(run_shard, session, part), range(part.processes)))
-    print(summary.of_part(session, part.name, time.time() - began, part.expected), flush=True)
+    print(summary.summarize(session, part.name, time.time() - began, part.expected), flush=True)
 
 
 def run_shard(session: Session, part: Part, k: int) -> None:

@@ -20,7 +20,7 @@ from pathlib import Path
 from bench import core
 from bench.device import machine, summary
 from bench.device.cases import correct_cases, representative
-from bench.device.plan import Part, run_part, table
+from bench.device.plan import Part, format_plan, run_part
 from bench.device.session import RESULTS, ROOT, Session
 
 COMPILED = ("correct", "bits", "time", "host", "counters", "sweep")  # parts that launch kernels of ours
@@ -39,7 +39,7 @@ def run(name: str, call: str, device: str, only: str = "") -> bool:
 
 def start() -> None:
     """Make the folders, one of kernels for each state of the sources, and set what processes find."""
-    machine.environment(PROCESSES, BUILD / f"triton-{machine.fingerprint()}")
+    machine.set_environment(PROCESSES, BUILD / f"triton-{machine.fingerprint()}")
     BUILD.mkdir(parents=True, exist_ok=True)
     for name in (RESULTS, "log.txt"):
         (BUILD / name).unlink(missing_ok=True)
@@ -47,7 +47,7 @@ def start() -> None:
 
 def dry(calls: list[str], only: str) -> int:
     """Print the plan, compile all that it launches and emulate cases of every regime; return 1 where that fails."""
-    print(table(calls), flush=True)
+    print(format_plan(calls), flush=True)
     start()
     well = [run(part, "compiled", "none", only) for part in COMPILED]
     print(f"emulated are {len(representative())} of {len(correct_cases())} cases", flush=True)

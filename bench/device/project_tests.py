@@ -24,7 +24,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 class Lines:
-    """Writes the outcome of every test, and skips those that would begin past the deadline."""
+    """Write the outcome of every test, and skip those that would begin past the deadline."""
 
     def __init__(self, session: Session):
         self.session = session

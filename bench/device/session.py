@@ -19,7 +19,7 @@ LOST = 3  # exit status of a process that has lost its CUDA context
 
 @dataclass(frozen=True)
 class Job:
-    """One case: run() yields what is written of it, as soon as it is known."""
+    """Hold one case: run() yields what is written of it, as soon as it is known."""
 
     name: str
     run: Callable[[], Iterable[dict]]
@@ -27,7 +27,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Session:
-    """One process's share of a call.
+    """Hold one process's share of a call.
 
     device: "cuda"; "emulated", where kernels are compiled for sm_90 and their PTX is emulated on CPU tensors; "none",
     where they are compiled and launch nothing. began: when the call did, and until: when nothing new begins, in seconds
@@ -46,16 +46,17 @@ class Session:
 
     @property
     def compiling(self) -> bool:
-        """Whether launches do nothing, so that results mean nothing."""
+        """Tell whether launches do nothing, so that results mean nothing."""
         return self.device == "none"
 
     @property
     def tensors(self) -> str:
-        """Where tensors are."""
+        """Return the device of tensors."""
         return "cuda" if self.device == "cuda" else "cpu"
 
     @property
     def late(self) -> bool:
+        """Tell whether nothing new may begin."""
         return time.time() > self.until
 
     def write(self, part: str, **row) -> None:
@@ -101,19 +102,19 @@ def run_jobs(session: Session, part: str, jobs: list[Job]) -> None:
                 session.write(**about, **found, seconds=seconds, **made)
                 began, before = time.time(), dict(kernels)
         except Exception as error:
-            session.write(**about, ok=False, error=told(error), trace=traceback.format_exc()[-1500:])
+            session.write(**about, ok=False, error=describe_error(error), trace=traceback.format_exc()[-1500:])
             if session.device == "cuda" and context_is_lost():
                 sys.stdout.flush()
                 os._exit(LOST)  # the interpreter's own end would ask the driver again
 
 
-def told(error: BaseException) -> str:
+def describe_error(error: BaseException) -> str:
     """Return an error as one line of a result."""
     return f"{type(error).__name__}: {error}"[:800]
 
 
 def context_is_lost() -> bool:
-    """Whether the device answers no more, after an error that a kernel made."""
+    """Tell whether the device answers no more, after an error that a kernel made."""
     import torch
 
     try:

@@ -14,7 +14,7 @@ from bench import core
 from bench.audit import launches
 from bench.device.cases import TIMED
 from bench.device.session import Job, Session
-from bench.device.times import empty, median_seconds
+from bench.device.times import empty_tensors, median_seconds
 from bench.workloads import Workload
 from daam.kernels import call, launch
 
@@ -37,17 +37,17 @@ def jobs(session: Session) -> list[Job]:
     found: dict[tuple, Job] = {}
     for workload, regime in SWEPT:
         for settings in ({}, *TRIED[regime]):
-            for which, tile in tiles(workload, settings).items():
+            for which, tile in find_tiles(workload, settings).items():
                 name = f"{workload}-{which}-{tile}" + ("" if settings else "-shipped")
-                job = Job(name, partial(timed, session, workload, which, settings))
+                job = Job(name, partial(time_tile, session, workload, which, settings))
                 found.setdefault((workload, which, tile), job)
     return list(found.values())
 
 
-def tiles(workload: Workload, settings: dict) -> dict[str, str]:
+def find_tiles(workload: Workload, settings: dict) -> dict[str, str]:
     """Return the tile of each pass as text, chunk x blocks x inner and warps. Nothing is compiled for it."""
     x, p = workload.x, torch.empty(workload.params_shape, device="meta")
-    with planned_with(settings):
+    with plan_with(settings):
         made = launches(workload.algorithm, x, p, None, workload.axis, workload.feature_axis, full=False)
     found = {one.name.lstrip("_"): one.meta for one in made}
     words = "{BLOCK_CHUNK}x{PARTS}x{BLOCK_INNER}, {num_warps} warps"
@@ -55,7 +55,7 @@ def tiles(workload: Workload, settings: dict) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def planned_with(settings: dict) -> Iterator[None]:
+def plan_with(settings: dict) -> Iterator[None]:
     """Plan calls with other numbers in `launch.Tiles`, which are part of what plans are kept by."""
     plan = call._plan
 
@@ -66,9 +66,9 @@ def planned_with(settings: dict) -> Iterator[None]:
         yield
 
 
-def timed(session: Session, workload: Workload, which: str, settings: dict) -> Iterator[dict]:
+def time_tile(session: Session, workload: Workload, which: str, settings: dict) -> Iterator[dict]:
     """Yield microseconds of one pass with other settings; the other pass keeps its own."""
-    leaves, grad_y = empty(workload) if session.compiling else tensors(workload)
+    leaves, grad_y = empty_tensors(workload) if session.compiling else draw_tensors(workload)
     forward = partial(workload.call, *leaves, backend="triton")
     y = forward() if which == "backward" else None
 
@@ -78,7 +78,7 @@ def timed(session: Session, workload: Workload, which: str, settings: dict) -> I
                 return forward()
         return torch.autograd.grad(y, leaves, grad_y, retain_graph=True)
 
-    with planned_with(settings):
+    with plan_with(settings):
         if session.compiling:
             run(None)
             yield {}
@@ -87,7 +87,7 @@ def timed(session: Session, workload: Workload, which: str, settings: dict) -> I
 
 
 @lru_cache(maxsize=1)
-def tensors(workload: Workload) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
+def draw_tensors(workload: Workload) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
     """Return (x and the parameters, grad_y) on the device; jobs of one workload follow each other."""
     x, params, grad_y = workload.inputs(core.DEVICE)
     return tuple(t.requires_grad_() for t in (x, *params)), grad_y

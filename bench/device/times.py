@@ -10,7 +10,7 @@ import torch
 
 from bench import core
 from bench.device.cases import TIMED
-from bench.device.session import Job, Session, append, told
+from bench.device.session import Job, Session, append, describe_error
 from bench.providers import PROVIDERS
 from bench.results import OWN, PASSES
 from bench.workloads import Workload
@@ -24,10 +24,10 @@ CASES = "times.jsonl"  # as `pytest bench --cases` writes it: bench.compare and 
 def jobs(session: Session) -> list[Job]:
     """Return a job a workload; where nothing is launched it compiles what the passes and a call without them launch."""
     core.SECONDS["cuda"] = SECONDS
-    return [Job(str(one), partial(prepare if session.compiling else time, session, one)) for one in TIMED]
+    return [Job(str(one), partial(prepare if session.compiling else time_workload, session, one)) for one in TIMED]
 
 
-def time(session: Session, workload: Workload) -> Iterator[dict]:
+def time_workload(session: Session, workload: Workload) -> Iterator[dict]:
     """Yield who is timed, with the error of their results, and who is not, and why; then the times of every pass."""
     asked = {name: one for name, one in PROVIDERS.items() if one.serves(workload)}
     absent = {name: one.missing(core.DEVICE) for name, one in asked.items()}
@@ -35,7 +35,7 @@ def time(session: Session, workload: Workload) -> Iterator[dict]:
         absent["multihead_attention"] = f"checking it takes long past {LONGEST} positions"
     names = tuple(name for name, why in absent.items() if why is None)
     found = core.candidates(workload, names)
-    refused = {name: told(one) for name, one in found.items() if isinstance(one, Exception)}
+    refused = {name: describe_error(one) for name, one in found.items() if isinstance(one, Exception)}
     errors = {name: one[1] for name, one in found.items() if name not in refused}
     not_timed = {name: why for name, why in absent.items() if why} | refused
     yield {"ok": not set(OWN) & set(refused), "errors": errors, "not timed": not_timed}
@@ -43,10 +43,10 @@ def time(session: Session, workload: Workload) -> Iterator[dict]:
         if session.late:
             yield {"pass": which, "skipped": "past the deadline"}
             return
-        yield passed(session, workload, which, names)
+        yield time_pass(session, workload, which, names)
 
 
-def passed(session: Session, workload: Workload, which: str, names: tuple[str, ...]) -> dict:
+def time_pass(session: Session, workload: Workload, which: str, names: tuple[str, ...]) -> dict:
     """Time one pass; return microseconds by provider, and GB/s and share of the copy of ours."""
     timed = core.samples(workload, which, names)
     figures = {name: core.figures(workload, which, name, names) for name in timed}
@@ -61,14 +61,14 @@ def passed(session: Session, workload: Workload, which: str, names: tuple[str, .
 
 def prepare(session: Session, workload: Workload) -> Iterator[dict]:
     """Compile what a workload launches. Nothing reads or writes its tensors, so that they take no memory."""
-    leaves, grad_y = empty(workload)
+    leaves, grad_y = empty_tensors(workload)
     torch.autograd.grad(workload.call(*leaves, backend="triton"), leaves, grad_y)
     with torch.no_grad():
         workload.call(*leaves, backend="triton")
     yield {}
 
 
-def empty(workload: Workload) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
+def empty_tensors(workload: Workload) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
     """Return (x and the parameters, grad_y) on the CPU, with whatever memory holds."""
     x, grad_y = (torch.empty(workload.shape, dtype=workload.x.dtype) for _ in range(2))
     params = (torch.empty(workload.params_shape) for _ in range(2))
@@ -77,12 +77,12 @@ def empty(workload: Workload) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
 
 def warm_jobs(session: Session) -> list[Job]:
     """Return the jobs that put what torch.compile makes of the workloads and of small calls into Inductor's cache."""
-    from bench.device.calls import warm
+    from bench.device import calls
 
-    return [*(Job(str(one), partial(compile_, one)) for one in TIMED), *warm(session)]
+    return [*(Job(str(one), partial(warm, one)) for one in TIMED), *calls.warm_jobs(session)]
 
 
-def compile_(workload: Workload) -> Iterator[dict]:
+def warm(workload: Workload) -> Iterator[dict]:
     """Compile what the provider "compile" calls, without its reference in float64: processes share the memory."""
     torch._dynamo.reset()  # else the second shape of a function is compiled for any size
     x, params, grad_y = workload.inputs(core.DEVICE)
@@ -94,12 +94,12 @@ def compile_(workload: Workload) -> Iterator[dict]:
     torch.cuda.empty_cache()
 
 
-def copies(session: Session) -> list[Job]:
+def copy_jobs(session: Session) -> list[Job]:
     """Return a job a size whose copy is timed."""
-    return [Job(f"copy-{mib} MiB", partial(copy, mib)) for mib in COPIED]
+    return [Job(f"copy-{mib} MiB", partial(time_copy, mib)) for mib in COPIED]
 
 
-def copy(mib: int) -> Iterator[dict]:
+def time_copy(mib: int) -> Iterator[dict]:
     source = torch.ones(mib * 2**18, device=core.DEVICE)
     target = torch.empty_like(source)
     seconds = median_seconds(core.Step(lambda: None, lambda _: target.copy_(source)))

@@ -34,9 +34,9 @@ def here(tmp_path):
 def test_minutes_add_up():
     """A call and its machine's start end in time, whatever its parts do, and both calls within one command of ten."""
     calls = ["first", "second"]
-    assert sum(plan.ends(call) + plan.START for call in calls) <= plan.BUDGET
-    assert sum(map(plan.ends, calls)) <= 600 and plan.ends("first") <= 300
-    assert "12.8 at most" in plan.table(calls)
+    assert sum(plan.latest_end(call) + plan.START for call in calls) <= plan.BUDGET
+    assert sum(map(plan.latest_end, calls)) <= 600 and plan.latest_end("first") <= 300
+    assert "12.8 at most" in plan.format_plan(calls)
     for call, steps in plan.PLAN.items():
         began = 0
         for step in steps:
@@ -45,7 +45,7 @@ def test_minutes_add_up():
             assert sum(part.processes for part in step) <= 16
             began += max(part.expected for part in step)
         limits = [max(part.limit for part in step) for step in steps]
-        assert limits == sorted(limits) and plan.ends(call) == limits[-1]
+        assert limits == sorted(limits) and plan.latest_end(call) == limits[-1]
 
 
 def test_every_part_is_known():
@@ -70,7 +70,7 @@ def test_a_machine_without_a_gpu(command, tmp_path):
 
 def test_a_machine_without_triton():
     with mock.patch("importlib.util.find_spec", lambda name: None if name == "triton" else name):
-        assert machine.missing() == f"{sys.executable} has no triton"
+        assert machine.find_missing() == f"{sys.executable} has no triton"
 
 
 def test_lines_are_written_as_cases_end(here):
@@ -90,7 +90,7 @@ def test_lines_are_written_as_cases_end(here):
     assert seen == [0, 3] and [row["case"] for row in rows] == ["one", "two", "two", "three"]
     assert [row.get("ok") for row in rows] == [True, None, False, True]
     assert rows[2]["error"] == "RuntimeError: not today" and "bad" in rows[2]["trace"]
-    assert "4 cases" not in (said := summary.of_part(here, "correct", 3, 5)) and "3 cases, 1 wrong" in said
+    assert "4 cases" not in (said := summary.summarize(here, "correct", 3, 5)) and "3 cases, 1 wrong" in said
     assert "WRONG two: RuntimeError: not today" in said
 
 
@@ -200,7 +200,7 @@ def test_times(here, small):
     chosen = {name: one for name, one in providers.PROVIDERS.items() if name not in absent}
     no_peer = mock.patch("importlib.util.find_spec", return_value=None)
     with no_peer, mock.patch.object(times, "PROVIDERS", chosen), mock.patch.dict(core.SECONDS, cpu=0.01):
-        run_jobs(here, "time", [Job(str(small), partial(times.time, here, small))])
+        run_jobs(here, "time", [Job(str(small), partial(times.time_workload, here, small))])
     built, *passes = read(here.out)
     assert built["ok"] and built["not timed"]["published"] == "gaussian-adaptive-attention is not installed"
     assert "triton" in built["not timed"] and built["errors"]["eager"] < 1e-5
@@ -208,13 +208,13 @@ def test_times(here, small):
     for row in passes:
         assert set(row["us"]) == {"eager", "sdpa", "layer_norm", "copy"} and min(row["us"].values()) > 0
     assert len(results.read(here.out / times.CASES).rows) == 3 * 4
-    assert "copy" in summary.of_part(here, "time", 1, 1)
+    assert "copy" in summary.summarize(here, "time", 1, 1)
 
 
 def test_times_stop_at_the_deadline(here, small):
     chosen = {name: providers.PROVIDERS[name] for name in ("eager", "copy")}
     with mock.patch.object(times, "PROVIDERS", chosen):
-        found = list(times.time(replace(here, until=0), small))
+        found = list(times.time_workload(replace(here, until=0), small))
     assert found[1:] == [{"pass": "forward", "skipped": "past the deadline"}]
 
 
@@ -222,12 +222,12 @@ def test_a_result_of_ours_that_is_wrong_is_said(here, small):
     wrong = replace(providers.PROVIDERS["eager"], build=lambda task: 1 / 0)
     chosen = {"eager": wrong, "copy": providers.PROVIDERS["copy"]}
     with mock.patch.dict(providers.PROVIDERS, eager=wrong), mock.patch.object(times, "PROVIDERS", chosen):
-        built = next(iter(times.time(here, small)))
+        built = next(iter(times.time_workload(here, small)))
     assert built["ok"] is False and "ZeroDivisionError" in built["not timed"]["eager"]
 
 
 def test_host_times():
-    host, whole = calls.best_of_rounds(lambda: time.sleep(1e-4))
+    host, whole = calls.time_calls(lambda: time.sleep(1e-4))
     assert 100 <= host <= whole < 1e5
 
 
@@ -242,7 +242,7 @@ def test_the_rule(off, ok, past, here):
 
     helpers_run = helpers.run
     with mock.patch.object(helpers, "run", run):
-        (row,) = correct.judged(here, one, torch.float32)
+        (row,) = correct.judge(here, one, torch.float32)
     assert row["ok"] == ok, row
     assert row["past the bound"] == past, row
     assert set(row["errors [ours, eager]"]) == {"y", "weights", "dx", "d_mean_offset", "d_c"}
@@ -255,14 +255,14 @@ def test_nan_is_wrong(here):
         return {name: t * float("nan") for name, t in helpers_run(case, inputs, "eager").items()}
 
     with mock.patch.object(helpers, "run", run):
-        (row,) = correct.judged(here, one, torch.float32)
+        (row,) = correct.judge(here, one, torch.float32)
     assert row["ok"] is False and row["past the bound"]
 
 
 def test_what_differs_by_a_bit():
     found = {"y": torch.tensor([1.0, 2.0]), "dx": torch.tensor([1.0, 1.0])}
     wanted = {"y": torch.tensor([1.0, 2.0]), "dx": torch.tensor([1.0, 1.0 + 2**-23])}
-    assert bits.differing(found, wanted) == {"dx": pytest.approx(2**-23, rel=1e-6)}
+    assert bits.find_differences(found, wanted) == {"dx": pytest.approx(2**-23, rel=1e-6)}
 
 
 def test_jobs_have_names_of_their_own(here):
@@ -287,7 +287,7 @@ def test_representative_cases():
 
 def test_large_inputs_are_those_of_the_case():
     one = cases.case("gate", (2**12, 1025), 1, 1, weights=False)
-    found = cases.given(one, torch.bfloat16, "cpu")
+    found = cases.draw_inputs(one, torch.bfloat16, "cpu")
     assert found.x.shape == found.grad_y.shape == one.shape and found.x.dtype == torch.bfloat16
     assert [p.shape for p in found.params] == [(1, 4)] * 2 and found.grad_weights is None
 
@@ -299,10 +299,10 @@ def test_counters(tmp_path, here):
     path = tmp_path / "ncu.csv"
     text = "\n".join(",".join(f'"{word}"' for word in line) for line in lines)
     path.write_text("==PROF== Profiling\n" + text + '\n"cut o')
-    (row,) = counters.metrics(path)
+    (row,) = counters.read_metrics(path)
     assert row == {"kernel": "_forward", "metric": "DRAM Throughput", "unit": "%", "value": "91.5"}
     with mock.patch("shutil.which", return_value=None):
-        assert list(counters.counted(here)) == [{"skipped": "ncu is not installed"}]
+        assert list(counters.count(here)) == [{"skipped": "ncu is not installed"}]
 
 
 def test_kernels_are_taken_along(tmp_path, monkeypatch):
