@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from bench import core, providers, results
-from bench.device import bits, calls, cases, correct, counters, machine, plan, prepare, session, summary, times
+from bench.device import bits, calls, cases, correct, counters, machine, plan, prepare, session, summary, sweep, times
 from bench.device.part import PARTS, jobs
 from bench.device.session import Job, Session, read, run_jobs
 from bench.workloads import Workload
@@ -317,6 +317,34 @@ def test_kernels_are_taken_along(tmp_path, monkeypatch):
     prepare.pack(made)
     assert "unpacked" in machine.unpack()
     assert sorted(path.name for path in there.rglob("*.*")) == ["k.cubin", "k.json", "stub.so"]
+
+
+def test_other_tiles_are_planned_for_as_long_as_they_are_tried():
+    """What is tried changes the tile of its pass, and the shipped one is back afterwards."""
+    pytest.importorskip("triton")
+    for workload, regime in sweep.SWEPT:
+        shipped = sweep.find_tiles(workload, {})
+        assert set(shipped) == {"forward", "backward"}
+        assert any(sweep.find_tiles(workload, settings) != shipped for settings in sweep.TRIED[regime])
+        assert sweep.find_tiles(workload, {}) == shipped
+
+
+def test_dry_run(capsys):
+    """All parts that launch kernels are compiled, correctness is emulated, and what fails in any fails the run."""
+    ran = []
+    for wrong, code in ((None, 0), (("sweep", "none"), 1), (("correct", "emulated"), 1)):
+        ran.clear()
+
+        def run(name, call, device, only, wrong=wrong):
+            ran.append((name, device))
+            return (name, device) != wrong
+
+        with mock.patch.multiple(prepare, run=run, start=lambda: None):
+            assert prepare.dry(["first", "second"], "") == code
+        assert ran == [*((name, "none") for name in prepare.COMPILED), ("correct", "emulated")]
+    said = capsys.readouterr().out
+    assert plan.format_plan(["first", "second"]) in said
+    assert f"{len(cases.representative())} of {len(cases.correct_cases())} cases" in said
 
 
 TESTS = """
