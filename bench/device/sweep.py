@@ -16,7 +16,7 @@ from bench.device.cases import TIMED
 from bench.device.session import Job, Session
 from bench.device.times import empty_tensors, median_seconds
 from bench.workloads import Workload
-from daam.kernels import call, launch
+from daam.kernels import launch, passes
 
 # what is tried of `launch.Tiles`, by regime: elements a thread, and elements that it loads at once
 TRIED = {
@@ -56,13 +56,13 @@ def find_tiles(workload: Workload, settings: dict) -> dict[str, str]:
 
 @contextlib.contextmanager
 def plan_with(settings: dict) -> Iterator[None]:
-    """Plan calls with other numbers in `launch.Tiles`, which are part of what plans are kept by."""
-    plan = call._plan
+    """Plan passes with other numbers in `launch.Tiles`, which are part of what plans are kept by."""
+    build = passes._Pass.__init__
 
-    def planned(tiles: launch.Tiles, *others):
-        return plan(replace(tiles, **settings), *others)
+    def build_with(one: passes._Pass, tiles: launch.Tiles, *args, **options) -> None:
+        build(one, replace(tiles, **settings), *args, **options)
 
-    with mock.patch.object(call, "_plan", planned):
+    with mock.patch.object(passes._Pass, "__init__", build_with):
         yield
 
 
