@@ -17,18 +17,21 @@ Check = Callable[[Case, Inputs], dict]  # returns what differs, by name: nothing
 
 
 def jobs(session: Session) -> list[Job]:
-    """Return a job a check and case; on a GPU also those of streams, graphs, synchronisation and threads."""
-    checks = [(check, *typed) for typed in bit_cases() for check in (repeat, compare_rows, compare_weights)]
+    """Return a job a check and case; on a GPU first those of streams, graphs, synchronisation and threads."""
+    checks: list[tuple] = []
+    shapes = ((8, 24, 1024), (2, 2048, 512), (512, 1024), (8, 20000))
+    on_device = [(case(name, shape, 1, 1), BF16) for name in ALGORITHMS for shape in shapes]
+    shared = (case("density", (8, 24, 1024), 1, 8), BF16)
     if session.device == "cuda":
-        shapes = ((8, 24, 1024), (2, 2048, 512), (512, 1024), (8, 20000))
-        on_device = [(case(name, shape, 1, 1), BF16) for name in ALGORITHMS for shape in shapes]
-        checks += [
-            (check, *typed) for typed in on_device for check in (call_on_stream, replay_graph, call_without_waiting)
-        ]
-        checks += [(call_in_threads, case("density", (8, 24, 1024), 1, 8), BF16)]
+        checks += itertools.product((call_on_stream, replay_graph, call_without_waiting), on_device)
+        checks += [(call_in_threads, shared)]
+    elif session.compiling:
+        checks += [(repeat, one) for one in (*on_device, shared)]
+    # a check after another, so that processes beside each other do not compile the same kernels
+    checks += itertools.product((repeat, compare_rows, compare_weights), bit_cases())
     return [
         Job(f"{check.__name__}-{one}-{str(dtype)[6:]}", partial(run_check, session, check, one, dtype))
-        for check, one, dtype in checks
+        for check, (one, dtype) in checks
     ]
 
 
