@@ -31,7 +31,7 @@ def judge(session: Session, case: Case, dtype: torch.dtype) -> Iterator[dict]:
         return
     wanted, eager = compute_expected(case, inputs), helpers.run(case, inputs, "eager")
     errors = {name: (helpers.error(ours[name], one), helpers.error(eager[name], one)) for name, one in wanted.items()}
-    shares = {name: own / bound(case, dtype, name, beside) for name, (own, beside) in errors.items()}
+    shares = {name: own / bound(case, name, dtype, beside) for name, (own, beside) in errors.items()}
     worst = max(shares, key=lambda name: math.inf if math.isnan(shares[name]) else shares[name])
     yield {
         "ok": shares[worst] <= WRONG,
@@ -43,7 +43,7 @@ def judge(session: Session, case: Case, dtype: torch.dtype) -> Iterator[dict]:
     }
 
 
-def bound(case: Case, dtype: torch.dtype, name: str, eager_error: float) -> float:
+def bound(case: Case, name: str, dtype: torch.dtype, eager_error: float) -> float:
     """Return the largest error that the tests allow: 2·(eager's + 2·eps·M), M the root of the places summed."""
     of_params = name.startswith("d_")
     eps = helpers.EPS[torch.float32] if of_params and dtype != torch.float64 else helpers.EPS[dtype]
