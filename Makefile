@@ -7,9 +7,8 @@ SHELL := bash
 .SHELLFLAGS := -o pipefail -c
 
 AUDITS := audit-sm_80 audit-sm_90 audit-sm_100 audit-gfx942
-SHARDS := 0 1 2 3 4 5 6 7
 
-.PHONY: demo test test-compiled margins lint bench audit test-slow gpu gpu-test gpu-bench gpu-compile gpu-needs clean
+.PHONY: demo test test-compiled margins lint bench audit test-slow gpu gpu-dry gpu-prepare clean
 
 demo: $(INSTALLED)
 	$(BIN)/python -m daam.recipes.digits $(ARGS)
@@ -49,34 +48,21 @@ test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -q -m audit
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -m slow
 
-# All that needs a GPU, with whatever torch and Triton PYTHON has; what it finds goes into OUT as it is found.
-gpu: gpu-needs
-	failed=0; for part in gpu-test gpu-bench gpu-compile; do $(MAKE) $$part || failed=1; done; exit $$failed
+# All that needs a GPU, in ten minutes of one, with whatever torch and Triton PYTHON has; what it finds goes into OUT as
+# it is found. `$(PYTHON) -m bench.device first` and `second` are its halves, where there is no make.
+gpu:
+	@$(PYTHON) -m bench.device first second --out $(OUT)
 
-gpu-needs:
-	$(PYTHON) -c "import matplotlib, pytest, pytest_benchmark, torch, triton, daam; assert torch.cuda.is_available(), 'no GPU'"
+# The same without one: the plan, all its kernels compiled for sm_90, and cases of every regime emulated.
+gpu-dry: $(INSTALLED)
+	$(BIN)/python -m bench.device first second --dry
 
-gpu-test:
-	mkdir -p $(OUT)
-	$(MAKE) --jobs=8 --keep-going $(addprefix gpu-test-,$(SHARDS))
-
-gpu-test-%:
-	timeout 470 $(PYTHON) -m pytest -v -m "kernel and not slow" --device cuda --shard $*/8 > $(OUT)/gpu-test-$*.log 2>&1 \
-		|| (grep -E "^(FAILED|ERROR)|^E  " $(OUT)/gpu-test-$*.log; exit 1)
-
-gpu-bench:
-	mkdir -p $(OUT)
-	rm -f $(OUT)/bench.jsonl
-	failed=0; timeout 440 $(PYTHON) -m pytest bench --benchmark-only -rs --deadline 380 --cases $(OUT)/bench.jsonl \
-		--benchmark-json=$(OUT)/bench.json > $(OUT)/gpu-bench.log 2>&1 || failed=1; tail -50 $(OUT)/gpu-bench.log; \
-		timeout 30 $(PYTHON) -m bench.plot $(OUT)/bench.jsonl --output $(OUT)/plots; exit $$failed
-
-gpu-compile:
-	mkdir -p $(OUT)
-	timeout 470 $(PYTHON) -m pytest -v -m gpu --device cuda 2>&1 | tee $(OUT)/gpu-compile.log
+# Beforehand, with the Python, torch and Triton of the GPU's machine: kernels to take along, into .gpu/.
+gpu-prepare:
+	$(PYTHON) -m bench.device.prepare
 
 clean:
-	rm -rf .venv demo-output results build
+	rm -rf .venv .gpu demo-output results build
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

@@ -1,7 +1,6 @@
 """Options of the benchmarks, and what they write."""
 
 import json
-import time
 from pathlib import Path
 
 import pytest
@@ -13,9 +12,6 @@ def pytest_addoption(parser):
     group = parser.getgroup("daam-triton")
     group.addoption(
         "--cases", type=Path, help="append every case to this file, a line of JSON, as soon as it is measured"
-    )
-    group.addoption(
-        "--deadline", type=float, default=float("inf"), help="skip what has not begun after so many seconds"
     )
 
 
@@ -40,13 +36,6 @@ def pytest_benchmark_update_json(config, benchmarks, output_json):
             for key, value in one["stats"].items()
             if key != "data"
         }
-
-
-@pytest.fixture(scope="session")
-def past_deadline(request):
-    """Says that the deadline is past, once it is."""
-    deadline, began = request.config.getoption("--deadline"), time.monotonic()
-    return lambda: f"past the deadline of {deadline:.0f} s" if time.monotonic() - began > deadline else None
 
 
 @pytest.fixture

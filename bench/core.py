@@ -1,7 +1,7 @@
 """How the benchmarks measure: results are checked before anything is timed, and providers take turns.
 
-On a GPU a turn is the device's time between events, after a write that empties the L2 cache and a wait in which the
-host launches ahead; on a CPU it is the wall clock's, with whatever the caches hold.
+On a GPU a turn is the device's time between events, after a read that fills the L2 cache with what nobody uses and a
+wait in which the host launches ahead; on a CPU it is the wall clock's, with whatever the caches hold.
 """
 
 from __future__ import annotations
@@ -105,11 +105,7 @@ def samples(workload: Workload, which: str, names: tuple[str, ...]) -> dict[str,
     times = interleave({name: step(candidate, which) for name, candidate in right.items()}, turns(DEVICE))
     for name, candidate in right.items():
         checked(name, candidate, workload)
-    sampled.add((workload, which))
     return times
-
-
-sampled: set[tuple[Workload, str]] = set()  # what has been timed
 
 
 def interleave(steps: dict[str, Step], turn: Callable[[list[Step]], list[float]]) -> dict[str, list[float]]:
@@ -149,7 +145,8 @@ def _turns_cuda(flush: Tensor, steps: list[Step]) -> list[float]:
     for one in steps:
         state = one.prepare()
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        flush.zero_()
+        # a write would leave lines that what is timed must write back first: some 15 us of a cache of 50 MB
+        flush.sum()
         # the device waits twice as long as the host took to launch last time, or gaps between kernels would be timed
         torch.cuda._sleep(int(min(2 * HOST_SECONDS.get(one, 1e-3), 0.01) * CYCLES))
         start.record()
@@ -169,9 +166,9 @@ CYCLES = 2e9  # of a GPU, a second
 
 @functools.cache
 def _flush_buffer() -> Tensor:
-    """Four times the L2 cache, and 256 MB at least."""
+    """Return what is read to empty the L2 cache: four times its size, and 256 MB at least."""
     size = max(2**28, 4 * torch.cuda.get_device_properties(DEVICE).L2_cache_size)
-    return torch.empty(size, dtype=torch.uint8, device=DEVICE)
+    return torch.zeros(size // 4, device=DEVICE)
 
 
 def peak_bytes(one: Step) -> int:
@@ -255,7 +252,7 @@ def timed(own: list[float], copy: list[float]) -> dict[str, dict[str, float]]:
 
 @functools.cache
 def about() -> dict[str, Any]:
-    """Device, versions and commit."""
+    """Return device, versions and commit; the commit is "unknown" where there is no git, or no repository."""
     if DEVICE == "cuda":
         device = torch.cuda.get_device_name()
     else:
@@ -268,9 +265,16 @@ def about() -> dict[str, Any]:
         versions["triton"] = triton.__version__
     except ImportError:
         pass
+    return {"device": device, "versions": versions, "commit": _commit()}
+
+
+def _commit() -> str:
     command = ["git", "describe", "--always", "--dirty", "--abbrev=10"]
-    described = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
-    return {"device": device, "versions": versions, "commit": described.stdout.strip() or "unknown"}
+    try:
+        described = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return "unknown"
+    return described.stdout.strip() or "unknown"
 
 
 class Replay:

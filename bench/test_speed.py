@@ -22,12 +22,10 @@ REPLAY = core.Replay()
 
 @pytest.mark.benchmark(timer=REPLAY)
 @pytest.mark.parametrize(("workload", "which", "provider"), CASES)
-def test_speed(workload, which, provider, benchmark, names, past_deadline, write_case):
+def test_speed(workload, which, provider, benchmark, names, write_case):
     """Compared with the reference, then timed: providers of a workload take turns, whichever test comes first."""
     if why := PROVIDERS[provider].missing(core.DEVICE):
         pytest.skip(f"{provider}: {why}")
-    if (workload, which) not in core.sampled and (late := past_deadline()):
-        pytest.skip(late)
     names = tuple(name for name in names if not PROVIDERS[name].missing(core.DEVICE))
     candidate = core.candidates(workload, names)[provider]
     if isinstance(candidate, Exception):

@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 import weakref
+from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
@@ -153,6 +154,28 @@ def test_workloads(device):
     assert {one.dtype for one in found} == {"bfloat16", "float32"}
 
 
+@pytest.mark.parametrize("git", [FileNotFoundError("git"), subprocess.CompletedProcess([], 128, stdout="")])
+def test_commit_without_git(git):
+    """A machine without git, or a copy without its repository, still tells device and versions."""
+    core.about.cache_clear()
+    with mock.patch.object(subprocess, "run", side_effect=[git]):
+        found = core.about()
+    core.about.cache_clear()
+    assert found["commit"] == "unknown" and found["versions"]["torch"] == torch.__version__
+
+
+def test_the_published_package_is_timed_whatever_its_error():
+    """In bf16, on chunks of 3, it is half of the largest value off; what is no number is still refused."""
+    workload = replace(SMALL, shape=(8, 6, 64), dtype="bfloat16")
+    candidate = mock.Mock()
+    with mock.patch.object(core, "error", return_value=0.5):
+        assert core.checked("published", candidate, workload) == 0.5
+        with pytest.raises(core.WrongResultError):
+            core.checked("triton", candidate, workload)
+    with mock.patch.object(core, "error", return_value=float("nan")), pytest.raises(core.WrongResultError):
+        core.checked("published", candidate, workload)
+
+
 def test_the_suite(tmp_path):
     """A run writes what compare and plot read, names what it skipped, and lines of JSON as it goes."""
     results, cases = tmp_path / "results.json", tmp_path / "cases.jsonl"
@@ -185,8 +208,8 @@ def test_the_suite(tmp_path):
 
 
 def test_a_turn_on_a_gpu():
-    """The cache is emptied and the device waits twice the host's last time before the first event; between the events
-    is what runs, and nothing else.
+    """The cache is emptied by reading, which leaves nothing to write back, and the device waits twice the host's last
+    time before the first event; between the events is what runs, and nothing else.
     """
     done, events, clock = [], [], Clock()
 
@@ -204,7 +227,7 @@ def test_a_turn_on_a_gpu():
         done.append(f"run {state}")
         clock.advance(3e-3)
 
-    flush = mock.Mock(zero_=lambda: done.append("flush"))
+    flush = mock.Mock(spec=["sum"], sum=lambda: done.append("flush"))
     steps = [core.Step(lambda name=name: done.append(f"prepare {name}") or name, run) for name in "ab"]
     slept = []
     fakes = {"Event": Event, "_sleep": lambda cycles: done.append("sleep") or slept.append(cycles)}

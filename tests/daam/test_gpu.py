@@ -1,4 +1,4 @@
-"""What only a GPU shows: compiled graphs, CUDA graphs, synchronisation, peak memory. `make gpu-compile`."""
+"""What only a GPU shows: compiled graphs, CUDA graphs, synchronisation, peak memory; `make gpu` runs it."""
 
 import pytest
 import torch

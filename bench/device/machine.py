@@ -1,0 +1,154 @@
+"""The machine that a plan runs on: what it lacks, what it has, and how kernels run where there is no GPU."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import importlib.util
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+from bench.device.session import ROOT, Job, Session
+
+PREPARED = ROOT / ".gpu"  # what `python -m bench.device.prepare` makes, to be taken to the GPU's machine
+CACHE, SITE, ABOUT = PREPARED / "cache.tar.xz", PREPARED / "site", PREPARED / "prepared.json"
+PACKAGES = ("pytest", "pytest_benchmark", "numpy", "matplotlib", "gaussian_adaptive_attention")
+TOOLS = ("gcc", "make", "git", "ncu", "nvidia-smi")
+
+
+def find_missing() -> str | None:
+    """Return what a plan needs and the machine lacks, in a line; None where it can run."""
+    absent = [name for name in ("torch", "triton", "numpy") if importlib.util.find_spec(name) is None]
+    if absent:
+        return f"{sys.executable} has no {', '.join(absent)}"
+    import torch
+
+    if not torch.cuda.is_available():
+        return f"torch {torch.__version__} finds no GPU; --dry goes through the plan without one"
+    return None
+
+
+def set_environment(cores: int, cache: Path | None = None) -> None:
+    """Set what processes of a plan find: caches, of kernels in a folder that may be given, threads, packages."""
+    os.environ.pop("TRITON_INTERPRET", None)
+    folder = Path(tempfile.gettempdir())
+    if cache:
+        os.environ["TRITON_CACHE_DIR"] = str(cache)
+    os.environ.setdefault("TRITON_CACHE_DIR", str(folder / f"daam-triton-{fingerprint()}"))
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder / "daam-inductor"))
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "4")
+    os.environ["OMP_NUM_THREADS"] = "1" if cores < 16 else "2"
+    os.environ["PYTHONUNBUFFERED"] = "1"
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(SITE)]))
+
+
+def unpack() -> str:
+    """Put the kernels that were taken along where Triton looks for them; return what was done, in words.
+
+    Triton takes those of its own version and of unchanged sources, and compiles the others.
+    """
+    folder = Path(os.environ["TRITON_CACHE_DIR"])
+    if not CACHE.exists():
+        return "nothing was taken along: kernels are compiled here"
+    if folder.exists():
+        return f"{folder} is there already"
+    with tarfile.open(CACHE) as archive:
+        archive.extractall(folder, filter="data")
+    return f"unpacked {CACHE.name}, made by {read_prepared()}"
+
+
+def read_prepared() -> dict:
+    """Return the versions and the commit that kernels were taken along from."""
+    return json.loads(ABOUT.read_text()) if ABOUT.exists() else {}
+
+
+@functools.cache
+def fingerprint() -> str:
+    """Return what changes with the kernels' sources, Triton and Python: kernels of one are found by no other."""
+    import triton
+
+    sources = "".join(path.read_text() for path in sorted((ROOT / "kernels").glob("*.py")))
+    text = f"{sources}{triton.__version__}{platform.python_version_tuple()[:2]}"
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def jobs(session: Session) -> list[Job]:
+    """Return the jobs of the part `info`: versions and tools, then the bandwidth of a copy by size."""
+    found = [Job("machine", partial(describe, session))]
+    if session.device == "cuda":
+        from bench.device.times import copy_jobs
+
+        found += copy_jobs(session)
+    return found
+
+
+def describe(session: Session) -> Iterator[dict]:
+    """Yield versions, tools, the prepared kernels, and on a GPU the device and its clocks."""
+    from bench import core
+
+    found = importlib.util.find_spec
+    yield {
+        **core.about(),
+        "packages": {name: found(name) is not None for name in PACKAGES},
+        "tools": {name: shutil.which(name) for name in TOOLS},
+        "prepared": read_prepared(),
+        "prepared is of these sources": read_prepared().get("fingerprint") == fingerprint(),
+        "environment": {k: v for k, v in os.environ.items() if k.startswith(("TRITON", "TORCH", "CUDA", "PYTORCH"))},
+    }
+    if session.device != "cuda":
+        return
+    import torch
+
+    device = torch.cuda.get_device_properties(0)
+    yield {"sms": device.multi_processor_count, "l2": device.L2_cache_size, "memory": device.total_memory}
+    query = "clocks.sm,clocks.max.sm,clocks.mem,power.draw,power.limit,temperature.gpu,driver_version"
+    if shutil.which("nvidia-smi"):
+        command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv"]
+        yield {"nvidia-smi": subprocess.run(command, capture_output=True, text=True, check=False).stdout.splitlines()}
+
+
+@contextlib.contextmanager
+def emulation(launching: bool) -> Iterator[None]:
+    """Compile kernels for sm_90 and launch them without a GPU, on CPU tensors: emulated, or doing nothing."""
+    sys.path.append(str(ROOT / "tests"))
+    if not (ROOT / "tests" / "emulator").exists():
+        _install_prototype(launching)
+        yield
+        return
+    from emulator import driver
+
+    from bench.host import taking_cpu_tensors
+
+    with driver.emulation() as device, taking_cpu_tensors():
+        if not launching:
+            device.launching = lambda launch, tensors: None
+        yield
+
+
+def _install_prototype(launching: bool) -> None:
+    """Stand in for tests/emulator until that is there."""
+    emulator = ROOT.parent / "shared" / "emulator"
+    build = ["bash", str(emulator / "build.sh"), sys.executable]
+    library = subprocess.run(build, check=True, capture_output=True, text=True).stdout.strip()
+    os.environ["EMULATOR_LIBRARY"] = os.environ["TRITON_LIBCUDA_PATH"] = library
+    sys.path.insert(0, str(emulator))
+    from daam.kernels import density, gate, mixture  # noqa: F401
+
+    if launching:
+        import emulate
+
+        emulate.install()
+    else:
+        import fakegpu
+
+        fakegpu.install()

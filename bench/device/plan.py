@@ -1,0 +1,153 @@
+"""The plan as data, and what runs it: a part after another, each in processes that end by themselves, or are ended."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+from bench.device import summary
+from bench.device.session import LOST, ROOT, Session
+
+START = 90  # seconds that a machine takes to start, each time one is asked for
+BUDGET = 13 * 60  # seconds that the calls and their starts may take in all, of the fifteen minutes that there are
+
+
+@dataclass(frozen=True)
+class Part:
+    """Say what one kind of processes does in a call, and how long.
+
+    expected: the seconds it should take. deadline, limit: seconds after the call began, when it begins nothing new and
+    when it is ended. processes: how many share its jobs.
+    """
+
+    name: str
+    expected: int
+    deadline: int
+    limit: int
+    processes: int = 1
+
+
+# Steps follow each other, parts of a step run at once: nothing is timed beside other work. A machine has 16 cores.
+PLAN: dict[str, tuple[tuple[Part, ...], ...]] = {
+    "first": (
+        (Part("info", 15, 30, 45),),
+        # without .gpu/ kernels are compiled here, some 900 at half a second: the last cases are not reached
+        (Part("correct", 50, 85, 100, 10), Part("bits", 45, 85, 100, 3), Part("warm", 80, 95, 110, 3)),
+        (Part("time", 95, 205, 220),),
+        (Part("host", 25, 225, 235),),
+        (Part("counters", 45, 265, 280),),
+    ),
+    "second": (
+        (Part("correct", 40, 60, 80, 12), Part("bits", 40, 60, 80, 4)),
+        (Part("tests", 140, 210, 225, 14),),
+        (Part("sweep", 60, 280, 290),),
+        (Part("time", 20, 300, 310),),
+    ),
+    # in place of the times of `first`, where that found results that are wrong
+    "third": ((Part("time", 95, 100, 115),),),
+}
+# the tests of the part `tests`, which pytest runs
+TESTS = ("tests/kernels", "tests/daam/test_extremes.py", "tests/daam/test_gpu.py", "tests/daam/test_train.py")
+CHOSEN = "(kernel or gpu) and not slow"
+
+
+def expected_seconds(call: str) -> int:
+    """Return the seconds that a call should take, without the machine's start."""
+    return sum(max(part.expected for part in step) for step in PLAN[call])
+
+
+def latest_end(call: str) -> int:
+    """Return the seconds after which a call has ended in any case."""
+    return PLAN[call][-1][-1].limit
+
+
+def format_plan(calls: list[str]) -> str:
+    """Return the plan of some calls as text, and what it adds up to."""
+    lines = [f"{'':24}expected   deadline      limit  processes"]
+    for call in calls:
+        for part in (part for step in PLAN[call] for part in step):
+            times = "".join(f"{seconds:>9} s" for seconds in (part.expected, part.deadline, part.limit))
+            lines.append(f"{call:12}{part.name:10}{times}{part.processes:>11}")
+    needed, most = (sum(map(of, calls)) + START * len(calls) for of in (expected_seconds, latest_end))
+    lines.append(f"with {len(calls)} starts of {START} s: {needed / 60:.1f} minutes, {most / 60:.1f} at most")
+    return "\n".join(lines)
+
+
+def run_call(session: Session) -> bool:
+    """Run the parts of a call on the GPU, say of each what it found, and return whether all is well."""
+    session = replace(session, began=time.time())
+    for step in PLAN[session.call]:
+        with ThreadPoolExecutor(len(step)) as pool:
+            list(pool.map(partial(run_part, session), step))
+    return not any(map(summary.is_wrong, summary.rows_of(session)))
+
+
+def run_part(session: Session, part: Part) -> None:
+    """Run a part in its processes, and tell how many cases there were and which were wrong."""
+    began = time.time()
+    if part.name == "tests" and importlib.util.find_spec("pytest") is None:
+        session.write(part.name, skipped="pytest is not installed")
+        return
+    session = replace(session, until=session.began + part.deadline)
+    with ThreadPoolExecutor(part.processes) as pool:
+        list(pool.map(partial(run_shard, session, part), range(part.processes)))
+    print(summary.summarize(session, part.name, time.time() - began, part.expected), flush=True)
+
+
+def run_shard(session: Session, part: Part, k: int) -> None:
+    """Run the kth share of a part's jobs. Where a process dies of a case, another goes on with the next."""
+    first, end = k, session.began + part.limit
+    with tempfile.TemporaryDirectory() as folder:
+        progress = Path(folder) / "progress"
+        while True:
+            progress.unlink(missing_ok=True)
+            shard = replace(session, shard=(first, part.processes), progress=progress)
+            code = wait(command(shard, part.name), session.out / "log.txt", end)
+            if code == 0 or (part.name == "tests" and code == 1):  # 1: some tests failed, and have said so
+                return
+            i, case = json.loads(progress.read_text()) if progress.exists() else (first, None)
+            if code != LOST:
+                why = "ended at its limit" if code is None else f"died, exit status {code}: log.txt may say why"
+                session.write(part.name, i=i, case=case, ok=False, error=f"the process of share {k} {why}")
+            if code is None or not (code == LOST or code < 0) or case is None:
+                return
+            first = i + part.processes
+
+
+def command(session: Session, part: str) -> list[str]:
+    """Return the command of a process that does a share of a part."""
+    options = {
+        "--call": session.call, "--out": session.out, "--device": session.device, "--began": session.began,
+        "--until": session.until, "--shard": "{}/{}".format(*session.shard),
+    }  # fmt: skip
+    if part == "tests":
+        plugins = ["-p", "no:cacheprovider", "-p", "bench.device.project_tests"]
+        words = ["pytest", "-q", "--continue-on-collection-errors", *plugins, "-m", CHOSEN, *TESTS]
+    else:
+        words = ["bench.device.part", part]
+        options |= {"--only": session.only, "--progress": session.progress}
+    return [sys.executable, "-m", *words, *(f"{name}={value}" for name, value in options.items() if value is not None)]
+
+
+def wait(words: list[str], output: Path, end: float) -> int | None:
+    """Return the exit status of a command whose output goes to the end of a file; None where it had not ended in time
+    and was ended, with all it had started.
+    """
+    with output.open("ab") as file:
+        process = subprocess.Popen(words, cwd=ROOT, stdout=file, stderr=file, start_new_session=True)
+        try:
+            return process.wait(max(1.0, end - time.time()))
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            return None

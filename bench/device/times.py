@@ -1,0 +1,117 @@
+"""Device time of every provider with a cold L2 cache, as bench.core measures it; and the copy's, by size."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterator
+from functools import lru_cache, partial
+
+import torch
+
+from bench import core
+from bench.device.cases import TIMED
+from bench.device.session import Job, Session, append, describe_error
+from bench.providers import PROVIDERS
+from bench.results import OWN, PASSES
+from bench.workloads import Workload
+
+COPIED = (3, 16, 100, 400, 2048)  # MiB
+SECONDS = 0.3  # of all providers together, for one pass of a workload
+LONGEST = 2048  # of a sequence whose standard attention is worth the time that its check takes
+CASES = "times.jsonl"  # as `pytest bench --cases` writes it: bench.compare and bench.plot read it
+
+
+def jobs(session: Session) -> list[Job]:
+    """Return a job a workload; where nothing is launched it compiles what the passes and a call without them launch."""
+    core.SECONDS["cuda"] = SECONDS
+    return [Job(str(one), partial(prepare if session.compiling else time_workload, session, one)) for one in TIMED]
+
+
+def time_workload(session: Session, workload: Workload) -> Iterator[dict]:
+    """Yield who is timed, with the error of their results, and who is not, and why; then the times of every pass."""
+    asked = {name: one for name, one in PROVIDERS.items() if one.serves(workload)}
+    absent = {name: one.missing(core.DEVICE) for name, one in asked.items()}
+    if workload.shape[workload.axis] > LONGEST and "multihead_attention" in absent:
+        absent["multihead_attention"] = f"checking it takes long past {LONGEST} positions"
+    names = tuple(name for name, why in absent.items() if why is None)
+    found = core.candidates(workload, names)
+    refused = {name: describe_error(one) for name, one in found.items() if isinstance(one, Exception)}
+    errors = {name: one[1] for name, one in found.items() if name not in refused}
+    not_timed = {name: why for name, why in absent.items() if why} | refused
+    yield {"ok": not set(OWN) & set(refused), "errors": errors, "not timed": not_timed}
+    for which in PASSES:
+        if session.late:
+            yield {"pass": which, "skipped": "past the deadline"}
+            return
+        yield time_pass(session, workload, which, names)
+
+
+def time_pass(session: Session, workload: Workload, which: str, names: tuple[str, ...]) -> dict:
+    """Time one pass; return microseconds by provider, and GB/s and share of the copy of ours."""
+    timed = core.samples(workload, which, names)
+    figures = {name: core.figures(workload, which, name, names) for name in timed}
+    for name, one in figures.items():
+        test = f"bench/test_speed.py::test_speed[{workload}-{which}-{name}]"
+        append(session.out / CASES, {"fullname": test, "extra_info": one})
+    row = {"pass": which, "us": {name: round(1e6 * one["seconds"]["p50"], 2) for name, one in figures.items()}}
+    if "triton" in figures:
+        row |= {key: figures["triton"][key] for key in ("gb_per_s", "percent_of_roof")}
+    return row
+
+
+def prepare(session: Session, workload: Workload) -> Iterator[dict]:
+    """Compile what a workload launches. Nothing reads or writes its tensors, so that they take no memory."""
+    leaves, grad_y = empty_tensors(workload)
+    torch.autograd.grad(workload.call(*leaves, backend="triton"), leaves, grad_y)
+    with torch.no_grad():
+        workload.call(*leaves, backend="triton")
+    yield {}
+
+
+def empty_tensors(workload: Workload) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
+    """Return (x and the parameters, grad_y) on the CPU, with whatever memory holds."""
+    x, grad_y = (torch.empty(workload.shape, dtype=workload.x.dtype) for _ in range(2))
+    params = (torch.empty(workload.params_shape) for _ in range(2))
+    return tuple(t.requires_grad_() for t in (x, *params)), grad_y
+
+
+def warm_jobs(session: Session) -> list[Job]:
+    """Return the jobs that put what torch.compile makes of the workloads and of small calls into Inductor's cache."""
+    from bench.device import calls
+
+    return [*(Job(str(one), partial(warm, one)) for one in TIMED), *calls.warm_jobs(session)]
+
+
+def warm(workload: Workload) -> Iterator[dict]:
+    """Compile what the provider "compile" calls, without its reference in float64: processes share the memory."""
+    torch._dynamo.reset()  # else the second shape of a function is compiled for any size
+    x, params, grad_y = workload.inputs(core.DEVICE)
+    leaves = tuple(t.requires_grad_() for t in (x, *params))
+    call = torch.compile(partial(workload.call, backend="eager"), fullgraph=True)
+    torch.autograd.grad(call(*leaves), leaves, grad_y)
+    yield {}
+    del x, params, grad_y, leaves
+    torch.cuda.empty_cache()
+
+
+def copy_jobs(session: Session) -> list[Job]:
+    """Return a job a size whose copy is timed."""
+    return [Job(f"copy-{mib} MiB", partial(time_copy, mib)) for mib in COPIED]
+
+
+def time_copy(mib: int) -> Iterator[dict]:
+    source = torch.ones(mib * 2**18, device=core.DEVICE)
+    target = torch.empty_like(source)
+    seconds = median_seconds(core.Step(lambda: None, lambda _: target.copy_(source)))
+    yield {"us": round(1e6 * seconds, 2), "gb_per_s": round(2 * source.nbytes / seconds / 1e9)}
+
+
+def median_seconds(step: core.Step, rounds: int = 15) -> float:
+    """Return the median of the turns of one step, after three that warm up."""
+    turn = _turn()
+    return statistics.median([turn([step])[0] for _ in range(3 + rounds)][3:])
+
+
+@lru_cache(maxsize=1)
+def _turn() -> Callable[[list[core.Step]], list[float]]:
+    return core.turns(core.DEVICE)

@@ -1,0 +1,394 @@
+"""The plan for a GPU fits its minutes, loses nothing, and says what is missing; a few of its cases run emulated."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from unittest import mock
+
+import helpers
+import pytest
+import torch
+
+from bench import core, providers, results
+from bench.device import bits, calls, cases, correct, counters, machine, plan, prepare, session, summary, sweep, times
+from bench.device.part import PARTS, jobs
+from bench.device.session import Job, Session, read, run_jobs
+from bench.workloads import Workload
+
+ROOT = Path(__file__).parents[2]
+EMULATED = ("density-2x3x256", "mixture-24x4-", "gate-7x50")
+no_gpu = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"} | {"CUDA_VISIBLE_DEVICES": ""}
+
+
+@pytest.fixture
+def here(tmp_path):
+    return Session("first", tmp_path, "cpu", began=time.time())
+
+
+def test_minutes_add_up():
+    """A call and its machine's start end in time, whatever its parts do, and both calls within one command of ten."""
+    calls = ["first", "second"]
+    assert sum(plan.latest_end(call) + plan.START for call in calls) <= plan.BUDGET
+    assert sum(map(plan.latest_end, calls)) <= 600 and plan.latest_end("first") <= 300
+    assert "12.8 at most" in plan.format_plan(calls)
+    for call, steps in plan.PLAN.items():
+        began = 0
+        for step in steps:
+            for part in step:
+                assert began + part.expected <= part.deadline < part.limit, (call, part)
+            assert sum(part.processes for part in step) <= 16
+            began += max(part.expected for part in step)
+        limits = [max(part.limit for part in step) for step in steps]
+        assert limits == sorted(limits) and plan.latest_end(call) == limits[-1]
+
+
+def test_every_part_is_known():
+    parts = {part.name for steps in plan.PLAN.values() for step in steps for part in step}
+    assert parts - {"tests"} == set(PARTS) - {"profile"}
+    assert set(prepare.COMPILED) < set(PARTS)
+
+
+@pytest.mark.parametrize("command", ["python", "make"])
+def test_a_machine_without_a_gpu(command, tmp_path):
+    """One line says what is missing, and nothing is begun."""
+    if shutil.which(command := {"python": sys.executable}.get(command, command)) is None:
+        pytest.skip("no make")
+    out = tmp_path / "out"
+    words = ["-m", "bench.device", "first", f"--out={out}"] if command == sys.executable else ["gpu", f"OUT={out}"]
+    words += [f"PYTHON={sys.executable}"] * (command == "make")
+    done = subprocess.run([command, *words], cwd=ROOT, env=no_gpu, capture_output=True, text=True, check=False)
+    said = [line for line in done.stderr.splitlines() if not line.startswith("make")]
+    assert done.returncode == 2 and not out.exists()
+    assert len(said) == 1 and "finds no GPU" in said[0] and done.stdout.count("\n") == 0, done
+
+
+def test_a_machine_without_triton():
+    with mock.patch("importlib.util.find_spec", lambda name: None if name == "triton" else name):
+        assert machine.find_missing() == f"{sys.executable} has no triton"
+
+
+def test_lines_are_written_as_cases_end(here):
+    """Each is in the file before the next begins; one that fails says why, keeps what it had found, and stops none."""
+    seen = []
+
+    def good():
+        seen.append(len(read(here.out)))
+        yield {"ok": True}
+
+    def bad():
+        yield {"half": 1}
+        raise RuntimeError("not today")
+
+    run_jobs(here, "correct", [Job("one", good), Job("two", bad), Job("three", good)])
+    rows = read(here.out)
+    assert seen == [0, 3] and [row["case"] for row in rows] == ["one", "two", "two", "three"]
+    assert [row.get("ok") for row in rows] == [True, None, False, True]
+    assert rows[2]["error"] == "RuntimeError: not today" and "bad" in rows[2]["trace"]
+    assert "4 cases" not in (said := summary.summarize(here, "correct", 3, 5)) and "3 cases, 1 wrong" in said
+    assert "WRONG two: RuntimeError: not today" in said
+
+
+def test_a_line_that_is_cut_off(here):
+    run_jobs(here, "bits", [Job("one", lambda: [{"ok": True}])])
+    with (here.out / session.RESULTS).open("a") as file:
+        file.write('{"call": "first", "part"')
+    assert [row["case"] for row in read(here.out)] == ["one"]
+
+
+def test_an_earlier_call_of_the_same_name_is_not_counted(here):
+    run_jobs(replace(here, began=1.0), "bits", [Job("old", lambda: [{"ok": False}])])
+    assert summary.rows_of(here) == [] and len(read(here.out)) == 1
+
+
+def test_nothing_begins_past_the_deadline(here):
+    ran = []
+    job = Job("slow", lambda: ran.append("slow") or time.sleep(0.3) or [{}])
+    run_jobs(replace(here, until=time.time() + 0.1), "time", [job, job, job])
+    assert ran == ["slow"]
+    assert [row.get("skipped") for row in read(here.out)] == [None, *2 * ["past the deadline"]]
+
+
+def test_shares_and_names(here):
+    """Processes share the jobs, each once; --only chooses among them."""
+    made = [Job(name, lambda: [{}]) for name in ("aa", "ab", "bb", "ba", "ac")]
+    for k in range(2):
+        run_jobs(replace(here, shard=(k, 2), only="^a"), "bits", made)
+    assert [row["case"] for row in read(here.out)] == ["aa", "ac", "ab"]
+
+
+DYING = """
+import os, sys
+from pathlib import Path
+from unittest import mock
+from bench.device import session
+from bench.device.session import Job, Session, run_jobs
+
+def fail(how):
+    yield {"begun": True}
+    how()
+
+def lose():
+    raise RuntimeError("illegal memory access")
+
+def well():
+    yield {"ok": True}
+
+jobs = [Job("0", well), Job("1", well), Job("2", lambda: fail(os.abort)), Job("3", well), Job("4", lambda: fail(lose)),
+        Job("5", well), Job("6", well)]
+first, out, progress = int(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3])
+mine = Session("first", out, "cuda", shard=(first, 2), progress=progress)
+with mock.patch.object(session, "context_is_lost", lambda: True):
+    run_jobs(mine, "correct", jobs)
+"""
+
+
+def test_a_process_that_dies_is_followed_by_another(here):
+    """It goes on after the case it died of, by a signal or of a lost context; each is written once."""
+
+    def command(shard, part):
+        return [sys.executable, "-c", DYING, str(shard.shard[0]), str(shard.out), str(shard.progress)]
+
+    with mock.patch.object(plan, "command", command):
+        plan.run_part(here, plan.Part("correct", 0, 60, 60, 2))
+    rows = sorted((row["i"], row.get("ok")) for row in read(here.out) if "begun" not in row)
+    assert rows == [(0, True), (1, True), (2, False), (3, True), (4, False), (5, True), (6, True)]
+    errors = {row["case"]: row["error"] for row in read(here.out) if row.get("ok") is False}
+    assert "died, exit status -6" in errors["2"] and "illegal memory access" in errors["4"]
+
+
+def test_a_process_that_cannot_start_is_not_tried_again(here):
+    with mock.patch.object(plan, "command", lambda shard, part: [sys.executable, "-c", "import nothing_of_that_name"]):
+        plan.run_part(here, plan.Part("correct", 0, 60, 60))
+    (row,) = read(here.out)
+    assert row["ok"] is False and "exit status 1" in row["error"]
+    assert "nothing_of_that_name" in (here.out / "log.txt").read_text()
+
+
+def test_what_does_not_end_is_ended(here):
+    """With what it has started, and a line says so."""
+    sleep = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(60)'])"
+    began = time.monotonic()
+    with mock.patch.object(plan, "command", lambda shard, part: [sys.executable, "-c", sleep]):
+        plan.run_part(here, plan.Part("time", 0, 0, 2))
+    assert time.monotonic() - began < 20
+    assert read(here.out)[0]["error"] == "the process of share 0 ended at its limit"
+
+
+def test_commands_of_processes(here):
+    """A part's process understands the command that starts it."""
+    shard = replace(here, device="none", shard=(3, 60), only="nothing of that name")
+    subprocess.run(plan.command(shard, "info"), cwd=ROOT, env=no_gpu, check=True)
+    assert read(here.out) == []
+
+
+@pytest.fixture
+def small():
+    """A workload that four providers serve, on a CPU; what it holds is freed."""
+    yield Workload("sweep", "mixture", (2, 12, 8), 1, 2, 3, dtype="float32")
+    core._candidates.cache_clear()
+
+
+def test_times(here, small):
+    """Absent peers are named, the others timed, with their errors, in a file that compare and plot read."""
+    absent = {"compile", "multihead_attention"}
+    chosen = {name: one for name, one in providers.PROVIDERS.items() if name not in absent}
+    no_peer = mock.patch("importlib.util.find_spec", return_value=None)
+    with no_peer, mock.patch.object(times, "PROVIDERS", chosen), mock.patch.dict(core.SECONDS, cpu=0.01):
+        run_jobs(here, "time", [Job(str(small), partial(times.time_workload, here, small))])
+    built, *passes = read(here.out)
+    assert built["ok"] and built["not timed"]["published"] == "gaussian-adaptive-attention is not installed"
+    assert "triton" in built["not timed"] and built["errors"]["eager"] < 1e-5
+    assert [row["pass"] for row in passes] == list(results.PASSES)
+    for row in passes:
+        assert set(row["us"]) == {"eager", "sdpa", "layer_norm", "copy"} and min(row["us"].values()) > 0
+    assert len(results.read(here.out / times.CASES).rows) == 3 * 4
+    assert "copy" in summary.summarize(here, "time", 1, 1)
+
+
+def test_times_stop_at_the_deadline(here, small):
+    chosen = {name: providers.PROVIDERS[name] for name in ("eager", "copy")}
+    with mock.patch.object(times, "PROVIDERS", chosen):
+        found = list(times.time_workload(replace(here, until=0), small))
+    assert found[1:] == [{"pass": "forward", "skipped": "past the deadline"}]
+
+
+def test_a_result_of_ours_that_is_wrong_is_said(here, small):
+    wrong = replace(providers.PROVIDERS["eager"], build=lambda task: 1 / 0)
+    chosen = {"eager": wrong, "copy": providers.PROVIDERS["copy"]}
+    with mock.patch.dict(providers.PROVIDERS, eager=wrong), mock.patch.object(times, "PROVIDERS", chosen):
+        built = next(iter(times.time_workload(here, small)))
+    assert built["ok"] is False and "ZeroDivisionError" in built["not timed"]["eager"]
+
+
+def test_host_times():
+    host, whole = calls.time_calls(lambda: time.sleep(1e-4))
+    assert 100 <= host <= whole < 1e5
+
+
+@pytest.mark.parametrize(("off", "ok", "past"), [(0, True, False), (1e-6, True, True), (1e-2, False, True)])
+def test_the_rule(off, ok, past, here):
+    """Past the bound is flagged, four times the bound is wrong, and so is what is no number."""
+    one = helpers.Case((4, 64), 1, 1)
+
+    def run(case, inputs, backend):
+        found = helpers_run(case, inputs, "eager")
+        return {name: t * (1 + off * (backend == "triton")) for name, t in found.items()}
+
+    helpers_run = helpers.run
+    with mock.patch.object(helpers, "run", run):
+        (row,) = correct.judge(here, one, torch.float32)
+    assert row["ok"] == ok, row
+    assert row["past the bound"] == past, row
+    assert set(row["errors [ours, eager]"]) == {"y", "weights", "dx", "d_mean_offset", "d_c"}
+
+
+def test_nan_is_wrong(here):
+    one, helpers_run = helpers.Case((4, 64), 1, 1), helpers.run
+
+    def run(case, inputs, backend):
+        return {name: t * float("nan") for name, t in helpers_run(case, inputs, "eager").items()}
+
+    with mock.patch.object(helpers, "run", run):
+        (row,) = correct.judge(here, one, torch.float32)
+    assert row["ok"] is False and row["past the bound"]
+
+
+def test_what_differs_by_a_bit():
+    found = {"y": torch.tensor([1.0, 2.0]), "dx": torch.tensor([1.0, 1.0])}
+    wanted = {"y": torch.tensor([1.0, 2.0]), "dx": torch.tensor([1.0, 1.0 + 2**-23])}
+    assert bits.find_differences(found, wanted) == {"dx": pytest.approx(2**-23, rel=1e-6)}
+
+
+def test_jobs_have_names_of_their_own(here):
+    for part in PARTS:
+        if part != "info":
+            names = [job.name for job in jobs(part, replace(here, device="none"))]
+            assert names and len(set(names)) == len(names), part
+
+
+def test_representative_cases():
+    """Of every algorithm, in both orders, on chip and streamed, in both widths; each is one of all cases."""
+    chosen = cases.representative()
+    assert set(chosen) < set(cases.correct_cases()) and len(chosen) < 50
+    for name in helpers.ALGORITHMS:
+        assert {dtype for one, dtype in chosen if one.algorithm == name} >= {torch.bfloat16, torch.float32}
+        assert {any(f in str(one) for f in ("9000", "16384")) for one, _ in chosen if one.algorithm == name} == {
+            True,
+            False,
+        }
+    assert not any(cases.is_large(one) for one, _ in chosen)
+
+
+def test_large_inputs_are_those_of_the_case():
+    one = cases.case("gate", (2**12, 1025), 1, 1, weights=False)
+    found = cases.draw_inputs(one, torch.bfloat16, "cpu")
+    assert found.x.shape == found.grad_y.shape == one.shape and found.x.dtype == torch.bfloat16
+    assert [p.shape for p in found.params] == [(1, 4)] * 2 and found.grad_weights is None
+
+
+def test_counters(tmp_path, here):
+    """The metrics of a file as Nsight Compute writes it; where it is absent, that is said."""
+    columns = ["ID", "Kernel Name", "Section Name", "Metric Name", "Metric Unit", "Metric Value"]
+    lines = [columns, ["0", "_forward", "x", "DRAM Throughput", "%", "91.5"], ["0", "_forward", "x", "Other", "%", "1"]]
+    path = tmp_path / "ncu.csv"
+    text = "\n".join(",".join(f'"{word}"' for word in line) for line in lines)
+    path.write_text("==PROF== Profiling\n" + text + '\n"cut o')
+    (row,) = counters.read_metrics(path)
+    assert row == {"kernel": "_forward", "metric": "DRAM Throughput", "unit": "%", "value": "91.5"}
+    with mock.patch("shutil.which", return_value=None):
+        assert list(counters.count(here)) == [{"skipped": "ncu is not installed"}]
+
+
+def test_kernels_are_taken_along(tmp_path, monkeypatch):
+    """What is packed here is where Triton looks for it there, without what it does not need."""
+    made, there = tmp_path / "made", tmp_path / "there"
+    (made / "key").mkdir(parents=True)
+    for name in ("k.cubin", "k.json", "stub.so", "k.ttir"):
+        (made / "key" / name).write_text(name)
+    monkeypatch.setattr(machine, "CACHE", tmp_path / "cache.tar.xz")
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(there))
+    assert "compiled here" in machine.unpack() and not there.exists()
+    prepare.pack(made)
+    assert "unpacked" in machine.unpack()
+    assert sorted(path.name for path in there.rglob("*.*")) == ["k.cubin", "k.json", "stub.so"]
+
+
+def test_other_tiles_are_planned_for_as_long_as_they_are_tried():
+    """What is tried changes the tile of its pass, and the shipped one is back afterwards."""
+    pytest.importorskip("triton")
+    for workload, regime in sweep.SWEPT:
+        shipped = sweep.find_tiles(workload, {})
+        assert set(shipped) == {"forward", "backward"}
+        assert any(sweep.find_tiles(workload, settings) != shipped for settings in sweep.TRIED[regime])
+        assert sweep.find_tiles(workload, {}) == shipped
+
+
+def test_dry_run(capsys):
+    """All parts that launch kernels are compiled, correctness is emulated, and what fails in any fails the run."""
+    ran = []
+    for wrong, code in ((None, 0), (("sweep", "none"), 1), (("correct", "emulated"), 1)):
+        ran.clear()
+
+        def run(name, call, device, only, wrong=wrong):
+            ran.append((name, device))
+            return (name, device) != wrong
+
+        with mock.patch.multiple(prepare, run=run, start=lambda: None):
+            assert prepare.dry(["first", "second"], "") == code
+        assert ran == [*((name, "none") for name in prepare.COMPILED), ("correct", "emulated")]
+    said = capsys.readouterr().out
+    assert plan.format_plan(["first", "second"]) in said
+    assert f"{len(cases.representative())} of {len(cases.correct_cases())} cases" in said
+
+
+TESTS = """
+import pytest
+def test_good(): pass
+def test_bad(): assert 1 == 2
+@pytest.mark.skip(reason="not here")
+def test_skipped(): pass
+"""
+
+
+@pytest.mark.parametrize("until", [float("inf"), 0])
+def test_the_projects_own_tests_are_written_too(until, here):
+    """A line a test: its outcome and, where it failed, why; past the deadline, that."""
+    (here.out / "test_some.py").write_text(TESTS)
+    (here.out / "test_unknown.py").write_text("import nothing_of_that_name")
+    options = ["-p", "bench.device.project_tests", f"--out={here.out}", "--call=second", f"--until={until}"]
+    options += ["--continue-on-collection-errors", f"--rootdir={here.out}", "-c", os.devnull, str(here.out)]
+    subprocess.run([sys.executable, "-m", "pytest", "-q", *options], cwd=ROOT, capture_output=True, check=False)
+    rows = {row["case"].partition("::")[2]: row for row in read(here.out)}
+    unknown = rows.pop("")
+    assert unknown["ok"] is False and "nothing_of_that_name" in unknown["error"]
+    if not until:
+        assert {row["skipped"] for row in rows.values()} == {"past the deadline"} and len(rows) == 3
+        return
+    assert rows["test_good"]["ok"] is True and rows["test_bad"]["ok"] is False
+    assert "assert 1 == 2" in rows["test_bad"]["error"] and rows["test_skipped"]["skipped"] == "not here"
+
+
+@pytest.fixture(scope="module")
+def emulated(tmp_path_factory):
+    """The rows of three cases, compiled for sm_90 and emulated in a process of its own."""
+    pytest.importorskip("triton")
+    out = tmp_path_factory.mktemp("emulated")
+    only = "--only=" + "|".join(EMULATED)
+    words = ["-m", "bench.device.part", "correct", "--device=emulated", f"--out={out}", only]
+    subprocess.run([sys.executable, *words], cwd=ROOT, env=no_gpu, check=True)
+    return read(out)
+
+
+def test_emulated_cases_are_right(emulated):
+    assert len(emulated) >= len(EMULATED)
+    for row in emulated:
+        assert row["ok"] is True and row["share"] <= 1, row
+        assert row["launches"] == helpers.ALGORITHMS[row["case"].partition("-")[0]].kernels[0]
+        assert row["compiled"] + row["cached"] >= 1
+    assert json.dumps(emulated)
