@@ -28,15 +28,21 @@ WARM_UP, ROUNDS = 500, 2000
 
 
 @contextlib.contextmanager
+def taking_cpu_tensors() -> Iterator[None]:
+    """Let the Triton backend take tensors on the CPU, as it does where kernels are interpreted."""
+    with (
+        mock.patch.object(backend, "interpreting", lambda: True),
+        mock.patch.object(ops, "interpreting", lambda: True),
+    ):
+        yield
+
+
+@contextlib.contextmanager
 def launching_nothing() -> Iterator[None]:
     """Let the Triton backend take tensors on any device and launch nothing: outputs hold what memory held."""
     from triton.runtime import JITFunction
 
-    with (
-        mock.patch.object(backend, "interpreting", lambda: True),
-        mock.patch.object(ops, "interpreting", lambda: True),
-        mock.patch.object(JITFunction, "run", lambda *args, **meta: None),
-    ):
+    with taking_cpu_tensors(), mock.patch.object(JITFunction, "run", lambda *args, **meta: None):
         yield
 
 

@@ -1,9 +1,9 @@
 """The operators and the autograd.Function in PyTorch: opcheck, compile, functorch, fakes, export, checkpointing.
 
-Without a GPU the operators run in Triton's interpreter (marked kernel) or on their CPU implementation; both are tested.
+Without a GPU the operators run kernels, interpreted or emulated (marked kernel), or their CPU implementation; both are
+tested.
 """
 
-import os
 from unittest import mock
 
 import pytest
@@ -14,9 +14,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import daam
 from daam import density_attention, ops
+from daam.backend import interpreting
 from daam.kernels import launch
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+KERNELS = interpreting()  # or emulated
 BACKENDS = ["eager", pytest.param("triton", marks=pytest.mark.kernel)]
 algorithms = pytest.mark.parametrize("algorithm", ALGORITHMS)
 
@@ -46,7 +47,7 @@ def op_arguments(case, backward):
 
 
 @algorithms
-@pytest.mark.parametrize("interpreted", [False, pytest.param(True, marks=pytest.mark.kernel)])
+@pytest.mark.parametrize("kernels", [False, pytest.param(True, marks=pytest.mark.kernel)])
 @pytest.mark.parametrize(
     ("shape", "layout", "mask", "residual", "weights"),
     [
@@ -57,15 +58,15 @@ def op_arguments(case, backward):
         ((0, 6, 5), "contiguous", False, False, True),
     ],
 )
-def test_opcheck(shape, layout, mask, residual, weights, interpreted, algorithm):
-    if interpreted != INTERPRETED:
+def test_opcheck(shape, layout, mask, residual, weights, kernels, algorithm):
+    if kernels != KERNELS:
         pytest.skip("the other process runs this one")
     shape = shape if ALGORITHMS[algorithm].features else (shape[0], shape[1] + 1, shape[2])
     case = Case(shape, 1, 2, layout=layout, mask=mask, residual=residual, weights=weights, algorithm=algorithm)
     for name, backward in ((f"{algorithm}_forward", False), (f"{algorithm}_backward", True)):
         torch.library.opcheck(getattr(torch.ops.daam, name).default, op_arguments(case, backward))
     x, *args, _save_stats = op_arguments(case, False)
-    args = (x.requires_grad_(), *args, "triton" if interpreted else "eager", "0")
+    args = (x.requires_grad_(), *args, "triton" if kernels else "eager", "0")
     torch.library.opcheck(getattr(torch.ops.daam, algorithm).default, args)
 
 

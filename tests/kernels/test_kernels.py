@@ -563,6 +563,7 @@ def test_saved_for_backward(shape, dtype, backend, algorithm, device):
     assert bool(extra) == (backend == "triton" and shape not in ((4, 24, 33), (2, 70, 9)))
 
 
+@pytest.mark.not_emulated("a process of its own; tests/emulator/test_sample.py has such a view")
 def test_offsets_beyond_32_bits(device):
     """A view that spans more than 2**31 elements, most of which never exist: a 32-bit offset would leave the tensor."""
     code = """if True:
