@@ -38,7 +38,7 @@ def emulate(config):
     stack = contextlib.ExitStack()
     try:
         config.stash[EMULATED] = stack.enter_context(driver.emulation())
-    except driver.Unavailable as error:
+    except driver.UnavailableError as error:
         raise pytest.UsageError(f"--device emulated: {error}") from error
     stack.enter_context(taking_cpu_tensors())
     config.add_cleanup(stack.close)
@@ -61,7 +61,7 @@ def skipped(item, device, interpreter):
     if device == "emulated":
         if "not_emulated" in marks:
             return f"not emulated: {marks['not_emulated'].args[0]}"
-        return None if marks.keys() & {"kernel", "emulated"} else "runs without --device emulated"
+        return None if marks.keys() & {"kernel", "emulated"} else "needs no --device emulated"
     if "emulated" in marks:
         return "needs --device emulated"
     if "gpu" in marks and device != "cuda":

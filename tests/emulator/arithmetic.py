@@ -10,9 +10,8 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-
 from emulator import floats
-from emulator.ptx import Instruction, Unsupported
+from emulator.ptx import Instruction, UnsupportedError
 from emulator.values import FLOATS, UNSIGNED, bits_of, encoder, integer, is_float, reader
 
 Step = Callable[[Any], None]
@@ -24,7 +23,7 @@ def step_of(instruction: Instruction, function: Callable, kinds: list[str], resu
     """Return the step that writes function(operands), the operands being of these types, and the result of one."""
     target, *operands = instruction.operands
     if len(operands) != len(kinds):
-        raise Unsupported(f"{len(operands)} operands, expected {len(kinds)}")
+        raise UnsupportedError(f"{len(operands)} operands, expected {len(kinds)}")
     encode = encoder(result)
     if len(kinds) == 1:
         read = reader(operands[0], kinds[0])
@@ -288,13 +287,13 @@ def convert(instruction: Instruction) -> Step:
 def _conversion(source: str, result: str, rounding: Callable | None) -> Callable:
     if is_float(result):
         if (source, result) == ("f64", "bf16") or (not is_float(source) and result not in ("f32", "f64")):
-            raise Unsupported("a conversion that would be rounded twice")
+            raise UnsupportedError("a conversion that would be rounded twice")
         return rounding or (lambda x: x if is_float(source) else x.astype(FLOATS[result]))
     number = integer(result)
     if not is_float(source):
         return lambda x: x.astype(number)
     if rounding is None:
-        raise Unsupported("a conversion to an integer that does not say how it rounds")
+        raise UnsupportedError("a conversion to an integer that does not say how it rounds")
     least, most = np.iinfo(number).min, np.iinfo(number).max
 
     def to_integer(x):

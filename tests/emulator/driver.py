@@ -18,9 +18,8 @@ from pathlib import Path
 from unittest import mock
 
 import torch
-
 from emulator.machine import executable
-from emulator.memory import Fault, Global
+from emulator.memory import FaultError, Global
 from emulator.values import bits_of
 
 HERE = Path(__file__).parent
@@ -29,7 +28,7 @@ CAPABILITY = (9, 0)
 HOOK = ctypes.CFUNCTYPE(None, ctypes.c_uint64, *[ctypes.c_uint] * 5, ctypes.POINTER(ctypes.c_void_p))
 
 
-class Unavailable(RuntimeError):
+class UnavailableError(RuntimeError):
     """Why nothing can be emulated here, in words."""
 
 
@@ -37,11 +36,11 @@ def build() -> Path:
     """Return the folder of libcuda.so.1, compiled where it is not yet there.
 
     Raises:
-        Unavailable: there is no gcc, no Triton, or it does not compile.
+        UnavailableError: there is no gcc, no Triton, or it does not compile.
     """
     triton = importlib.util.find_spec("triton")
     if triton is None:
-        raise Unavailable("Triton is not installed")
+        raise UnavailableError("Triton is not installed")
     include = Path(triton.origin).parent / "backends" / "nvidia" / "include"
     source = HERE / "libcuda.c"
     key = hashlib.sha256(source.read_bytes() + (include / "cuda.h").read_bytes()).hexdigest()[:16]
@@ -49,13 +48,13 @@ def build() -> Path:
     if library.exists():
         return library.parent
     if shutil.which("gcc") is None:
-        raise Unavailable("gcc is not there, which compiles libcuda.c, and launchers for Triton")
+        raise UnavailableError("gcc is not there, which compiles libcuda.c, and launchers for Triton")
     library.parent.mkdir(parents=True, exist_ok=True)
     unfinished = library.with_suffix(f".{os.getpid()}")  # other processes may build, too
     command = ["gcc", "-shared", "-fPIC", "-O1", "-Wl,-soname,libcuda.so.1", f"-I{include}", source, "-o", unfinished]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        raise Unavailable(f"gcc does not compile {source.name}: {done.stderr.strip()}")
+        raise UnavailableError(f"gcc does not compile {source.name}: {done.stderr.strip()}")
     unfinished.rename(library)
     return library.parent
 
@@ -94,7 +93,7 @@ class Device:
             kernel = executable(self._texts[function].read_text())
             program = kernel.program
             if threads != program.threads:
-                raise Fault(f"{program.name}: launched with {threads} threads, compiled for {program.threads}")
+                raise FaultError(f"{program.name}: launched with {threads} threads, compiled for {program.threads}")
             params = {
                 name: int.from_bytes(ctypes.string_at(values[i], bits_of(kind) // 8), "little")
                 for i, (name, kind) in enumerate(program.params)
@@ -118,7 +117,7 @@ def emulation() -> Iterator[Device]:
     """Let Triton drive an emulated GPU, whose tensors are those of the CPU.
 
     Raises:
-        Unavailable: there is no gcc, or no Triton.
+        UnavailableError: there is no gcc, or no Triton.
     """
     library = build()
     with mock.patch.dict(os.environ, TRITON_LIBCUDA_PATH=str(library)):

@@ -85,7 +85,7 @@ def sqrt(x):
 
 
 def divide(a, b, units=2.0):
-    """Return a/b in fp32 to so many units in the last place, half of one being the rounding: div.full and div.approx."""
+    """Return a/b in fp32 to so many units in the last place, half of one being the rounding (div.full, div.approx)."""
     quotient = a.astype(np.float64) / b
     error = (units - 0.5) * np.abs(np.spacing(quotient.astype(np.float32))) * _noise(a, b)
     return np.where(np.isfinite(quotient), quotient + error, quotient).astype(np.float32)

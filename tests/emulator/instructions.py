@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import numpy as np
-
 from emulator import arithmetic, floats, movement
 from emulator.arithmetic import Step, approximate, elementwise, extreme
-from emulator.ptx import Instruction, Unsupported
+from emulator.ptx import Instruction, UnsupportedError
 
 CACHE_HINTS = (
     "weak relaxed volatile ca cg cs cta gpu sys L1::evict_last L1::evict_first L1::evict_normal L1::evict_unchanged "
@@ -64,16 +63,18 @@ def step(instruction: Instruction) -> Step:
     """Return what executes an instruction, by the threads whose predicate holds.
 
     Raises:
-        Unsupported: it is not known, or not this way; the message names it.
+        UnsupportedError: it is not known, or not this way; the message names it.
     """
     builder, known = TABLE.get(instruction.opcode, (None, ""))
     unknown = [word for word in instruction.modifiers if word not in known.split()]
     if builder is None or unknown:
-        raise Unsupported(f"{instruction}: the emulator does not know .{'.'.join(unknown)} of {instruction.opcode}")
+        raise UnsupportedError(
+            f"{instruction}: the emulator does not know .{'.'.join(unknown)} of {instruction.opcode}"
+        )
     try:
         execute = builder(instruction)
-    except (Unsupported, ValueError, KeyError) as error:
-        raise Unsupported(f"{instruction}: the emulator does not know {error}") from error
+    except (UnsupportedError, ValueError, KeyError) as error:
+        raise UnsupportedError(f"{instruction}: the emulator does not know {error}") from error
     return execute if instruction.predicate is None else _guarded(execute, instruction)
 
 

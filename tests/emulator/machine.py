@@ -1,9 +1,9 @@
 """Execute a program: its threads in step, a block of instructions at a time, the first block that has any first.
 
-Programs of a launch run many at a time, side by side in the same arrays. Where threads take different ways, those in the
-lowest block go on and the others wait, so that they meet again where ways meet in the text. Threads of a warp wait for
-each other before a shuffle, those of a program before a barrier: where all wait for somebody who never comes, it is an
-error. What goes wrong names the kernel, the instruction and the line that it comes from.
+Programs of a launch run many at a time, side by side in the same arrays. Where threads take different ways, those in
+the lowest block go on and the others wait, so that they meet again where ways meet in the text. Threads of a warp wait
+for each other before a shuffle, those of a program before a barrier: where all wait for somebody who never comes, it
+is an error. What goes wrong names the kernel, the instruction and the line that it comes from.
 """
 
 from __future__ import annotations
@@ -11,10 +11,9 @@ from __future__ import annotations
 import functools
 
 import numpy as np
-
 from emulator import ptx
 from emulator.instructions import step
-from emulator.memory import Fault, Global, Shared
+from emulator.memory import FaultError, Global, Shared
 from emulator.ptx import Block, Instruction
 
 AT_ONCE = 1 << 15  # threads of a batch of programs
@@ -23,7 +22,7 @@ AT_ONCE = 1 << 15  # threads of a batch of programs
 class Executable:
     """A program whose instructions have become steps.
 
-    executed: instructions so far, counted once for all threads that execute one together.
+    executed: instructions of all executables so far, one that threads execute together counting once.
     """
 
     executed = 0
@@ -42,7 +41,7 @@ class Executable:
             memory: what the launch may touch.
 
         Raises:
-            Fault: the launch would be wrong on a GPU.
+            FaultError: the launch would be wrong on a GPU.
         """
         total, at_once = grid[0] * grid[1] * grid[2], max(1, AT_ONCE // self.program.threads)
         for first in range(0, total, at_once):
@@ -63,14 +62,14 @@ class Executable:
         try:
             execute(threads)
         except Exception as error:
-            what = error if isinstance(error, Fault) else f"{type(error).__name__}: {error}"
-            raise Fault(f"{self.program.name}: {instruction}: {what}") from error
+            what = error if isinstance(error, FaultError) else f"{type(error).__name__}: {error}"
+            raise FaultError(f"{self.program.name}: {instruction}: {what}") from error
 
     def _leave(self, threads: Threads, number: int, block: Block) -> None:
         if block.jump is None:
             threads.go(number + 1)
         elif block.jump.opcode == "trap":
-            raise Fault(f"{self.program.name}: {block.jump}: a trap")
+            raise FaultError(f"{self.program.name}: {block.jump}: a trap")
         elif block.jump.predicate is None:
             threads.go(block.target)
         else:
@@ -99,8 +98,9 @@ class Threads:
         index = np.tile(np.arange(threads, dtype=np.uint32), len(programs))
         self.programs, self.warps = np.repeat(np.arange(len(programs)), threads), (index // 32).astype(np.int64)
         x, y, z = (np.repeat(one.astype(np.uint32), threads) for one in np.unravel_index(programs, grid, order="F"))
-        sizes = dict(zip(("%nctaid.x", "%nctaid.y", "%nctaid.z", "%ntid.x"), map(np.uint32, (*grid, threads)), strict=True))
-        self.special = {"%tid.x": index, "%laneid": index % 32, "%ctaid.x": x, "%ctaid.y": y, "%ctaid.z": z, **sizes}
+        self.special = {"%tid.x": index, "%laneid": index % 32, "%ctaid.x": x, "%ctaid.y": y, "%ctaid.z": z}
+        sizes = map(np.uint32, (threads, *grid))
+        self.special |= dict(zip(("%ntid.x", "%nctaid.x", "%nctaid.y", "%nctaid.z"), sizes, strict=True))
 
     # --- registers ---
 
@@ -138,11 +138,6 @@ class Threads:
 
     # --- who is there ---
 
-    def need_all(self, what: str) -> None:
-        """Raise an error where a thread does not take part."""
-        if self.mask is not None and not self.mask.all():
-            raise Fault(f"{what} without some threads")
-
     def need_whole_warps(self, what: str) -> None:
         """Raise an error where a warp's threads do not all take part, or none of them."""
         self._whole(32, f"{what} without some threads of a warp")
@@ -155,7 +150,7 @@ class Threads:
         groups = self.all(True if self.mask is None else self.mask).reshape(-1, size)
         whole = groups.all(1)
         if (groups.any(1) != whole).any():
-            raise Fault(problem)
+            raise FaultError(problem)
         return whole
 
     # --- where they are ---
@@ -182,7 +177,7 @@ class Threads:
             if self.mask.any():
                 return int(number)
         waiting = blocks[self.blocks.min()].instructions[0]
-        raise Fault(f"{waiting}: threads wait for others that never come")
+        raise FaultError(f"{waiting}: threads wait for others that never come")
 
     def go(self, target: int) -> None:
         """Send the threads at hand to a block."""
@@ -204,4 +199,4 @@ class Threads:
 
 
 def _unwritten(dtype: np.dtype):
-    return np.bool_(True) if dtype == bool else dtype.type(np.iinfo(dtype).max)
+    return np.bool_(True) if dtype == np.bool_ else dtype.type(np.iinfo(dtype).max)

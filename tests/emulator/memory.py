@@ -9,7 +9,6 @@ from __future__ import annotations
 import ctypes
 
 import numpy as np
-
 from emulator.values import UNSIGNED
 
 # The host's address space as one array, but for its first page, and its last ones: those no tensor has.
@@ -17,7 +16,7 @@ FIRST, LAST = 0x1000, (1 << 47) - 0x1000
 MANY = 63  # instead of a warp: several
 
 
-class Fault(RuntimeError):
+class FaultError(RuntimeError):
     """What would be wrong on a GPU: an access, a race, threads that wait for others in vain."""
 
 
@@ -32,21 +31,21 @@ HOST = _host()
 
 def _aligned(addresses: np.ndarray, size: int, count: int) -> None:
     if (addresses & (size * count - 1)).any():
-        raise Fault(f"an address that is not a multiple of {size * count} bytes")
+        raise FaultError(f"an address that is not a multiple of {size * count} bytes")
 
 
 def _store(memory: np.ndarray, places: np.ndarray, values: list[np.ndarray], programs, warps) -> None:
-    """Store values. Where threads of one warp store different ones at one place, any of them may stay, as PTX has it;
-    of several warps that is an error.
+    """Store values. Where threads of one warp store different ones at one place, any of them may stay, as PTX has it:
+    here the last one's. Where that of another warp is different, it is an error.
     """
     for i, value in enumerate(values):
         memory[places + i] = value
-        lost = np.flatnonzero(memory[places + i] != value)
-        if lost.size:
-            _, last = np.unique(places[::-1], return_index=True)
-            stays = len(places) - 1 - last[np.searchsorted(places[len(places) - 1 - last], places[lost])]
-            if ((programs[lost] != programs[stays]) | (warps[lost] != warps[stays])).any():
-                raise Fault("a race: two warps store different values at one address at once")
+        lost = memory[places + i] != value
+        if lost.any():
+            whose = np.stack([places, programs, warps], 1)[::-1]
+            last = len(places) - 1 - np.unique(whose, axis=0, return_index=True)[1]
+            if lost[last].any():
+                raise FaultError("a race: two warps store different values at one address at once")
 
 
 class Global:
@@ -77,7 +76,7 @@ class Global:
             outside |= addresses + size * count > self.ends[tensor]
         if outside.any():
             first = int(addresses[outside.argmax()])
-            raise Fault(f"{what} of {outside.sum()} threads outside every tensor, at {first:#x} first")
+            raise FaultError(f"{what} of {outside.sum()} threads outside every tensor, at {first:#x} first")
         return (addresses - FIRST) // size
 
 
@@ -126,7 +125,7 @@ class Shared:
     def _places(self, addresses, size: int, count: int, programs):
         _aligned(addresses, size, count)
         if ((addresses < 0) | (addresses + size * count > self.size)).any():
-            raise Fault(f"an access outside the {self.size} bytes of shared memory")
+            raise FaultError(f"an access outside the {self.size} bytes of shared memory")
         return addresses + programs * self.size
 
     def _touched(self, places, length: int, programs, warps):
@@ -150,7 +149,7 @@ class Shared:
         if race.any():
             warp, other = int(own[race][0]) % 64, int(marks[race][0]) % 64
             other = "several warps" if other == MANY else f"warp {other}"
-            raise Fault(f"a race: warp {warp} {does} shared memory that {other} {did} with no barrier between")
+            raise FaultError(f"a race: warp {warp} {does} shared memory that {other} {did} with no barrier between")
 
 
 def _others(marks, since, own):

@@ -5,10 +5,9 @@ from __future__ import annotations
 import re
 
 import numpy as np
-
 from emulator.arithmetic import Step, registers_in
-from emulator.memory import Fault
-from emulator.ptx import Instruction, Unsupported
+from emulator.memory import FaultError
+from emulator.ptx import Instruction, UnsupportedError
 from emulator.values import SHARED_MEMORY, SIGNED, UNSIGNED, bits_of, reader, register_bits
 
 LANES = np.arange(32)
@@ -23,7 +22,7 @@ def _address(operand: str) -> tuple[str, int]:
     """Return register and offset of [register + offset]."""
     found = re.fullmatch(r"\[\s*([%\w.]+)\s*(?:\+\s*(-?\d+))?\s*\]", operand)
     if found is None:
-        raise Unsupported(f"the address {operand}")
+        raise UnsupportedError(f"the address {operand}")
     return found[1], int(found[2] or 0)
 
 
@@ -32,7 +31,7 @@ def load(instruction: Instruction) -> Step:
     space, kind = instruction.modifiers[0], instruction.kind
     names, count = registers_in(instruction.operands[0]), _count(instruction)
     if len(names) != count:
-        raise Unsupported(f"{len(names)} registers for {count} numbers")
+        raise UnsupportedError(f"{len(names)} registers for {count} numbers")
     base, offset = _address(instruction.operands[1])
     if space == "param":
         return _load_param(base, offset, names, kind)
@@ -53,7 +52,7 @@ def load(instruction: Instruction) -> Step:
 
 def _load_param(name: str, offset: int, targets: list[str], kind: str) -> Step:
     if offset or len(targets) != 1:
-        raise Unsupported("a part of a parameter")
+        raise UnsupportedError("a part of a parameter")
     extend = _extender(kind, targets[0])
     number = UNSIGNED[bits_of(kind)]
 
@@ -85,7 +84,7 @@ def store(instruction: Instruction) -> Step:
     space, kind, count = instruction.modifiers[0], instruction.kind, _count(instruction)
     names = registers_in(instruction.operands[1])
     if space == "param" or len(names) != count:
-        raise Unsupported("a store to a parameter, or of another number of registers")
+        raise UnsupportedError("a store to a parameter, or of another number of registers")
     base, offset = _address(instruction.operands[0])
     size = bits_of(kind) // 8
     reads = [reader(name, f"b{8 * size}") for name in names]
@@ -103,7 +102,7 @@ def _matrices(instruction: Instruction, address: str, registers: str) -> tuple[l
     """Return registers, base, offset and whether matrices are transposed, of ldmatrix or stmatrix."""
     names = registers_in(registers)
     if f"x{len(names)}" not in instruction.modifiers:
-        raise Unsupported(f"{len(names)} registers for other matrices")
+        raise UnsupportedError(f"{len(names)} registers for other matrices")
     return names, *_address(address), "trans" in instruction.modifiers
 
 
@@ -112,10 +111,10 @@ def _halves(threads, base: str, offset: int, matrix: int, transposed: bool) -> l
 
     Its rows begin where eight threads of the warp say; a thread has two neighbours of a row, of a column transposed.
     """
-    rows = threads.all(threads.registers.get(base, np.uint32(0))).astype(np.int64).reshape(-1, 32) + offset
-    rows = rows[:, 8 * matrix : 8 * matrix + 8]
+    threads.need_whole_warps("a matrix")
+    rows = _addresses(threads, base, offset).reshape(-1, 32)[:, 8 * matrix : 8 * matrix + 8]
     if (rows % 16).any():
-        raise Fault("a row of a matrix at an address that is not a multiple of 16 bytes")
+        raise FaultError("a row of a matrix at an address that is not a multiple of 16 bytes")
     first, second = LANES // 4, 2 * (LANES % 4)
     if transposed:
         return [(rows[:, second + half] + 2 * first).ravel() for half in (0, 1)]
@@ -127,13 +126,12 @@ def load_matrix(instruction: Instruction) -> Step:
     names, base, offset, transposed = _matrices(instruction, instruction.operands[1], instruction.operands[0])
 
     def loads(threads) -> None:
-        threads.need_all("a load of a matrix")
         for matrix, name in enumerate(names):
             low, high = (
                 threads.shared.load(addresses, 2, 1, *threads.whose())[0].astype(np.uint32)
                 for addresses in _halves(threads, base, offset, matrix, transposed)
             )
-            threads.write(name, low | (high << np.uint32(16)))
+            threads.write_active(name, low | (high << np.uint32(16)))
 
     return loads
 
@@ -144,9 +142,8 @@ def store_matrix(instruction: Instruction) -> Step:
     reads = [reader(name, "b32") for name in names]
 
     def stores(threads) -> None:
-        threads.need_all("a store of a matrix")
         for matrix, read in enumerate(reads):
-            pairs = threads.all(read(threads))
+            pairs = threads.active(read(threads))
             halves = (pairs & np.uint32(0xFFFF), pairs >> np.uint32(16))
             for addresses, half in zip(_halves(threads, base, offset, matrix, transposed), halves, strict=True):
                 threads.shared.store(addresses, 2, [half.astype(np.uint16)], *threads.whose())
@@ -167,7 +164,7 @@ def shuffle(instruction: Instruction) -> Step:
     target, value, by, clamp, members = instruction.operands
     mode = instruction.modifiers[1]
     if "|" in target or int(clamp, 0) != (0 if mode == "up" else 31) or int(members, 0) not in (-1, 2**32 - 1):
-        raise Unsupported("a shuffle of a part of a warp")
+        raise UnsupportedError("a shuffle of a part of a warp")
     read, read_by, source = reader(value, "b32"), reader(by, "u32"), SOURCES[mode]
 
     def shuffles(threads) -> None:
@@ -184,7 +181,7 @@ def barrier(instruction: Instruction) -> Step:
     if instruction.modifiers[0] == "warp":
         return lambda threads: threads.need_whole_warps("a barrier of a warp")
     if instruction.operands != ("0",):
-        raise Unsupported("a barrier of a part of a program")
+        raise UnsupportedError("a barrier of a part of a program")
     return lambda threads: threads.shared.wait(threads.need_whole_programs("a barrier"))
 
 

@@ -16,7 +16,7 @@ JUMPS = ("bra", "ret", "exit", "trap")
 KINDS = re.compile(r"([bus](8|16|32|64)|f(16|32|64)|bf16|b?f16x2|pred)")
 
 
-class Unsupported(NotImplementedError):
+class UnsupportedError(NotImplementedError):
     """What the emulator does not know: it guesses nothing."""
 
 
@@ -44,7 +44,7 @@ class Instruction:
     def kind(self) -> str:
         """The type it computes in."""
         if not self.kinds:
-            raise Unsupported("an instruction without a type")
+            raise UnsupportedError("an instruction without a type")
         return self.kinds[-1]
 
     @property
@@ -85,15 +85,15 @@ def parse(text: str) -> Program:
     """Return the kernel of a module.
 
     Raises:
-        Unsupported: there is not one kernel, or a parameter is no number or pointer.
+        UnsupportedError: there is not one kernel, or a parameter is no number or pointer.
     """
     heads = re.findall(r"\.entry\s+(\w+)\s*\((.*?)\)([^{;]*)\{", text, re.DOTALL)
     if len(heads) != 1:
-        raise Unsupported(f"a module of {len(heads)} kernels, expected one")
+        raise UnsupportedError(f"a module of {len(heads)} kernels, expected one")
     ((name, params, directives),) = heads
     threads = re.search(r"\.reqntid\s+(\d+)", directives)
     if threads is None:
-        raise Unsupported(f"{name} does not say how many threads it has (.reqntid)")
+        raise UnsupportedError(f"{name} does not say how many threads it has (.reqntid)")
     body = text[text.index("{", text.index(".entry")) + 1 : text.rindex("}")]
     return Program(name, tuple(map(_param, filter(None, params.split(",")))), int(threads[1]), _blocks(body))
 
@@ -101,7 +101,7 @@ def parse(text: str) -> Program:
 def _param(text: str) -> tuple[str, str]:
     words = text.split()
     if "[" in text or not KINDS.fullmatch(words[1][1:]):
-        raise Unsupported(f"the parameter {text.strip()}")
+        raise UnsupportedError(f"the parameter {text.strip()}")
     return words[-1], words[1][1:]
 
 
@@ -143,14 +143,14 @@ def _block(group: list[Instruction], labels: dict[str, int], count: int) -> Bloc
         return Block(tuple(group), None, count)
     *before, jump = group
     if jump.opcode == "bra" and jump.operands[0] not in labels:
-        raise Unsupported(f"{jump}: no such label")
+        raise UnsupportedError(f"{jump}: no such label")
     return Block(tuple(before), jump, labels[jump.operands[0]] if jump.opcode == "bra" else count)
 
 
 def _instruction(text: str, source: str = "") -> Instruction:
     found = re.fullmatch(r"(?:@(!?)(%\w+)\s+)?([\w.:]+)\s*(.*)", text, re.DOTALL)
     if found is None:
-        raise Unsupported(f"{text}: no instruction")
+        raise UnsupportedError(f"{text}: no instruction")
     negated, predicate, name, operands = found.groups()
     opcode, *rest = [word for word in name.split(".") if word]
     kinds = tuple(word for word in rest if KINDS.fullmatch(word))

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 from emulator import machine
-from emulator.memory import Fault
+from emulator.memory import FaultError
 from emulator.programs import execute
-from emulator.ptx import Unsupported, parse
+from emulator.ptx import UnsupportedError, parse
 
 F32, U8, U32, U64 = np.float32, np.uint8, np.uint32, np.uint64
 OWN = "mad.wide.u32 %rd9, %r0, 4, %rd0;"  # the address of the thread's own element of the first array
@@ -184,7 +184,7 @@ def test_races(code, race):
     if race is None:
         result(code, threads=64, shared=256)
         return
-    with pytest.raises(Fault, match=f"kernel: (st|ld).shared.*a race: .*{race}"):
+    with pytest.raises(FaultError, match=f"kernel: (st|ld).shared.*a race: .*{race}"):
         result(code, threads=64, shared=256)
 
 
@@ -202,12 +202,12 @@ def test_a_barrier_in_every_turn_of_a_loop():
         @%p1 bra $loop;
     """
     assert result(SHARED + loop.replace("SECOND", "bar.sync 0;"), threads=64, shared=256) == [2] * 64
-    with pytest.raises(Fault, match="a race: warp . writes shared memory that warp . read"):
+    with pytest.raises(FaultError, match=r"a race: warp . writes shared memory that warp . read"):
         result(SHARED + loop.replace("SECOND", ""), threads=64, shared=256)
 
 
 def test_different_values_at_one_global_address():
-    with pytest.raises(Fault, match="a race: two warps store different values"):
+    with pytest.raises(FaultError, match="a race: two warps store different values"):
         execute("st.global.b32 [%rd0], %r0;", np.zeros(1, U32), threads=64)
     execute("mov.u32 %r2, 3; st.global.b32 [%rd0], %r2;", np.zeros(1, U32), threads=64)
     execute("st.global.b32 [%rd0], %r0;", np.zeros(1, U32))  # of one warp, any of them may stay
@@ -231,28 +231,28 @@ def test_faults_name_kernel_and_instruction(code, what):
     around = np.zeros(72, U32)  # other memory on both sides, which is no tensor
     out = around[16 - around.ctypes.data % 16 // 4 :][:32]
     name = code.split(";")[-2].strip().split()[0].replace(".", r"\.")
-    with pytest.raises(Fault, match=f"kernel: {name}.*{what}"):
+    with pytest.raises(FaultError, match=f"kernel: {name}.*{what}"):
         execute(code, out)
 
 
 @pytest.mark.parametrize("threads", [32, 64])
 def test_a_barrier_that_not_all_reach(threads):
     """Half of a warp, or one warp of two."""
-    code = f"setp.lt.u32 %p1, %r0, {threads // 2}; @%p1 bra $end; bar.sync 0; $end: ret;".replace(" $end: ", "\n$end:\n")
-    with pytest.raises(Fault, match="threads wait for others that never come"):
+    code = f"setp.lt.u32 %p1, %r0, {threads // 2}; @%p1 bra $end; bar.sync 0;\n$end:\nret;"
+    with pytest.raises(FaultError, match="threads wait for others that never come"):
         execute(code, np.zeros(1, U32), threads=threads)
-    with pytest.raises(Fault, match="a barrier without some threads of a program"):
+    with pytest.raises(FaultError, match="a barrier without some threads of a program"):
         execute(f"setp.lt.u32 %p1, %r0, {threads // 2}; @%p1 bar.sync 0;", np.zeros(1, U32), threads=threads)
 
 
 def test_a_shuffle_in_a_part_of_a_warp():
-    with pytest.raises(Fault, match="a shuffle without some threads of a warp"):
+    with pytest.raises(FaultError, match="a shuffle without some threads of a warp"):
         result("setp.lt.u32 %p1, %r0, 8; mov.u32 %r2, 0; @%p1 shfl.sync.bfly.b32 %r2, %r0, 1, 31, -1;")
 
 
 def test_the_line_of_the_kernel_is_named():
     code = ".loc 1 7 3 // rows.py:7:3\nld.global.b32 %r2, [%rd0+4096];"
-    with pytest.raises(Fault, match=r"kernel: ld\.global\.b32 %r2, \[%rd0\+4096\] \(rows\.py:7\): "):
+    with pytest.raises(FaultError, match=r"kernel: ld\.global\.b32 %r2, \[%rd0\+4096\] \(rows\.py:7\): "):
         execute(code, np.zeros(1, U32))
 
 
@@ -266,7 +266,7 @@ def test_the_line_of_the_kernel_is_named():
     ],
 )
 def test_modules_that_are_not_understood(text, why):
-    with pytest.raises(Unsupported, match=why):
+    with pytest.raises(UnsupportedError, match=why):
         parse(text)
 
 

@@ -10,8 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-
-from emulator.ptx import Unsupported
+from emulator.ptx import UnsupportedError
 
 UNSIGNED = {8: np.uint8, 16: np.uint16, 32: np.uint32, 64: np.uint64}
 SIGNED = {8: np.int8, 16: np.int16, 32: np.int32, 64: np.int64}
@@ -92,7 +91,7 @@ def immediate(text: str, kind: str):
     try:
         value = int(text.rstrip("U"), 0)
     except ValueError:
-        raise Unsupported(f"the operand {text}") from None
+        raise UnsupportedError(f"the operand {text}") from None
     if kind == "pred":
         return np.bool_(value)
     return UNSIGNED[bits_of(kind)](value & ((1 << bits_of(kind)) - 1))
@@ -106,6 +105,6 @@ def reader(operand: str, kind: str) -> Callable[[Any], Any]:
     if operand.startswith("%"):
         return lambda threads: decode(threads.registers[operand])
     if operand.startswith("!"):
-        raise Unsupported(f"the operand {operand}")
+        raise UnsupportedError(f"the operand {operand}")
     value = decode(np.asarray(immediate("0" if operand == SHARED_MEMORY else operand, kind)))
     return lambda threads: value

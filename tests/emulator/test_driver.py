@@ -1,0 +1,65 @@
+"""How the emulator is put in Triton's way, and what stops it."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from emulator import driver
+
+ROOT = Path(__file__).parents[2]
+
+
+def refusal(**environment) -> str:
+    """Return what pytest says where it cannot emulate."""
+    command = [sys.executable, "-m", "pytest", "--device", "emulated", "--collect-only", "-q", "tests/emulator"]
+    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"} | environment
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == pytest.ExitCode.USAGE_ERROR
+    return done.stderr.strip()
+
+
+def test_the_interpreter_leaves_nothing_to_emulate():
+    assert refusal(TRITON_INTERPRET="1") == "ERROR: --device emulated: unset TRITON_INTERPRET"
+
+
+def test_gcc_is_needed(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(driver, "BUILD", tmp_path)
+    with pytest.raises(driver.UnavailableError, match="gcc is not there"):
+        driver.build()
+
+
+def test_what_gcc_says_is_told(monkeypatch, tmp_path):
+    (tmp_path / "libcuda.c").write_text("no C")
+    monkeypatch.setattr(driver, "HERE", tmp_path)
+    monkeypatch.setattr(driver, "BUILD", tmp_path)
+    with pytest.raises(driver.UnavailableError, match=r"gcc does not compile libcuda\.c: .*error"):
+        driver.build()
+
+
+def test_the_library_is_built_once(monkeypatch, tmp_path):
+    monkeypatch.setattr(driver, "BUILD", tmp_path)
+    folder = driver.build()
+    monkeypatch.setenv("PATH", "")
+    assert driver.build() == folder and os.listdir(folder) == ["libcuda.so.1"]
+
+
+@pytest.mark.emulated
+def test_an_error_in_a_launch_is_raised_by_it(emulated):
+    """It passes through Triton's launcher, which is C, and the next launch is as before."""
+    import torch
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def _number(x, n, BLOCK: tl.constexpr):
+        tl.store(x + tl.arange(0, BLOCK), tl.arange(0, BLOCK), tl.arange(0, BLOCK) < n)
+
+    x, before = torch.empty(20, dtype=torch.int32), len(emulated.launched)
+    with pytest.raises(driver.FaultError, match=r"_number: @%p\d+ st\.global.*test_driver\.py.* outside every tensor"):
+        _number[(1,)](x, 21, BLOCK=32)
+    _number[(1,)](x, 20, BLOCK=32)
+    assert x.tolist() == list(range(20))
+    assert emulated.launched[before:] == ["_number"]
