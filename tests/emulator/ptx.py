@@ -109,15 +109,20 @@ def _statements(body: str) -> Iterator[tuple[str, str]]:
     """Yield labels, which end in a colon, and instructions, each with the line of the source that it comes from."""
     source = pending = ""
     for line in body.splitlines():
-        if location := re.match(r"\s*\.loc\b.*//\s*(\S+:\d+):\d+", line):
-            source = location[1]
-        *ended, pending = re.split(r"(?<=;)|(?<=:)$", f"{pending} {line.partition('//')[0].strip()}".strip())
+        code, _, comment = line.partition("//")
+        code = code.strip()
+        if code.startswith(".loc"):
+            source = comment.strip().rpartition(":")[0]  # file:line:column
+        if code.startswith(".") and ";" not in code:  # .loc and its like end with their line
+            continue
+        if code.endswith(":") and not pending:
+            yield code, source
+            continue
+        *ended, pending = f"{pending} {code}".strip().split(";")
         for statement in ended:
-            statement = statement.lstrip("{} \t").rstrip("; \t")  # scopes open and close before instructions
+            statement = statement.strip().lstrip("{} \t")  # scopes open and close before instructions
             if statement and not statement.startswith("."):
                 yield statement, source
-        if pending.startswith("."):  # .loc and its like end with their line
-            pending = ""
 
 
 def _blocks(body: str) -> tuple[Block, ...]:

@@ -5,6 +5,7 @@ A value is an array with a number for every thread, or one number for all of the
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable
 from typing import Any
@@ -20,6 +21,7 @@ SPECIAL = ("%tid.x", "%ctaid.x", "%ctaid.y", "%ctaid.z", "%nctaid.x", "%nctaid.y
 SHARED_MEMORY = "global_smem"  # where Triton's shared memory begins: at 0
 
 
+@functools.cache
 def bits_of(kind: str) -> int:
     """Return how many bits a type has."""
     return 32 if kind.endswith("x2") else int(re.search(r"\d+$", kind)[0])
@@ -35,6 +37,7 @@ def integer(kind: str) -> type:
     return (SIGNED if kind[0] == "s" else UNSIGNED)[bits_of(kind)]
 
 
+@functools.cache
 def register_bits(name: str) -> int:
     """Return the width that a register is declared with, which its name tells."""
     return REGISTER_BITS[re.match(r"%[a-z]+", name)[0]]
