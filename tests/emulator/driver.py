@@ -41,14 +41,14 @@ def build() -> Path:
     triton = importlib.util.find_spec("triton")
     if triton is None:
         raise UnavailableError("Triton is not installed")
+    if shutil.which("gcc") is None:
+        raise UnavailableError("there is no gcc, which compiles libcuda.c, and launchers for Triton")
     include = Path(triton.origin).parent / "backends" / "nvidia" / "include"
     source = HERE / "libcuda.c"
     key = hashlib.sha256(source.read_bytes() + (include / "cuda.h").read_bytes()).hexdigest()[:16]
     library = BUILD / key / "libcuda.so.1"
     if library.exists():
         return library.parent
-    if shutil.which("gcc") is None:
-        raise UnavailableError("gcc is not there, which compiles libcuda.c, and launchers for Triton")
     library.parent.mkdir(parents=True, exist_ok=True)
     unfinished = library.with_suffix(f".{os.getpid()}")  # other processes may build, too
     command = ["gcc", "-shared", "-fPIC", "-O1", "-Wl,-soname,libcuda.so.1", f"-I{include}", source, "-o", unfinished]

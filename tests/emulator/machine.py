@@ -47,8 +47,11 @@ class Executable:
         for first in range(0, total, at_once):
             programs = np.arange(first, min(total, first + at_once))
             threads = Threads(programs, grid, self.program.threads, shared, params, memory)
-            with np.errstate(all="ignore"):
-                self._run(threads)
+            try:
+                with np.errstate(all="ignore"):
+                    self._run(threads)
+            except FaultError as error:
+                raise FaultError(f"{self.program.name}: {error}") from error
 
     def _run(self, threads: Threads) -> None:
         blocks = self.program.blocks
@@ -63,13 +66,13 @@ class Executable:
             execute(threads)
         except Exception as error:
             what = error if isinstance(error, FaultError) else f"{type(error).__name__}: {error}"
-            raise FaultError(f"{self.program.name}: {instruction}: {what}") from error
+            raise FaultError(f"{instruction}: {what}") from error
 
     def _leave(self, threads: Threads, number: int, block: Block) -> None:
         if block.jump is None:
             threads.go(number + 1)
         elif block.jump.opcode == "trap":
-            raise FaultError(f"{self.program.name}: {block.jump}: a trap")
+            raise FaultError(f"{block.jump}: a trap")
         elif block.jump.predicate is None:
             threads.go(block.target)
         else:
