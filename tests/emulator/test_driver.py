@@ -57,7 +57,7 @@ def test_an_error_in_a_launch_is_raised_by_it(emulated):
 
     x, before = torch.empty(20, dtype=torch.int32), len(emulated.launched)
     with pytest.raises(driver.FaultError, match=r"_number: @%p\d+ st\.global.*test_driver\.py.* outside every tensor"):
-        _number[(1,)](x, 21, BLOCK=32)
-    _number[(1,)](x, 20, BLOCK=32)
+        _number[(1,)](x, 21, BLOCK=32, enable_fp_fusion=True)
+    _number[(1,)](x, 20, BLOCK=32, enable_fp_fusion=True)
     assert x.tolist() == list(range(20))
     assert emulated.launched[before:] == ["_number"]
