@@ -286,7 +286,7 @@ def convert(instruction: Instruction) -> Step:
 
 def _conversion(source: str, result: str, rounding: Callable | None) -> Callable:
     if is_float(result):
-        if (source, result) == ("f64", "bf16") or (not is_float(source) and result not in ("f32", "f64")):
+        if not is_float(source) and result not in ("f32", "f64"):
             raise UnsupportedError("a conversion that would be rounded twice")
         return rounding or (lambda x: x if is_float(source) else x.astype(FLOATS[result]))
     number = integer(result)

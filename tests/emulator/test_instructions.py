@@ -152,6 +152,8 @@ def test_bf16_is_rounded_to_nearest_even():
     expected = torch.from_numpy(x).bfloat16().view(torch.int16).numpy().view(U16)
     assert (compute("cvt.rn.bf16.f32", U16, x) == expected).all()
     assert compute("cvt.rn.bf16.f32", U16, np.array([NAN], F32)) == [0x7FFF]
+    wide = np.array([1 + 2.0**-8, 1 + 2.0**-8 + 2.0**-40, -1 - 2.0**-8 - 2.0**-40, 1 + 3 * 2.0**-8 - 2.0**-40], F64)
+    assert compute("cvt.rn.bf16.f64", U16, wide).tolist() == [0x3F80, 0x3F81, 0xBF81, 0x3F81]
     back = compute("cvt.f32.bf16", F32, expected)
     assert (back == torch.from_numpy(expected.view(np.int16)).view(torch.bfloat16).float().numpy()).all()
     pairs = compute("cvt.rn.bf16x2.f32", U32, x, x[::-1].copy())
@@ -252,7 +254,7 @@ def test_registers_are_packed_and_unpacked():
         ("atom.global.add.u32 %r2, [%rd0], 1", "atom"),
         ("bar.sync 1, 64", r"bar\.sync"),
         ("shfl.sync.bfly.b32 %r2, %r3, 1, 15, -1", "shfl"),
-        ("cvt.rn.bf16.f64 %rs1, %rd0", "rounded twice"),
+        ("cvt.rn.bf16.s32 %rs1, %r0", "rounded twice"),
         ("mov.b32 %r2, %clock", "clock"),
     ],
 )

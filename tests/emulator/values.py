@@ -77,9 +77,14 @@ def encoder(kind: str) -> Callable[[Any], Any]:
 
 
 def bf16_bits(value):
-    """Return the bits of bf16 numbers: fp32, rounded to nearest, ties to even."""
-    value = np.asarray(value, np.float32)
+    """Return the bits of bf16 numbers: fp32 or fp64, rounded to nearest once, ties to even."""
+    exact, value = np.asarray(value), np.asarray(value, np.float32)
     bits = value.view(np.uint32)
+    if (
+        exact.dtype == np.float64
+    ):  # with the last bit of fp32 set where it is inexact, no tie comes of the first rounding
+        off = np.where(np.abs(value) < np.abs(exact), np.uint32(1), np.uint32(2**32 - 1))
+        bits = np.where((value != exact) & np.isfinite(value) & (bits & np.uint32(1) == 0), bits + off, bits)
     even = (bits >> np.uint32(16)) & np.uint32(1)
     rounded = ((bits + np.uint32(0x7FFF) + even) >> np.uint32(16)).astype(np.uint16)
     return np.where(np.isnan(value), np.uint16(0x7FFF), rounded)
