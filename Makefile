@@ -8,7 +8,8 @@ SHELL := bash
 
 AUDITS := audit-sm_80 audit-sm_90 audit-sm_100 audit-gfx942
 
-.PHONY: demo test test-compiled margins lint bench audit test-slow gpu gpu-dry gpu-prepare clean
+.PHONY: demo test test-compiled test-emulated test-emulated-sample margins lint bench audit test-slow gpu gpu-dry \
+	gpu-prepare clean
 
 demo: $(INSTALLED)
 	$(BIN)/python -m daam.recipes.digits $(ARGS)
@@ -18,7 +19,7 @@ test: lint
 	$(MAKE) --jobs=2 --output-sync=target test-compiled $(addprefix test-interpreted-,0 1 2 3)
 
 test-compiled: $(INSTALLED)
-	$(BIN)/python -m pytest -q -m "not kernel and not audit and not slow and not gpu"
+	$(BIN)/python -m pytest -q -m "not kernel and not emulated and not audit and not slow and not gpu"
 
 test-interpreted-%: $(INSTALLED)
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -m "kernel and not slow" --shard $*/4
@@ -26,6 +27,17 @@ test-interpreted-%: $(INSTALLED)
 # Shares of their bounds that errors take, under all that CPUs differ in: hours, or ARGS="--only avx2-1 tests/... -k ...".
 margins: $(INSTALLED)
 	$(BIN)/python tests/margins.py $(ARGS)
+
+# Kernels as they are compiled for sm_90, emulated: a few small cases of every one, and wrong ones; needs gcc.
+test-emulated-sample: $(INSTALLED)
+	$(BIN)/python -m pytest -q -m emulated --device emulated
+
+# The interpreter's cases, all of them, on both cores: most of an hour, since Triton compiles a thousand kernels.
+test-emulated:
+	$(MAKE) --jobs=2 --output-sync=target $(addprefix test-emulated-,0 1 2 3)
+
+test-emulated-%: $(INSTALLED)
+	$(BIN)/python -m pytest -q -m "kernel and not slow" --device emulated --shard $*/4
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -15,6 +15,7 @@ import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import torch
@@ -41,7 +42,7 @@ def build() -> Path:
     if triton is None:
         raise UnavailableError("Triton is not installed")
     if shutil.which("gcc") is None:
-        raise UnavailableError("gcc is not there, which compiles libcuda.c, and launchers for Triton")
+        raise UnavailableError("there is no gcc, which compiles libcuda.c, and launchers for Triton")
     include = Path(triton.origin).parent / "backends" / "nvidia" / "include"
     key = hashlib.sha256(SOURCE.read_bytes() + (include / "cuda.h").read_bytes()).hexdigest()[:16]
     library = BUILD / key / "libcuda.so.1"
@@ -58,8 +59,8 @@ def build() -> Path:
 
 
 @contextlib.contextmanager
-def stub_driver(hook: Callable[..., None] | None = None) -> Iterator[None]:
-    """Let Triton drive a GPU that is not there, whose tensors are those of the CPU.
+def stub_driver(hook: Callable[..., None] | None = None) -> Iterator[Any]:
+    """Let Triton drive a GPU that is not there, whose tensors are those of the CPU; yields Triton's driver.
 
     Args:
         hook: is called for every launch with the function's handle, which is one compiled kernel's, the three sizes of
@@ -88,6 +89,6 @@ def stub_driver(hook: Callable[..., None] | None = None) -> Iterator[None]:
                 mock.patch.object(triton.runtime.driver, "_active", driver),
                 mock.patch.dict(launch.kept, clear=True),  # what was kept is another driver's
             ):
-                yield
+                yield driver
         finally:
             library.set_launch_hook(HOOK())

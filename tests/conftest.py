@@ -1,9 +1,11 @@
 """Where kernel tests run, and a net under all tests.
 
-A test that asks for `device` runs on a GPU with `--device cuda`, else on the CPU, where it needs TRITON_INTERPRET=1.
+A test that asks for `device` runs on a GPU with `--device cuda`, else on the CPU: with TRITON_INTERPRET=1 in Triton's
+interpreter, with `--device emulated` as it is compiled for a GPU (`emulator`).
 `--shard 0/2` runs every second test, `--shard 1/2` the others: processes share the tests of one command.
 """
 
+import contextlib
 import os
 
 import pytest
@@ -12,42 +14,82 @@ import torch
 # Kernel tests whose tensors need no device: launches are recorded, of tensors on meta.
 WITHOUT_DEVICE = {"test_a_batch_has_the_tiles_of_its_rows"}
 
+EMULATED = pytest.StashKey()
+
 
 def pytest_addoption(parser):
-    parser.addoption("--device", default="cpu", choices=("cpu", "cuda"), help="where kernel tests run")
+    parser.addoption("--device", default="cpu", choices=("cpu", "cuda", "emulated"), help="where kernel tests run")
     parser.addoption("--shard", default="0/1", help="k/n: of every n tests the kth, counted from 0")
 
 
 def pytest_configure(config):
-    if config.getoption("--device") == "cuda":
-        if not torch.cuda.is_available():
-            raise pytest.UsageError("--device cuda: torch finds no GPU")
-        if os.environ.get("TRITON_INTERPRET") == "1":
-            raise pytest.UsageError("--device cuda: unset TRITON_INTERPRET")
+    device = config.getoption("--device")
+    if device != "cpu" and os.environ.get("TRITON_INTERPRET"):
+        raise pytest.UsageError(f"--device {device}: unset TRITON_INTERPRET")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise pytest.UsageError("--device cuda: torch finds no GPU")
+    if device == "emulated":
+        emulate(config)
+
+
+def emulate(config):
+    """Run kernels on an emulated GPU from now on, and until pytest ends."""
+    from emulator import driver
+
+    from bench.host import taking_any_tensor
+    from bench.stub_driver import UnavailableError
+
+    stack = contextlib.ExitStack()
+    try:
+        config.stash[EMULATED] = stack.enter_context(driver.emulation())
+    except UnavailableError as error:
+        raise pytest.UsageError(f"--device emulated: {error}") from error
+    stack.enter_context(taking_any_tensor())
+    config.add_cleanup(stack.close)
 
 
 @pytest.hookimpl(trylast=True)  # after -m and -k have chosen
 def pytest_collection_modifyitems(config, items):
-    gpu, interpreter = config.getoption("--device") == "cuda", os.environ.get("TRITON_INTERPRET") == "1"
-    skipped = {"kernel": not gpu and not interpreter, "gpu": not gpu}
-    reasons = {"kernel": "kernels need TRITON_INTERPRET=1, or --device cuda", "gpu": "needs --device cuda"}
+    device, interpreter = config.getoption("--device"), os.environ.get("TRITON_INTERPRET") == "1"
     for item in items:
         anywhere = "device" not in item.fixturenames and item.originalname not in WITHOUT_DEVICE
         if anywhere and item.get_closest_marker("kernel"):
             raise pytest.UsageError(
                 f"{item.nodeid} is marked kernel and does not ask for `device`: no GPU could run it"
             )
-        for name in skipped:
-            if skipped[name] and item.get_closest_marker(name):
-                item.add_marker(pytest.mark.skip(reason=reasons[name]))
+        if reason := skipped(item, device, interpreter):
+            item.add_marker(pytest.mark.skip(reason=reason))
     k, n = map(int, config.getoption("--shard").split("/"))
     config.hook.pytest_deselected(items=[item for i, item in enumerate(items) if i % n != k])
     items[:] = items[k::n]
 
 
+def skipped(item, device, interpreter):
+    """Return why a test cannot run here, None where it can."""
+    marks = {mark.name: mark for mark in item.iter_markers()}
+    if device == "emulated":
+        if "not_emulated" in marks:
+            return f"not emulated: {marks['not_emulated'].args[0]}"
+        return None if marks.keys() & {"kernel", "emulated"} else "needs no --device emulated"
+    if "emulated" in marks:
+        return "needs --device emulated"
+    if "gpu" in marks and device != "cuda":
+        return "needs --device cuda"
+    if "kernel" in marks and device == "cpu" and not interpreter:
+        return "kernels need TRITON_INTERPRET=1, --device emulated or --device cuda"
+    return None
+
+
 @pytest.fixture
 def device(request):
-    return torch.device(request.config.getoption("--device"))
+    name = request.config.getoption("--device")
+    return torch.device("cpu" if name == "emulated" else name)
+
+
+@pytest.fixture
+def emulated(request):
+    """The emulated GPU (`emulator.driver.Device`)."""
+    return request.config.stash[EMULATED]
 
 
 @pytest.fixture(autouse=True)

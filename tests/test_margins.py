@@ -59,7 +59,7 @@ def test_the_bound_of_a_kernel():
     one = 2**-24
     assert bound(case, "y", torch.float32, 0.0) == 4 * one
     assert bound(case, "y", torch.float32, one) == 6 * one
-    assert bound(case, "d_c", torch.float32, 0.0) == 4 * one * 12**0.5  # 4 examples, 3 positions a head
+    assert bound(case, "d_c", torch.float32, 0.0) == 4 * one * math.log2(12) ** 0.5  # 4 examples, 3 positions a head
     assert bound(case, "d_c", torch.float32, 0.0) == bound(case, "d_c", torch.bfloat16, 0.0)
     assert bound(case, "dx", torch.float16, 0.0) == 4 * 2**-11
     assert math.isnan(bound(case, "y", torch.float32, math.nan))

@@ -121,34 +121,11 @@ def describe(session: Session) -> Iterator[dict]:
 def emulation(launching: bool) -> Iterator[None]:
     """Compile kernels for sm_90 and launch them without a GPU, on CPU tensors: emulated, or doing nothing."""
     sys.path.append(str(ROOT / "tests"))
-    if not (ROOT / "tests" / "emulator").exists():
-        _install_prototype(launching)
-        yield
-        return
     from emulator import driver
 
-    from bench.host import taking_cpu_tensors
+    from bench.host import taking_any_tensor
 
-    with driver.emulation() as device, taking_cpu_tensors():
+    with driver.emulation() as device, taking_any_tensor():
         if not launching:
             device.launching = lambda launch, tensors: None
         yield
-
-
-def _install_prototype(launching: bool) -> None:
-    """Stand in for tests/emulator until that is there."""
-    emulator = ROOT.parent / "shared" / "emulator"
-    build = ["bash", str(emulator / "build.sh"), sys.executable]
-    library = subprocess.run(build, check=True, capture_output=True, text=True).stdout.strip()
-    os.environ["EMULATOR_LIBRARY"] = os.environ["TRITON_LIBCUDA_PATH"] = library
-    sys.path.insert(0, str(emulator))
-    from daam.kernels import density, gate, mixture  # noqa: F401
-
-    if launching:
-        import emulate
-
-        emulate.install()
-    else:
-        import fakegpu
-
-        fakegpu.install()

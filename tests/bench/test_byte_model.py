@@ -54,6 +54,7 @@ def elements(t: torch.Tensor) -> set[int]:
 
 
 @pytest.mark.kernel
+@pytest.mark.not_emulated("the interpreter counts accesses")
 @pytest.mark.parametrize("workload", WORKLOADS, ids=str)
 def test_bytes(workload, device):
     """Every element of x and of the results is accessed as often as the model of the kernels says; once each, and the

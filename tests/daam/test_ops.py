@@ -1,9 +1,9 @@
 """The operators and the autograd.Function in PyTorch: opcheck, compile, functorch, fakes, export, checkpointing.
 
-Without a GPU the operators run in Triton's interpreter (marked kernel) or on their CPU implementation; both are tested.
+Without a GPU the operators run kernels, interpreted or emulated (marked kernel), or their CPU implementation; both are
+tested.
 """
 
-import os
 from unittest import mock
 
 import pytest
@@ -15,9 +15,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import daam
 from daam import density_attention, ops
+from daam.backend import interpreting
 from daam.kernels import launch
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+KERNELS = interpreting()  # or emulated
 BACKENDS = ["eager", pytest.param("triton", marks=pytest.mark.kernel)]
 algorithms = pytest.mark.parametrize("algorithm", ALGORITHMS)
 
@@ -58,7 +59,7 @@ def op_arguments(case, backward, device):
     ],
 )
 def test_opcheck(shape, layout, mask, residual, weights, kernels, algorithm, device):
-    if INTERPRETED and not kernels:
+    if KERNELS and not kernels:
         pytest.skip("the operators of the CPU run the kernels in this process")
     shape = shape if ALGORITHMS[algorithm].features else (shape[0], shape[1] + 1, shape[2])
     case = Case(shape, 1, 2, layout=layout, mask=mask, residual=residual, weights=weights, algorithm=algorithm)

@@ -13,7 +13,6 @@ from helpers import (
     GOLDEN,
     GRADS,
     LAYOUTS,
-    SEEDS,
     Case,
     attend,
     bound,
@@ -24,6 +23,7 @@ from helpers import (
     recorded_launches,
     run,
     within,
+    worst_errors,
 )
 
 from bench.aot import recording
@@ -265,16 +265,8 @@ RULE = [
 @pytest.mark.parametrize("case", RULE, ids=str)
 def test_errors_are_those_of_eager(case, dtype, device):
     """Within helpers.bound, which has the reason of every constant."""
-    errors = {}
-    for seed in range(SEEDS):
-        given = inputs(case, dtype, seed, device)
-        expected = oracle(case, given)
-        for backend in ("triton", "eager"):
-            for name, result in run(case, given, backend).items():
-                errors.setdefault((name, backend), []).append(error(result, expected[name]))
-    worst = {key: torch.tensor(found).max().item() for key, found in errors.items()}  # NaN, where there is one
-    for name in expected:
-        within(worst[name, "triton"], bound(case, name, dtype, worst[name, "eager"]), name)
+    for name, (ours, eager) in worst_errors(case, dtype, device).items():
+        within(ours, bound(case, name, dtype, eager), name)
 
 
 @pytest.mark.parametrize("name", GOLDEN)
@@ -562,6 +554,7 @@ def test_saved_for_backward(shape, dtype, backend, algorithm, device):
     assert bool(extra) == (backend == "triton" and shape not in ((4, 24, 33), (2, 70, 9)))
 
 
+@pytest.mark.not_emulated("a process of its own; tests/emulator/test_sample.py has such a view")
 def test_offsets_beyond_32_bits(device):
     """A view that spans more than 2**31 elements, most of which never exist: a 32-bit offset would leave the tensor."""
     code = """if True:

@@ -1,0 +1,80 @@
+"""A few small cases that run every kernel of every regime, and the limits that their results keep to."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import math
+from collections.abc import Iterator
+from unittest import mock
+
+import torch
+from helpers import ALGORITHMS, Case, error, inputs, oracle, places_summed, run
+
+from bench.aot import recording
+from bench.host import taking_any_tensor
+from daam.kernels import launch
+from daam.kernels.call import _plan
+
+BF16, FP32 = torch.bfloat16, torch.float32
+ORDERS, STREAMED = ("columns", "rows"), (False, True)
+# (case, dtype) by (order, streamed): with a mask, a residual and several heads, and without; of rows on chip the
+# second takes several warps. Nothing divides a tile.
+CASES = {
+    ("columns", False): ((Case((2, 26, 21), 1, 2, mask=True, residual=True), BF16), (Case((5, 13, 41), 1), FP32)),
+    ("columns", True): ((Case((2, 600, 5), 1, 2, mask=True, residual=True), BF16), (Case((1, 290, 21), 1), FP32)),
+    ("rows", False): ((Case((5, 150), 1, 2, mask=True, residual=True), BF16), (Case((6, 1500), 1), FP32)),
+    ("rows", True): ((Case((2, 4200), 1, mask=True, residual=True), BF16), (Case((1, 5000), 1, weights=False), FP32)),
+}  # fmt: skip
+SAMPLE = [
+    (case.but(algorithm=name, params="one" if dtype == BF16 and spec.features else case.params), dtype)
+    for name, spec in ALGORITHMS.items()
+    for case, dtype in itertools.chain.from_iterable(CASES.values())
+]
+LIMIT = 2.0  # of what the rule allows, since it does not count what approximate instructions may be wrong by
+
+
+@contextlib.contextmanager
+def crowded() -> Iterator[None]:
+    """Make small tensors do what large ones do: programs take several tiles, streamed chunks have strips of one tile,
+    and three strips are merged at a time.
+    """
+    with mock.patch.multiple(launch, MAX_PROGRAMS=2, FILL=1, STRIP_ROW=1, STRIP_COLUMN=1, STRIPS=4):
+        _plan.cache_clear()
+        yield
+    _plan.cache_clear()
+
+
+def regimes(case: Case, dtype: torch.dtype) -> set[tuple[str, str, bool, str]]:
+    """Return what a case runs: (algorithm, order, whether its chunks are streamed, kernel)."""
+    order = "columns" if len(case.shape) == 3 else "rows"
+    with crowded(), taking_any_tensor(), recording() as launches:
+        run(case, inputs(case, dtype), "triton")
+    names = {one.name for one in launches}
+    return {(case.algorithm, order, "_stats" in names, name) for name in names}
+
+
+def worst(case: Case, dtype: torch.dtype) -> float:
+    """Return the largest error of a case against float64, of what the rule allows: 2·(eager's error + 2·eps·M)."""
+    given = inputs(case, dtype)
+    expected = oracle(case, given)
+    with crowded():
+        result, eager = run(case, given, "triton"), run(case, given, "eager")
+    assert result.keys() == expected.keys()
+    found = []
+    for name in expected:
+        unit = 2.0**-8 if dtype == BF16 and not name.startswith("d_") else 2.0**-24
+        allowed = 2 * (error(eager[name], expected[name]) + 2 * unit * places_summed(case, name) ** 0.5)
+        found.append(error(result[name], expected[name]) / allowed)
+    return max(math.inf if math.isnan(one) else one for one in found)
+
+
+def narrow_errors(shape: tuple[int, ...]) -> list[float]:
+    """Return errors in fp32 of the mixture's y, weights and dx where its Gaussians are so narrow that only the position
+    next to their centre has a weight. A product that is fused in one use and not in another makes them anything.
+    """
+    case = Case(shape, 1, algorithm="mixture", eps=0.0)
+    given = inputs(case, FP32)
+    given.params = torch.full_like(given.params[0], 0.1), torch.full_like(given.params[1], 1e-8)
+    expected, result = oracle(case, given), run(case, given, "triton")
+    return [error(result[name], expected[name]) for name in ("y", "weights", "dx")]

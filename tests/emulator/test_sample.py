@@ -1,0 +1,200 @@
+"""Every kernel of every regime, compiled and emulated, and wrong ones that this finds."""
+
+import importlib.util
+import mmap
+import re
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+from helpers import ALGORITHMS, Case, attend, inputs, recorded_launches, run
+
+pytest.importorskip("triton")
+
+from emulator import driver
+from emulator.machine import Executable, executable
+from emulator.memory import FaultError
+from emulator.sample import BF16, CASES, FP32, LIMIT, ORDERS, SAMPLE, STREAMED, crowded, narrow_errors, regimes, worst
+
+import daam.kernels
+from bench.audit import TENSORS
+from daam.kernels import launch, mixture
+
+KERNELS = Path(daam.kernels.__file__).parent
+ROWS, COLUMNS = CASES["rows", False], CASES["columns", False]
+algorithms = pytest.mark.parametrize("algorithm", ALGORITHMS)
+sample = pytest.mark.parametrize(("case", "dtype"), SAMPLE, ids=str)
+WHOLE = (2, 16, 64)  # fills its tiles: the compiler fuses no product that a select follows
+BARRIER = re.compile(r"bar\.sync\s+0;")
+STORED_BY_SOME = re.compile(r"@!?%p\d+\s+(?=st\.global)")
+
+
+# --- what the sample covers: nothing is launched ---
+
+
+def test_the_sample_misses_no_kernel_of_a_regime():
+    taken = set().union(*(regimes(case, dtype) for case, dtype in SAMPLE))
+    for name, spec in ALGORITHMS.items():
+        for order in ORDERS:
+            for streamed in STREAMED:
+                missing = {(name, order, streamed, kernel) for kernel in spec.kernels[streamed]} - taken
+                assert not missing, missing
+    sources = "".join(file.read_text() for file in KERNELS.glob("*.py"))
+    launched = set(re.findall(r"\.launch\w*\(\s*(_\w+)", sources))
+    assert {kernel for *_, kernel in taken} == launched >= set(TENSORS)
+
+
+def test_the_sample_has_both_dtypes_and_a_mask_everywhere():
+    for cases in CASES.values():
+        assert {dtype for _, dtype in cases} == {BF16, FP32} and {case.mask for case, _ in cases} == {True, False}
+
+
+# --- compiled and emulated ---
+
+
+@pytest.mark.emulated
+@sample
+def test_agrees_with_float64(case, dtype):
+    assert worst(case, dtype) <= LIMIT
+
+
+fused = pytest.mark.xfail(reason="_merge_sums: taken·Σ w·f is fused into the difference from Σ h·f", strict=True)
+
+
+@pytest.mark.emulated
+@pytest.mark.parametrize(
+    "shape",
+    [WHOLE, (32, 64), pytest.param((1, 290, 21), marks=fused), pytest.param((2, 5000), marks=fused)],
+    ids=str,
+)
+def test_a_narrow_gaussian(shape):
+    assert all(one < 1e-5 for one in narrow_errors(shape))
+
+
+@pytest.mark.emulated
+@algorithms
+def test_every_launch_is_emulated(algorithm, emulated):
+    case = ROWS[1][0].but(algorithm=algorithm)
+    before, executed = len(emulated.launched), Executable.executed
+    with recorded_launches() as names, crowded():
+        run(case, inputs(case, FP32), "triton")
+    assert names == emulated.launched[before:] and names
+    assert Executable.executed - executed > 100 * len(names)
+    with recorded_launches() as names:
+        run(case, inputs(case, FP32), "eager")
+    assert not names
+
+
+@pytest.mark.emulated
+@algorithms
+def test_offsets_beyond_32_bits(algorithm):
+    """A view that spans more than 2**31 elements: memory that is mapped, and never touched but for 48 of them."""
+    memory = torch.frombuffer(mmap.mmap(-1, 2 * (2 * (2**30 + 16) + 16)), dtype=torch.float16)
+    x = memory.as_strided((3, 16), (2**30 + 16, 1))
+    x.copy_(torch.randn(3, 16, generator=torch.Generator().manual_seed(0)))
+    for axis in (0, 1):
+        case = Case((3, 16), axis, params="one", weights=False, algorithm=algorithm)
+        p, leaf = torch.ones(1, case.columns), x.detach().requires_grad_()
+        found = []
+        for backend in ("triton", "eager"):
+            y = attend(case, leaf, 0 * p, p, backend=backend)
+            found.append((y.detach(), *torch.autograd.grad(y, leaf, torch.ones_like(y))))
+        assert all((own - other).abs().max() < 2e-3 for own, other in zip(*found, strict=True))
+
+
+# --- wrong kernels ---
+
+
+def kernel_of(text: str) -> str:
+    """Return the name of the kernel of a PTX module."""
+    return re.search(r"\.entry\s+(\w+)", text)[1]
+
+
+class Change:
+    """What leaves something out of the PTX of one kernel, by its number, or all of it."""
+
+    def __init__(self, pattern: re.Pattern, kernel: str, number: int | None):
+        self.pattern, self.kernel, self.number, self.left_out = pattern, kernel, number, 0
+
+    def __call__(self, text: str) -> Executable:
+        found = list(self.pattern.finditer(text)) if kernel_of(text) == self.kernel else []
+        chosen = found if self.number is None else found[self.number : self.number + 1]
+        for one in reversed(chosen):
+            text = text[: one.start()] + text[one.end() :]
+        self.left_out += len(chosen)
+        return executable(text)
+
+
+def is_noticed(case: Case, dtype: torch.dtype) -> bool:
+    """Whether the sample's test of a case would fail."""
+    try:
+        return worst(case, dtype) > LIMIT
+    except FaultError:
+        return True
+
+
+@pytest.mark.emulated
+@pytest.mark.parametrize("kernel", ["_forward", "_backward"])
+@algorithms
+def test_each_barrier_that_is_left_out_is_noticed(algorithm, kernel):
+    """One after the other; rows of several warps, of which programs take several."""
+    case, dtype = ROWS[1]
+    case, number = case.but(algorithm=algorithm), 0
+    given = inputs(case, dtype)
+    while True:
+        change = Change(BARRIER, kernel, number)
+        with mock.patch.object(driver, "executable", change), crowded():
+            try:
+                run(case, given, "triton")
+                problem = ""
+            except FaultError as error:
+                problem = str(error)
+        if not change.left_out:
+            break
+        assert f"{kernel}: " in problem and "a race" in problem, f"without barrier {number}"
+        number += 1
+    assert number >= 6
+
+
+@pytest.mark.emulated
+@pytest.mark.parametrize("kernel", ["_forward", "_backward"])
+@pytest.mark.parametrize(("case", "dtype"), [ROWS[0], COLUMNS[1]], ids=str)
+@algorithms
+def test_stores_without_their_masks_are_noticed(algorithm, case, dtype, kernel):
+    """The predicates of stores left out: threads that stand outside store, too."""
+    change = Change(STORED_BY_SOME, kernel, None)
+    with mock.patch.object(driver, "executable", change):
+        assert is_noticed(case.but(algorithm=algorithm), dtype)
+    assert change.left_out
+
+
+@pytest.mark.emulated
+@pytest.mark.parametrize("side", [0, 1], ids=["rows", "columns"])
+@algorithms
+def test_a_tile_that_is_taken_for_whole_is_noticed(algorithm, side):
+    """RAGGED says that no rows, or no columns, of a tile stand outside."""
+    original = launch.launch
+
+    def wrong(kernel, grid, *args, **meta):
+        if "RAGGED" in meta:
+            meta["RAGGED"] = tuple(ragged and i != side for i, ragged in enumerate(meta["RAGGED"]))
+        return original(kernel, grid, *args, **meta)
+
+    case, dtype = COLUMNS[1]
+    with mock.patch.object(launch, "launch", wrong):
+        assert is_noticed(case.but(algorithm=algorithm), dtype)
+
+
+@pytest.mark.emulated
+def test_a_product_that_is_fused_is_noticed(tmp_path):
+    """The mixture's distance without the 0 that keeps it apart from the difference it is subtracted in."""
+    source, apart = Path(mixture.__file__).read_text(), "tl.fma(from_near, d[i] - far, gaussian[4])"
+    assert source.count(apart) == 1
+    file = tmp_path / "fused_mixture.py"
+    file.write_text(source.replace(apart, "from_near * (d[i] - far)"))
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    fused = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(fused)
+    with mock.patch.multiple(mixture, forward=fused.forward, backward=fused.backward):
+        assert not all(one < 1e-5 for one in narrow_errors(WHOLE))
