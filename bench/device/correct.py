@@ -46,8 +46,8 @@ def judge(session: Session, case: Case, dtype: torch.dtype) -> Iterator[dict]:
 def bound(case: Case, name: str, dtype: torch.dtype, eager_error: float) -> float:
     """Return the largest error of a single draw that is not flagged: 2·(eager's + 2·eps·M).
 
-    M is the root of the places summed, more than the tests allow (`helpers.bound`): they measure gradients of parameters
-    by the largest of eight draws, and in a single one their sums may cancel.
+    M is the root of the places summed, more than the tests allow (`helpers.bound`): these measure gradients of
+    parameters by the largest of eight draws, and in a single one their sums may cancel.
     """
     of_params = name.startswith("d_")
     eps = helpers.EPS[torch.float32] if of_params and dtype != torch.float64 else helpers.EPS[dtype]
