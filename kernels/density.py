@@ -48,10 +48,10 @@ from daam.kernels.tile import (
 )
 
 # --- Kernels ------------------------------------------------------------------------------------
-# x, mask, y, … are `layout.Strided` or None, extent is `call.Extent`, zero is 0.0, for `rounded_product`. A program
-# takes the tiles first, first + step, … of its head, and of each the strip that begins at `start` of the chunk: all of
-# it where it fits on chip. One set of parameters serves all of them: where they vary along the inner dimension, step is
-# a multiple of the blocks along it, and where they vary along the chunk, a strip is one tile.
+# x, mask, y, … are `layout.Strided` or None, extent is `layout.Extent`. A program takes the tiles first, first + step,
+# … of its head, and of each the strip that begins at `start` of the chunk: all of it where it fits on chip. One set of
+# parameters serves all of them: where they vary along the inner dimension, step is a multiple of the blocks along it,
+# and where they vary along the chunk, a strip is one tile.
 
 
 @triton.jit
@@ -113,22 +113,22 @@ def _factor(params, r2, VARIES: tl.constexpr):
 
 
 @triton.jit
-def _products(h, w, e, params, r2, zero, VARIES: tl.constexpr):
+def _products(h, w, e, params, r2, VARIES: tl.constexpr):
     """he of every block, less `_factor`. Each is rounded once for all its uses: in a chunk whose he are all alike, they
     and their mean cancel to nothing.
     """
     he = ()
     for i in tl.static_range(len(e)):
         if VARIES == "chunk":
-            he = he + (rounded_product(h[i] * w[i] * e[i], params[1][i] * r2, zero),)
+            he = he + (rounded_product(h[i] * w[i] * e[i], params[1][i] * r2),)
         else:
-            he = he + (rounded_product(h[i] * w[i], e[i], zero),)
+            he = he + (rounded_product(h[i] * w[i], e[i]),)
     return he
 
 
 @triton.jit
 def _sums(
-    x, grad_y, grad_weights, mean_offset, c, mask, stats, sums, zero, extent,
+    x, grad_y, grad_weights, mean_offset, c, mask, stats, sums, extent,
     VARIES: tl.constexpr, ACC: tl.constexpr, INDEX: tl.constexpr,
     BLOCK_CHUNK: tl.constexpr, BLOCK_INNER: tl.constexpr, PARTS: tl.constexpr, RAGGED: tl.constexpr,
 ):  # fmt: skip
@@ -147,7 +147,7 @@ def _sums(
             )
             e, w = _weights(less(xv, mean), rest, params, r2, valid)
             h = of_weights(gradients(grad_y, grad_weights, mask, extent, at, inside, valid, False, ACC), xv, None)
-            he = _products(h, w, e, params, r2, zero, VARIES)
+            he = _products(h, w, e, params, r2, VARIES)
             sum_he += added(he)
             sum_hee += products(he, e)
         factor = _factor(params, r2, VARIES)
@@ -157,7 +157,7 @@ def _sums(
 
 @triton.jit
 def _backward(
-    x, grad_y, grad_weights, mean_offset, c, mask, stats, sums, dx, partials, eps, zero, extent,
+    x, grad_y, grad_weights, mean_offset, c, mask, stats, sums, dx, partials, eps, extent,
     VARIES: tl.constexpr, RESIDUAL: tl.constexpr, ACC: tl.constexpr, INDEX: tl.constexpr,
     BLOCK_CHUNK: tl.constexpr, BLOCK_INNER: tl.constexpr, PARTS: tl.constexpr, RAGGED: tl.constexpr,
 ):  # fmt: skip
@@ -175,7 +175,7 @@ def _backward(
                 r2 = tl.where(columns_inside(extent, at), r2, 0.0)
             e, w = _weights(d, rest, params, r2, valid)
             gradient = gradients(grad_y, grad_weights, mask, extent, at, inside, valid, RESIDUAL, ACC)
-            he = _products(of_weights(gradient, xv, None), w, e, params, r2, zero, VARIES)
+            he = _products(of_weights(gradient, xv, None), w, e, params, r2, VARIES)
             factor = _factor(params, r2, VARIES)
             all_he = along_chunk(added(he))
             sum_he, sum_hee = all_he * factor, along_chunk(products(he, e)) * factor
@@ -211,7 +211,7 @@ def _backward(
                         grad = grad + (own_part * w[i] + (common + slope * d[i]),)
                     write_dx(dx, grad, gradient[0], extent, at, inside, valid, RESIDUAL)
                 if partials is not None:
-                    he = _products(h, w, e, params, r2, zero, VARIES)
+                    he = _products(h, w, e, params, r2, VARIES)
                     totals = _add_to(totals, he, e, sum_he, sum_hee, extent, at, VARIES)
         spot = next_tile(spot, apart, extent)
     if partials is not None:
@@ -328,7 +328,7 @@ def backward(
         sums = None
         if call.streamed:
             strips = call.of_strips(2)
-            call.launch(_sums, call.programs, *inputs, strips, 0.0, VARIES=call.along)
+            call.launch(_sums, call.programs, *inputs, strips, VARIES=call.along)
             sums = add_strips(call, strips, 2)
         # the sums of streamed chunks are all there is to sum, but where parameters vary along the chunk
         direct = call.streamed and call.along != "chunk"
@@ -336,9 +336,8 @@ def backward(
         partials = None if direct else run.partials(call, 2, call.groups(programs), c.shape[1])
         if need_x or partials is not None:
             call.launch(
-                _backward, programs, *inputs, sums, of.dx, partials, eps_parts, 0.0, VARIES=call.along,
-                RESIDUAL=residual,
-            )  # fmt: skip
+                _backward, programs, *inputs, sums, of.dx, partials, eps_parts, VARIES=call.along, RESIDUAL=residual
+            )
         if need_params:
             partials = _as_partials(sums.data, axis, feature_axis) if direct else partials
             features = c.shape[1]

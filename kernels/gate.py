@@ -44,7 +44,7 @@ from daam.kernels.tile import (
 )
 
 # --- Kernels ------------------------------------------------------------------------------------
-# x, mask, y, … are `layout.Strided` or None, extent is `call.Extent`. The statistics of streamed chunks are mean, rest,
+# x, mask, y, … are `layout.Strided` or None, extent is `layout.Extent`. The statistics of streamed chunks are mean, rest,
 # var and 1/n.
 
 

@@ -72,19 +72,19 @@ from daam.kernels.tile import (
 )
 
 # --- Kernels ------------------------------------------------------------------------------------
-# x, mask, y, … are `layout.Strided` or None, extent is `call.Extent`, gaussians is (mean_offsets, c, how many). The
+# x, mask, y, … are `layout.Strided` or None, extent is `layout.Extent`, gaussians is (mean_offsets, c, how many). The
 # statistics of streamed chunks are mean, rest, r2 and the least s.
 
 
 @triton.jit
 def _gaussian(gaussians, head, ACC: tl.constexpr, BLOCK_K: tl.constexpr):
-    """a, m, v and l/log(2) of one head, a·log2(e)/2, and 0, scalars.
+    """a, m, v and l/log(2) of one head, and a·log2(e)/2, scalars.
 
     In fp64 up to their last rounding: an error of a or m is one of all weights alike, which does not average out of the
     sums that become gradients of the parameters. Relative to the narrowest Gaussian, so that 1/c² overflows nowhere but
     in its limit: there, with c below 1e-12, all weight is on one position whatever a is.
     """
-    mean_offsets, c, count, zero = gaussians
+    mean_offsets, c, count = gaussians
     ks = tl.arange(0, BLOCK_K)
     offset = tl.load(mean_offsets.data + head * mean_offsets.strides[0] + ks * mean_offsets.strides[1], ks < count, 0.0)
     scale = tl.load(c.data + head * c.strides[0] + ks * c.strides[1], ks < count, float("inf"))
@@ -98,7 +98,7 @@ def _gaussian(gaussians, head, ACC: tl.constexpr, BLOCK_K: tl.constexpr):
     precision = tl.minimum(1.0 / narrowest, 1099511627776.0)  # 2**40
     a = total * precision * precision
     log = tl.where(ks < count, tl.log2(scale) + 1.3257480647361593, 0.0)  # log2(sqrt(2π))
-    return a.to(ACC), m.to(ACC), v.to(ACC), tl.sum(log, 0), (a * 0.7213475204444817).to(ACC), tl.cast(zero, ACC)
+    return a.to(ACC), m.to(ACC), v.to(ACC), tl.sum(log, 0), (a * 0.7213475204444817).to(ACC)
 
 
 @triton.jit
@@ -122,7 +122,7 @@ def _distance(d, rest, gaussian, origin, valid):
     for i in tl.static_range(len(d)):
         from_near = d[i] - near
         f = f + (from_near,)
-        s = s + (tl.where(valid[i], rounded_product(from_near, d[i] - far, gaussian[5]), 1e37),)
+        s = s + (tl.where(valid[i], rounded_product(from_near, d[i] - far), 1e37),)
     return f, s
 
 
@@ -322,15 +322,15 @@ def _merge_sums(
 ):  # fmt: skip
     """The weights' scale, free·Σ h, Σ k·e/n and r2·(Σ k·e² + clamped·v)/(n - 1) of the chunks of one tile's columns.
 
-    In fp64: k is the difference of h·weights and its mean, and so are its sums here, where single terms are long lost.
+    Strips are added in fp64. Sums of k are differences: where all weight is on one position nothing is left of them, if
+    products are rounded there as they were in `_sums`.
     """
     head, spot = tl.program_id(1).to(tl.int64), spot_of(tl.program_id(0), extent)
     gaussian = _gaussian(gaussians, head, ACC, BLOCK_K)
     at = at_of(spot, head, 0, extent, INDEX, BLOCK_CHUNK, BLOCK_INNER)
     _mean, _rest, r2, nearest = load_numbers(stats, extent, at, head, 4)
     origin, away, precision = _frame(gaussian, r2)
-    r2, precision = r2.to(tl.float64), precision.to(tl.float64)
-    zero = tl.zeros_like(r2)
+    zero = tl.zeros_like(r2).to(tl.float64)
     of_strips = (zero, zero, zero, zero, zero, zero, zero)
     for first in range(0, extent.strips, BLOCK_CHUNK):
         more = ()
@@ -338,12 +338,12 @@ def _merge_sums(
             part = strip_numbers(strips, i, first, extent, at, head, BLOCK_CHUNK, 0.0)
             more = more + (of_strips[i] + along_chunk(part.to(tl.float64)),)
         of_strips = more
-    sum_h, sum_hf, sum_hu, sum_w, sum_wf, sum_wu, n = of_strips
+    sum_h, sum_hf, sum_hu, sum_w, sum_wf, sum_wu, n = convert(of_strips, ACC)
     scale, free = _scale(tl.where(sum_w == 0, 1.0, sum_w), nearest, away, precision, gaussian, log_eps)
     all_h = sum_h * scale
     taken, clamped = free * all_h, (1.0 - free) * all_h
-    ke = scale * (sum_hf - taken * sum_wf) + clamped * (origin - gaussian[1])
-    kee = clamped * (nearest + away) - scale * (sum_hu - taken * sum_wu)
+    ke = scale * (sum_hf - rounded_product(taken, sum_wf)) + clamped * (origin - gaussian[1])
+    kee = clamped * (nearest + away) - scale * (sum_hu - rounded_product(taken, sum_wu))
     share = inverse_count(n)
     store_numbers(sums, extent, at, head, (scale, taken, ke * share, kee * r2 * share_less_one(share)))
     if partials is not None:
@@ -453,10 +453,10 @@ def _gradient(gradient, x, d, rest, h, k, w, numbers, gaussian, r2, padding):
 def _chain(partials, groups, gaussians, d_mean_offsets, d_c, BLOCK_K: tl.constexpr, BLOCK: tl.constexpr):
     """Gradients of one head's parameters from the partial sums, in fixed order and fp64: 1/c³ overflows fp32."""
     head = tl.program_id(1).to(tl.int64)
-    mean_offsets, c, count, _zero = gaussians
+    mean_offsets, c, count = gaussians
     ke, kee = sum_partials(partials, groups, 0, head, BLOCK), sum_partials(partials, groups, 1, head, BLOCK)
     cr, cl = sum_partials(partials, groups, 2, head, BLOCK), sum_partials(partials, groups, 3, head, BLOCK)
-    _a, m, v, _log, _half, _zero = _gaussian(gaussians, head, tl.float64, BLOCK_K)
+    _a, m, v, _log, _half = _gaussian(gaussians, head, tl.float64, BLOCK_K)
     ks = tl.arange(0, BLOCK_K)
     offset = tl.load(mean_offsets.data + head * mean_offsets.strides[0] + ks * mean_offsets.strides[1], ks < count, 0.0)
     scale = tl.load(c.data + head * c.strides[0] + ks * c.strides[1], ks < count, 1.0).to(tl.float64)
@@ -536,7 +536,7 @@ class _Numbers:
 
     def __init__(self, call: Call, mean_offsets: Tensor, c: Tensor, eps: float, padding: int | None):
         self.call, self.padding = call, padding
-        self.gaussians = (call.of_heads(mean_offsets), call.of_heads(c), c.shape[1], 0.0)
+        self.gaussians = (call.of_heads(mean_offsets), call.of_heads(c), c.shape[1])
         self.block = power_of_2(c.shape[1])
         self.eps = split_float(eps)
         self.log_eps = split_float(math.log2(eps)) if eps > 0 else (-math.inf, 0.0)

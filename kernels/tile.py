@@ -6,7 +6,7 @@ chunk add registers first and cross lanes last, and so few that hardly any stand
 (place, position, col, rows, cols, row, offsets, stride): the outer place, the first position along the axis and along
 the inner dimension, all int64, the ranges that count on from there in a block, the first position within the chunk, and
 x's offsets of its first block and stride along the axis, for all tensors that have x's strides. Tensors come as
-`layout.Strided`, or None; extent is `call.Extent`.
+`layout.Strided`, or None; extent is `layout.Extent`.
 """
 
 import triton
@@ -248,11 +248,20 @@ def added(values):
 
 
 @triton.jit
+def rounded_product(a, b):
+    """a·b, rounded once wherever it is used. The compiler may fuse a plain product, unrounded, into one sum and not
+    into another: what should cancel then leaves a rounding error, and lanes, or launches of other sizes, differ in the
+    last bit. Adding 0 it may not leave out, since that makes 0 of -0.
+    """
+    return tl.fma(a, b, 0.0)
+
+
+@triton.jit
 def products(a, b):
     """The sum of a·b over all blocks."""
-    total = a[0] * b[0]
+    total = rounded_product(a[0], b[0])
     for i in tl.static_range(1, len(a)):
-        total += a[i] * b[i]
+        total = tl.fma(a[i], b[i], total)
     return total
 
 
@@ -260,14 +269,6 @@ def products(a, b):
 def along_chunk(block):
     """A block summed along the chunk, [1, BLOCK_INNER]."""
     return tl.sum(block, 0)[None, :]
-
-
-@triton.jit
-def rounded_product(a, b, zero):
-    """a·b, rounded once wherever it is used. A plain product may be fused, unrounded, into one sum and not into
-    another, and what should cancel leaves a rounding error; a 0 that the compiler does not know keeps it whole.
-    """
-    return tl.fma(a, b, tl.cast(zero, a.dtype))
 
 
 # --- Numbers of a chunk -------------------------------------------------------------------------

@@ -324,8 +324,8 @@ def places_summed(case: Case) -> int:
     return math.prod(case.shape) // (case.heads * (case.columns if case.spec.features else 1))
 
 
-def bound(case: Case, name: str, dtype: torch.dtype, eager_error: float) -> float:
-    """Return how large a kernel's error may be, the worst of SEEDS draws, where eager's worst is eager_error.
+def bound(case: Case, name: str, dtype: torch.dtype, eager_error: float, draws: int = SEEDS) -> float:
+    """Return how large a kernel's error may be, the worst of so many draws, where eager's worst is eager_error.
 
     It is 2·(eager_error + 2·eps·M). The eager backend is the measure since it has the same inputs, rounds at the same
     places (to the dtype of the result, at its end) and what it computes in between in fp32 suffers from the same
@@ -333,12 +333,14 @@ def bound(case: Case, name: str, dtype: torch.dtype, eager_error: float) -> floa
     """
     parameter = name.startswith("d_")
     # A result is rounded once to its dtype: x's for y, weights and dx; fp32 for gradients of parameters, whatever x is.
-    eps = EPS[torch.float32 if parameter else dtype]
+    eps = EPS[torch.float32 if parameter and dtype != torch.float64 else dtype]
     if os.environ.get("TRITON_INTERPRET") == "1" and dtype == torch.bfloat16 and not parameter:
         eps *= 2  # the interpreter truncates where devices round to nearest: a whole last place, not half of one
-    # A sum of n terms in the order of a tree rounds them log2(n) times, as often up as down: M = sqrt(log2(n)). Sums
+    # A sum of n terms in the order of a tree rounds them log2(n) times, as often up as down: M = sqrt(log2(n)), of the
+    # largest sum of several draws. In a single draw sums are what n terms leave that cancel: there M = sqrt(n). Sums
     # along a chunk are in eager's error already.
-    roundings = math.log2(max(2, places_summed(case))) if parameter else 1
+    n = max(2, places_summed(case))
+    roundings = 1 if not parameter else n if draws == 1 else math.log2(n)
     # Two roundings beside eager's: luck may leave eager exact (a single term, a power of two), and no kernel can be
     # held to less than the rounding of its result and of one intermediate value.
     floor = 2 * eps * roundings**0.5

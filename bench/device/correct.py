@@ -31,7 +31,7 @@ def judge(session: Session, case: Case, dtype: torch.dtype) -> Iterator[dict]:
         return
     wanted, eager = compute_expected(case, inputs), helpers.run(case, inputs, "eager")
     errors = {name: (helpers.error(ours[name], one), helpers.error(eager[name], one)) for name, one in wanted.items()}
-    shares = {name: own / bound(case, name, dtype, beside) for name, (own, beside) in errors.items()}
+    shares = {name: own / helpers.bound(case, name, dtype, beside, draws=1) for name, (own, beside) in errors.items()}
     worst = max(shares, key=lambda name: math.inf if math.isnan(shares[name]) else shares[name])
     yield {
         "ok": shares[worst] <= WRONG,
@@ -41,17 +41,6 @@ def judge(session: Session, case: Case, dtype: torch.dtype) -> Iterator[dict]:
         "errors [ours, eager]": {name: [float(f"{one:.3g}") for one in pair] for name, pair in errors.items()},
         "launches": launches,
     }
-
-
-def bound(case: Case, name: str, dtype: torch.dtype, eager_error: float) -> float:
-    """Return the largest error of a single draw that is not flagged: 2·(eager's + 2·eps·M).
-
-    M is the root of the places summed, more than the tests allow (`helpers.bound`): these measure gradients of
-    parameters by the largest of eight draws, and in a single one their sums may cancel.
-    """
-    of_params = name.startswith("d_")
-    eps = helpers.EPS[torch.float32] if of_params and dtype != torch.float64 else helpers.EPS[dtype]
-    return 2 * (eager_error + 2 * eps * math.sqrt(helpers.places_summed(case) if of_params else 1))
 
 
 def compute_expected(case: Case, inputs: Inputs) -> dict[str, Tensor]:
