@@ -44,8 +44,8 @@ from daam.kernels.tile import (
 )
 
 # --- Kernels ------------------------------------------------------------------------------------
-# x, mask, y, … are `layout.Strided` or None, extent is `layout.Extent`. The statistics of streamed chunks are mean, rest,
-# var and 1/n.
+# x, mask, y, … are `layout.Strided` or None, extent is `layout.Extent`. The statistics of streamed chunks are mean,
+# rest, var and 1/n.
 
 
 @triton.jit
