@@ -50,10 +50,11 @@ _PLAIN = frozenset({Tensor, torch.nn.Parameter, type(None)})
 
 
 def _watched(*tensors: Tensor | None) -> bool:
-    """Whether a call must go through its operator, which transforms, dispatch modes (fake tensors, tracing, counters),
-    tensors of other types and devices without kernels see. For all others dispatch costs as much as a launch.
+    """Whether a call must go through its operator, which transforms, torch.jit.trace, dispatch modes (fake tensors,
+    other tracers, counters), tensors of other types and devices without kernels see. For all others dispatch costs as
+    much as a launch.
     """
-    if _transformed() or torch._C._len_torch_dispatch_stack() or tensors[0].is_meta:
+    if _transformed() or torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack() or tensors[0].is_meta:
         return True
     return not _PLAIN.issuperset(map(type, tensors))
 

@@ -377,3 +377,19 @@ def test_operators_are_called_where_something_watches_them(algorithm, device):
     with mock.patch.multiple(spec, forward_op=refuse, backward_op=refuse):
         direct = run(case, given, "triton")
     assert all(torch.equal(watched[name], direct[name]) for name in watched)
+
+
+@pytest.mark.kernel
+@algorithms
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_what_is_traced_computes(algorithm, device):
+    """torch.jit.trace makes tensors of sizes, which plans of launches cannot be made of: it sees the operator."""
+    case = Case((2, 24, 9), 1, weights=False, algorithm=algorithm)
+    given, other = (inputs(case, torch.float32, seed, device) for seed in (0, 1))
+
+    def call(x):
+        return attend(case, x, *given.params, backend="triton")
+
+    with torch.no_grad():
+        traced = torch.jit.trace(call, given.x)
+        assert torch.equal(traced(other.x), call(other.x))
