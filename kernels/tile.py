@@ -300,8 +300,8 @@ def store_numbers(t, extent, at, head, numbers):
 
 @triton.jit
 def refined(inverse, x):
-    """An approximate 1/x after one step of Newton's: right to the last bit or so."""
-    return inverse * (2.0 - x * inverse)
+    """An approximate 1/x after one step of Newton's: right to its last bit, exact where 1/x is a power of two."""
+    return tl.fma(inverse, tl.fma(-x, inverse, 1.0), inverse)
 
 
 @triton.jit

@@ -77,3 +77,17 @@ def narrow_errors(shape: tuple[int, ...]) -> list[float]:
     given.params = torch.full_like(given.params[0], 0.1), torch.full_like(given.params[1], 1e-8)
     expected, result = oracle(case, given), run(case, given, "triton")
     return [error(result[name], expected[name]) for name in ("y", "weights", "dx")]
+
+
+def constant_error(shape: tuple[int, ...], params: str) -> float:
+    """Return the error in fp32 of density attention's dx, of what the rule allows, where every chunk is constant and
+    all its positions have one gradient: what reaches x by mean and variance is the difference of equal numbers, each a
+    hundred times what is left.
+    """
+    case = Case(shape, 1, params=params)
+    given = inputs(case, FP32)
+    given.params = 4e-3 * given.params[0], given.params[1]
+    for name in ("x", "grad_y", "grad_weights"):
+        setattr(given, name, getattr(given, name)[:, :1].expand(shape).contiguous())
+    wanted, ours, eager = oracle(case, given)["dx"], run(case, given, "triton")["dx"], run(case, given, "eager")["dx"]
+    return error(ours, wanted) / bound(case, "dx", FP32, error(eager, wanted), draws=1)

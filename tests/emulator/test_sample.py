@@ -15,7 +15,20 @@ pytest.importorskip("triton")
 from emulator import driver
 from emulator.machine import Executable, executable
 from emulator.memory import FaultError
-from emulator.sample import BF16, CASES, FP32, LIMIT, ORDERS, SAMPLE, STREAMED, crowded, narrow_errors, regimes, worst
+from emulator.sample import (
+    BF16,
+    CASES,
+    FP32,
+    LIMIT,
+    ORDERS,
+    SAMPLE,
+    STREAMED,
+    constant_error,
+    crowded,
+    narrow_errors,
+    regimes,
+    worst,
+)
 
 import daam.kernels
 from bench.audit import TENSORS
@@ -67,6 +80,15 @@ def test_agrees_with_float64(case, dtype):
 )
 def test_a_narrow_gaussian(shape):
     assert all(one < 1e-5 for one in narrow_errors(shape))
+
+
+@pytest.mark.emulated
+@pytest.mark.parametrize(
+    ("shape", "params"), [((2, 1, 256), "features"), ((2, 4, 256), "features"), ((64, 4), "one"), ((8, 1024), "one")]
+)
+def test_a_constant_chunk(shape, params):
+    """Sums of which nothing is left, where a product is rounded alike in all its uses."""
+    assert constant_error(shape, params) < 1
 
 
 @pytest.mark.emulated
