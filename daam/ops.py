@@ -46,17 +46,21 @@ def _forward_mode() -> bool:
     return forward_ad._current_level >= 0
 
 
-_PLAIN = frozenset({Tensor, torch.nn.Parameter, type(None)})
+_PLAIN = frozenset({Tensor, torch.nn.Parameter})
 
 
 def _watched(*tensors: Tensor | None) -> bool:
-    """Whether a call must go through its operator, which transforms, torch.jit.trace, dispatch modes (fake tensors,
-    other tracers, counters), tensors of other types and devices without kernels see. For all others dispatch costs as
-    much as a launch.
+    """Whether a call must go through its operator: where transforms, torch.jit.trace or dispatch modes (fake tensors,
+    other tracers, counters) see it, and for tensors of other types, without memory of their own (as gradients that are
+    batched have none) or with another sign than their memory (as the imaginary part of a conjugate has). For all others
+    dispatch costs as much as a launch.
     """
     if _transformed() or torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack() or tensors[0].is_meta:
         return True
-    return not _PLAIN.issuperset(map(type, tensors))
+    for t in tensors:  # noqa: SIM110  a generator takes as long as all else here
+        if t is not None and (type(t) not in _PLAIN or t.is_neg() or not torch._C._has_storage(t)):
+            return True
+    return False
 
 
 class Algorithm:

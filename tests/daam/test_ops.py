@@ -393,3 +393,19 @@ def test_what_is_traced_computes(algorithm, device):
     with torch.no_grad():
         traced = torch.jit.trace(call, given.x)
         assert torch.equal(traced(other.x), call(other.x))
+
+
+@pytest.mark.kernel
+@algorithms
+def test_a_sign_that_is_not_in_memory(algorithm, device):
+    """The imaginary part of a conjugate is its memory, negated when it is read; so may gradients be."""
+    case = Case((2, 24, 9), 1, weights=False, algorithm=algorithm)
+    given = inputs(case, torch.float32, device=device)
+    expected = run(case, given, "triton")
+    for name in ("x", "grad_y"):
+        value = getattr(given, name)
+        setattr(given, name, torch.complex(value, -value).conj().imag)
+        assert getattr(given, name).is_neg()
+    # elements are next to their real parts now: other strides, and other sums
+    for name, found in run(case, given, "triton").items():
+        within(error(found, expected[name].cpu().double()), 1e-6, name)
