@@ -16,7 +16,8 @@ demo: $(INSTALLED)
 
 # Two processes at a time, of parts that fill both cores: interpreted kernels cannot be compiled ahead of time.
 test: lint
-	$(MAKE) --jobs=2 --output-sync=target test-compiled $(addprefix test-interpreted-,0 1 2 3)
+	$(MAKE) --jobs=2 --output-sync=target test-compiled test-emulated-sample \
+		$(addprefix test-interpreted-,0 1 2 3)
 
 test-compiled: $(INSTALLED)
 	$(BIN)/python -m pytest -q -m "not kernel and not emulated and not audit and not slow and not gpu"
