@@ -35,30 +35,37 @@ def step_of(instruction: Instruction, function: Callable, kinds: list[str], resu
     return lambda threads: threads.write(target, encode(function(*[read(threads) for read in reads])))
 
 
-def elementwise(function: Callable, count: int, of_floats: Callable | None = None) -> Builder:
+def elementwise(function: Callable, count: int) -> Builder:
     """Return the builder of instructions with so many operands, all of the type of the result."""
 
     def build(instruction: Instruction) -> Step:
         kind = instruction.kind
-        chosen = of_floats if of_floats is not None and is_float(kind) else function
-        if "ftz" in instruction.modifiers:
-            chosen = _flushed(chosen)
+        if kind.endswith("x2"):
+            raise UnsupportedError(f"pairs of numbers, {kind}")
+        chosen = _flushed(function) if "ftz" in instruction.modifiers else function
         return step_of(instruction, chosen, [kind] * count, kind)
 
     return build
+
+
+def fused(instruction: Instruction) -> Step:
+    """Build fma, which rounds once."""
+    if instruction.kind not in ("f32", "f64"):
+        raise UnsupportedError(f"fma of {instruction.kind}")
+    return elementwise(floats.fma, 3)(instruction)
 
 
 def _flushed(function: Callable) -> Callable:
     return lambda *operands: floats.flush(function(*map(floats.flush, operands)))
 
 
-def approximate(function: Callable, count: int = 1) -> Builder:
+def approximate(function: Callable) -> Builder:
     """Return the builder of approximations in fp32; those in fp64 keep half of the bits, exact ones all."""
 
     def build(instruction: Instruction) -> Step:
         if instruction.kind == "f64" and "ftz" in instruction.modifiers:
             return step_of(instruction, lambda x: floats.upper_half(function(x)), ["f64"], "f64")
-        return elementwise(function, count)(instruction)
+        return elementwise(function, 1)(instruction)
 
     return build
 

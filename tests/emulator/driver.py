@@ -33,7 +33,10 @@ class Device:
 
     def loaded(self, module: int, function: int, name: str, files: dict[str, str], key: str) -> None:
         """Remember the PTX of a kernel that Triton loads (knobs.runtime.kernel_load_end_hook)."""
-        self._texts[function] = Path(next(path for name, path in files.items() if name.endswith(".ptx")))
+        text = next((path for file, path in files.items() if file.endswith(".ptx")), None)
+        if text is None:
+            raise FileNotFoundError(f"{name}: Triton's cache has no .ptx of it, which is what is emulated")
+        self._texts[function] = Path(text)
 
     def launching(self, launch: Callable[[], None], tensors: list[torch.Tensor]) -> None:
         """Call launch(), which may touch these tensors alone, and raise what goes wrong in it."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 from emulator import arithmetic, floats, movement
-from emulator.arithmetic import Step, approximate, elementwise, extreme
+from emulator.arithmetic import Step, approximate, elementwise, extreme, fused
 from emulator.ptx import Instruction, UnsupportedError
 
 CACHE_HINTS = (
@@ -27,7 +27,7 @@ TABLE = {
     "div": (arithmetic.divide, "rn full approx ftz"),
     "ex2": (approximate(floats.exp2), "approx ftz"),
     "fence": (movement.fence, "sc acq_rel cta gpu sys"),
-    "fma": (elementwise(floats.fma, 3), "rn ftz"),
+    "fma": (fused, "rn ftz"),
     "ld": (movement.load, f"global shared param v2 v4 v8 {CACHE_HINTS}"),
     "ldmatrix": (movement.load_matrix, "sync aligned m8n8 x1 x2 x4 trans shared"),
     "lg2": (approximate(floats.log2), "approx ftz"),

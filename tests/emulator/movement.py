@@ -26,9 +26,17 @@ def _address(operand: str) -> tuple[str, int]:
     return found[1], int(found[2] or 0)
 
 
+def _space(instruction: Instruction) -> str:
+    """Return which memory an instruction means: global, shared or param, named right after its opcode."""
+    space = next(iter(instruction.modifiers), "")
+    if space not in ("global", "shared", "param"):
+        raise UnsupportedError(f"memory that is {space or 'not named'}")
+    return space
+
+
 def load(instruction: Instruction) -> Step:
     """Build ld: from global or shared memory, or a parameter of the launch."""
-    space, kind = instruction.modifiers[0], instruction.kind
+    space, kind = _space(instruction), instruction.kind
     names, count = registers_in(instruction.operands[0]), _count(instruction)
     if len(names) != count:
         raise UnsupportedError(f"{len(names)} registers for {count} numbers")
@@ -81,7 +89,7 @@ def _addresses(threads, base: str, offset: int) -> np.ndarray:
 
 def store(instruction: Instruction) -> Step:
     """Build st: to global or shared memory."""
-    space, kind, count = instruction.modifiers[0], instruction.kind, _count(instruction)
+    space, kind, count = _space(instruction), instruction.kind, _count(instruction)
     names = registers_in(instruction.operands[1])
     if space == "param" or len(names) != count:
         raise UnsupportedError("a store to a parameter, or of another number of registers")

@@ -42,14 +42,14 @@ class Instruction:
 
     @property
     def kind(self) -> str:
-        """The type it computes in."""
+        """Return the type it computes in, which is the last that it names."""
         if not self.kinds:
             raise UnsupportedError("an instruction without a type")
         return self.kinds[-1]
 
     @property
     def waits(self) -> str | None:
-        """Who waits before it: the threads of its "warp", of its "program", or nobody."""
+        """Return who waits before it: the threads of its "warp", of its "program", or nobody."""
         name = ".".join((self.opcode, *self.modifiers[:1]))
         return WAITS.get(name, WAITS.get(self.opcode))
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from emulator import floats
+from emulator.memory import FaultError
 from emulator.programs import compute, execute
 from emulator.ptx import UnsupportedError
 
@@ -255,9 +256,18 @@ def test_registers_are_packed_and_unpacked():
         ("bar.sync 1, 64", r"bar\.sync"),
         ("shfl.sync.bfly.b32 %r2, %r3, 1, 15, -1", "shfl"),
         ("cvt.rn.bf16.s32 %rs1, %r0", "rounded twice"),
-        ("mov.b32 %r2, %clock", "clock"),
+        ("add.f16x2 %r2, %r3, %r4", "pairs of numbers, f16x2"),
+        ("mul.bf16x2 %r2, %r3, %r4", "pairs of numbers, bf16x2"),
+        ("fma.rn.bf16 %rs1, %rs2, %rs3, %rs4", "fma of bf16"),
+        ("ld.volatile.global.b32 %r2, [%rd0]", "memory that is volatile"),
+        ("ld.b32 %r2, [%rd0]", "memory that is not named"),
     ],
 )
 def test_what_is_not_known_is_named(instruction, why):
-    with pytest.raises((UnsupportedError, RuntimeError), match=why):
+    with pytest.raises(UnsupportedError, match=why):
         execute(instruction + ";", np.zeros(1, U32))
+
+
+def test_a_register_that_nobody_knows_is_named():
+    with pytest.raises(FaultError, match="clock"):
+        execute("mov.b32 %r2, %clock;", np.zeros(1, U32))
