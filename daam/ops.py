@@ -46,23 +46,6 @@ def _forward_mode() -> bool:
     return forward_ad._current_level >= 0
 
 
-_PLAIN = frozenset({Tensor, torch.nn.Parameter})
-
-
-def _watched(*tensors: Tensor | None) -> bool:
-    """Whether a call must go through its operator: where transforms, torch.jit.trace or dispatch modes (fake tensors,
-    other tracers, counters) see it, and for tensors of other types, without memory of their own (as gradients that are
-    batched have none) or with another sign than their memory (as the imaginary part of a conjugate has). For all others
-    dispatch costs as much as a launch.
-    """
-    if _transformed() or torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack() or tensors[0].is_meta:
-        return True
-    for t in tensors:  # noqa: SIM110  a generator takes as long as all else here
-        if t is not None and (type(t) not in _PLAIN or t.is_neg() or not torch._C._has_storage(t)):
-            return True
-    return False
-
-
 class Algorithm:
     """One algorithm's operators, `{name}_forward`, `{name}_backward` and the composite `{name}`, and how it is called.
 
@@ -201,10 +184,9 @@ class Attention(torch.autograd.Function):
     def forward(x, p, q, mask, call):
         algorithm, args = call.algorithm, (x, p, q, mask, *call.how)
         if call.backend == "triton":
-            run = algorithm.forward_op if _watched(x, p, q, mask) else algorithm.kernels.forward
-            y, weights, stats = run(*args, call.return_weights, call.save_stats)
+            y, weights, stats = algorithm.forward_op(*args, call.return_weights, call.save_stats)
             outputs = (y, weights) if call.return_weights else (y,)
-            return outputs if stats is None or stats.numel() == 0 else (*outputs, stats)
+            return (*outputs, stats) if stats.numel() else outputs
         if _transformed():
             return algorithm.eager.formula(*args)[: 1 + call.return_weights]
         return algorithm.eager.forward(*args, call.return_weights)[: 1 + call.return_weights]
@@ -230,8 +212,7 @@ class Attention(torch.autograd.Function):
             # under create_graph: the closed form in differentiable operations, exact to any order
             grads = algorithm.eager.gradient(*inputs, *call.how)
         elif call.backend == "triton":
-            run = algorithm.backward_op if _watched(x, p, q, mask, *inputs[:2]) else algorithm.kernels.backward
-            dx, dp, dq = run(*inputs, stats[0] if stats else None, *call.how, need_x, need_params)
+            dx, dp, dq = algorithm.backward_op(*inputs, stats[0] if stats else None, *call.how, need_x, need_params)
             return dx if need_x else None, dp if needs[1] else None, dq if needs[2] else None, None, None
         else:
             grads = algorithm.eager.backward(*inputs, *call.how, need_x, need_params)

@@ -286,15 +286,16 @@ def _launch(kernel, grid: tuple[int, int], args: tuple, device: torch.device, me
     """Launch what Triton compiled for such arguments, and ask it where there is none.
 
     Triton finds the compiled kernel anew at every launch, which takes three times as long as to launch it. The key is
-    what Triton compiles for: arguments (`traits`), constants, device, and two settings of the process. A third, a hook
-    of the compiler, and hooks of a kernel are left to Triton; hooks of launches are called by what is kept. Triton also
-    looks whether global variables that a kernel reads have changed, which ours never do.
+    what Triton compiles for: arguments (`traits`), constants, device, and whether the process debugs. Instrumented
+    code, a hook of the compiler and hooks of a kernel are left to Triton; hooks of launches are called by what is kept.
+    Triton also looks whether global variables that a kernel reads have changed, which ours never do.
     """
     knobs = _knobs()
-    settings = knobs.runtime.debug, knobs.compilation.instrumentation_mode
-    key = (kernel.fn, grid, device, settings, *meta, *meta.values(), *traits(args))
+    key = (kernel.fn, grid, device, knobs.runtime.debug, *meta, *meta.values(), *traits(args))
     found = kept.get(key)
-    if found is None or kernel.pre_run_hooks or knobs.runtime.add_stages_inspection_hook is not None:
+    if knobs.compilation.instrumentation_mode or knobs.runtime.add_stages_inspection_hook or kernel.pre_run_hooks:
+        _launch_anew(None, kernel, grid, args, meta)
+    elif found is None:
         _launch_anew(key, kernel, grid, args, meta)
     else:
         run, constants = found
@@ -325,12 +326,12 @@ def traits(args: tuple) -> list:
     return found
 
 
-def _launch_anew(key: tuple, kernel, grid: tuple[int, int], args: tuple, meta: dict[str, object]) -> None:
-    """Launch through Triton, and keep what it compiled."""
+def _launch_anew(key: tuple | None, kernel, grid: tuple[int, int], args: tuple, meta: dict[str, object]) -> None:
+    """Launch through Triton, and keep what it compiled under a key, if there is one."""
     if grid[1] > MAX_HEADS:
         raise ValueError(f'num_heads is {grid[1]}, the backend "triton" takes at most {MAX_HEADS}')
     compiled = kernel[grid](*args, **meta, **options(meta["num_warps"], nvidia=not torch.version.hip))
-    if torch.version.hip or not isinstance(compiled, _compiled_kernel()):
+    if key is None or torch.version.hip or not isinstance(compiled, _compiled_kernel()):
         return  # on AMD GPUs Triton also looks at the size of memory; the interpreter compiles nothing
     if len(kept) >= MOST_KEPT:
         kept.clear()

@@ -316,8 +316,8 @@ def reciprocal(x):
 @triton.jit
 def inverse_count(n):
     """1/n, refined, and 0 for columns with no valid position: what is wrong with it is wrong for a whole chunk."""
-    most = tl.maximum(n, 1.0)
-    return tl.where(n > 0, refined(1.0 / most, most), 0.0)
+    divisor = tl.maximum(n, 1.0)
+    return tl.where(n > 0, refined(1.0 / divisor, divisor), 0.0)
 
 
 @triton.jit

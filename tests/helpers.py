@@ -254,11 +254,11 @@ def error(result: Tensor, expected: Tensor) -> float:
 
 
 def within(error: float, bound: float, what: str) -> None:
-    """Assert that an error is below its bound, which NaN never is; what names the result that was judged.
+    """Assert that an error is below its bound, which NaN never is, nor a bound that is none; what names the result.
 
     Where DAAM_MARGINS names a file, a line of JSON is added to it first: tests/margins.py tells which came closest.
     """
-    share = error / bound if error >= 0 and bound > 0 else math.inf
+    share = error / bound if error >= 0 and 0 < bound < math.inf else math.inf
     if path := os.environ.get("DAAM_MARGINS"):
         test = os.environ.get("PYTEST_CURRENT_TEST", "").rpartition(" (")[0]
         line = {"test": test, "what": what, "error": error, "bound": bound, "share": share}

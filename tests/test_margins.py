@@ -32,7 +32,8 @@ def test_within_writes_a_line(tmp_path, monkeypatch, request):
 
 
 @pytest.mark.parametrize(
-    ("found", "limit"), [(math.nan, 1.0), (math.inf, 1.0), (-1.0, 1.0), (1.0, 1.0), (0.0, 0.0), (0.0, math.nan)]
+    ("found", "limit"),
+    [(math.nan, 1.0), (math.inf, 1.0), (-1.0, 1.0), (1.0, 1.0), (0.0, 0.0), (0.0, math.nan), (1.0, math.inf)],
 )
 def test_what_is_not_within(found, limit):
     with pytest.raises(AssertionError, match="y: error"):

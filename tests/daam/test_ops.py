@@ -11,7 +11,6 @@ import torch
 from helpers import ALGORITHMS, Case, attend, broadcast, close, error, inputs, recorded_launches, run, within
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import daam
 from daam import density_attention, ops
@@ -356,34 +355,9 @@ def test_compile_with_padding_values(dynamic):
 
 @pytest.mark.kernel
 @algorithms
-def test_operators_are_called_where_something_watches_them(algorithm, device):
-    """Dispatch modes see both passes; without one kernels are called directly, and the results are the same."""
-    case = Case((2, 24, 9), 1, algorithm=algorithm)
-    given, spec = inputs(case, torch.float32, device=device), ops.__dict__[algorithm]
-
-    class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-            seen.append(op)
-            return op(*args, **(kwargs or {}))
-
-    seen: list = []
-    with Watch():
-        watched = run(case, given, "triton")
-    assert [op for op in seen if op.namespace == "daam"] == [spec.forward_op, spec.backward_op]
-
-    def refuse(*args):
-        raise AssertionError("dispatched")
-
-    with mock.patch.multiple(spec, forward_op=refuse, backward_op=refuse):
-        direct = run(case, given, "triton")
-    assert all(torch.equal(watched[name], direct[name]) for name in watched)
-
-
-@pytest.mark.kernel
-@algorithms
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning", "ignore::torch.jit.TracerWarning")
 def test_what_is_traced_computes(algorithm, device):
-    """torch.jit.trace makes tensors of sizes, which plans of launches cannot be made of: it sees the operator."""
+    """torch.jit.trace makes tensors of sizes, which plans of launches cannot be made of: it sees operators."""
     case = Case((2, 24, 9), 1, weights=False, algorithm=algorithm)
     given, other = (inputs(case, torch.float32, seed, device) for seed in (0, 1))
 
