@@ -307,6 +307,46 @@ def test_counters(tmp_path, here):
         assert list(counters.count(here)) == [{"skipped": "ncu is not installed"}]
 
 
+NCU = """#!{python}
+import sys
+print('==PROF==', *sys.argv, '"ID","Kernel Name","Metric Name","Metric Unit","Metric Value"', {lines!r}, sep='\\n')
+sys.exit({status})
+"""
+
+
+def count_with(monkeypatch, here, lines, status):
+    """Return the rows of counters where ncu prints some lines and leaves with a status."""
+    program = here.out / "bin" / "ncu"
+    program.parent.mkdir(exist_ok=True)
+    program.write_text(NCU.format(python=sys.executable, lines=lines, status=status))
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(program.parent))
+    return list(counters.count(here))
+
+
+def test_counters_of_a_call(here, monkeypatch):
+    """Its own, whatever an earlier call left; what is profiled ends before ncu is ended, which then has its tables to
+    print; another status is wrong.
+    """
+    here = replace(here, until=time.time() + 60)
+    line = '"0","{}","DRAM Throughput","%","91.5"'
+    assert len(count_with(monkeypatch, here, line.format("_forward"), 0)) == 2
+    row, end = count_with(monkeypatch, here, line.format("_backward"), 0)
+    assert row["kernel"] == "_backward" and end == {"ok": True, "status": 0}
+    (until,) = (word for word in (here.out / "ncu.csv").read_text().split() if word.startswith("--until="))
+    assert float(until.removeprefix("--until=")) == here.until - counters.TABLES
+    run_jobs(here, "counters", [Job("ncu", lambda: count_with(monkeypatch, here, "no table", 9))])
+    assert "WRONG ncu: {'status': 9}" in summary.summarize(here, "counters", 1, 1)
+
+
+def test_counters_that_may_not_be_read(here, monkeypatch):
+    """They are skipped, in ncu's words."""
+    why = "==ERROR== ERR_NVGPUCTRPERM - The user does not have permission to access NVIDIA GPU Performance Counters"
+    run_jobs(here, "counters", [Job("ncu", lambda: count_with(monkeypatch, here, why, 1))])
+    said = summary.summarize(here, "counters", 1, 1)
+    assert "0 wrong, 1 skipped" in said and f"skipped 1: {why}" in said
+
+
 LAUNCHING = """
 from bench.device import cases, session
 from bench.host import taking_any_tensor
