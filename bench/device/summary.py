@@ -43,7 +43,9 @@ def is_wrong(row: dict) -> bool:
 
 def find_reason(row: dict) -> str:
     """Return what is wrong with a case, in a line."""
-    found = row.get("error") or {key: row[key] for key in ("differs", "worst", "share", "not timed", "status") if row.get(key)}
+    found = row.get("error") or {
+        key: row[key] for key in ("differs", "worst", "share", "not timed", "status") if row.get(key)
+    }
     return str(found).replace("\n", " ")[:300]
 
 

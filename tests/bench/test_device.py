@@ -99,7 +99,7 @@ def test_lines_are_written_as_cases_end(here):
 def test_a_line_that_is_cut_off(here):
     run_jobs(here, "bits", [Job("one", lambda: [{"ok": True}])])
     with (here.out / session.RESULTS).open("a") as file:
-        file.write('{"call": "first", "part"')
+        file.write('{"call": "fi{"call": "first"}\n{"call": "first", "part"')
     assert [row["case"] for row in read(here.out)] == ["one"]
 
 
@@ -162,6 +162,66 @@ def test_a_process_that_dies_is_followed_by_another(here):
     assert rows == [(0, True), (1, True), (2, False), (3, True), (4, False), (5, True), (6, True)]
     errors = {row["case"]: row["error"] for row in read(here.out) if row.get("ok") is False}
     assert "died, exit status -6" in errors["2"] and "illegal memory access" in errors["4"]
+
+
+HANGING = """
+import sys, time
+from pathlib import Path
+from bench.device.session import Job, Session, run_jobs
+
+jobs = [Job("0", lambda: [{"ok": True}]), Job("1", lambda: time.sleep(60)), *(Job(n, list) for n in "234")]
+run_jobs(Session("first", Path(sys.argv[1]), progress=Path(sys.argv[2])), "time", jobs)
+"""
+
+
+def test_what_a_kernel_that_hangs_keeps_from_running_is_named(here):
+    with mock.patch.object(
+        plan, "command", lambda s, part: [sys.executable, "-c", HANGING, str(s.out), str(s.progress)]
+    ):
+        plan.run_part(here, plan.Part("time", 0, 0, 4))
+    well, hung, *left = read(here.out)
+    assert well["ok"] and hung["case"] == "1" and hung["error"] == "the process of share 0 ended at its limit"
+    assert [row["case"] for row in left] == ["2", "3", "4"] and all("not reached" in row["skipped"] for row in left)
+
+
+@pytest.mark.parametrize("text", ["", "[[0, "])
+def test_progress_that_cannot_be_read(text, here):
+    script = f"import os, sys; open(sys.argv[1], 'w').write({text!r}); os.abort()"
+    with mock.patch.object(plan, "command", lambda shard, part: [sys.executable, "-c", script, str(shard.progress)]):
+        plan.run_part(here, plan.Part("time", 0, 60, 60))
+    (row,) = read(here.out)
+    assert row["case"] is None and "exit status -6" in row["error"]
+
+
+def run_with(here, parts):
+    """Run a call, with functions of the session in place of its parts; return whether all is well."""
+    steps = tuple((plan.Part(name, 0, 9, 9),) for name in parts)
+    with (
+        mock.patch.dict(plan.PLAN, first=steps),
+        mock.patch.object(plan, "run_part", lambda session, part: parts[part.name](session)),
+    ):
+        return plan.run_call(here)
+
+
+def test_a_part_that_fails_stops_no_other(here):
+    found = run_with(here, {"correct": lambda _: 1 / 0, "time": lambda session: session.write("time", ok=True)})
+    failed, well = read(here.out)
+    assert not found and well["ok"] and failed["part"] == "correct" and "ZeroDivisionError" in failed["error"]
+
+
+def test_names_choose_what_is_timed_alone(here):
+    seen, here = {}, replace(here, only="of that name")
+
+    def write(name, session):
+        seen[name] = session.only
+        session.write(name, ok=True)
+
+    assert run_with(here, {name: partial(write, name) for name in ("correct", "time", "sweep")})
+    assert seen == {"correct": "", "time": "of that name", "sweep": "of that name"}
+
+
+def test_a_call_that_runs_nothing_is_not_well(here):
+    assert not run_with(here, {"time": lambda session: None})
 
 
 def test_a_process_that_cannot_start_is_not_tried_again(here):
@@ -441,6 +501,43 @@ def test_the_projects_own_tests_are_written_too(until, here):
         return
     assert rows["test_good"]["ok"] is True and rows["test_bad"]["ok"] is False
     assert "assert 1 == 2" in rows["test_bad"]["error"] and rows["test_skipped"]["skipped"] == "not here"
+
+
+SHARED = """
+from bench.device import session
+session.context_is_lost = lambda: True
+
+def pytest_addoption(parser):
+    parser.addoption("--device")
+    parser.addoption("--shard")
+
+def pytest_collection_modifyitems(config, items):
+    k, n = map(int, config.getoption("--shard").split("/"))
+    items[:] = items[k::n]
+"""
+FATAL = """
+import os
+def test_0(): pass
+def test_1(): os.abort()
+def test_2(): pass
+def test_3(): assert 1 == 2
+def test_4(): pass
+def test_5(): os.abort()
+"""
+
+
+def test_the_projects_tests_go_on_after_one_that_a_process_dies_of(here):
+    """By a signal, also of the last one, or of a lost context; each is written once."""
+    here = replace(here, device="cuda")
+    (here.out / "conftest.py").write_text(SHARED)
+    (here.out / "test_some.py").write_text(FATAL)
+    tests = (f"--rootdir={here.out}", "-c", os.devnull, str(here.out))
+    with mock.patch.multiple(plan, TESTS=tests, CHOSEN=""):
+        plan.run_part(here, plan.Part("tests", 0, 60, 60))
+    rows = {row["case"].partition("::")[2]: row for row in read(here.out)}
+    assert len(read(here.out)) == 6, read(here.out)
+    assert [rows[f"test_{i}"]["ok"] for i in range(6)] == [True, False, True, False, True, False]
+    assert all("exit status -6" in rows[name]["error"] for name in ("test_1", "test_5"))
 
 
 @pytest.fixture(scope="module")
