@@ -39,6 +39,13 @@ def find_missing() -> str | None:
     return None
 
 
+def find_no_compiler() -> str | None:
+    """Return why torch.compile cannot work here; None where it can. Our kernels' launchers may be taken along."""
+    if os.environ.get("CC") or any(map(shutil.which, ("gcc", "clang"))):
+        return None
+    return "torch.compile needs a C compiler for Triton's launchers: CC is not set, no gcc or clang found"
+
+
 def set_environment(cores: int, cache: Path | None = None) -> None:
     """Set what processes of a plan find: caches, of kernels in a folder that may be given, threads, packages."""
     os.environ.pop("TRITON_INTERPRET", None)

@@ -264,7 +264,7 @@ def test_times(here, small):
     with no_peer, mock.patch.object(times, "PROVIDERS", chosen), mock.patch.dict(core.SECONDS, cpu=0.01):
         run_jobs(here, "time", [Job(str(small), partial(times.time_workload, here, small))])
     built, *passes = read(here.out)
-    assert built["ok"] and built["not timed"]["published"] == "gaussian-adaptive-attention is not installed"
+    assert built["ok"] is False and built["not timed"]["published"] == "gaussian-adaptive-attention is not installed"
     assert "triton" in built["not timed"] and built["errors"]["eager"] < 1e-5
     assert [row["pass"] for row in passes] == list(results.PASSES)
     for row in passes:
@@ -280,12 +280,36 @@ def test_times_stop_at_the_deadline(here, small):
     assert found[1:] == [{"pass": "forward", "skipped": "past the deadline"}]
 
 
-def test_a_result_of_ours_that_is_wrong_is_said(here, small):
+def check_providers(here, workload, *absent, **changed):
+    """Return the row of who is timed of our two backends and torch.compile, triton in place of which eager runs."""
+    eager = providers.PROVIDERS["eager"]
+    chosen = {"triton": eager, "eager": eager, "compile": replace(eager, missing=lambda device: None)} | changed
+    chosen = {name: one for name, one in chosen.items() if name not in absent}
+    with mock.patch.dict(providers.PROVIDERS, chosen), mock.patch.object(times, "PROVIDERS", chosen):
+        core._candidates.cache_clear()
+        return next(iter(times.time_workload(here, workload)))
+
+
+@pytest.mark.parametrize("name", ["triton", "eager", "compile"])
+def test_a_result_of_ours_that_is_wrong_is_said(name, here, small):
     wrong = replace(providers.PROVIDERS["eager"], build=lambda task: 1 / 0)
-    chosen = {"eager": wrong, "copy": providers.PROVIDERS["copy"]}
-    with mock.patch.dict(providers.PROVIDERS, eager=wrong), mock.patch.object(times, "PROVIDERS", chosen):
-        built = next(iter(times.time_workload(here, small)))
-    assert built["ok"] is False and "ZeroDivisionError" in built["not timed"]["eager"]
+    assert check_providers(here, small)["ok"] is True
+    built = check_providers(here, small, **{name: wrong})
+    assert built["ok"] is False and "ZeroDivisionError" in built["not timed"][name]
+
+
+def test_a_backend_of_ours_that_is_absent_is_wrong(here, small):
+    assert check_providers(here, small, "triton")["ok"] is False
+
+
+def test_a_compiler_that_is_absent_is_not_wrong(here, small, monkeypatch):
+    """Whoever needs it says so: in times, in warming up, and in the host's times."""
+    monkeypatch.delenv("CC", raising=False)
+    with mock.patch("shutil.which", return_value=None):
+        built = check_providers(here, small)
+        rows = [*times.warm(small), *calls.measure(here, small, "compile")]
+    assert built["ok"] is True and "no gcc" in built["not timed"]["compile"]
+    assert len(rows) == 2 and all("no gcc" in row["skipped"] for row in rows)
 
 
 def test_host_times():
