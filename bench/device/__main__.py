@@ -17,7 +17,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="bench.device", description=__doc__)
     parser.add_argument("calls", nargs="+", choices=PLAN)
     parser.add_argument("--out", type=Path, default=Path("results"), help="folder of the results")
-    parser.add_argument("--only", default="", help="a regular expression that names of cases must match")
+    parser.add_argument(
+        "--only",
+        default="",
+        help="a regular expression that names of what is timed and swept must match; --dry: of all cases",
+    )
     parser.add_argument("--dry", action="store_true", help="compile all of it and emulate some of it, without a GPU")
     args = parser.parse_args()
     if args.dry:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from bench.device import machine
 from bench.device.session import Job, Session, describe_error
 from bench.workloads import Workload
 
@@ -48,6 +49,9 @@ def warm_jobs(session: Session) -> list[Job]:
 
 def measure(session: Session, workload: Workload, name: str, once: bool = False) -> Iterator[dict]:
     """Yield microseconds [host, until the device is done] of a call without grad, of one with, and of both passes."""
+    if name.startswith("compile") and (why := machine.find_no_compiler()):
+        yield {"skipped": why}
+        return
     x, params, grad_y = workload.inputs(session.tensors)
     leaves = tuple(t.requires_grad_() for t in (x, *params))
     call = partial(build_provider(workload, name), *leaves)

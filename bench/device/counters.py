@@ -27,7 +27,9 @@ KEPT = (  # beginnings of the names of metrics
 )  # fmt: skip
 
 COLUMNS = {"kernel": "Kernel Name", "metric": "Metric Name", "unit": "Metric Unit", "value": "Metric Value"}
-GRACE = 8  # seconds past the deadline for the workload that is being profiled then
+FORBIDDEN = "ERR_NVGPUCTRPERM"  # what ncu says where counters are another's to read
+TABLES = 15  # seconds before the deadline when no workload is begun: ncu prints its tables when all are done
+GRACE = 8  # seconds past the deadline when ncu is ended
 
 
 def jobs(session: Session) -> list[Job]:
@@ -36,16 +38,20 @@ def jobs(session: Session) -> list[Job]:
 
 
 def count(session: Session) -> Iterator[dict]:
-    """Profile a process and yield its metrics, those of the kernels that it reached before the deadline."""
+    """Profile a process and yield its metrics, those of the kernels that it reached in time."""
     if shutil.which("ncu") is None:
         yield {"skipped": "ncu is not installed"}
         return
     path = session.out / "ncu.csv"
+    path.unlink(missing_ok=True)
     profiled = [sys.executable, "-m", "bench.device.part", "profile", f"--out={session.out}", f"--call={session.call}",
-                f"--began={session.began}", f"--until={session.until}"]  # fmt: skip
+                f"--began={session.began}", f"--until={session.until - TABLES}"]  # fmt: skip
     wanted = ["--profile-from-start", "off", *(word for name in SECTIONS for word in ("--section", name))]
     told = ["--csv", "--page", "details", "--print-details", "all", "--clock-control", "none"]
     status = wait(["ncu", *wanted, *told, *profiled], path, session.until + GRACE)
+    if why := next((line for line in path.read_text(errors="replace").splitlines() if FORBIDDEN in line), None):
+        yield {"skipped": why}
+        return
     yield from read_metrics(path)
     yield {"ok": status == 0, "status": "ended at its limit" if status is None else status}
 

@@ -22,6 +22,7 @@ from bench.device.session import ROOT, Job, Session
 
 PREPARED = ROOT / ".gpu"  # what `python -m bench.device.prepare` makes, to be taken to the GPU's machine
 CACHE, SITE, ABOUT = PREPARED / "cache.tar.xz", PREPARED / "site", PREPARED / "prepared.json"
+UNPACKED = "unpacked"  # a file in Triton's folder that says which kernels were put there
 PACKAGES = ("pytest", "pytest_benchmark", "numpy", "matplotlib", "gaussian_adaptive_attention")
 TOOLS = ("gcc", "make", "git", "ncu", "nvidia-smi")
 
@@ -36,6 +37,13 @@ def find_missing() -> str | None:
     if not torch.cuda.is_available():
         return f"torch {torch.__version__} finds no GPU; --dry goes through the plan without one"
     return None
+
+
+def find_no_compiler() -> str | None:
+    """Return why torch.compile cannot work here; None where it can. Our kernels' launchers may be taken along."""
+    if os.environ.get("CC") or any(map(shutil.which, ("gcc", "clang"))):
+        return None
+    return "torch.compile needs a C compiler for Triton's launchers: CC is not set, no gcc or clang found"
 
 
 def set_environment(cores: int, cache: Path | None = None) -> None:
@@ -60,11 +68,25 @@ def unpack() -> str:
     folder = Path(os.environ["TRITON_CACHE_DIR"])
     if not CACHE.exists():
         return "nothing was taken along: kernels are compiled here"
-    if folder.exists():
-        return f"{folder} is there already"
+    marker, packed = folder / UNPACKED, hashlib.sha256(CACHE.read_bytes()).hexdigest()
+    if marker.exists() and marker.read_text() == packed:
+        return f"{CACHE.name} is unpacked already"
     with tarfile.open(CACHE) as archive:
         archive.extractall(folder, filter="data")
-    return f"unpacked {CACHE.name}, made by {read_prepared()}"
+        groups = [folder / name for name in archive.getnames() if Path(name).name.startswith("__grp__")]
+    for group in groups:
+        regroup(group)
+    marker.write_text(packed)
+    return f"unpacked {len(groups)} kernels of {CACHE.name}, made by {read_prepared()}"
+
+
+def regroup(group: Path) -> None:
+    """Let the list of a kernel's files name those that stand beside it: Triton wrote it with the paths of another
+    machine, and 3.9 compiles a kernel anew where one of them is absent.
+    """
+    names = json.loads(group.read_text())["child_paths"]
+    found = {name: str(group.parent / name) for name in names if (group.parent / name).exists()}
+    group.write_text(json.dumps({"child_paths": found}))
 
 
 def read_prepared() -> dict:

@@ -10,13 +10,14 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 from bench.device import summary
-from bench.device.session import LOST, ROOT, Session
+from bench.device.session import LOST, ROOT, Session, describe_error
 
 START = 90  # seconds that a machine takes to start, each time one is asked for
 BUDGET = 13 * 60  # seconds that the calls and their starts may take in all, of the fifteen minutes that there are
@@ -59,6 +60,7 @@ PLAN: dict[str, tuple[tuple[Part, ...], ...]] = {
 # the tests of the part `tests`, which pytest runs
 TESTS = ("tests/kernels", "tests/daam/test_extremes.py", "tests/daam/test_gpu.py", "tests/daam/test_train.py")
 CHOSEN = "(kernel or gpu) and not slow"
+NAMED = ("time", "sweep")  # the parts whose jobs --only chooses among; the others are done whole
 
 
 def expected_seconds(call: str) -> int:
@@ -88,8 +90,21 @@ def run_call(session: Session) -> bool:
     session = replace(session, began=time.time())
     for step in PLAN[session.call]:
         with ThreadPoolExecutor(len(step)) as pool:
-            list(pool.map(partial(run_part, session), step))
-    return not any(map(summary.is_wrong, summary.rows_of(session)))
+            list(pool.map(partial(try_part, session), step))
+    rows = summary.rows_of(session)
+    if not rows:
+        print(f"{session.call}: nothing was run", flush=True)
+    return bool(rows) and not any(map(summary.is_wrong, rows))
+
+
+def try_part(session: Session, part: Part) -> None:
+    """Run a part of a call, and write what kept it from ending: the next part begins all the same."""
+    only = session.only if part.name in NAMED else ""
+    try:
+        run_part(replace(session, only=only), part)
+    except Exception as error:
+        session.write(part.name, ok=False, error=describe_error(error), trace=traceback.format_exc()[-1500:])
+        print(f"{session.call} {part.name}: {describe_error(error)}", flush=True)
 
 
 def run_part(session: Session, part: Part) -> None:
@@ -113,29 +128,40 @@ def run_shard(session: Session, part: Part, k: int) -> None:
             progress.unlink(missing_ok=True)
             shard = replace(session, shard=(first, part.processes), progress=progress)
             code = wait(command(shard, part.name), session.out / "log.txt", end)
-            if code == 0 or (part.name == "tests" and code == 1):  # 1: some tests failed, and have said so
+            # of tests, 1: some failed, and have said so; 5: none is left, after the last one that a process died of
+            if code == 0 or (part.name == "tests" and code in ((1,) if first == k else (1, 5))):
                 return
-            i, case = json.loads(progress.read_text()) if progress.exists() else (first, None)
+            (i, case), *left = read_progress(progress) or [(first, None)]
             if code != LOST:
                 why = "ended at its limit" if code is None else f"died, exit status {code}: log.txt may say why"
                 session.write(part.name, i=i, case=case, ok=False, error=f"the process of share {k} {why}")
             if code is None or not (code == LOST or code < 0) or case is None:
+                for i, case in left:
+                    session.write(part.name, i=i, case=case, skipped=f"not reached by the process of share {k}")
                 return
             first = i + part.processes
+
+
+def read_progress(path: Path) -> list[tuple[int, str]]:
+    """Return the jobs that a process has left, the one that runs first; none where it says nothing that can be read."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return []
 
 
 def command(session: Session, part: str) -> list[str]:
     """Return the command of a process that does a share of a part."""
     options = {
         "--call": session.call, "--out": session.out, "--device": session.device, "--began": session.began,
-        "--until": session.until, "--shard": "{}/{}".format(*session.shard),
+        "--until": session.until, "--shard": "{}/{}".format(*session.shard), "--progress": session.progress,
     }  # fmt: skip
     if part == "tests":
         plugins = ["-p", "no:cacheprovider", "-p", "bench.device.project_tests"]
         words = ["pytest", "-q", "--continue-on-collection-errors", *plugins, "-m", CHOSEN, *TESTS]
     else:
         words = ["bench.device.part", part]
-        options |= {"--only": session.only, "--progress": session.progress}
+        options["--only"] = session.only
     return [sys.executable, "-m", *words, *(f"{name}={value}" for name, value in options.items() if value is not None)]
 
 

@@ -21,7 +21,7 @@ from bench import core
 from bench.device import machine, summary
 from bench.device.cases import correct_cases, representative
 from bench.device.plan import Part, format_plan, run_part
-from bench.device.session import RESULTS, ROOT, Session
+from bench.device.session import RESULTS, ROOT, Session, read
 
 COMPILED = ("correct", "bits", "time", "host", "counters", "sweep")  # parts that launch kernels of ours
 PROCESSES = 2
@@ -51,7 +51,11 @@ def dry(calls: list[str], only: str) -> int:
     start()
     well = [run(part, "compiled", "none", only) for part in COMPILED]
     print(f"emulated are {len(representative())} of {len(correct_cases())} cases", flush=True)
-    return int(not all([*well, run("correct", "emulated", "emulated", only)]))
+    well.append(run("correct", "emulated", "emulated", only))
+    if only and not read(BUILD):
+        print(f"no case matches {only}")
+        return 1
+    return int(not all(well))
 
 
 def main() -> int:

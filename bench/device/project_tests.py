@@ -1,13 +1,15 @@
-"""A plugin of pytest for the part `tests`: a line of JSON a test as it ends, and none begun past the deadline."""
+"""A plugin of pytest for the part `tests`: a line of JSON a test as it ends, and none begun past the deadline.
+
+Where a process dies of a test, the tests' own --shard chooses those after it: of every n, from the number of the next.
+"""
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 
 import pytest
 
-from bench.device.session import Session
+from bench.device.session import Session, end_where_lost
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -15,11 +17,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--call", default="")
     parser.addoption("--began", type=float, default=0.0)
     parser.addoption("--until", type=float, default=float("inf"))
+    parser.addoption("--progress", type=Path, help="file of the tests that are left")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     ask = config.getoption
-    session = Session(ask("--call"), ask("--out"), began=ask("--began"), until=ask("--until"))
+    session = Session(
+        ask("--call"), ask("--out"), ask("--device", "cpu"), ask("--began"), ask("--until"),
+        tuple(map(int, ask("--shard", "0/1").split("/"))), progress=ask("--progress"),
+    )  # fmt: skip
     config.pluginmanager.register(Lines(session), "lines of results")
 
 
@@ -28,10 +34,19 @@ class Lines:
 
     def __init__(self, session: Session):
         self.session = session
+        self.left: list[tuple[int, str]] = []
+
+    def pytest_collection_finish(self, session: pytest.Session) -> None:
+        """Number the tests of this process as they are numbered among those of all."""
+        first, step = self.session.shard
+        self.left = [(first + step * k, item.nodeid) for k, item in enumerate(session.items)]
 
     @pytest.hookimpl(tryfirst=True)
-    def pytest_runtest_setup(self) -> None:
-        if time.time() > self.session.until:
+    def pytest_runtest_setup(self, item: pytest.Item) -> None:
+        while self.left[0][1] != item.nodeid:
+            self.left.pop(0)
+        self.session.note(self.left)
+        if self.session.late:
             pytest.skip("past the deadline")
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
@@ -49,3 +64,8 @@ class Lines:
         else:
             row |= {"ok": report.passed} | ({} if report.passed else {"error": report.longreprtext[-1500:]})
         self.session.write("tests", **row)
+        if report.failed:
+            end_where_lost(self.session)
+
+    def pytest_sessionfinish(self) -> None:
+        self.session.note([])

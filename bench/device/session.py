@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -14,7 +15,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = "results.jsonl"
-LOST = 3  # exit status of a process that has lost its CUDA context
+LOST = 40  # exit status of a process that has lost its CUDA context; pytest's own are 0 to 5
 
 
 @dataclass(frozen=True)
@@ -30,9 +31,9 @@ class Session:
     """Hold one process's share of a call.
 
     device: "cuda"; "emulated", where kernels are compiled for sm_90 and their PTX is emulated on CPU tensors; "none",
-    where they are compiled and launch nothing. began: when the call did, and until: when nothing new begins, in seconds
-    since the epoch. shard: (k, n) for the kth of every n jobs. only: what names of jobs must match. progress: a file
-    that names the job that runs.
+    where they are compiled and launch nothing; "cpu", where only what needs no kernel of ours runs. began: when the
+    call did, and until: when nothing new begins, in seconds since the epoch. shard: (k, n) for the kth of every n jobs.
+    only: what names of jobs must match. progress: a file of the jobs that are left, the one that runs first.
     """
 
     call: str
@@ -64,6 +65,13 @@ class Session:
         at = {"began": round(self.began), "t": round(time.time() - self.began, 1)}
         append(self.out / RESULTS, {"call": self.call, "part": part, **at, **row})
 
+    def note(self, left: list[tuple[int, str]]) -> None:
+        """Write the numbers and names of the jobs that are left, the one that begins first."""
+        if self.progress:
+            unfinished = self.progress.with_suffix(".new")
+            unfinished.write_text(json.dumps(left))
+            unfinished.replace(self.progress)
+
 
 def append(path: Path, row: dict) -> None:
     """Append a line of JSON to a file in one write."""
@@ -74,8 +82,11 @@ def append(path: Path, row: dict) -> None:
 def read(out: Path) -> list[dict]:
     """Return the rows that are written so far; a line that is cut off is left out."""
     path = out / RESULTS
-    lines = path.read_text().splitlines() if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("}")]
+    rows = []
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
+        with contextlib.suppress(ValueError):
+            rows.append(json.loads(line))
+    return rows
 
 
 def run_jobs(session: Session, part: str, jobs: list[Job]) -> None:
@@ -85,15 +96,14 @@ def run_jobs(session: Session, part: str, jobs: list[Job]) -> None:
     """
     kernels = count_kernels()
     first, step = session.shard
-    for i, job in list(enumerate(jobs))[first::step]:
-        if not re.search(session.only, job.name):
-            continue
+    mine = [(i, job) for i, job in list(enumerate(jobs))[first::step] if re.search(session.only, job.name)]
+    names = [(i, job.name) for i, job in mine]
+    for k, (i, job) in enumerate(mine):
         about = {"part": part, "i": i, "case": job.name}
+        session.note(names[k:])
         if session.late:
             session.write(**about, skipped="past the deadline")
             continue
-        if session.progress:
-            session.progress.write_text(json.dumps([i, job.name]))
         began, before = time.time(), dict(kernels)
         try:
             for found in job.run():
@@ -103,14 +113,20 @@ def run_jobs(session: Session, part: str, jobs: list[Job]) -> None:
                 began, before = time.time(), dict(kernels)
         except Exception as error:
             session.write(**about, ok=False, error=describe_error(error), trace=traceback.format_exc()[-1500:])
-            if session.device == "cuda" and context_is_lost():
-                sys.stdout.flush()
-                os._exit(LOST)  # the interpreter's own end would ask the driver again
+            end_where_lost(session)
+    session.note([])
 
 
 def describe_error(error: BaseException) -> str:
     """Return an error as one line of a result."""
     return f"{type(error).__name__}: {error}"[:800]
+
+
+def end_where_lost(session: Session) -> None:
+    """End this process with LOST where an error has taken its CUDA context along."""
+    if session.device == "cuda" and context_is_lost():
+        sys.stdout.flush()
+        os._exit(LOST)  # the interpreter's own end would ask the driver again
 
 
 def context_is_lost() -> bool:

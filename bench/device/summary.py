@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 from bench.device.session import Session, read
 
-SHOWN = 20  # wrong cases of a part
+SHOWN = 20  # wrong cases of a part, and reasons of those skipped
 
 
 def summarize(session: Session, part: str, seconds: float, expected: int) -> str:
@@ -22,6 +24,8 @@ def summarize(session: Session, part: str, seconds: float, expected: int) -> str
     lines = [f"{session.call} {part}: {seconds:.0f} s{f' of {expected}' if expected else ''}: {said}"]
     wrong = [row for row in rows if is_wrong(row)]
     lines += [f"    WRONG {row.get('case')}: {find_reason(row)}" for row in wrong[:SHOWN]]
+    skipped = Counter(row["skipped"] for row in rows if "skipped" in row)
+    lines += [f"    skipped {count}: {why[:300]}" for why, count in skipped.most_common(SHOWN)]
     if part == "time":
         lines += map(format_times, (row for row in rows if "us" in row))
     return "\n".join(lines)
@@ -39,7 +43,9 @@ def is_wrong(row: dict) -> bool:
 
 def find_reason(row: dict) -> str:
     """Return what is wrong with a case, in a line."""
-    found = row.get("error") or {key: row[key] for key in ("differs", "worst", "share", "not timed") if row.get(key)}
+    found = row.get("error") or {
+        key: row[key] for key in ("differs", "worst", "share", "not timed", "status") if row.get(key)
+    }
     return str(found).replace("\n", " ")[:300]
 
 

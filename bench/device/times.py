@@ -9,6 +9,7 @@ from functools import lru_cache, partial
 import torch
 
 from bench import core
+from bench.device import machine
 from bench.device.cases import TIMED
 from bench.device.session import Job, Session, append, describe_error
 from bench.providers import PROVIDERS
@@ -31,6 +32,8 @@ def time_workload(session: Session, workload: Workload) -> Iterator[dict]:
     """Yield who is timed, with the error of their results, and who is not, and why; then the times of every pass."""
     asked = {name: one for name, one in PROVIDERS.items() if one.serves(workload)}
     absent = {name: one.missing(core.DEVICE) for name, one in asked.items()}
+    if "compile" in absent:
+        absent["compile"] = absent["compile"] or machine.find_no_compiler()
     if workload.shape[workload.axis] > LONGEST and "multihead_attention" in absent:
         absent["multihead_attention"] = f"checking it takes long past {LONGEST} positions"
     names = tuple(name for name, why in absent.items() if why is None)
@@ -38,7 +41,7 @@ def time_workload(session: Session, workload: Workload) -> Iterator[dict]:
     refused = {name: describe_error(one) for name, one in found.items() if isinstance(one, Exception)}
     errors = {name: one[1] for name, one in found.items() if name not in refused}
     not_timed = {name: why for name, why in absent.items() if why} | refused
-    yield {"ok": not set(OWN) & set(refused), "errors": errors, "not timed": not_timed}
+    yield {"ok": "triton" in errors and not set(OWN) & set(refused), "errors": errors, "not timed": not_timed}
     for which in PASSES:
         if session.late:
             yield {"pass": which, "skipped": "past the deadline"}
@@ -84,6 +87,9 @@ def warm_jobs(session: Session) -> list[Job]:
 
 def warm(workload: Workload) -> Iterator[dict]:
     """Compile what the provider "compile" calls, without its reference in float64: processes share the memory."""
+    if why := machine.find_no_compiler():
+        yield {"skipped": why}
+        return
     torch._dynamo.reset()  # else the second shape of a function is compiled for any size
     x, params, grad_y = workload.inputs(core.DEVICE)
     leaves = tuple(t.requires_grad_() for t in (x, *params))

@@ -25,6 +25,8 @@ ROOT = Path(__file__).parents[2]
 EMULATED = ("density-2x3x256", "mixture-24x4-", "gate-7x50")
 no_gpu = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"} | {"CUDA_VISIBLE_DEVICES": ""}
 
+needs_gcc = pytest.mark.skipif(shutil.which("gcc") is None, reason="no gcc: Triton compiles no launcher")
+
 
 @pytest.fixture
 def here(tmp_path):
@@ -97,7 +99,7 @@ def test_lines_are_written_as_cases_end(here):
 def test_a_line_that_is_cut_off(here):
     run_jobs(here, "bits", [Job("one", lambda: [{"ok": True}])])
     with (here.out / session.RESULTS).open("a") as file:
-        file.write('{"call": "first", "part"')
+        file.write('{"call": "fi{"call": "first"}\n{"call": "first", "part"')
     assert [row["case"] for row in read(here.out)] == ["one"]
 
 
@@ -162,6 +164,66 @@ def test_a_process_that_dies_is_followed_by_another(here):
     assert "died, exit status -6" in errors["2"] and "illegal memory access" in errors["4"]
 
 
+HANGING = """
+import sys, time
+from pathlib import Path
+from bench.device.session import Job, Session, run_jobs
+
+jobs = [Job("0", lambda: [{"ok": True}]), Job("1", lambda: time.sleep(60)), *(Job(n, list) for n in "234")]
+run_jobs(Session("first", Path(sys.argv[1]), progress=Path(sys.argv[2])), "time", jobs)
+"""
+
+
+def test_what_a_kernel_that_hangs_keeps_from_running_is_named(here):
+    with mock.patch.object(
+        plan, "command", lambda s, part: [sys.executable, "-c", HANGING, str(s.out), str(s.progress)]
+    ):
+        plan.run_part(here, plan.Part("time", 0, 0, 4))
+    well, hung, *left = read(here.out)
+    assert well["ok"] and hung["case"] == "1" and hung["error"] == "the process of share 0 ended at its limit"
+    assert [row["case"] for row in left] == ["2", "3", "4"] and all("not reached" in row["skipped"] for row in left)
+
+
+@pytest.mark.parametrize("text", ["", "[[0, "])
+def test_progress_that_cannot_be_read(text, here):
+    script = f"import os, sys; open(sys.argv[1], 'w').write({text!r}); os.abort()"
+    with mock.patch.object(plan, "command", lambda shard, part: [sys.executable, "-c", script, str(shard.progress)]):
+        plan.run_part(here, plan.Part("time", 0, 60, 60))
+    (row,) = read(here.out)
+    assert row["case"] is None and "exit status -6" in row["error"]
+
+
+def run_with(here, parts):
+    """Run a call, with functions of the session in place of its parts; return whether all is well."""
+    steps = tuple((plan.Part(name, 0, 9, 9),) for name in parts)
+    with (
+        mock.patch.dict(plan.PLAN, first=steps),
+        mock.patch.object(plan, "run_part", lambda session, part: parts[part.name](session)),
+    ):
+        return plan.run_call(here)
+
+
+def test_a_part_that_fails_stops_no_other(here):
+    found = run_with(here, {"correct": lambda _: 1 / 0, "time": lambda session: session.write("time", ok=True)})
+    failed, well = read(here.out)
+    assert not found and well["ok"] and failed["part"] == "correct" and "ZeroDivisionError" in failed["error"]
+
+
+def test_names_choose_what_is_timed_alone(here):
+    seen, here = {}, replace(here, only="of that name")
+
+    def write(name, session):
+        seen[name] = session.only
+        session.write(name, ok=True)
+
+    assert run_with(here, {name: partial(write, name) for name in ("correct", "time", "sweep")})
+    assert seen == {"correct": "", "time": "of that name", "sweep": "of that name"}
+
+
+def test_a_call_that_runs_nothing_is_not_well(here):
+    assert not run_with(here, {"time": lambda session: None})
+
+
 def test_a_process_that_cannot_start_is_not_tried_again(here):
     with mock.patch.object(plan, "command", lambda shard, part: [sys.executable, "-c", "import nothing_of_that_name"]):
         plan.run_part(here, plan.Part("correct", 0, 60, 60))
@@ -202,7 +264,7 @@ def test_times(here, small):
     with no_peer, mock.patch.object(times, "PROVIDERS", chosen), mock.patch.dict(core.SECONDS, cpu=0.01):
         run_jobs(here, "time", [Job(str(small), partial(times.time_workload, here, small))])
     built, *passes = read(here.out)
-    assert built["ok"] and built["not timed"]["published"] == "gaussian-adaptive-attention is not installed"
+    assert built["ok"] is False and built["not timed"]["published"] == "gaussian-adaptive-attention is not installed"
     assert "triton" in built["not timed"] and built["errors"]["eager"] < 1e-5
     assert [row["pass"] for row in passes] == list(results.PASSES)
     for row in passes:
@@ -218,12 +280,36 @@ def test_times_stop_at_the_deadline(here, small):
     assert found[1:] == [{"pass": "forward", "skipped": "past the deadline"}]
 
 
-def test_a_result_of_ours_that_is_wrong_is_said(here, small):
+def check_providers(here, workload, *absent, **changed):
+    """Return the row of who is timed of our two backends and torch.compile, triton in place of which eager runs."""
+    eager = providers.PROVIDERS["eager"]
+    chosen = {"triton": eager, "eager": eager, "compile": replace(eager, missing=lambda device: None)} | changed
+    chosen = {name: one for name, one in chosen.items() if name not in absent}
+    with mock.patch.dict(providers.PROVIDERS, chosen), mock.patch.object(times, "PROVIDERS", chosen):
+        core._candidates.cache_clear()
+        return next(iter(times.time_workload(here, workload)))
+
+
+@pytest.mark.parametrize("name", ["triton", "eager", "compile"])
+def test_a_result_of_ours_that_is_wrong_is_said(name, here, small):
     wrong = replace(providers.PROVIDERS["eager"], build=lambda task: 1 / 0)
-    chosen = {"eager": wrong, "copy": providers.PROVIDERS["copy"]}
-    with mock.patch.dict(providers.PROVIDERS, eager=wrong), mock.patch.object(times, "PROVIDERS", chosen):
-        built = next(iter(times.time_workload(here, small)))
-    assert built["ok"] is False and "ZeroDivisionError" in built["not timed"]["eager"]
+    assert check_providers(here, small)["ok"] is True
+    built = check_providers(here, small, **{name: wrong})
+    assert built["ok"] is False and "ZeroDivisionError" in built["not timed"][name]
+
+
+def test_a_backend_of_ours_that_is_absent_is_wrong(here, small):
+    assert check_providers(here, small, "triton")["ok"] is False
+
+
+def test_a_compiler_that_is_absent_is_not_wrong(here, small, monkeypatch):
+    """Whoever needs it says so: in times, in warming up, and in the host's times."""
+    monkeypatch.delenv("CC", raising=False)
+    with mock.patch("shutil.which", return_value=None):
+        built = check_providers(here, small)
+        rows = [*times.warm(small), *calls.measure(here, small, "compile")]
+    assert built["ok"] is True and "no gcc" in built["not timed"]["compile"]
+    assert len(rows) == 2 and all("no gcc" in row["skipped"] for row in rows)
 
 
 def test_host_times():
@@ -305,18 +391,85 @@ def test_counters(tmp_path, here):
         assert list(counters.count(here)) == [{"skipped": "ncu is not installed"}]
 
 
+NCU = """#!{python}
+import sys
+print('==PROF==', *sys.argv, '"ID","Kernel Name","Metric Name","Metric Unit","Metric Value"', {lines!r}, sep='\\n')
+sys.exit({status})
+"""
+
+
+def count_with(monkeypatch, here, lines, status):
+    """Return the rows of counters where ncu prints some lines and leaves with a status."""
+    program = here.out / "bin" / "ncu"
+    program.parent.mkdir(exist_ok=True)
+    program.write_text(NCU.format(python=sys.executable, lines=lines, status=status))
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(program.parent))
+    return list(counters.count(here))
+
+
+def test_counters_of_a_call(here, monkeypatch):
+    """Its own, whatever an earlier call left; what is profiled ends before ncu is ended, which then has its tables to
+    print; another status is wrong.
+    """
+    here = replace(here, until=time.time() + 60)
+    line = '"0","{}","DRAM Throughput","%","91.5"'
+    assert len(count_with(monkeypatch, here, line.format("_forward"), 0)) == 2
+    row, end = count_with(monkeypatch, here, line.format("_backward"), 0)
+    assert row["kernel"] == "_backward" and end == {"ok": True, "status": 0}
+    (until,) = (word for word in (here.out / "ncu.csv").read_text().split() if word.startswith("--until="))
+    assert float(until.removeprefix("--until=")) == here.until - counters.TABLES
+    run_jobs(here, "counters", [Job("ncu", lambda: count_with(monkeypatch, here, "no table", 9))])
+    assert "WRONG ncu: {'status': 9}" in summary.summarize(here, "counters", 1, 1)
+
+
+def test_counters_that_may_not_be_read(here, monkeypatch):
+    """They are skipped, in ncu's words."""
+    why = "==ERROR== ERR_NVGPUCTRPERM - The user does not have permission to access NVIDIA GPU Performance Counters"
+    run_jobs(here, "counters", [Job("ncu", lambda: count_with(monkeypatch, here, why, 1))])
+    said = summary.summarize(here, "counters", 1, 1)
+    assert "0 wrong, 1 skipped" in said and f"skipped 1: {why}" in said
+
+
+LAUNCHING = """
+from bench.device import cases, session
+from bench.host import taking_any_tensor
+from bench.stub_driver import stub_driver
+
+kernels, one = session.count_kernels(), cases.case("density", (2, 3, 256), 1, 1)
+with stub_driver(), taking_any_tensor():
+    cases.helpers.run(one, cases.draw_inputs(one, cases.BF16, "cpu"), "triton")
+print(*kernels.values())
+"""
+
+
+def launch_kernels(folder):
+    """Launch the kernels of one case, on no GPU, in a process of its own and with a folder of Triton's; return how many
+    it compiled and how many it found there.
+    """
+    environment = no_gpu | {"TRITON_CACHE_DIR": str(folder)}
+    command = [sys.executable, "-c", LAUNCHING]
+    return subprocess.check_output(command, cwd=ROOT, env=environment, text=True).split()
+
+
+@needs_gcc
 def test_kernels_are_taken_along(tmp_path, monkeypatch):
-    """What is packed here is where Triton looks for it there, without what it does not need."""
+    """Triton finds there what is packed here, without what it does not need, where the folder here is no more, and
+    where there are kernels there already.
+    """
+    pytest.importorskip("triton")
     made, there = tmp_path / "made", tmp_path / "there"
-    (made / "key").mkdir(parents=True)
-    for name in ("k.cubin", "k.json", "stub.so", "k.ttir"):
-        (made / "key" / name).write_text(name)
+    assert launch_kernels(made) == ["3", "0"]
     monkeypatch.setattr(machine, "CACHE", tmp_path / "cache.tar.xz")
     monkeypatch.setenv("TRITON_CACHE_DIR", str(there))
     assert "compiled here" in machine.unpack() and not there.exists()
     prepare.pack(made)
-    assert "unpacked" in machine.unpack()
-    assert sorted(path.name for path in there.rglob("*.*")) == ["k.cubin", "k.json", "stub.so"]
+    shutil.rmtree(made)
+    (there / "another").mkdir(parents=True)
+    assert "unpacked 3 kernels" in machine.unpack()
+    assert {path.suffix for path in there.rglob("*.*")} == {".cubin", ".json", ".so"}
+    assert launch_kernels(there) == ["0", "3"]
+    assert "unpacked already" in machine.unpack()
 
 
 def test_other_tiles_are_planned_for_as_long_as_they_are_tried():
@@ -374,8 +527,45 @@ def test_the_projects_own_tests_are_written_too(until, here):
     assert "assert 1 == 2" in rows["test_bad"]["error"] and rows["test_skipped"]["skipped"] == "not here"
 
 
+SHARED = """
+from bench.device import session
+session.context_is_lost = lambda: True
+
+def pytest_addoption(parser):
+    parser.addoption("--device")
+    parser.addoption("--shard")
+
+def pytest_collection_modifyitems(config, items):
+    k, n = map(int, config.getoption("--shard").split("/"))
+    items[:] = items[k::n]
+"""
+FATAL = """
+import os
+def test_0(): pass
+def test_1(): os.abort()
+def test_2(): pass
+def test_3(): assert 1 == 2
+def test_4(): pass
+def test_5(): os.abort()
+"""
+
+
+def test_the_projects_tests_go_on_after_one_that_a_process_dies_of(here):
+    """By a signal, also of the last one, or of a lost context; each is written once."""
+    here = replace(here, device="cuda")
+    (here.out / "conftest.py").write_text(SHARED)
+    (here.out / "test_some.py").write_text(FATAL)
+    tests = (f"--rootdir={here.out}", "-c", os.devnull, str(here.out))
+    with mock.patch.multiple(plan, TESTS=tests, CHOSEN=""):
+        plan.run_part(here, plan.Part("tests", 0, 60, 60))
+    rows = {row["case"].partition("::")[2]: row for row in read(here.out)}
+    assert len(read(here.out)) == 6, read(here.out)
+    assert [rows[f"test_{i}"]["ok"] for i in range(6)] == [True, False, True, False, True, False]
+    assert all("exit status -6" in rows[name]["error"] for name in ("test_1", "test_5"))
+
+
 @pytest.fixture(scope="module")
-def emulated(tmp_path_factory):
+def rows_emulated(tmp_path_factory):
     """The rows of three cases, compiled for sm_90 and emulated in a process of its own."""
     pytest.importorskip("triton")
     out = tmp_path_factory.mktemp("emulated")
@@ -385,10 +575,11 @@ def emulated(tmp_path_factory):
     return read(out)
 
 
-def test_emulated_cases_are_right(emulated):
-    assert len(emulated) >= len(EMULATED)
-    for row in emulated:
+@needs_gcc
+def test_emulated_cases_are_right(rows_emulated):
+    assert len(rows_emulated) >= len(EMULATED)
+    for row in rows_emulated:
         assert row["ok"] is True and row["share"] <= 1, row
         assert row["launches"] == helpers.ALGORITHMS[row["case"].partition("-")[0]].kernels[0]
         assert row["compiled"] + row["cached"] >= 1
-    assert json.dumps(emulated)
+    assert json.dumps(rows_emulated)
