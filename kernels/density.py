@@ -185,8 +185,8 @@ def _backward(
                 grad = ()
                 for i in tl.static_range(PARTS):
                     # from x - mean, not as k1·x + k0: large means would cancel
-                    shared = factor * (mean_he - he[i]) + (slope * d[i] - slope_rest)
-                    grad = grad + (gradient[1][i] * w[i] + shared,)
+                    own_part = gradient[1][i] * w[i] + (slope * d[i] - slope_rest)
+                    grad = grad + (own_part + factor * (mean_he - he[i]),)
                 write_dx(dx, grad, gradient[0], extent, at, inside, valid, RESIDUAL)
             if partials is not None:
                 totals = _add_to(totals, he, e, sum_he, sum_hee, extent, at, VARIES)
