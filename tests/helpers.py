@@ -229,18 +229,23 @@ def broadcast(mask: Tensor | None, case: Case) -> Tensor | None:
     return None if mask is None else mask.reshape(*mask.shape, *[1] * (len(case.shape) - mask.dim()))
 
 
-def oracle(case: Case, given: Inputs) -> dict[str, Tensor]:
-    """The same by plain autograd through the formula, in float64."""
-    leaves = [t.detach().cpu().double().requires_grad_() for t in (given.x, *given.params)]
-    mask = None if given.mask is None else broadcast(given.mask.cpu(), case)
+def oracle(case: Case, given: Inputs, device: torch.device | str = "cpu") -> dict[str, Tensor]:
+    """Return the same by plain autograd through the formula, in float64 on a device, as tensors on the CPU."""
+
+    def exact(t: Tensor) -> Tensor:
+        return t.detach().to(device, torch.float64)
+
+    leaves = [exact(t).requires_grad_() for t in (given.x, *given.params)]
+    mask = None if given.mask is None else broadcast(given.mask.to(device), case)
     how = (case.positive_axis, *case.spec.settings(case), case.residual)
     y, weights = case.spec.reference.formula(*leaves, mask, *how)
-    loss = (y * given.grad_y.cpu().double()).sum()
+    loss = (y * exact(given.grad_y)).sum()
     if case.weights:
-        loss = loss + (weights * given.grad_weights.cpu().double()).sum()
+        loss = loss + (weights * exact(given.grad_weights)).sum()
     grads = torch.autograd.grad(loss, leaves)
-    result = {"y": y, "weights": weights} if case.weights else {"y": y}
-    return {k: v.detach() for k, v in result.items()} | dict(zip(case.gradients, grads, strict=True))
+    found = {"y": y, "weights": weights} if case.weights else {"y": y}
+    found |= dict(zip(case.gradients, grads, strict=True))
+    return {name: t.detach().cpu() for name, t in found.items()}
 
 
 def error(result: Tensor, expected: Tensor) -> float:

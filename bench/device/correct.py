@@ -7,9 +7,8 @@ from collections.abc import Iterator
 from functools import partial
 
 import torch
-from torch import Tensor
 
-from bench.device.cases import Case, Inputs, correct_cases, draw_inputs, helpers, representative
+from bench.device.cases import Case, correct_cases, draw_inputs, helpers, representative
 from bench.device.session import Job, Session
 
 WRONG = 4  # times the tests' bound; what is past the bound itself is flagged, of one draw and not the worst of eight
@@ -29,7 +28,8 @@ def judge(session: Session, case: Case, dtype: torch.dtype) -> Iterator[dict]:
     if session.compiling:
         yield {"launches": launches}
         return
-    wanted, eager = compute_expected(case, inputs), helpers.run(case, inputs, "eager")
+    # where the tensors are: a dozen processes share the host's cores
+    wanted, eager = helpers.oracle(case, inputs, session.tensors), helpers.run(case, inputs, "eager")
     errors = {name: (helpers.error(ours[name], one), helpers.error(eager[name], one)) for name, one in wanted.items()}
     shares = {name: own / helpers.bound(case, name, dtype, beside, draws=1) for name, (own, beside) in errors.items()}
     worst = max(shares, key=lambda name: math.inf if math.isnan(shares[name]) else shares[name])
@@ -41,17 +41,3 @@ def judge(session: Session, case: Case, dtype: torch.dtype) -> Iterator[dict]:
         "errors [ours, eager]": {name: [float(f"{one:.3g}") for one in pair] for name, pair in errors.items()},
         "launches": launches,
     }
-
-
-def compute_expected(case: Case, inputs: Inputs) -> dict[str, Tensor]:
-    """Return the oracle's results. It works where the tensors are: a dozen processes share the host's cores."""
-    leaves = [t.detach().double().requires_grad_() for t in (inputs.x, *inputs.params)]
-    mask = helpers.broadcast(inputs.mask, case)
-    outputs = case.spec.reference.formula(
-        *leaves, mask, case.positive_axis, *case.spec.settings(case), case.residual
-    )  # fmt: skip
-    outputs = dict(zip(("y", "weights"), outputs[: 1 + case.weights], strict=False))
-    upstream = [g.double() for g in (inputs.grad_y, inputs.grad_weights)[: len(outputs)]]
-    grads = torch.autograd.grad(list(outputs.values()), leaves, upstream)
-    found = outputs | dict(zip(case.gradients, grads, strict=True))
-    return {name: t.detach().cpu() for name, t in found.items()}
