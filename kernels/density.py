@@ -127,12 +127,23 @@ def _products(h, w, e, params, r2, VARIES: tl.constexpr):
 
 
 @triton.jit
+def _input_grad(grad_y, w, d, rest, he, factor, mean_he, slope):
+    """dx without the residual's part; he and its mean lack `factor`, which is large where what they leave is small."""
+    slope_rest, grad = slope * rest, ()
+    for i in tl.static_range(len(he)):
+        # from x - mean, not as k1·x + k0: large means would cancel
+        own_part = grad_y[i] * w[i] + (slope * d[i] - slope_rest)
+        grad = grad + (own_part + factor * (mean_he - he[i]),)
+    return grad
+
+
+@triton.jit
 def _sums(
     x, grad_y, grad_weights, mean_offset, c, mask, stats, sums, extent,
     VARIES: tl.constexpr, ACC: tl.constexpr, INDEX: tl.constexpr,
     BLOCK_CHUNK: tl.constexpr, BLOCK_INNER: tl.constexpr, PARTS: tl.constexpr, RAGGED: tl.constexpr,
 ):  # fmt: skip
-    """Σ he and Σ he·e of every chunk's strip of one tile's columns."""
+    """Σ he and Σ he·e of every chunk's strip of one tile's columns, and Σ he without its `_factor`."""
     head, start, first, step, spot, apart = first_tile(extent, True)
     own = at_of(spot, head, start, extent, INDEX, BLOCK_CHUNK, BLOCK_INNER)
     params = _params(mean_offset, c, head, start, own, extent, ACC, VARIES, PARTS)
@@ -151,7 +162,9 @@ def _sums(
             sum_he += added(he)
             sum_hee += products(he, e)
         factor = _factor(params, r2, VARIES)
-        store_strip(sums, extent, own, head, start, (along_chunk(sum_he) * factor, along_chunk(sum_hee) * factor))
+        all_he = along_chunk(sum_he)
+        numbers = (all_he * factor, along_chunk(sum_hee) * factor, all_he)
+        store_strip(sums, extent, own, head, start, numbers)
         spot = next_tile(spot, apart, extent)
 
 
@@ -180,22 +193,15 @@ def _backward(
             all_he = along_chunk(added(he))
             sum_he, sum_hee = all_he * factor, along_chunk(products(he, e)) * factor
             if dx is not None:
-                mean_he, slope = share * all_he, share * r2 * sum_hee
-                slope_rest = slope * rest
-                grad = ()
-                for i in tl.static_range(PARTS):
-                    # from x - mean, not as k1·x + k0: large means would cancel
-                    own_part = gradient[1][i] * w[i] + (slope * d[i] - slope_rest)
-                    grad = grad + (own_part + factor * (mean_he - he[i]),)
+                grad = _input_grad(gradient[1], w, d, rest, he, factor, share * all_he, share * r2 * sum_hee)
                 write_dx(dx, grad, gradient[0], extent, at, inside, valid, RESIDUAL)
             if partials is not None:
                 totals = _add_to(totals, he, e, sum_he, sum_hee, extent, at, VARIES)
         else:
             own = at_of(spot, head, start, extent, INDEX, BLOCK_CHUNK, BLOCK_INNER)
             mean, rest, r2, share = load_numbers(stats, extent, own, head, 4)
-            sum_he, sum_hee = load_numbers(sums, extent, own, head, 2)
-            slope = share * r2 * sum_hee
-            common = share * sum_he - slope * rest
+            sum_he, sum_hee, all_he = load_numbers(sums, extent, own, head, 3)
+            factor, mean_he, slope = _factor(params, r2, VARIES), share * all_he, share * r2 * sum_hee
             for row in range(start, tl.minimum(start + extent.strip, extent.chunk), BLOCK_CHUNK * PARTS):
                 at, inside, valid, _raw, xv = read_tile(
                     x, mask, spot, head, row, extent, False, ACC, INDEX, BLOCK_CHUNK, BLOCK_INNER, PARTS, RAGGED
@@ -203,15 +209,11 @@ def _backward(
                 d = less(xv, mean)
                 e, w = _weights(d, rest, params, r2, valid)
                 gradient = gradients(grad_y, grad_weights, mask, extent, at, inside, valid, RESIDUAL, ACC)
-                h = of_weights(gradient, xv, None)
+                he = _products(of_weights(gradient, xv, None), w, e, params, r2, VARIES)
                 if dx is not None:
-                    grad = ()
-                    for i in tl.static_range(PARTS):
-                        own_part = gradient[1][i] - h[i] * (e[i] * (params[1][i] * r2))
-                        grad = grad + (own_part * w[i] + (common + slope * d[i]),)
+                    grad = _input_grad(gradient[1], w, d, rest, he, factor, mean_he, slope)
                     write_dx(dx, grad, gradient[0], extent, at, inside, valid, RESIDUAL)
                 if partials is not None:
-                    he = _products(h, w, e, params, r2, VARIES)
                     totals = _add_to(totals, he, e, sum_he, sum_hee, extent, at, VARIES)
         spot = next_tile(spot, apart, extent)
     if partials is not None:
@@ -327,9 +329,9 @@ def backward(
         inputs = (of.x, of.grad_y, of.grad_weights, call.of_heads(mean_offset), call.of_heads(c), of.mask, stats)
         sums = None
         if call.streamed:
-            strips = call.of_strips(2)
+            strips = call.of_strips(3)
             call.launch(_sums, call.programs, *inputs, strips, VARIES=call.along)
-            sums = add_strips(call, strips, 2)
+            sums = add_strips(call, strips, 3)
         # the sums of streamed chunks are all there is to sum, but where parameters vary along the chunk
         direct = call.streamed and call.along != "chunk"
         programs = call.programs_of_sums(2) if need_params and not direct else call.programs
@@ -339,7 +341,7 @@ def backward(
                 _backward, programs, *inputs, sums, of.dx, partials, eps_parts, VARIES=call.along, RESIDUAL=residual
             )
         if need_params:
-            partials = _as_partials(sums.data, axis, feature_axis) if direct else partials
+            partials = _as_partials(sums.data[:2], axis, feature_axis) if direct else partials
             features = c.shape[1]
             block = min(128, power_of_2(features))
             args = (partials, partials.data.shape[2], call.of_heads(c), *grads, features)

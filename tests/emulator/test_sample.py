@@ -84,7 +84,15 @@ def test_a_narrow_gaussian(shape):
 
 @pytest.mark.emulated
 @pytest.mark.parametrize(
-    ("shape", "params"), [((2, 1, 256), "features"), ((2, 4, 256), "features"), ((64, 4), "one"), ((8, 1024), "one")]
+    ("shape", "params"),
+    [
+        ((2, 1, 256), "features"),
+        ((2, 4, 256), "features"),
+        ((64, 4), "one"),
+        ((8, 1024), "one"),
+        ((1, 600, 21), "features"),
+        ((1, 5000), "one"),
+    ],
 )
 def test_a_constant_chunk(shape, params):
     """Sums of which nothing is left, where a product is rounded alike in all its uses."""
