@@ -7,6 +7,7 @@ interpreter, with `--device emulated` as it is compiled for a GPU (`emulator`).
 
 import contextlib
 import os
+import tempfile
 
 import pytest
 import torch
@@ -23,6 +24,10 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
+    # Inductor keeps code by its graph, and compiles what another ATEN_CPU_CAPABILITY made for this one.
+    cache = tempfile.TemporaryDirectory(prefix="daam-inductor-")
+    config.add_cleanup(cache.cleanup)
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache.name
     device = config.getoption("--device")
     if device != "cpu" and os.environ.get("TRITON_INTERPRET"):
         raise pytest.UsageError(f"--device {device}: unset TRITON_INTERPRET")

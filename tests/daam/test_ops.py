@@ -23,8 +23,7 @@ algorithms = pytest.mark.parametrize("algorithm", ALGORITHMS)
 
 
 @pytest.fixture(autouse=True)
-def fresh_compiler(monkeypatch):
-    monkeypatch.setenv("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "1")
+def fresh_compiler():
     torch._dynamo.reset()
 
 

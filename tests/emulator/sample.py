@@ -80,9 +80,9 @@ def narrow_errors(shape: tuple[int, ...]) -> list[float]:
 
 
 def constant_error(shape: tuple[int, ...], params: str) -> float:
-    """Return the largest error in fp32 of density attention's dx, of what the rule allows, where every chunk is constant
-    and all its positions have one gradient: what reaches x by mean and variance is the difference of equal numbers,
-    each a hundred times what is left.
+    """Return the largest error in fp32 of density attention's dx, of what the rule allows, where every chunk is
+    constant and all its positions have one gradient: what reaches x by mean and variance is the difference of equal
+    numbers, each a hundred times what is left.
     """
     case, found = Case(shape, 1, params=params), []
     for seed in range(SEEDS):
