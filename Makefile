@@ -61,7 +61,7 @@ test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -q -m audit
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -m slow
 
-# All that needs a GPU, in twelve minutes of one (11.7 expected, 12.8 at most, machine starts included), with whatever
+# All that needs a GPU, in twelve minutes of one (11.8 expected, 13.0 at most, machine starts included), with whatever
 # torch and Triton PYTHON has; what it finds goes into OUT as it is found. `$(PYTHON) -m bench.device first` and `second`
 # are its halves, where there is no make.
 gpu:

@@ -6,7 +6,9 @@ wait in which the host launches ahead; on a CPU it is the wall clock's, with wha
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import os
 import platform
 import statistics
 import subprocess
@@ -252,7 +254,7 @@ def timed(own: list[float], copy: list[float]) -> dict[str, dict[str, float]]:
 
 @functools.cache
 def about() -> dict[str, Any]:
-    """Return device, versions and commit; the commit is "unknown" where there is no git, or no repository."""
+    """Return device, versions and commit; where git tells none, that is what DAAM_COMMIT says, or "unknown"."""
     if DEVICE == "cuda":
         device = torch.cuda.get_device_name()
     else:
@@ -270,11 +272,12 @@ def about() -> dict[str, Any]:
 
 def _commit() -> str:
     command = ["git", "describe", "--always", "--dirty", "--abbrev=10"]
-    try:
-        described = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
-    except FileNotFoundError:
-        return "unknown"
-    return described.stdout.strip() or "unknown"
+    described = ""
+    with contextlib.suppress(FileNotFoundError):
+        described = subprocess.run(
+            command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False
+        ).stdout.strip()
+    return described or os.environ.get("DAAM_COMMIT", "unknown")
 
 
 class Replay:

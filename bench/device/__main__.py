@@ -22,7 +22,7 @@ def main() -> int:
         default="",
         help="a regular expression that names of what is timed and swept must match; --dry: of all cases",
     )
-    parser.add_argument("--dry", action="store_true", help="compile all of it and emulate some of it, without a GPU")
+    parser.add_argument("--dry", action="store_true", help="compile its kernels and emulate some of it, without a GPU")
     args = parser.parse_args()
     if args.dry:
         from bench.device.prepare import dry

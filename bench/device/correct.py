@@ -22,6 +22,8 @@ def jobs(session: Session) -> list[Job]:
 
 def judge(session: Session, case: Case, dtype: torch.dtype) -> Iterator[dict]:
     """Yield the errors of our results and of eager's, and the share of the bound that the worst of ours takes."""
+    if session.device == "cuda":
+        torch.cuda.empty_cache()  # what the case before held, for processes beside this one
     inputs = draw_inputs(case, dtype, session.tensors)
     with helpers.recorded_launches() as launches:
         ours = helpers.run(case, inputs, "triton")

@@ -57,6 +57,8 @@ def set_environment(cores: int, cache: Path | None = None) -> None:
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "4")
     os.environ["OMP_NUM_THREADS"] = "1" if cores < 16 else "2"
     os.environ["PYTHONUNBUFFERED"] = "1"
+    if is_prepared():
+        os.environ.setdefault("DAAM_COMMIT", read_prepared()["commit"])  # a copy of the project may have no repository
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(SITE)]))
 
 
@@ -94,6 +96,11 @@ def read_prepared() -> dict:
     return json.loads(ABOUT.read_text()) if ABOUT.exists() else {}
 
 
+def is_prepared() -> bool:
+    """Tell whether the kernels that were taken along are of these sources, this Triton and this Python."""
+    return read_prepared().get("fingerprint") == fingerprint()
+
+
 @functools.cache
 def fingerprint() -> str:
     """Return what changes with the kernels' sources, Triton and Python: kernels of one are found by no other."""
@@ -124,7 +131,7 @@ def describe(session: Session) -> Iterator[dict]:
         "packages": {name: found(name) is not None for name in PACKAGES},
         "tools": {name: shutil.which(name) for name in TOOLS},
         "prepared": read_prepared(),
-        "prepared is of these sources": read_prepared().get("fingerprint") == fingerprint(),
+        "prepared is of these sources": is_prepared(),
         "environment": {k: v for k, v in os.environ.items() if k.startswith(("TRITON", "TORCH", "CUDA", "PYTORCH"))},
     }
     if session.device != "cuda":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -17,10 +18,10 @@ from functools import partial
 from pathlib import Path
 
 from bench.device import summary
-from bench.device.session import LOST, ROOT, Session, describe_error
+from bench.device.session import HUNG, LOST, ROOT, Session, describe_error
 
-START = 90  # seconds that a machine takes to start, each time one is asked for
-BUDGET = 13 * 60  # seconds that the calls and their starts may take in all, of the fifteen minutes that there are
+START = 90  # seconds that a machine takes to start, once for each call
+BUDGET = 13 * 60  # seconds that the calls and their starts may take in all, of a quarter of an hour
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Part:
     processes: int = 1
 
 
-# Steps follow each other, parts of a step run at once: nothing is timed beside other work. A machine has 16 cores.
+# Steps follow each other, parts of a step run at once: nothing is timed beside other work. For 16 cores.
 PLAN: dict[str, tuple[tuple[Part, ...], ...]] = {
     "first": (
         (Part("info", 15, 30, 45),),
@@ -50,16 +51,20 @@ PLAN: dict[str, tuple[tuple[Part, ...], ...]] = {
     ),
     "second": (
         (Part("correct", 40, 60, 80, 12), Part("bits", 40, 60, 80, 4)),
-        (Part("tests", 140, 210, 225, 14),),
-        (Part("sweep", 60, 280, 290),),
-        (Part("time", 20, 300, 310),),
+        (Part("tests", 155, 220, 235, 14),),
+        (Part("sweep", 55, 290, 300),),
+        (Part("time", 20, 310, 320),),
     ),
     # in place of the times of `first`, where that found results that are wrong
     "third": ((Part("time", 95, 100, 115),),),
 }
 # the tests of the part `tests`, which pytest runs
-TESTS = ("tests/kernels", "tests/daam/test_extremes.py", "tests/daam/test_gpu.py", "tests/daam/test_train.py")
+TESTS = (
+    "tests/kernels",
+    *(f"tests/daam/test_{name}.py" for name in ("extremes", "gpu", "train", "functional", "ops", "published")),
+)
 CHOSEN = "(kernel or gpu) and not slow"
+PATIENCE = 45  # seconds that a process may be at one job on a GPU while others wait for it
 NAMED = ("time", "sweep")  # the parts whose jobs --only chooses among; the others are done whole
 
 
@@ -127,13 +132,16 @@ def run_shard(session: Session, part: Part, k: int) -> None:
         while True:
             progress.unlink(missing_ok=True)
             shard = replace(session, shard=(first, part.processes), progress=progress)
-            code = wait(command(shard, part.name), session.out / "log.txt", end)
+            watched = progress if session.device == "cuda" else None
+            code = wait(command(shard, part.name), session.out / "log.txt", end, watched)
             # of tests, 1: some failed, and have said so; 5: none is left, after the last one that a process died of
             if code == 0 or (part.name == "tests" and code in ((1,) if first == k else (1, 5))):
                 return
             (i, case), *left = read_progress(progress) or [(first, None)]
             if code != LOST:
-                why = "ended at its limit" if code is None else f"died, exit status {code}: log.txt may say why"
+                why = {None: "ended at its limit", HUNG: f"was at it for {PATIENCE} s and was ended"}.get(
+                    code, f"died, exit status {code}: log.txt may say why"
+                )
                 session.write(part.name, i=i, case=case, ok=False, error=f"the process of share {k} {why}")
             if code is None or not (code == LOST or code < 0) or case is None:
                 for i, case in left:
@@ -165,15 +173,26 @@ def command(session: Session, part: str) -> list[str]:
     return [sys.executable, "-m", *words, *(f"{name}={value}" for name, value in options.items() if value is not None)]
 
 
-def wait(words: list[str], output: Path, end: float) -> int | None:
-    """Return the exit status of a command whose output goes to the end of a file; None where it had not ended in time
-    and was ended, with all it had started.
+def wait(words: list[str], output: Path, end: float, progress: Path | None) -> int | None:
+    """Return the exit status of a command whose output goes to the end of a file. It is ended, with all it had started,
+    where it has not ended in time: None; or where its progress says that it was too long at one job: HUNG.
     """
     with output.open("ab") as file:
         process = subprocess.Popen(words, cwd=ROOT, stdout=file, stderr=file, start_new_session=True)
-        try:
-            return process.wait(max(1.0, end - time.time()))
-        except subprocess.TimeoutExpired:
+        while True:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                return process.wait(max(0.1, min(1.0, end - time.time())))
+            if time.time() < end and not is_stuck(progress):
+                continue
+            found = None if time.time() >= end else HUNG
             os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-            return None
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(10)  # the driver may hold it
+            return found
+
+
+def is_stuck(progress: Path | None) -> bool:
+    """Tell whether a process has been at a job for too long while others wait for it."""
+    return (
+        progress is not None and len(read_progress(progress)) > 1 and time.time() - progress.stat().st_mtime > PATIENCE
+    )

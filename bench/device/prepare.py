@@ -46,7 +46,7 @@ def start() -> None:
 
 
 def dry(calls: list[str], only: str) -> int:
-    """Print the plan, compile all that it launches and emulate cases of every regime; return 1 where that fails."""
+    """Print the plan, compile what its own parts launch, emulate cases of every regime; return 1 where one fails."""
     print(format_plan(calls), flush=True)
     start()
     well = [run(part, "compiled", "none", only) for part in COMPILED]

@@ -16,6 +16,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = "results.jsonl"
 LOST = 40  # exit status of a process that has lost its CUDA context; pytest's own are 0 to 5
+HUNG = -99  # in place of the exit status of a process that was ended since it was too long at one job
 
 
 @dataclass(frozen=True)
@@ -112,6 +113,9 @@ def run_jobs(session: Session, part: str, jobs: list[Job]) -> None:
                 session.write(**about, **found, seconds=seconds, **made)
                 began, before = time.time(), dict(kernels)
         except Exception as error:
+            if is_out_of_memory(error):
+                session.write(**about, skipped=describe_error(error))
+                continue
             session.write(**about, ok=False, error=describe_error(error), trace=traceback.format_exc()[-1500:])
             end_where_lost(session)
     session.note([])
@@ -120,6 +124,13 @@ def run_jobs(session: Session, part: str, jobs: list[Job]) -> None:
 def describe_error(error: BaseException) -> str:
     """Return an error as one line of a result."""
     return f"{type(error).__name__}: {error}"[:800]
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Tell whether the device's memory was full, of which other processes of a part hold the rest."""
+    import torch
+
+    return isinstance(error, torch.OutOfMemoryError)
 
 
 def end_where_lost(session: Session) -> None:

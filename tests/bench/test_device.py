@@ -38,7 +38,7 @@ def test_minutes_add_up():
     calls = ["first", "second"]
     assert sum(plan.latest_end(call) + plan.START for call in calls) <= plan.BUDGET
     assert sum(map(plan.latest_end, calls)) <= 600 and plan.latest_end("first") <= 300
-    assert "12.8 at most" in plan.format_plan(calls)
+    assert "13.0 at most" in plan.format_plan(calls)
     for call, steps in plan.PLAN.items():
         began = 0
         for step in steps:
@@ -185,6 +185,49 @@ def test_what_a_kernel_that_hangs_keeps_from_running_is_named(here):
     well, hung, *left = read(here.out)
     assert well["ok"] and hung["case"] == "1" and hung["error"] == "the process of share 0 ended at its limit"
     assert [row["case"] for row in left] == ["2", "3", "4"] and all("not reached" in row["skipped"] for row in left)
+
+
+HANGING_ONCE = """
+import sys, time
+from pathlib import Path
+from bench.device.session import Job, Session, run_jobs
+
+first, out, progress = int(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3])
+jobs = [Job("0", lambda: [{"ok": True}]), Job("1", lambda: time.sleep(60)), Job("2", lambda: [{"ok": True}])]
+run_jobs(Session("first", out, shard=(first, 1), progress=progress), "time", jobs)
+"""
+
+
+def test_a_kernel_that_hangs_costs_no_other_case(here):
+    """Where others wait, the process is ended before the part's limit, and one goes on behind the case."""
+
+    def command(shard, part):
+        return [sys.executable, "-c", HANGING_ONCE, str(shard.shard[0]), str(shard.out), str(shard.progress)]
+
+    with mock.patch.object(plan, "command", command), mock.patch.object(plan, "PATIENCE", 0.2):
+        plan.run_part(replace(here, device="cuda"), plan.Part("time", 0, 120, 120))
+    before, hung, after = read(here.out)
+    assert before["ok"] and after["ok"] and (before["case"], after["case"]) == ("0", "2")
+    assert hung["case"] == "1" and "was at it for 0.2 s" in hung["error"]
+
+
+def test_a_last_job_may_take_its_time(tmp_path):
+    progress = tmp_path / "progress"
+    with mock.patch.object(plan, "PATIENCE", -1):
+        assert not plan.is_stuck(progress)
+        for left, stuck in (([[8, "last"]], False), ([[7, "one"], [8, "last"]], True)):
+            progress.write_text(json.dumps(left))
+            assert plan.is_stuck(progress) == stuck
+
+
+def test_a_full_memory_is_no_wrong_result(here):
+    def fill():
+        raise torch.OutOfMemoryError("tried to allocate")
+        yield
+
+    run_jobs(here, "correct", [Job("large", fill), Job("small", lambda: [{"ok": True}])])
+    full, well = read(here.out)
+    assert "tried to allocate" in full["skipped"] and "ok" not in full and well["ok"]
 
 
 @pytest.mark.parametrize("text", ["", "[[0, "])
