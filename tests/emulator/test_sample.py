@@ -100,6 +100,12 @@ def test_a_constant_chunk(shape, params):
 
 
 @pytest.mark.emulated
+def test_a_constant_chunk_of_many_strips():
+    with crowded():
+        assert constant_error((1, 600, 21), "features") < 1
+
+
+@pytest.mark.emulated
 @algorithms
 def test_every_launch_is_emulated(algorithm, emulated):
     case = ROWS[1][0].but(algorithm=algorithm)
