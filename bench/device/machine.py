@@ -24,7 +24,7 @@ PREPARED = ROOT / ".gpu"  # what `python -m bench.device.prepare` makes, to be t
 CACHE, SITE, ABOUT = PREPARED / "cache.tar.xz", PREPARED / "site", PREPARED / "prepared.json"
 UNPACKED = "unpacked"  # a file in Triton's folder that says which kernels were put there
 PACKAGES = ("pytest", "pytest_benchmark", "numpy", "matplotlib", "gaussian_adaptive_attention")
-TOOLS = ("gcc", "make", "git", "ncu", "nvidia-smi")
+TOOLS = ("gcc", "make", "git", "file", "ncu", "nvidia-smi")  # of `file` hangs which launchers Triton finds
 
 
 def find_missing() -> str | None:
