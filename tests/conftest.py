@@ -78,6 +78,8 @@ def skipped(item, device, interpreter):
         return None if marks.keys() & {"kernel", "emulated"} else "needs no --device emulated"
     if "emulated" in marks:
         return "needs --device emulated"
+    if "not_interpreted" in marks and interpreter:
+        return f"not interpreted: {marks['not_interpreted'].args[0]}"
     if "gpu" in marks and device != "cuda":
         return "needs --device cuda"
     if "kernel" in marks and device == "cpu" and not interpreter:

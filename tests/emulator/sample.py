@@ -16,7 +16,7 @@ from bench.host import taking_any_tensor
 from daam.kernels import launch
 from daam.kernels.call import plan
 
-BF16, FP32 = torch.bfloat16, torch.float32
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 ORDERS, STREAMED = ("columns", "rows"), (False, True)
 # (case, dtype) by (order, streamed): with a mask, a residual and several heads, and without; of rows on chip the
 # second takes several warps. Nothing divides a tile.
@@ -26,10 +26,11 @@ CASES = {
     ("rows", False): ((Case((5, 150), 1, 2, mask=True, residual=True), BF16), (Case((6, 1500), 1), FP32)),
     ("rows", True): ((Case((2, 4200), 1, mask=True, residual=True), BF16), (Case((1, 5000), 1, weights=False), FP32)),
 }  # fmt: skip
+IN_FP16 = (Case((7, 50), 1, 2), FP16), (Case((4, 13, 9), 1), FP16)
 SAMPLE = [
     (case.but(algorithm=name, params="one" if dtype == BF16 and spec.features else case.params), dtype)
     for name, spec in ALGORITHMS.items()
-    for case, dtype in itertools.chain.from_iterable(CASES.values())
+    for case, dtype in itertools.chain(*CASES.values(), IN_FP16)
 ]
 LIMIT = 2.0  # of what the rule allows, since it does not count what approximate instructions may be wrong by
 

@@ -261,7 +261,14 @@ RULE = [
 ]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+FP16 = pytest.param(
+    torch.float16,
+    marks=pytest.mark.not_interpreted("a minute of both cores; fp16 is what bf16 is, the emulated sample has some"),
+    id="torch.float16",
+)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, FP16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("case", RULE, ids=str)
 def test_errors_are_those_of_eager(case, dtype, device):
     """Within helpers.bound, which has the reason of every constant."""
