@@ -173,7 +173,7 @@ def command(session: Session, part: str) -> list[str]:
     return [sys.executable, "-m", *words, *(f"{name}={value}" for name, value in options.items() if value is not None)]
 
 
-def wait(words: list[str], output: Path, end: float, progress: Path | None) -> int | None:
+def wait(words: list[str], output: Path, end: float, progress: Path | None = None) -> int | None:
     """Return the exit status of a command whose output goes to the end of a file. It is ended, with all it had started,
     where it has not ended in time: None; or where its progress says that it was too long at one job: HUNG.
     """
