@@ -14,15 +14,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 from helpers import ALGORITHMS
 
 from bench.aot import TARGETS, compile_for
-from bench.audit import COLUMNS, CONFIGURATIONS, DTYPES, GAUSSIANS, OTHERS, ROWS, TENSORS, Configuration, launches
-
-ONE_A_REGIME = [
-    Configuration("density", "rows", "chunk", 1024),
-    Configuration("density", "rows", "chunk", ROWS[-1]),
-    *(Configuration("density", "columns", "inner", chunk) for chunk in (3, 24, 256, COLUMNS[-1])),
-    *(Configuration(name, "rows", "nothing", chunk) for name in OTHERS for chunk in (1024, ROWS[-1])),
-    *(Configuration(name, "columns", "nothing", chunk) for name in OTHERS for chunk in (3, 24, 64, COLUMNS[-1])),
-]
+from bench.audit import CONFIGURATIONS, DTYPES, GAUSSIANS, ONE_A_REGIME, OTHERS, TENSORS, Configuration, launches
 
 
 def check(target, configuration):
@@ -52,9 +44,14 @@ def test_every_algorithm_is_audited():
     assert set(OTHERS) == {name for name, spec in ALGORITHMS.items() if not spec.features}
 
 
-@pytest.mark.parametrize(("dtype", "full"), [("bf16", False), ("bf16", True), ("fp32", False)])
 @pytest.mark.parametrize("configuration", CONFIGURATIONS, ids=str)
-def test_sm_90(configuration, dtype, full):
+def test_sm_90(configuration):
+    check("sm_90", configuration)
+
+
+@pytest.mark.parametrize(("dtype", "full"), [("bf16", True), ("fp32", False)])
+@pytest.mark.parametrize("configuration", ONE_A_REGIME, ids=str)
+def test_sm_90_in_full_and_in_fp32(configuration, dtype, full):
     check("sm_90", replace(configuration, dtype=dtype, full=full))
 
 

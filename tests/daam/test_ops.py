@@ -20,6 +20,9 @@ from daam.kernels import launch
 KERNELS = interpreting()  # or emulated
 BACKENDS = ["eager", pytest.param("triton", marks=pytest.mark.kernel)]
 algorithms = pytest.mark.parametrize("algorithm", ALGORITHMS)
+# Kernels are the same in all that PyTorch does around them; the interpreter takes up to half a minute for each.
+not_interpreted = pytest.mark.not_interpreted("takes long, and shows no more of kernels than the others")
+COMPILERS = ["aot_eager", pytest.param("inductor", marks=not_interpreted)]
 
 
 @pytest.fixture(autouse=True)
@@ -50,9 +53,9 @@ def op_arguments(case, backward, device):
     ("shape", "layout", "mask", "residual", "weights"),
     [
         ((2, 6, 5), "contiguous", False, False, False),
-        ((2, 6, 5), "transposed", True, True, True),
-        ((2, 140, 3), "contiguous", True, False, True),
-        ((2, 140, 3), "transposed", False, False, False),
+        pytest.param((2, 6, 5), "transposed", True, True, True, marks=not_interpreted),
+        pytest.param((2, 140, 3), "contiguous", True, False, True, marks=not_interpreted),
+        pytest.param((2, 140, 3), "transposed", False, False, False, marks=not_interpreted),
         ((0, 6, 5), "contiguous", False, False, True),
     ],
 )
@@ -70,7 +73,7 @@ def test_opcheck(shape, layout, mask, residual, weights, kernels, algorithm, dev
 
 @algorithms
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("compiler", COMPILERS)
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compile_fullgraph(backend, compiler, dynamic, algorithm, device):
     """Forward and backward in one graph, static and dynamic, with mask and differentiable weights."""
@@ -143,7 +146,7 @@ def loss(case, backend, x, p, q):
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=not_interpreted)])
 @pytest.mark.parametrize("backend", BACKENDS)
 @algorithms
 def test_functorch(backend, compiled, algorithm, device):
@@ -229,7 +232,7 @@ def test_x_changed_in_place_is_an_error(backend, algorithm, device):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("compiler", COMPILERS)
 def test_compile_of_a_transposed_streamed_input_and_in_place_use(backend, compiler, device):
     """Channels first seen as channels last, parameters along a dimension that stands before the chunk in memory."""
     _, tensors = leaves((2, 3, 1100), heads=2, device=device)
