@@ -6,8 +6,10 @@ interpreter, with `--device emulated` as it is compiled for a GPU (`emulator`).
 """
 
 import contextlib
+import importlib.util
 import os
 import tempfile
+import types
 
 import pytest
 import torch
@@ -35,6 +37,31 @@ def pytest_configure(config):
         raise pytest.UsageError("--device cuda: torch finds no GPU")
     if device == "emulated":
         emulate(config)
+    if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
+        patch_once_a_launch()
+
+
+def patch_once_a_launch():
+    """Let the interpreter patch Triton's language once a launch, and not for every function that a kernel calls: half
+    its time. Functions of Triton's own library know the language as `core`: hence both.
+    """
+    from triton.language import core
+    from triton.runtime import interpreter
+
+    if not hasattr(interpreter, "_LangPatchScope"):
+        return  # nothing would say when a launch ends
+    patch, launching = interpreter._patch_lang, []
+
+    def patch_once(_fn):
+        if launching:
+            return interpreter._LangPatchScope()  # of nothing
+        scope = patch(types.SimpleNamespace(__globals__={"tl": interpreter.tl, "core": core}))
+        launching.append(scope)
+        restore = scope.restore
+        scope.restore = lambda: (launching.clear(), restore())
+        return scope
+
+    interpreter._patch_lang = patch_once
 
 
 def emulate(config):
