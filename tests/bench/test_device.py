@@ -153,13 +153,18 @@ with mock.patch.object(session, "context_is_lost", lambda: True):
 """
 
 
-def test_a_process_that_dies_is_followed_by_another(here):
-    """It goes on after the case it died of, by a signal or of a lost context; each is written once."""
+def running(script):
+    """Let every process of a part run a script, which is told its first job, the results' folder and its progress."""
 
     def command(shard, part):
-        return [sys.executable, "-c", DYING, str(shard.shard[0]), str(shard.out), str(shard.progress)]
+        return [sys.executable, "-c", script, str(shard.shard[0]), str(shard.out), str(shard.progress)]
 
-    with mock.patch.object(plan, "command", command):
+    return mock.patch.object(plan, "command", command)
+
+
+def test_a_process_that_dies_is_followed_by_another(here):
+    """It goes on after the case it died of, by a signal or of a lost context; each is written once."""
+    with running(DYING):
         plan.run_part(here, plan.Part("correct", 0, 60, 60, 2))
     rows = sorted((row["i"], row.get("ok")) for row in read(here.out) if "begun" not in row)
     assert rows == [(0, True), (1, True), (2, False), (3, True), (4, False), (5, True), (6, True)]
@@ -172,42 +177,27 @@ import sys, time
 from pathlib import Path
 from bench.device.session import Job, Session, run_jobs
 
-jobs = [Job("0", lambda: [{"ok": True}]), Job("1", lambda: time.sleep(60)), *(Job(n, list) for n in "234")]
-run_jobs(Session("first", Path(sys.argv[1]), progress=Path(sys.argv[2])), "time", jobs)
+first, out, progress = int(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3])
+well, hang = lambda: [{"ok": True}], lambda: time.sleep(60)
+jobs = [Job(name, hang if name == "1" else well) for name in "01234"]
+run_jobs(Session("first", out, shard=(first, 1), progress=progress), "time", jobs)
 """
 
 
 def test_what_a_kernel_that_hangs_keeps_from_running_is_named(here):
-    with mock.patch.object(
-        plan, "command", lambda s, part: [sys.executable, "-c", HANGING, str(s.out), str(s.progress)]
-    ):
+    with running(HANGING):
         plan.run_part(here, plan.Part("time", 0, 0, 4))
     well, hung, *left = read(here.out)
     assert well["ok"] and hung["case"] == "1" and hung["error"] == "the process of share 0 ended at its limit"
     assert [row["case"] for row in left] == ["2", "3", "4"] and all("not reached" in row["skipped"] for row in left)
 
 
-HANGING_ONCE = """
-import sys, time
-from pathlib import Path
-from bench.device.session import Job, Session, run_jobs
-
-first, out, progress = int(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3])
-jobs = [Job("0", lambda: [{"ok": True}]), Job("1", lambda: time.sleep(60)), Job("2", lambda: [{"ok": True}])]
-run_jobs(Session("first", out, shard=(first, 1), progress=progress), "time", jobs)
-"""
-
-
 def test_a_kernel_that_hangs_costs_no_other_case(here):
     """Where others wait, the process is ended before the part's limit, and one goes on behind the case."""
-
-    def command(shard, part):
-        return [sys.executable, "-c", HANGING_ONCE, str(shard.shard[0]), str(shard.out), str(shard.progress)]
-
-    with mock.patch.object(plan, "command", command), mock.patch.object(plan, "PATIENCE", 0.2):
+    with running(HANGING), mock.patch.object(plan, "PATIENCE", 0.2):
         plan.run_part(replace(here, device="cuda"), plan.Part("time", 0, 120, 120))
-    before, hung, after = read(here.out)
-    assert before["ok"] and after["ok"] and (before["case"], after["case"]) == ("0", "2")
+    before, hung, *after = read(here.out)
+    assert all(row["ok"] for row in (before, *after)) and [row["case"] for row in (before, *after)] == list("0234")
     assert hung["case"] == "1" and "was at it for 0.2 s" in hung["error"]
 
 
