@@ -6,6 +6,7 @@ interpreter, with `--device emulated` as it is compiled for a GPU (`emulator`).
 """
 
 import contextlib
+import dataclasses
 import importlib.util
 import os
 import tempfile
@@ -38,18 +39,38 @@ def pytest_configure(config):
     if device == "emulated":
         emulate(config)
     if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
-        patch_once_a_launch()
+        hasten_interpreter()
 
 
-def patch_once_a_launch():
-    """Let the interpreter patch Triton's language once a launch, and not for every function that a kernel calls: half
-    its time. Functions of Triton's own library know the language as `core`: hence both.
-    """
-    from triton.language import core
+def hasten_interpreter():
+    """Spare the interpreter what it does again and again to no effect: more than half of its time."""
     from triton.runtime import interpreter
 
-    if not hasattr(interpreter, "_LangPatchScope"):
-        return  # nothing would say when a launch ends
+    inside = ("interpreter_builder", "_get_np_dtype", "_patch_lang", "_LangPatchScope")
+    if not all(hasattr(interpreter, name) for name in inside):
+        return  # another Triton's: slower, and as right
+    # sums and products of integers in int64, for an assertion that it drops unless it debugs
+    options = dataclasses.replace(interpreter.interpreter_builder.options, sanitize_overflow=False)
+    interpreter.interpreter_builder.options = options
+    # a table of all of NumPy's dtypes for every one that is asked for
+    find, known = interpreter._get_np_dtype, {}
+
+    def find_once(dtype):
+        if dtype.name not in known:
+            known[dtype.name] = find(dtype)
+        return known[dtype.name]
+
+    interpreter._get_np_dtype = find_once
+    patch_once_a_launch(interpreter)
+
+
+def patch_once_a_launch(interpreter):
+    """Let the interpreter patch Triton's language once a launch, and not for every function that a kernel calls.
+
+    Functions of Triton's own library know the language as `core`: hence both.
+    """
+    from triton.language import core
+
     patch, launching = interpreter._patch_lang, []
 
     def patch_once(_fn):
