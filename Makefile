@@ -8,19 +8,26 @@ SHELL := bash
 
 AUDITS := audit-sm_80 audit-sm_90 audit-sm_100 audit-gfx942
 
-.PHONY: demo test test-compiled test-emulated test-emulated-sample margins lint bench audit test-slow gpu gpu-dry \
+.PHONY: demo test test-daam test-others test-emulated test-emulated-sample margins lint bench audit test-slow gpu gpu-dry \
 	gpu-prepare clean
 
 demo: $(INSTALLED)
 	$(BIN)/python -m daam.recipes.digits $(ARGS)
 
 # Two processes at a time, of parts that fill both cores: interpreted kernels cannot be compiled ahead of time.
+# Threads that wait must not spin: the other process needs their core.
+test: export OMP_WAIT_POLICY := passive
 test: lint
-	$(MAKE) --jobs=2 --output-sync=target test-compiled test-emulated-sample \
+	$(MAKE) --jobs=2 --output-sync=target test-daam test-others test-emulated-sample \
 		$(addprefix test-interpreted-,0 1 2 3)
 
-test-compiled: $(INSTALLED)
-	$(BIN)/python -m pytest -q -m "not kernel and not emulated and not audit and not slow and not gpu"
+COMPILED := not kernel and not emulated and not audit and not slow and not gpu
+
+test-daam: $(INSTALLED)
+	$(BIN)/python -m pytest -q tests/daam -m "$(COMPILED)"
+
+test-others: $(INSTALLED)
+	$(BIN)/python -m pytest -q --ignore=tests/daam -m "$(COMPILED)"
 
 test-interpreted-%: $(INSTALLED)
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -m "kernel and not slow" --shard $*/4
@@ -58,7 +65,7 @@ $(AUDITS): audit-%: $(INSTALLED)
 
 # The full product of cases: hours.
 test-slow: $(INSTALLED)
-	$(BIN)/python -m pytest -q -m audit
+	$(BIN)/python -m pytest -q -m "audit or slow"
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -m slow
 
 # All that needs a GPU, in twelve minutes of one (11.8 expected, 13.0 at most, machine starts included), with whatever
@@ -80,5 +87,5 @@ clean:
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
+	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable '.[test]'
 	touch $@
