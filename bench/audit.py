@@ -111,9 +111,9 @@ CONFIGURATIONS = [
 ONE_A_REGIME = [
     Configuration("density", "rows", "chunk", 1024),
     Configuration("density", "rows", "chunk", ROWS[-1]),
-    *(Configuration("density", "columns", "inner", chunk) for chunk in (3, 24, 256, COLUMNS[-1])),
+    *(Configuration("density", "columns", "inner", chunk) for chunk in (3, 256, COLUMNS[-1])),
     *(Configuration(name, "rows", "nothing", chunk) for name in OTHERS for chunk in (1024, ROWS[-1])),
-    *(Configuration(name, "columns", "nothing", chunk) for name in OTHERS for chunk in (3, 24, 64, COLUMNS[-1])),
+    *(Configuration(name, "columns", "nothing", chunk) for name in OTHERS for chunk in (3, 64, COLUMNS[-1])),
 ]
 
 

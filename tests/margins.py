@@ -41,6 +41,7 @@ CLOSE = (
     "nan_and_inf",
     "train_as",
     "fullgraph",
+    "dynamic_shapes",
     "published",
 )
 

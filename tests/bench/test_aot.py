@@ -1,5 +1,6 @@
 """Every shipped configuration compiles for every target, fits its registers and keeps wide loads, without a GPU."""
 
+import itertools
 import os
 import re
 from dataclasses import replace
@@ -17,26 +18,32 @@ from bench.aot import TARGETS, compile_for
 from bench.audit import CONFIGURATIONS, DTYPES, GAUSSIANS, ONE_A_REGIME, OTHERS, TENSORS, Configuration, launches
 
 
+def seldom(*values):
+    """Return parameters of a test that `make test-slow` runs, and `make test` does not."""
+    return pytest.param(*values, marks=pytest.mark.audit)
+
+
 def check(target, configuration):
     recorded = configuration.launches()
     assert [one.name for one in recorded].count("_forward") == 1
     for one in recorded:
         compiled = compile_for(target, one)
         if TARGETS[target].backend == "cuda":  # a wavefront of gfx942 has 64 lanes: other tiles would suit it better
-            assert compiled.registers * 32 * one.meta["num_warps"] <= 65536, "no multiprocessor could hold it"
+            held = compiled.registers * 32 * one.meta["num_warps"]
+            assert held <= 65536, f"{configuration}/{one.name}: no multiprocessor could hold it"
             # pairs of fp32 that sm_100 adds at once take registers, and tiles that spill nothing issue 15 % more
             spared = 64 if target == "sm_100" and one.name == "_backward" and configuration.order == "columns" else 0
             if one.name == "_backward" and (configuration.along, configuration.chunk) == ("chunk", 200):
                 spared = 32 * configuration.full  # parameters of every position, a mask and weights, and ragged rows
             assert compiled.stack <= spared, (
-                f"{one.name} spills {compiled.stack} bytes of {compiled.registers} registers"
+                f"{configuration}/{one.name} spills {compiled.stack} bytes of {compiled.registers} registers"
             )
             if one.name in TENSORS:
                 # 128 bits, or all of a block that a thread has
                 block = one.meta["BLOCK_CHUNK"] * one.meta["BLOCK_INNER"] // (32 * one.meta["num_warps"])
                 narrow = configuration.order == "rows" and configuration.chunk % 64
                 widest = min(128, 8 * DTYPES[configuration.dtype].itemsize * block)
-                assert compiled.load_bits >= widest or narrow, one.name
+                assert compiled.load_bits >= widest or narrow, f"{configuration}/{one.name}"
 
 
 def test_every_algorithm_is_audited():
@@ -44,35 +51,44 @@ def test_every_algorithm_is_audited():
     assert set(OTHERS) == {name for name, spec in ALGORITHMS.items() if not spec.features}
 
 
-@pytest.mark.parametrize("configuration", CONFIGURATIONS, ids=str)
+@pytest.mark.parametrize("configuration", ONE_A_REGIME, ids=str)
 def test_sm_90(configuration):
     check("sm_90", configuration)
 
 
-@pytest.mark.parametrize(("dtype", "full"), [("bf16", True), ("fp32", False)])
-@pytest.mark.parametrize("configuration", ONE_A_REGIME, ids=str)
-def test_sm_90_in_full_and_in_fp32(configuration, dtype, full):
-    check("sm_90", replace(configuration, dtype=dtype, full=full))
+ON_CHIP = [one for one in ONE_A_REGIME if one.chunk <= 1024]
 
 
-@pytest.mark.parametrize("target", ["sm_80", "sm_100", "gfx942"])
-@pytest.mark.parametrize("configuration", ONE_A_REGIME, ids=str)
-def test_one_configuration_a_regime(target, configuration):
+@pytest.mark.parametrize("configuration", ON_CHIP, ids=str)
+def test_sm_90_in_full(configuration):
+    """Add what takes registers: a mask, weights, their gradient, a residual."""
+    check("sm_90", replace(configuration, full=True))
+
+
+def on_other_targets():
+    """Yield pairs: of the three of an algorithm one a target, another one for every algorithm."""
+    targets = ["sm_80", "sm_100", "gfx942"]
+    for i, algorithm in enumerate(ALGORITHMS):
+        own = [one for one in ON_CHIP if one.algorithm == algorithm]
+        yield from zip(own, targets[i:] + targets[:i], strict=True)
+
+
+@pytest.mark.parametrize(("configuration", "target"), list(on_other_targets()), ids=str)
+def test_other_targets(configuration, target):
     check(target, configuration)
 
 
 @pytest.mark.audit
-@pytest.mark.parametrize("full", [False, True])
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("configuration", CONFIGURATIONS, ids=str)
-def test_every_configuration(target, configuration, dtype, full):
-    check(target, replace(configuration, dtype=dtype, full=full))
+def test_every_configuration(target, configuration):
+    for dtype, full in itertools.product(DTYPES, (False, True)):
+        check(target, replace(configuration, dtype=dtype, full=full))
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-@pytest.mark.parametrize("full", [False, True])
-@pytest.mark.parametrize("shape", [(5, 37, 1000), (2, 200, 1032), (3, 600, 21), (5, 1001)], ids=str)
+@pytest.mark.parametrize("full", [seldom(False), True])
+@pytest.mark.parametrize("shape", [(5, 37, 1000), seldom((2, 200, 1032)), seldom((3, 600, 21)), (5, 1001)], ids=str)
 def test_sizes_that_are_no_power_of_two(shape, full, algorithm):
     """What users have: narrow accesses, and still nothing spills."""
     x = torch.empty(shape, dtype=torch.bfloat16, device="meta")
@@ -82,7 +98,10 @@ def test_sizes_that_are_no_power_of_two(shape, full, algorithm):
         assert compiled.stack == 0 and compiled.registers * 32 * one.meta["num_warps"] <= 65536, one.name
 
 
-@pytest.mark.parametrize("shape", [(64, 1024), (8, 64, 1024), (8, 1000, 1024)], ids=str)
+ROWS, COLUMNS, STREAMED = (64, 1024), (8, 64, 1024), (8, 1000, 1024)
+
+
+@pytest.mark.parametrize("shape", [seldom(ROWS), COLUMNS, seldom(STREAMED)], ids=str)
 def test_padding_values(shape):
     x = torch.empty(shape, dtype=torch.bfloat16, device="meta")
     p = torch.empty(1, GAUSSIANS, device="meta")
@@ -90,14 +109,17 @@ def test_padding_values(shape):
         assert compile_for("sm_90", one).stack == 0, one.name
 
 
+OFTEN = [(16, ROWS), (16, COLUMNS)]
+SELDOM = [seldom(*one) for one in itertools.product((1, 3, 8, 16), (ROWS, COLUMNS, STREAMED)) if one not in OFTEN]
+
+
 @pytest.mark.parametrize("algorithm", OTHERS)
-@pytest.mark.parametrize("gaussians", [1, 3, 8, 16])
-def test_other_numbers_of_gaussians(gaussians, algorithm):
-    for shape in ((64, 1024), (8, 32, 1024), (8, 1000, 1024)):
-        x = torch.empty(shape, dtype=torch.bfloat16, device="meta")
-        p = torch.empty(2, gaussians, device="meta")
-        for one in launches(algorithm, x, p, None, 1, None, True):
-            assert compile_for("sm_90", one).stack == 0, (one.name, shape)
+@pytest.mark.parametrize(("gaussians", "shape"), OFTEN + SELDOM)
+def test_other_numbers_of_gaussians(gaussians, shape, algorithm):
+    x = torch.empty(shape, dtype=torch.bfloat16, device="meta")
+    p = torch.empty(2, gaussians, device="meta")
+    for one in launches(algorithm, x, p, None, 1, None, True):
+        assert compile_for("sm_90", one).stack == 0, one.name
 
 
 def test_a_spill_is_seen():

@@ -168,7 +168,7 @@ def test_a_worse_configuration_is_caught(fault, tmp_path, capsys):
 
     chosen = {
         "slowed": audit.Configuration("density", "rows", "nothing", 1024, "fp32"),
-        "spilled": audit.Configuration("density", "columns", "inner", 128, "fp32"),
+        "spilled": audit.Configuration("density", "columns", "inner", 64, "fp32"),
     }[fault]
     worse = {"slowed": lambda tile: replace(tile, num_warps=8), "spilled": lambda tile: replace(tile, inner=256)}[fault]
     original = launch.tile_for

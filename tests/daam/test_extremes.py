@@ -7,6 +7,7 @@ from helpers import ALGORITHMS, Case, error, inputs, oracle, run, within
 BACKENDS = ["eager", pytest.param("triton", marks=pytest.mark.kernel)]
 algorithms = pytest.mark.parametrize("algorithm", ALGORITHMS)
 backends = pytest.mark.parametrize("backend", BACKENDS)
+BF16 = pytest.param(torch.bfloat16, marks=pytest.mark.not_interpreted("fp16, which overflows, shows more"))
 SHAPES = [(2, 6, 5), (3, 12), (2, 260, 3)]
 
 
@@ -19,7 +20,7 @@ def finite(case, given, backend):
 
 @algorithms
 @backends
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float16, BF16, torch.float32, torch.float64], ids=str)
 def test_constant_chunks(dtype, backend, algorithm, device):
     """The published code gives NaN here in fp16, where 1e-8 is 0."""
     for shape in SHAPES:

@@ -109,7 +109,7 @@ def test_gradcheck_and_gradgradcheck_of_density(shape, axis, feature_axis, featu
 
 
 @pytest.mark.parametrize("eps", [1e-8, 0.1])
-@pytest.mark.parametrize(("shape", "axis"), [((2, 7, 3), 1), ((5, 2), 0), ((2, 9), 1)])
+@pytest.mark.parametrize(("shape", "axis"), [((2, 5, 2), 1), ((5, 2), 0), ((2, 9), 1)])
 def test_gradcheck_and_gradgradcheck_of_mixture(shape, axis, eps):
     for padding in (None, 0.0):
         q = torch.rand(2, 3) + 0.5
@@ -136,7 +136,7 @@ def check_gradients(spec, shape, axis, columns, settings, q, mask=True):
         return spec.reference.formula(*args, *how)
 
     assert torch.autograd.gradcheck(attend, (x, p, q))
-    assert torch.autograd.gradgradcheck(attend, (x, p, q))
+    assert torch.autograd.gradgradcheck(attend, (x, p, q), fast_mode=True)
     grads = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for _ in range(2)]
 
     def differentiate(*args):

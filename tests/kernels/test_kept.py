@@ -13,7 +13,7 @@ from daam.backend import interpreting
 from daam.kernels import launch
 from daam.kernels.layout import Strided
 
-BASE = Case((2, 24, 32), 1, heads=2, weights=False)
+BASE = Case((2, 12, 32), 1, heads=2, weights=False)
 algorithms = pytest.mark.parametrize("algorithm", ALGORITHMS)
 
 
@@ -82,9 +82,9 @@ CHANGES = {
     "parameters expanded": ({}, {"params": lambda p: p[:1].expand(p.shape)}, False),
     "heads": ({"heads": 4}, {}, True),
     "one head": ({"heads": 1}, {}, True),
-    "one more chunk": ({"shape": (3, 24, 32)}, {}, False),
-    "one chunk": ({"shape": (1, 24, 32)}, {}, True),
-    "sixteen chunks": ({"shape": (16, 24, 32)}, {}, True),
+    "one more chunk": ({"shape": (3, 12, 32)}, {}, False),
+    "one chunk": ({"shape": (1, 12, 32)}, {}, True),
+    "sixteen chunks": ({"shape": (16, 12, 32)}, {}, True),
     "strides": ({"layout": "sliced"}, {}, True),
     "strides of grad_y": ({"grads": "expanded"}, {}, True),
     "a mask": ({"mask": True}, {}, True),
@@ -151,7 +151,7 @@ def test_another_setting_launches_what_triton_would(change, launched):
 
 
 @algorithms
-@pytest.mark.parametrize("n", [24, 1032])
+@pytest.mark.parametrize("n", [12, 1032])
 def test_triton_is_asked_once(n, algorithm, launched):
     """For every kernel of both passes, chunks on chip and streamed."""
     case = BASE.but(algorithm=algorithm, shape=(2, n, 32))
@@ -183,7 +183,7 @@ def test_floats_and_the_numbers_in_tensors_are_not_told_apart():
 
 
 def test_a_kept_launch_has_its_own_grid(launched):
-    x, original = torch.ones(2, 24, 32), launch.launch
+    x, original = torch.ones(2, 12, 32), launch.launch
 
     def on_grids(kernel, grid, *args, **meta):
         for one in ((1, 2), (2, 2), (1, 2), (2, 2)):
@@ -198,7 +198,7 @@ def test_each_device_has_its_own(launched):
     """A compiled kernel is loaded on one device."""
     import triton
 
-    x, active = torch.ones(2, 24, 32), triton.runtime.driver.active
+    x, active = torch.ones(2, 12, 32), triton.runtime.driver.active
     args, original = [], launch.launch
 
     def on_both(*given, device, **meta):
@@ -283,7 +283,7 @@ def test_hooks_of_a_kernel_are_called():
 def test_what_is_kept_is_bounded():
     with mock.patch.object(launch, "MOST_KEPT", 4):
         for batch in range(1, 6):
-            run(BASE.but(shape=(batch, 24, 32)))
+            run(BASE.but(shape=(batch, 12, 32)))
             assert 0 < len(launch.kept) <= 4
 
 

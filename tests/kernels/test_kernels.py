@@ -48,14 +48,14 @@ DENSITY = [
     Case((2, 24, 33), 1, heads=8),
     Case((2, 40, 21), 1, heads=8, grads="transposed", mask=True),
     Case((3, 8, 33), 1, heads=8, params="one", mask=True, weights=False),
-    Case((2, 13, 1000), 1, residual=True, grads="expanded", weights=False),
+    Case((2, 13, 328), 1, residual=True, grads="expanded", weights=False),
     Case((2, 26, 21), 1, heads=2, layout="sliced", grads="sliced", mask=True),
     Case((2, 37, 1), 1, layout="transposed", grads="contiguous"),
     Case((3, 37, 21), 2, params="one", layout="transposed", residual=True),
     Case((13, 3, 21), 0, params="features", grads="transposed", mask=True, residual=True),
     Case((4, 5, 33), 0, heads=2, params="one", layout="sliced"),
-    Case((2, 150, 33), 1, layout="transposed", mask=True, params="one"),
-    Case((2, 300, 21), 1, heads=2, mask=True, residual=True),
+    Case((2, 150, 9), 1, layout="transposed", mask=True, params="one"),
+    Case((2, 300, 9), 1, heads=2, mask=True, residual=True),
     Case((2, 3, 5, 21), 2, layout="channels_last", grads="sliced"),
     Case((2, 6, 5, 4), 1, heads=2, layout="channels_last", grads="channels_last", mask=True),
     Case((2, 6, 5, 4), 1, heads=2, params="one", layout="contiguous", grads="transposed"),
@@ -89,7 +89,7 @@ OTHERS = [
     Case((3, 75), -1, heads=2, mask=True, grads="expanded", params=1),
     Case((9, 3), 1, residual=True, params=8),
     Case((2, 25, 33), 1, heads=8),
-    Case((2, 13, 300), 1, heads=4, residual=True, grads="expanded", weights=False),
+    Case((2, 13, 72), 1, heads=4, residual=True, grads="expanded", weights=False),
     Case((2, 27, 21), 1, heads=2, layout="sliced", grads="sliced", mask=True),
     Case((2, 37, 1), 1, layout="transposed"),
     Case((3, 37, 21), 2, layout="transposed", residual=True, params=2),
@@ -137,7 +137,7 @@ def check(case: Case, device) -> None:
     assert "_forward" in names and ("_backward" in names or "_sums" in names)
     assert result.keys() == expected.keys()
     for name in expected:
-        within(error(result[name], expected[name]), 1e-11, name)
+        within(error(result[name], expected[name]), 1e-11, f"{name} of {case}")
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -148,7 +148,7 @@ def test_agrees_with_float64(case, device):
 @pytest.mark.parametrize(
     "case",
     [
-        *(c for c in DENSITY if c.shape in ((2, 24, 33), (33, 24), (2, 300, 21), (2, 3, 2200), (8, 33))),
+        *(c for c in DENSITY if c.shape in ((2, 24, 33), (33, 24), (2, 300, 9), (2, 3, 2200), (8, 33))),
         *(c for c in CASES if c.shape in ((2, 25, 33), (17, 33), (2, 201, 9), (2, 3, 1100))),
     ],
     ids=str,
@@ -160,7 +160,7 @@ def test_agrees_where_programs_take_several_tiles(case, device):
 
 
 STREAMED = [
-    Case((2, 300, 21), 1, heads=2, mask=True, residual=True),
+    Case((2, 300, 9), 1, heads=2, mask=True, residual=True),
     Case((2, 300, 5), 1, params="features", grads="expanded", weights=False),
     Case((1, 5000), 1, heads=2, params="one", layout="sliced", residual=True),
     Case((1, 2500), 1, params="features", mask=True),
@@ -228,11 +228,11 @@ def test_every_path_is_taken(device):
 
 PARAMS = [(name, p) for name, spec in ALGORITHMS.items() for p in (("features", "one") if spec.features else (4,))]
 FULL = [
-    Case(shape, axis, heads, params, layout, grads, mask, residual, algorithm=algorithm)
-    for (shape, axis), heads, (algorithm, params), layout, grads, mask, residual in itertools.product(
+    Case(shape, axis, heads, params, algorithm=algorithm)
+    for (shape, axis), heads, (algorithm, params) in itertools.product(
         [((16, 21), 0), ((5, 1000), 1), ((3, 40, 33), 1), ((2, 296, 21), 1), ((2, 16, 5, 6), 1),
          ((2, 3, 5, 2, 72), -1), ((1, 4992), 1)],
-        (1, 2, 8), PARAMS, LAYOUTS, GRADS, (False, True), (False, True),
+        (1, 2, 8), PARAMS,
     )
 ]  # fmt: skip
 
@@ -240,7 +240,8 @@ FULL = [
 @pytest.mark.slow
 @pytest.mark.parametrize("case", FULL, ids=str)
 def test_agrees_with_float64_in_every_combination(case, device):
-    check(case, device)
+    for layout, grads, mask, residual in itertools.product(LAYOUTS, GRADS, (False, True), (False, True)):
+        check(case.but(layout=layout, grads=grads, mask=mask, residual=residual), device)
 
 
 # Several parameters each: the one sum of a single parameter can be near 0, and its relative error anything.
@@ -261,15 +262,20 @@ RULE = [
 ]
 
 
-FP16 = pytest.param(
-    torch.float16,
-    marks=pytest.mark.not_interpreted("a minute of both cores; fp16 is what bf16 is, the emulated sample has some"),
-    id="torch.float16",
-)
+# The interpreter truncates to bf16 and takes two minutes for all: emulation has them as they are rounded.
+seldom = pytest.mark.not_interpreted("kernels differ from fp32's in loads and stores, which the emulated sample has")
+RULED = [
+    pytest.param(
+        case,
+        dtype,
+        marks=seldom if dtype == torch.float16 or (dtype == torch.bfloat16 and case.shape[1] < 260) else (),
+        id=f"{case}-{dtype}",
+    )
+    for case, dtype in itertools.product(RULE, (torch.float32, torch.float16, torch.bfloat16))
+]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, FP16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("case", RULE, ids=str)
+@pytest.mark.parametrize(("case", "dtype"), RULED)
 def test_errors_are_those_of_eager(case, dtype, device):
     """Within helpers.bound, which has the reason of every constant."""
     for name, (ours, eager) in worst_errors(case, dtype, device).items():
@@ -358,6 +364,7 @@ def test_double_backward_drops_nothing(algorithm, device):
         within(error(ours, theirs), 1e-11, name)
 
 
+@pytest.mark.not_interpreted("one program after another, in the same order")
 @algorithms
 @pytest.mark.parametrize(
     "case", [Case((3, 24, 9), 1, heads=8), Case((3, 40), -1), Case((2, 300, 9), 1), Case((3, 4200), 1)], ids=str
