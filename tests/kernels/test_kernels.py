@@ -262,7 +262,7 @@ RULE = [
 ]
 
 
-# The interpreter truncates to bf16 and takes two minutes for all: emulation has them as they are rounded.
+# The interpreter truncates to bf16: emulation has them as they are rounded.
 seldom = pytest.mark.not_interpreted("kernels differ from fp32's in loads and stores, which the emulated sample has")
 RULED = [
     pytest.param(
