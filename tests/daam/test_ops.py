@@ -82,16 +82,17 @@ def with_everything(algorithm, backend):
     return plain
 
 
-def agree(compiled, plain, batch, algorithm, device):
-    """Compare gradients; return the names of the kernels of the compiled call."""
+def agree(compiled, batch, algorithm, backend, device):
+    """Compare gradients of a compiled `with_everything` with those of a plain one, and see which backend ran."""
+    plain = with_everything(algorithm, backend)
     case, tensors = leaves((batch, 6, 5), dtype=torch.float32, device=device, algorithm=algorithm)
     mask = (torch.rand(case.shape[:2]) > 0.3).to(device)
     with recorded_launches() as names:
         grads = torch.autograd.grad(compiled(*tensors, mask), tensors)
+    assert (backend == "triton") == ("_forward" in names and "_backward" in names)
     expected = torch.autograd.grad(plain(*tensors, mask), tensors)
     for name, ours, theirs in zip(case.gradients, grads, expected, strict=True):
         within(error(ours, theirs), 1e-5, name)
-    return names
 
 
 @algorithms
@@ -101,9 +102,8 @@ def test_compile_fullgraph(backend, compiler, algorithm, device):
     """Forward and backward in one graph, with mask and differentiable weights."""
     if (compiler, backend, algorithm) == ("inductor", "eager", "gate"):
         pytest.skip("a quarter of a minute, for what the other combinations show")
-    plain = with_everything(algorithm, backend)
-    names = agree(torch.compile(plain, fullgraph=True, backend=compiler), plain, 2, algorithm, device)
-    assert (backend == "triton") == ("_forward" in names and "_backward" in names)
+    compiled = torch.compile(with_everything(algorithm, backend), fullgraph=True, backend=compiler)
+    agree(compiled, 2, algorithm, backend, device)
 
 
 @algorithms
@@ -119,12 +119,11 @@ def test_compile_fullgraph(backend, compiler, algorithm, device):
 def test_dynamic_shapes_do_not_recompile(compiler, backend, algorithm, device):
     if compiler == "inductor" and algorithm != "density":
         pytest.skip("half a minute each, for what the other combinations show")
-    counter, plain = CompileCounterWithBackend(compiler), with_everything(algorithm, backend)
-    compiled = torch.compile(plain, fullgraph=True, dynamic=True, backend=counter)
+    counter = CompileCounterWithBackend(compiler)
+    compiled = torch.compile(with_everything(algorithm, backend), fullgraph=True, dynamic=True, backend=counter)
     graphs = []
     for batch in (4, 6, 9):  # of no other dimension's size: equal sizes are taken for one
-        names = agree(compiled, plain, batch, algorithm, device)
-        assert (backend == "triton") == ("_forward" in names and "_backward" in names)
+        agree(compiled, batch, algorithm, backend, device)
         graphs.append(counter.frame_count)
     assert graphs == graphs[:1] * 3
 
