@@ -1,0 +1,66 @@
+"""What ends a command line: bad input in one line and exit status 2, bugs with their traceback."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import os
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+
+class UserError(ValueError):
+    """Something that the user can mend; the message names it, says what came and what was expected."""
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        end(message)
+
+
+def end(message: object) -> NoReturn:
+    """Print a message as one line of standard error and exit with status 2."""
+    print("error:", *str(message).split(), file=sys.stderr)
+    raise SystemExit(2)
+
+
+def guarded(main: Callable[[list[str] | None], None]) -> Callable[..., None]:
+    """Return a command's main that ends what the user can mend in one line, with exit status 2.
+
+    That is every `UserError`; files and folders that cannot be read or written; packages that are not installed;
+    memory that does not suffice; several processes, which would write into one folder. All other exceptions are bugs
+    and pass through with their traceback.
+    """
+
+    @functools.wraps(main)
+    def run(argv: list[str] | None = None) -> None:
+        try:
+            _check_one_process()
+            main(argv)
+        except (UserError, OSError, ImportError) as error:
+            end(error)
+        except (MemoryError, RuntimeError) as error:
+            if not lacks_memory(error):
+                raise
+            end(f"memory does not suffice ({error}): take a smaller --batch, shorter examples or another --device")
+
+    return run
+
+
+def lacks_memory(error: BaseException) -> bool:
+    """Tell whether an exception says that memory is used up, on the host or on a device."""
+    # torch.OutOfMemoryError is a RuntimeError; the CPU's allocator raises a plain one
+    words = ("out of memory", "can't allocate memory", "not enough memory")
+    return isinstance(error, MemoryError) or any(word in str(error).lower() for word in words)
+
+
+def _check_one_process() -> None:
+    size = os.environ.get("WORLD_SIZE", "1")
+    if size not in ("", "1"):
+        raise UserError(
+            f"WORLD_SIZE is {size}, expected 1: recipes run in one process, and several would write into one folder; "
+            "start them without torchrun"
+        )
