@@ -15,7 +15,8 @@ from daam.modules import (
     MultiHeadDensityAdaptiveAttention,
     MultiHeadGaussianAdaptiveAttention,
 )
-from daam.transformer import DensityAdaptiveTransformer, LayerPooling, load_decoder, save_decoder
+from daam.pooling import LayerPooling
+from daam.transformer import DensityAdaptiveTransformer, load_decoder, save_decoder
 
 __version__ = "0.1.0"
 

@@ -4,103 +4,65 @@ and a decoder that is trained on them.
 
 from __future__ import annotations
 
-import contextlib
-import inspect
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 
 from daam.decoder import DATDecoder, focal_loss
+from daam.pooling import LayerPooling
 
 
-@dataclass
-class Output:
-    """logits: (batch, classes). loss: a number, where labels were given. weights: of the densities, (batch, layers,
+class Output(dict):
+    """What a `DensityAdaptiveTransformer` gives: a dict of what there is, whose entries are attributes too, and which
+    slices as a tuple does, as outputs of Hugging Face do.
+
+    loss: a number, where labels were given. logits: (batch, classes). weights: of the densities, (batch, layers,
     features), where asked for. features: what the decoder saw, (batch, layers, features).
     """
 
-    logits: Tensor
-    features: Tensor
-    loss: Tensor | None = None
-    weights: Tensor | None = None
+    NAMES = ("loss", "logits", "weights", "features")
+
+    def __init__(self, **entries: Tensor | None):
+        super().__init__({name: entries[name] for name in self.NAMES if entries.get(name) is not None})
+
+    def __getattr__(self, name: str) -> Tensor | None:
+        if name not in self.NAMES:
+            raise AttributeError(f"an Output has no {name!r}; it has: {', '.join(self.NAMES)}")
+        return self.get(name)
+
+    def __getitem__(self, key: str | int | slice) -> Any:
+        return super().__getitem__(key) if isinstance(key, str) else self.to_tuple()[key]
+
+    def __reduce__(self) -> tuple:
+        return _output, (dict(self),)
+
+    def to_tuple(self) -> tuple[Tensor, ...]:
+        """Return the entries there are, in order."""
+        return tuple(self.values())
 
 
-class LayerPooling(nn.Module):
-    """A frozen encoder that gives the outputs of its layers, averaged over positions as they come.
-
-    Args:
-        encoder: a Hugging Face model, or any module that runs a list of layers; it is put in eval mode and stays there,
-            and its parameters require no gradient. A layer's output is a tensor (batch, positions, features), or the
-            first entry of a tuple.
-        layers: the layers, as a name (`"encoder.layer"`) or a sequence of modules. Not needed where the encoder holds
-            one `nn.ModuleList` of `config.num_hidden_layers` entries, or, without such a config, one of more than one.
-
-    Raises:
-        ValueError: the layers are not found, or not unique; the message names those there are.
-    """
-
-    def __init__(self, encoder: nn.Module, layers: str | list[nn.Module] | None = None):
-        super().__init__()
-        self.encoder = encoder.requires_grad_(False).eval()
-        self._layers = _find_layers(encoder, layers)  # a plain list: the encoder has registered them
-
-    @property
-    def layers(self) -> list[nn.Module]:
-        """The layers, in order."""
-        return list(self._layers)
-
-    @property
-    def num_layers(self) -> int:
-        return len(self._layers)
-
-    def train(self, mode: bool = True) -> LayerPooling:
-        """Leaves the encoder in eval mode: nothing of it learns."""
-        super().train(mode)
-        self.encoder.eval()
-        return self
-
-    @torch.no_grad()
-    def forward(self, *inputs: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
-        """`average` without gradients."""
-        return self.average(*inputs, attention_mask=attention_mask, **kwargs)
-
-    def average(self, *inputs: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
-        """(batch, layers, features) in fp32, or fp64 for such an encoder: the mean of each layer's output over the
-        positions that attention_mask, (batch, positions), says are valid, all without one. Everything goes to the
-        encoder; its embeddings are not among the layers. Only sums are kept: no layer outlives the next one.
-
-        Raises:
-            ValueError: attention_mask fits no layer's positions, or a layer ran not once.
-        """
-        if attention_mask is not None:
-            kwargs["attention_mask"] = attention_mask
-        with _pooled(self._layers, self.encoder, attention_mask) as found:
-            self.encoder(*inputs, **kwargs)
-        if ran := [i for i, pooled in enumerate(found) if len(pooled) != 1]:
-            raise ValueError(f"layers {ran} ran {[len(found[i]) for i in ran]} times in one call, expected once each")
-        return torch.stack([pooled[0] for pooled in found], 1)
+def _output(entries: dict[str, Tensor]) -> Output:
+    return Output(**entries)
 
 
 class DensityAdaptiveTransformer(nn.Module):
     """A frozen encoder and a DAT decoder on its layers (arXiv 2401.11143).
 
     Args:
-        encoder, layers: see `LayerPooling`.
+        encoder, layers, batch_first: see `LayerPooling`.
         decoder: a `DATDecoder`, or any module from (batch, layers, features) to (batch, classes).
         loss: of labels, "cross_entropy" or the paper's "focal" (gamma 2.5, alpha 0.25).
     """
 
     def __init__(
-        self, encoder: nn.Module, decoder: nn.Module, *, layers: str | list[nn.Module] | None = None,
-        loss: str = "cross_entropy",
+        self, encoder: nn.Module, decoder: nn.Module, *, layers: str | Sequence[nn.Module] | None = None,
+        loss: str = "cross_entropy", batch_first: bool | None = None,
     ):  # fmt: skip
         super().__init__()
-        self.pooling, self.decoder = LayerPooling(encoder, layers), decoder
+        self.pooling, self.decoder = LayerPooling(encoder, layers, batch_first), decoder
         if loss not in LOSSES:
             raise ValueError(f"loss is {loss!r}, expected one of {', '.join(map(repr, LOSSES))}")
         self.loss = loss
@@ -115,19 +77,36 @@ class DensityAdaptiveTransformer(nn.Module):
         return self.pooling.encoder
 
     def forward(
-        self, *inputs: Any, attention_mask: Tensor | None = None, labels: Tensor | None = None,
-        return_weights: bool = False, **kwargs: Any,
+        self, *inputs: Any, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None, pixel_values: Tensor | None = None,
+        pixel_attention_mask: Tensor | None = None, input_values: Tensor | None = None,
+        input_features: Tensor | None = None, pooling_mask: Tensor | Literal["all"] | None = None,
+        labels: Tensor | None = None, return_weights: bool = False, **kwargs: Any,
     ) -> Output:  # fmt: skip
-        """inputs, attention_mask and kwargs go to the encoder; labels: (batch,) of integers; return_weights: also the
-        densities' weights, where the decoder has some.
+        """Classify a batch.
+
+        Args:
+            labels: (batch,) of integers, for a loss.
+            return_weights: also the densities' weights, where the decoder has some.
+            inputs and all others: see `LayerPooling.average`. Those of Hugging Face's encoders have names here, since
+                its Trainer drops columns that a signature does not name.
+
+        Features reach the decoder in the dtype of its parameters.
         """
-        features = self.pooling(*inputs, attention_mask=attention_mask, **kwargs)
+        named = {
+            "input_ids": input_ids, "token_type_ids": token_type_ids, "pixel_values": pixel_values,
+            "pixel_attention_mask": pixel_attention_mask, "input_values": input_values,
+            "input_features": input_features,
+        }  # fmt: skip
+        kwargs |= {name: value for name, value in named.items() if value is not None}
+        features = self.pooling(*inputs, attention_mask=attention_mask, pooling_mask=pooling_mask, **kwargs)
+        features = features.to(next((p.dtype for p in self.decoder.parameters()), features.dtype))
         if return_weights:
             logits, weights = self.decoder(features, return_weights=True)
         else:
             logits, weights = self.decoder(features), None
         loss = None if labels is None else LOSSES[self.loss](logits, labels)
-        return Output(logits, features, loss, weights)
+        return Output(loss=loss, logits=logits, weights=weights, features=features)
 
     def trainable_parameters(self) -> list[nn.Parameter]:
         """Those of the decoder that require a gradient."""
@@ -167,57 +146,3 @@ def load_decoder(path: str | Path, **changes: Any) -> DATDecoder:
     decoder = DATDecoder(**settings | changes)
     decoder.load_state_dict(load_file(path))
     return decoder
-
-
-@contextlib.contextmanager
-def _pooled(layers: list[nn.Module], encoder: nn.Module, mask: Tensor | None) -> Iterator[list[list[Tensor]]]:
-    """For each layer the averages of what it gave in the block."""
-    found: list[list[Tensor]] = [[] for _ in layers]
-
-    def keep(own: list[Tensor]):
-        def hook(module, args, output):
-            own.append(_average(output if isinstance(output, Tensor) else output[0], encoder, mask))
-
-        return hook
-
-    handles = [layer.register_forward_hook(keep(own)) for layer, own in zip(layers, found, strict=True)]
-    try:
-        yield found
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _average(hidden: Tensor, encoder: nn.Module, mask: Tensor | None) -> Tensor:
-    """(batch, positions, features) averaged over valid positions, as (batch, features)."""
-    hidden = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
-    if mask is None:
-        return hidden.mean(1)
-    if mask.shape != hidden.shape[:2] and hasattr(encoder, "_get_feature_vector_attention_mask"):
-        # speech encoders of Hugging Face: the mask is of samples, positions are of frames; adapters come after layers
-        frames_of = encoder._get_feature_vector_attention_mask
-        has_adapter = "add_adapter" in inspect.signature(frames_of).parameters
-        mask = frames_of(hidden.shape[1], mask, **({"add_adapter": False} if has_adapter else {}))
-    if mask.shape != hidden.shape[:2]:
-        raise ValueError(f"attention_mask has shape {tuple(mask.shape)}, expected {tuple(hidden.shape[:2])}")
-    weights = mask.to(hidden).unsqueeze(-1)
-    # what stands at invalid positions, NaN included, does not count
-    total = torch.where(weights > 0, hidden, 0).sum(1)
-    return total / weights.sum(1).clamp(min=1)
-
-
-def _find_layers(encoder: nn.Module, layers: str | list[nn.Module] | None) -> list[nn.Module]:
-    if isinstance(layers, str):
-        try:
-            layers = encoder.get_submodule(layers)
-        except AttributeError as error:
-            raise ValueError(f"layers: {error}") from None
-    if layers is not None:
-        return list(layers)
-    lists = {name: m for name, m in encoder.named_modules() if isinstance(m, nn.ModuleList) and len(m) > 1}
-    wanted = getattr(getattr(encoder, "config", None), "num_hidden_layers", None)
-    fitting = {name: m for name, m in lists.items() if wanted in (None, len(m))}
-    if len(fitting) != 1:
-        names = ", ".join(f"{name!r} ({len(m)})" for name, m in lists.items()) or "none"
-        raise ValueError(f"layers of the encoder are not clear, pass layers=: its module lists are {names}")
-    return list(next(iter(fitting.values())))

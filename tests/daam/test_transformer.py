@@ -180,6 +180,6 @@ def test_what_does_not_fit():
         daam.DensityAdaptiveTransformer(encoder, nn.Flatten(), loss="hinge")
     with pytest.raises(ValueError, match=r"attention_mask has shape \(2, 4\), expected \(2, 5\)"):
         daam.LayerPooling(encoder)(torch.randint(30, (2, 5)), attention_mask=torch.ones(2, 4))
-    shared = nn.ModuleList([encoder.layers[0], encoder.layers[0]])
-    with pytest.raises(ValueError, match=r"layers \[0, 1\] ran \[2, 2\] times"):
-        daam.LayerPooling(nn.Sequential(encoder.embed, *shared), list(shared))(torch.randint(30, (2, 5)))
+    unused = [*encoder.layers, nn.Identity()]
+    with pytest.raises(ValueError, match=r"layers \[4\] ran \[0\] times in one call, expected \[1\]"):
+        daam.LayerPooling(encoder, unused)(torch.randint(30, (2, 5)))

@@ -1,0 +1,186 @@
+"""Measure on examples what features of a frozen encoder depend on, instead of knowing it by the encoder's name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from daam.pooling import LayerPooling
+
+TRIED = 16  # examples
+# differences, in standard deviations of a layer's features, up to which two calls agree: many times what the order of
+# sums makes, a hundredth of what padding makes where it counts
+AGREE = {torch.float64: 1e-8, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What was measured of an encoder.
+
+    batches: which examples may share a batch: "any", those of "equal lengths", or none, "one at a time". padding: the
+    largest difference between an example alone and beside the longest one, in standard deviations of the features;
+    None where a batch of all failed, for the reason given. positions: of the shortest and of the longest example.
+    examples: their number.
+    """
+
+    batches: Literal["any", "equal lengths", "one at a time"]
+    padding: float | None
+    positions: tuple[int, int]
+    examples: int
+    reason: str = ""
+
+    def __str__(self) -> str:
+        low, high = self.positions
+        what = f"checked on {self.examples} examples of {low} to {high} positions: calls agree, masks fit, "
+        if self.padding is None:
+            return f"{what}a batch fails ({self.reason}): {self._remedy()}"
+        shown = f"beside others an example differs by {self.padding:.1g} standard deviations"
+        return what + (f"{shown} at most" if self.batches == "any" else f"{shown}: {self._remedy()}")
+
+    def _remedy(self) -> str:
+        if self.batches == "equal lengths":
+            return "equal lengths share a batch"
+        return "one example at a time"
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the findings as plain values, for JSON."""
+        return {**asdict(self), "positions": list(self.positions)}
+
+
+class NotFiniteError(ValueError):
+    """Features of an example are NaN or infinite; place is its index."""
+
+    def __init__(self, place: int):
+        super().__init__(f"features of example {place} hold NaN or inf, expected numbers: look at it, and at the dtype")
+        self.place = place
+
+
+def check_encoder(
+    pooling: LayerPooling, collate: Callable[[list], Mapping[str, Any]], examples: Sequence[Any]
+) -> Findings:
+    """Measure, on up to 16 examples, what their features depend on.
+
+    Args:
+        pooling: with the encoder. Where its batch_first is None and its layers give positions first, that is set.
+        collate: from a list of examples to the keyword arguments of a call.
+        examples: two different ones or more, in the order of their use.
+
+    Raises:
+        ValueError: two calls on one example differ; features are NaN or infinite; different examples have the same
+            features; a mask does not end where the positions end.
+    """
+    examples = list(examples)[:TRIED]
+    if len(examples) < 2:
+        raise ValueError(f"{len(examples)} examples, expected two or more to compare")
+    with torch.no_grad():
+        batches = [_alone(pooling, collate([one]), i) for i, one in enumerate(examples)]
+        alone, counts, shapes = zip(*batches, strict=True)
+        features, lengths = torch.cat(alone), torch.cat(counts).tolist()
+        scale = features.std((0, 2)).clamp(min=torch.finfo(features.dtype).tiny)
+        agree = AGREE[pooling_dtype(pooling)]
+        _check_repeats(pooling, collate, examples, features, scale, agree)
+        _check_differ(examples, features, scale)
+
+        def difference(places: list[int]) -> float:
+            return _distance(pooling(**collate([examples[i] for i in places])).cpu(), features[places], scale)
+
+        return _batches(difference, lengths, shapes, agree)
+
+
+def input_shapes(batch: Mapping[str, Any]) -> tuple:
+    """Return the shapes of what goes into an encoder for one example: those of equal shapes need no padding."""
+    return tuple((name, tuple(value.shape)) for name, value in sorted(batch.items()) if isinstance(value, Tensor))
+
+
+def pooling_dtype(pooling: LayerPooling) -> torch.dtype:
+    """Return the coarsest floating dtype of an encoder's parameters, fp32 where it has none."""
+    found = {p.dtype for p in pooling.encoder.parameters() if p.dtype in AGREE}
+    return max(found, key=AGREE.__getitem__, default=torch.float32)
+
+
+def _alone(pooling: LayerPooling, batch: Mapping[str, Any], place: int) -> tuple[Tensor, Tensor, tuple]:
+    """Return one example's features (1, layers, features), the number of its valid positions, (1,), and the shapes of
+    what went in.
+    """
+    try:
+        features, count = pooling.average_and_count(**batch)
+    except ValueError:
+        if pooling.batch_first is not None:
+            raise
+        # one example alone has a first dimension of 1, unless positions come first
+        pooling.batch_first = False
+        try:
+            features, count = pooling.average_and_count(**batch)
+        except ValueError:
+            pooling.batch_first = None
+            features, count = pooling.average_and_count(**batch)
+    features = features.cpu()
+    if not features.isfinite().all():
+        raise NotFiniteError(place)
+    return features, count.cpu(), input_shapes(batch)
+
+
+def _check_repeats(
+    pooling: LayerPooling, collate: Callable, examples: list, features: Tensor, scale: Tensor, agree: float
+) -> None:
+    again = pooling(**collate(examples[:1])).cpu()
+    if (found := _distance(again, features[:1], scale)) > agree:
+        raise ValueError(
+            f"two calls on one example differ by {found:.2g} standard deviations: the encoder, or what prepares its "
+            "input, draws at random"
+        )
+
+
+def _check_differ(examples: list, features: Tensor, scale: Tensor) -> None:
+    """Raise where most examples, though different, have the features of an earlier one."""
+    different = [i for i, one in enumerate(examples) if not any(_same(one, other) for other in examples[:i])]
+    distinct: list[int] = []
+    for i in different:
+        if all(_distance(features[i : i + 1], features[j : j + 1], scale) > 1e-6 for j in distinct):
+            distinct.append(i)
+    if len(different) > 1 and len(distinct) <= len(different) // 2:
+        raise ValueError(
+            f"{len(different)} different examples have {len(distinct)} different features, expected as many: what "
+            "prepares them loses what tells them apart, like a tokenizer that is not the encoder's"
+        )
+
+
+def _same(one: Any, other: Any) -> bool:
+    try:
+        return bool(one == other)
+    except (RuntimeError, ValueError):  # tensors and arrays
+        return False
+
+
+def _batches(
+    difference: Callable[[list[int]], float], lengths: list[int], shapes: list[tuple], agree: float
+) -> Findings:
+    """Find which examples may share a batch: all, those of equal lengths, or none."""
+    span, everything = (min(lengths), max(lengths)), list(range(len(lengths)))
+    reason, padding = "", None
+    try:
+        padding = difference(everything)
+    except Exception as error:  # an encoder that takes one example at a time fails in a way of its own
+        if "memory" in str(error):
+            raise
+        reason = " ".join(str(error).split())[:160]
+    if padding is not None and padding <= agree:
+        return Findings("any", padding, span, len(lengths))
+    groups = [[i for i in everything if shapes[i] == shape] for shape in dict.fromkeys(shapes)]
+    groups = [group for group in groups if 1 < len(group) < len(everything)]
+    equal = len(groups) > 0
+    try:
+        equal = equal and all(difference(group) <= agree for group in groups)
+    except Exception:  # as above
+        equal = False
+    return Findings("equal lengths" if equal else "one at a time", padding, span, len(lengths), reason)
+
+
+def _distance(one: Tensor, other: Tensor, scale: Tensor) -> float:
+    """Return the largest difference of two (examples, layers, features), in units of scale, (layers,)."""
+    found = ((one - other).abs().amax((0, 2)) / scale).max().item()
+    return found if found == found else float("inf")

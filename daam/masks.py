@@ -1,0 +1,149 @@
+"""Which positions of an encoder's layers are valid, out of what goes into the encoder."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+MASKS = ("attention_mask", "pixel_attention_mask")  # 1 where a position is valid
+LENGTHS = ("_get_feat_extract_output_lengths", "_get_subsampling_output_length")  # of Hugging Face's speech encoders
+# arguments with "mask" in their names that do not say which positions are valid
+NAMELESS = "an input by position"  # where an encoder's forward is (*args)
+OTHERS = ("head_mask", "bool_masked_pos", "mask_time_indices", "decoder", "cross")
+
+
+def unwrap(encoder: nn.Module) -> nn.Module:
+    """Return the module that torch.compile, DistributedDataParallel and the like hold: what has a signature."""
+    while True:
+        if (inner := encoder._modules.get("_orig_mod")) is None:
+            inner = encoder._modules.get("module")
+            if inner is None or any(p.kind not in _ANY for p in inspect.signature(encoder.forward).parameters.values()):
+                return encoder
+        encoder = inner
+
+
+_ANY = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+
+
+def find_mask(
+    named: dict[str, Any], attention_mask: Tensor | None, pooling_mask: Any, layers: str
+) -> tuple[str, Tensor] | None:
+    """Return the name and the tensor of the mask that says which positions are valid, or None where all are.
+
+    Args:
+        named: the encoder's arguments by name.
+        attention_mask, pooling_mask: as `LayerPooling.average` has them.
+        layers: name of the first layer in the encoder.
+
+    Raises:
+        ValueError: a mask is none, or which of the encoder's arguments says what is valid is not clear.
+    """
+    if pooling_mask is not None:
+        if isinstance(pooling_mask, str) and pooling_mask == "all":
+            return None
+        return _checked("pooling_mask", pooling_mask)
+    named = {**named} if attention_mask is None else {**named, "attention_mask": attention_mask}
+    given = [name for name in MASKS if named.get(name) is not None]
+    towers = named.get("input_ids") is not None and named.get("pixel_values") is not None
+    if len(given) > 1 or (given and towers and "text" not in layers):
+        raise ValueError(
+            f"{' and '.join(given)}: which positions of {layers or 'the layers'} are valid is not clear; pass "
+            'pooling_mask=, (batch, positions), or "all"'
+        )
+    if given:
+        return _checked(given[0], named[given[0]])
+    if lengths := [name for name, value in named.items() if _are_lengths(name, value)]:
+        counts = named[lengths[0]]
+        return lengths[0], torch.arange(int(counts.max()), device=counts.device) < counts.unsqueeze(1)
+    if doubtful := [name for name, value in named.items() if _says_something(name, value)]:
+        raise ValueError(
+            f"{doubtful[0]} goes to the encoder, and which positions it leaves valid is not clear: pass inputs by "
+            'keyword, as in pooling(**batch), or pooling_mask=, (batch, positions), 1 where valid, or "all"'
+        )
+    return None
+
+
+def as_valid(
+    mask: tuple[str, Tensor] | None, named: dict[str, Any], encoder: nn.Module, hidden: Tensor
+) -> Tensor | None:
+    """Return which positions of a layer's output (batch, positions, features) are valid, (batch, positions) of bool,
+    or None where all are.
+
+    Raises:
+        ValueError: the mask does not fit the positions.
+    """
+    batch, positions = hidden.shape[:2]
+    if mask is None:
+        tokens = next((t for n in ("input_ids", "inputs_embeds") if isinstance(t := named.get(n), Tensor)), None)
+        if tokens is None or tokens.dim() < 2 or tokens.shape[1] >= positions or not _pads_inside(encoder):
+            return None
+        mask = ("input_ids", torch.ones(tokens.shape[:2], device=hidden.device))
+    name, valid = mask[0], mask[1].to(hidden.device) > 0
+    if len(valid) == batch and valid.shape[1] != positions:
+        if (frames := _frames(name, valid, encoder, positions)) is not None:
+            valid = frames
+        elif valid.shape[1] < positions and _pads_inside(encoder):  # on the right, up to a whole window
+            valid = nn.functional.pad(valid, (0, positions - valid.shape[1]))
+    if valid.shape != (batch, positions):
+        raise ValueError(f"{name} has shape {tuple(valid.shape)}, expected {(batch, positions)}")
+    return valid
+
+
+def _checked(name: str, mask: Any) -> tuple[str, Tensor]:
+    if not isinstance(mask, Tensor) or mask.dim() != 2:
+        came = f"shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else f"a {type(mask).__name__}"
+        also = "" if name == "pooling_mask" else "; pass what is valid as pooling_mask="
+        raise ValueError(f"{name} has {came}, expected a tensor (batch, positions), 1 where valid{also}")
+    if mask.is_floating_point() and (mask < 0).any():
+        raise ValueError(f"{name} has negative values, expected 1 where valid and 0 elsewhere")
+    if empty := (~(mask > 0).any(1)).nonzero().flatten().tolist():
+        raise ValueError(f"{name} has no valid position in example {empty[0]} of the batch, expected one or more")
+    return name, mask
+
+
+def _are_lengths(name: str, value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dim() == 1 and not value.is_floating_point() and "length" in name
+
+
+def _says_something(name: str, value: Any) -> bool:
+    """Tell whether an argument seems to say which positions are valid, in a way that is not known."""
+    if isinstance(value, Mapping):
+        return any("mask" in str(key) or "length" in str(key) for key in value)
+    if not isinstance(value, Tensor) or any(word in name for word in OTHERS):
+        return False
+    return value.dim() > 1 and ("mask" in name or (name.startswith(NAMELESS) and not name.endswith(", 0")))
+
+
+def _frames(name: str, valid: Tensor, encoder: nn.Module, positions: int) -> Tensor | None:
+    """Return which frames are valid, where a mask is of samples and an encoder says how many frames they make."""
+    owner = next((m for m in encoder.modules() for n in LENGTHS if hasattr(type(m), n)), None)
+    if owner is None:
+        return None
+    count = next(getattr(owner, n) for n in LENGTHS if hasattr(type(owner), n))
+    # adapters come after the layers; those of SEW run on means of several frames
+    options = {"add_adapter": False} if "add_adapter" in inspect.signature(count).parameters else {}
+    squeeze = getattr(getattr(owner, "config", None), "squeeze_factor", 1)
+
+    def frames(lengths: Tensor) -> Tensor:
+        found = count(lengths, **options)
+        return (found[0] if isinstance(found, tuple) else found) // squeeze
+
+    whole = int(frames(torch.tensor([valid.shape[1]], device=valid.device)))
+    if whole != positions:
+        raise ValueError(
+            f"{name} of {valid.shape[1]} entries makes {whole} frames, and layers have {positions} positions: pass "
+            "what is valid as pooling_mask="
+        )
+    if (valid[:, 1:] & ~valid[:, :-1]).any():
+        raise ValueError(f"{name} has valid samples behind others, expected padding on the right alone")
+    lengths = frames(valid.sum(1)).clamp(min=1)
+    return torch.arange(positions, device=valid.device) < lengths.unsqueeze(1)
+
+
+def _pads_inside(encoder: nn.Module) -> bool:
+    """Tell whether an encoder pads its input to whole windows, as Longformer, LED, BigBird and Reformer do."""
+    return any(name.startswith("_pad_to_") for m in encoder.modules() for name in dir(type(m)))

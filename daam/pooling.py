@@ -1,0 +1,401 @@
+"""A frozen encoder that gives the outputs of its layers, averaged over valid positions as they come."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import threading
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from daam.masks import NAMELESS, as_valid, find_mask, unwrap
+
+
+class LayerPooling(nn.Module):
+    """A frozen encoder that gives the outputs of its layers, averaged over positions as they come.
+
+    Args:
+        encoder: a Hugging Face model, or any module that runs a list of layers; it is put in eval mode and stays there,
+            and its parameters require no gradient. A layer's output is a tensor (batch, positions, features), or the
+            first entry of a tuple. Compiled encoders, or parts of them, run as they would uncompiled.
+        layers: the layers, as a name (`"encoder.layer"`), several names between commas, or a sequence of modules, in
+            which a module stands as often as it runs. Not needed where the encoder holds one `nn.ModuleList` of
+            `config.num_hidden_layers` entries, or, without such a config, one of more than one. All must have one
+            width: of a hierarchical encoder name the layers of one stage.
+        batch_first: False where layers give (positions, batch, features), as those of XLNet and of
+            `nn.TransformerEncoder` by default. None tells by the sizes of the input, and asks where they do not tell.
+
+    Whether features of an example depend on the batch it stands in is a matter of the encoder: `check` measures it.
+
+    Raises:
+        ValueError: the layers are not found, or not unique; the message names those there are.
+    """
+
+    def __init__(
+        self, encoder: nn.Module, layers: str | Sequence[nn.Module] | None = None, batch_first: bool | None = None
+    ):
+        super().__init__()
+        self.encoder = encoder.requires_grad_(False).eval()
+        self.batch_first = batch_first
+        self._layers = find_layers(unwrap(encoder), layers)  # a plain list: the encoder has registered them
+        if batch_first is None and any(_takes_positions_first(layer) for layer in self._layers):
+            raise ValueError(
+                "batch_first is None, but the layers hold nn.MultiheadAttention(batch_first=False): pass "
+                "batch_first=False where they give (positions, batch, features), else True"
+            )
+
+    @property
+    def layers(self) -> list[nn.Module]:
+        """The layers, in order."""
+        return list(self._layers)
+
+    @property
+    def num_layers(self) -> int:
+        return len(self._layers)
+
+    def train(self, mode: bool = True) -> LayerPooling:
+        """Leave the encoder in eval mode: nothing of it learns."""
+        super().train(mode)
+        self.encoder.eval()
+        return self
+
+    @torch.no_grad()
+    def forward(self, *inputs: Any, **kwargs: Any) -> Tensor:
+        """Return what `average` does, without gradients."""
+        return self.average(*inputs, **kwargs)
+
+    def average(
+        self, *inputs: Any, attention_mask: Tensor | None = None, pooling_mask: Tensor | Literal["all"] | None = None,
+        **kwargs: Any,
+    ) -> Tensor:  # fmt: skip
+        """Return the mean of each layer's output over valid positions, (batch, layers, features), in fp32, or fp64 for
+        such an encoder. No layer outlives the next one.
+
+        Args:
+            inputs, kwargs: go to the encoder. Its embeddings are not among the layers.
+            attention_mask: (batch, positions), 1 where valid; goes to the encoder where that takes one. Where layers
+                have fewer positions, as in speech encoders, it is shortened as the encoder says.
+            pooling_mask: (batch, positions), 1 where valid, for averaging alone; "all" where all positions are valid.
+                None: attention_mask, or the encoder's pixel_attention_mask, or all positions.
+
+        Raises:
+            ValueError: which positions are valid is not clear, or no position of an example is; a mask does not fit the
+                layers' positions; a layer's output has another layout, or ran another number of times.
+        """
+        return self.average_and_count(*inputs, attention_mask=attention_mask, pooling_mask=pooling_mask, **kwargs)[0]
+
+    def average_and_count(
+        self, *inputs: Any, attention_mask: Tensor | None = None, pooling_mask: Tensor | Literal["all"] | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """Return what `average` does, and how many positions of each example it is of: (batch,) of int64."""
+        run = LayerPooling._average
+        if torch.compiler.is_compiling():  # hooks that come and go are not for graphs: only what follows is compiled
+            run = torch.compiler.disable(run)
+        return run(self, inputs, kwargs, attention_mask, pooling_mask)
+
+    def check(self, collate: Callable[[list], Mapping[str, Any]], examples: Sequence[Any]):
+        """Measure what features of this encoder depend on; see `daam.encoder_check.check_encoder`."""
+        from daam.encoder_check import check_encoder  # it needs this class
+
+        return check_encoder(self, collate, examples)
+
+    def _average(
+        self, inputs: tuple, kwargs: dict[str, Any], attention_mask: Tensor | None, pooling_mask: Any
+    ) -> tuple[Tensor, Tensor]:
+        encoder = unwrap(self.encoder)
+        parameters, takes_all = _signature(encoder)
+        if attention_mask is not None and (takes_all or "attention_mask" in parameters):
+            kwargs = {**kwargs, "attention_mask": attention_mask}
+        named = _named(encoder, inputs, kwargs)
+        mask = find_mask(named, attention_mask, pooling_mask, _path(encoder, self._layers[0]))
+        call = _Call(self.encoder, inputs, kwargs, named, mask, self.batch_first)
+        with _lock(self.encoder):
+            try:
+                return call.run(self._layers)
+            except _UnclearLayoutError:
+                call.batch_first = _single(call).tells_batch_first(self._layers)
+                return call.run(self._layers)
+
+
+class _UnclearLayoutError(Exception):
+    """As many examples as positions: the sizes of a layer's output do not tell which is which."""
+
+
+class _LayoutFound(Exception):  # noqa: N818 (no error)
+    """The layout of a layer's output, where nothing else was asked for."""
+
+    def __init__(self, batch_first: bool):
+        super().__init__()
+        self.batch_first = batch_first
+
+
+@dataclass
+class _Call:
+    """One call of an encoder: what goes in, by position and by name, and what says which positions are valid."""
+
+    encoder: nn.Module
+    inputs: tuple
+    kwargs: dict[str, Any]
+    named: dict[str, Any]
+    mask: tuple[str, Tensor] | None
+    batch_first: bool | None
+    valid: dict[torch.Size, Tensor | None] = field(default_factory=dict)
+
+    def run(self, layers: list[nn.Module]) -> tuple[Tensor, Tensor]:
+        """Return averages (batch, layers, features) and the number of positions of each example."""
+        found: dict[nn.Module, list[Tensor]] = {layer: [] for layer in layers}
+        counts: list[Tensor] = []
+
+        def keep(layer: nn.Module, output: Any) -> None:
+            hidden = self._as_batch_first(_first_tensor(layer, output))
+            average, count = _average(hidden, self._valid(hidden))
+            found[layer].append(average)
+            counts.append(count)
+
+        self._watch(layers, keep)
+        if not counts:  # layers whose forward is called directly have no hooks
+            self._watch(layers, keep, direct=True)
+        _check_runs(layers, found)
+        runs = {layer: iter(averages) for layer, averages in found.items()}
+        return _stack([next(runs[layer]) for layer in layers]), counts[-1]
+
+    def tells_batch_first(self, layers: list[nn.Module]) -> bool:
+        """Tell the layout from a call on one example, which ends after its first layer."""
+
+        def look(layer: nn.Module, output: Any) -> None:
+            shape = _first_tensor(layer, output).shape
+            if shape[:2].count(1) != 1:
+                raise ValueError(
+                    f"as many examples as positions, and one alone gives {tuple(shape)}: pass batch_first="
+                )
+            raise _LayoutFound(shape[0] == 1)
+
+        try:
+            self._watch(layers, look)
+            self._watch(layers, look, direct=True)
+        except _LayoutFound as found:
+            return found.batch_first
+        raise ValueError("layers did not run, expected once each")
+
+    def _watch(self, layers: list[nn.Module], keep: Callable, direct: bool = False) -> None:
+        with _uncompiled(self.encoder), _watched(layers, keep, direct):
+            self.encoder(*self.inputs, **self.kwargs)
+
+    def _as_batch_first(self, hidden: Tensor) -> Tensor:
+        """Return a layer's output as (batch, positions, features)."""
+        if hidden.is_nested:  # nn.TransformerEncoder's fast path leaves padding out
+            length = None if self.mask is None else (len(self.mask[1]), self.mask[1].shape[1], hidden.size(2))
+            hidden = hidden.to_padded_tensor(0.0, length)
+        batch = self._batch()
+        if hidden.dim() != 3:
+            raise ValueError(
+                f"a layer's output has shape {tuple(hidden.shape)}, expected (batch, positions, features): name other "
+                "layers with layers="
+            )
+        if self.batch_first is None and batch is not None and hidden.shape[0] == hidden.shape[1] == batch > 1:
+            raise _UnclearLayoutError
+        if self.batch_first is False:
+            hidden = hidden.transpose(0, 1)
+            batch = None if self.mask is None else len(self.mask[1])
+        if batch is not None and hidden.shape[0] != batch:
+            hint = (
+                "pass batch_first=False where positions come first" if self.batch_first is None else "see batch_first"
+            )
+            raise ValueError(
+                f"a layer's output has shape {tuple(hidden.shape)} for a batch of {batch}, expected ({batch}, "
+                f"positions, features): {hint}"
+            )
+        return hidden
+
+    def _batch(self) -> int | None:
+        """Return the number of examples, by the first tensor that goes in or by the mask."""
+        sizes = [len(value) for value in self.named.values() if isinstance(value, Tensor) and value.dim() > 1]
+        return sizes[0] if sizes else None if self.mask is None else len(self.mask[1])
+
+    def _valid(self, hidden: Tensor) -> Tensor | None:
+        if hidden.shape[:2] not in self.valid:  # most layers have as many positions as the one before
+            self.valid[hidden.shape[:2]] = as_valid(self.mask, self.named, unwrap(self.encoder), hidden)
+        return self.valid[hidden.shape[:2]]
+
+
+def _single(call: _Call) -> _Call:
+    """Return the call on its first example alone."""
+    batch = call._batch()
+
+    def first(value: Any) -> Any:
+        return value[:1] if isinstance(value, Tensor) and value.dim() and len(value) == batch else value
+
+    inputs = tuple(first(value) for value in call.inputs)
+    kwargs = {name: first(value) for name, value in call.kwargs.items()}
+    return _Call(call.encoder, inputs, kwargs, {}, None, call.batch_first)
+
+
+def _average(hidden: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Average (batch, positions, features) over valid positions: (batch, features), and their numbers, (batch,)."""
+    hidden = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
+    if valid is None:
+        return hidden.mean(1), torch.full((len(hidden),), hidden.shape[1], device=hidden.device)
+    count = valid.sum(1)
+    # what stands at invalid positions, NaN included, does not count
+    return torch.where(valid.unsqueeze(-1), hidden, 0).sum(1) / count.unsqueeze(-1), count
+
+
+def _first_tensor(layer: nn.Module, output: Any) -> Tensor:
+    first = output[0] if isinstance(output, tuple | list) and output else output
+    if not isinstance(first, Tensor):
+        raise ValueError(
+            f"a {type(layer).__name__} gives a {type(output).__name__}, expected a tensor (batch, positions, features) "
+            "or a tuple that begins with one: name other layers with layers="
+        )
+    return first
+
+
+def _check_runs(layers: list[nn.Module], found: dict[nn.Module, list[Tensor]]) -> None:
+    expected = Counter(layers)
+    wrong = [i for i, layer in enumerate(layers) if len(found[layer]) != expected[layer]]
+    if wrong:
+        times = [len(found[layers[i]]) for i in wrong]
+        raise ValueError(
+            f"layers {wrong} ran {times} times in one call, expected {[expected[layers[i]] for i in wrong]}: one that "
+            "runs repeatedly stands as often in layers="
+        )
+
+
+def _stack(averages: list[Tensor]) -> Tensor:
+    if len(widths := {average.shape[-1] for average in averages}) > 1:
+        raise ValueError(
+            f"layers have {', '.join(map(str, sorted(widths)))} features, expected one width: name the layers of one "
+            "stage with layers=, like 'encoder.layers.2.blocks'"
+        )
+    return torch.stack(averages, 1)
+
+
+@contextlib.contextmanager
+def _watched(layers: list[nn.Module], keep: Callable, direct: bool) -> Iterator[None]:
+    """Call keep(layer, output) whenever a layer ran in the block, in this thread: by hooks, or, where an encoder calls
+    `layer.forward`, by a forward that stands in for it.
+    """
+    thread, undo = threading.get_ident(), contextlib.ExitStack()
+
+    def hook(layer: nn.Module, args: Any, output: Any) -> None:
+        if threading.get_ident() == thread:
+            keep(layer, output)
+
+    with undo:
+        for layer in dict.fromkeys(layers):
+            if direct:
+                undo.callback(_replace_forward(layer, hook))
+            else:
+                undo.callback(layer.register_forward_hook(hook).remove)
+        yield
+
+
+def _replace_forward(layer: nn.Module, hook: Callable) -> Callable[[], None]:
+    """Let a layer's forward end with a hook; return what takes that back."""
+    original, own = layer.forward, layer.__dict__.get("forward")
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        output = original(*args, **kwargs)
+        hook(layer, args, output)
+        return output
+
+    layer.forward = forward
+    return (lambda: delattr(layer, "forward")) if own is None else (lambda: setattr(layer, "forward", own))
+
+
+_LOCKS: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
+_STANCE = threading.RLock()  # torch has one stance for all threads
+
+
+def _lock(encoder: nn.Module) -> threading.RLock:
+    """Return the lock of an encoder, under which one thread at a time watches its layers."""
+    with _STANCE:
+        return _LOCKS.setdefault(encoder, threading.RLock())
+
+
+@contextlib.contextmanager
+def _uncompiled(encoder: nn.Module) -> Iterator[None]:
+    """Run what is compiled of an encoder as it is written, since graphs do not see hooks that come and go."""
+    compiled = any(
+        module._compiled_call_impl is not None or "_orig_mod" in module._modules for module in encoder.modules()
+    )
+    if not compiled:
+        yield
+        return
+    with _STANCE, torch.compiler.set_stance("force_eager"):
+        yield
+
+
+def _signature(encoder: nn.Module) -> tuple[Mapping[str, inspect.Parameter], bool]:
+    """Return the parameters of an encoder's forward, and whether it takes keywords of any name."""
+    parameters = inspect.signature(encoder.forward).parameters
+    return parameters, any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+
+
+def _named(encoder: nn.Module, inputs: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Return an encoder's arguments by name, in the order of its signature."""
+    parameters = inspect.signature(encoder.forward).parameters
+    try:
+        bound = inspect.signature(encoder.forward).bind_partial(*inputs, **kwargs).arguments
+    except TypeError:  # the encoder says it better
+        return dict(kwargs)
+    named: dict[str, Any] = {}
+    for name, value in bound.items():
+        if parameters[name].kind is inspect.Parameter.VAR_POSITIONAL:
+            named.update({f"{NAMELESS}, {i}": one for i, one in enumerate(value)})
+        elif parameters[name].kind is inspect.Parameter.VAR_KEYWORD:
+            named.update(value)
+        else:
+            named[name] = value
+    return named
+
+
+def _path(encoder: nn.Module, layer: nn.Module) -> str:
+    """Return the name of a layer in its encoder, "" for one that is not registered there."""
+    return next((name for name, module in encoder.named_modules() if module is layer), "")
+
+
+def _takes_positions_first(layer: nn.Module) -> bool:
+    return any(isinstance(m, nn.MultiheadAttention) and not m.batch_first for m in layer.modules())
+
+
+def find_layers(encoder: nn.Module, layers: str | Sequence[nn.Module] | None) -> list[nn.Module]:
+    """Return the layers of an encoder: those that are named, or those that can be no others.
+
+    Raises:
+        ValueError: they are not found, or not unique.
+    """
+    if isinstance(layers, str):
+        return [layer for name in layers.split(",") for layer in _layers_by_name(encoder, name.strip())]
+    if layers is not None:
+        if not (found := list(layers)) or not all(isinstance(layer, nn.Module) for layer in found):
+            raise ValueError(f"layers is {layers!r}, expected a name, or modules")
+        return found
+    config = getattr(encoder, "config", None)
+    wanted = getattr(config, "num_hidden_layers", None)
+    if groups := getattr(config, "num_hidden_groups", None):  # ALBERT: groups of layers that run again and again
+        named = next(m for m in encoder.modules() if isinstance(m, nn.ModuleList) and len(m) == groups)
+        return [named[i * groups // wanted] for i in range(wanted)]
+    lists = {name: m for name, m in encoder.named_modules() if isinstance(m, nn.ModuleList) and len(m)}
+    fitting = [m for m in lists.values() if (len(m) > 1 if wanted is None else len(m) == wanted)]
+    if len(fitting) > 1:  # as many convolutions before the layers
+        fitting = [m for name, m in lists.items() if m in fitting and "conv" not in name]
+    if len(fitting) != 1:
+        names = ", ".join(f"{name!r} ({len(m)})" for name, m in lists.items()) or "none"
+        raise ValueError(f"layers of the encoder are not clear, pass layers=: its module lists are {names}")
+    return list(fitting[0])
+
+
+def _layers_by_name(encoder: nn.Module, name: str) -> list[nn.Module]:
+    try:
+        module = encoder.get_submodule(name)
+    except AttributeError as error:
+        raise ValueError(f"layers: {error}") from None
+    return list(module) if isinstance(module, nn.ModuleList | nn.Sequential) else [module]
