@@ -1,28 +1,49 @@
-"""Labelled examples out of a CSV or JSONL file of texts, or a folder of images or WAV files per class."""
+"""Labelled examples out of a CSV or JSONL file of texts, or a folder of images or sounds per class."""
 
 from __future__ import annotations
 
 import csv
 import hashlib
 import json
+import os
+import re
+import threading
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
-KINDS = {".png": "vision", ".jpg": "vision", ".jpeg": "vision", ".bmp": "vision", ".wav": "speech"}
+from daam.recipes.errors import UserError
+
+IMAGES = ("png", "jpg", "jpeg", "bmp", "gif", "webp", "tif", "tiff")
+SOUNDS = ("wav", "flac", "ogg", "mp3", "aif", "aiff")
+KINDS = {**dict.fromkeys(IMAGES, "vision"), **dict.fromkeys(SOUNDS, "speech")}
+FILES = f"images ({', '.join(IMAGES)}) or sounds ({', '.join(SOUNDS)})"
+# What systems put into folders; hidden files begin with a dot.
+LITTER = ("thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", "__macosx", "@eadir")
+# A word that a folder's name has if the folder is a part of a data set, and what may follow if that is its whole name.
+PART = re.compile(r"(?<![a-z])(train|test|val|dev|eval)(ing|id|idation|uation|elopment)?(?=set|[^a-z]|$)", re.I)
+PART_END = re.compile(r"[\W_]*(set|data|images|split)?[\W_\d]*", re.I)
+
 COLUMNS = ("text", "label")
+# Of a cell of CSV, in characters: the most that csv takes on every system.
+LONGEST_CELL = 2**31 - 1
+# csv knows one limit for the process.
+CELL_LIMIT = threading.Lock()
 
 
-class DataError(ValueError):
+class DataError(UserError):
     """Data cannot be used; the message says which file, line or example, and what was expected."""
 
 
 @dataclass
 class Example:
-    """source: a text, or the path of a file. label: the name of its class."""
+    """Hold a text or the path of a file, and the name of its class."""
 
     source: str | Path
     label: str
@@ -33,18 +54,20 @@ class Example:
 
 
 def read_examples(path: str | Path) -> tuple[str, list[Example]]:
-    """The modality, "text", "vision" or "speech", and the examples: rows as they come, files sorted.
+    """Return the modality, "text", "vision" or "speech", and the examples: rows as they come, files sorted.
 
     Args:
-        path: a .csv or .jsonl file with columns text and label; or a folder with one subfolder for each class, which
-            holds images (png, jpg, jpeg, bmp) or WAV files.
+        path: a .csv or .jsonl file in UTF-8 with columns text and label; or a folder with one subfolder for each
+            class, which holds images or sounds, directly or in folders below. Links are followed, hidden files left
+            out. A text in CSV has at most 2**31 - 1 characters.
 
     Raises:
-        DataError: no such file, nothing in it, fewer than two classes, or something that does not belong there.
+        DataError: no such file, nothing in it, fewer than two classes, something that does not belong there, or folders
+            that hold parts of a data set, as train and test, instead of classes.
     """
     path = Path(path)
     if path.is_dir():
-        modality, examples = _folder(path)
+        modality, examples = _read_folder(path)
     elif not path.exists():
         raise DataError(f"{path}: no such file or folder")
     elif path.suffix.lower() in READERS:
@@ -57,12 +80,12 @@ def read_examples(path: str | Path) -> tuple[str, list[Example]]:
 
 
 def class_names(examples: Iterable[Example]) -> list[str]:
-    """The labels there are, sorted."""
+    """Return the labels there are, sorted."""
     return sorted({example.label for example in examples})
 
 
 def encode_labels(examples: list[Example], names: list[str]) -> Tensor:
-    """(examples,) of int64: the index of each label among the names.
+    """Return (examples,) of int64: the index of each label among the names.
 
     Raises:
         DataError: a label is not among them.
@@ -76,95 +99,251 @@ def encode_labels(examples: list[Example], names: list[str]) -> Tensor:
     return torch.tensor([index[example.label] for example in examples], dtype=torch.int64)
 
 
-def hash_examples(examples: Iterable[Example]) -> str:
-    """Of labels, texts and contents of files, in their order; where files lie does not matter.
+def digest_examples(examples: Iterable[Example]) -> list[str]:
+    """Return the SHA-256 of each text, or of each file's content, in hexadecimal digits; labels do not enter.
 
     Raises:
         OSError: a file cannot be read.
     """
+    return [_digest(example.source) for example in examples]
+
+
+def hash_examples(examples: Iterable[Example], digests: list[str] | None = None) -> str:
+    """Return the SHA-256 of labels, texts and contents of files, in their order; where files lie does not matter.
+
+    Args:
+        digests: what `digest_examples` returned for the examples; without them the files are read.
+
+    Raises:
+        OSError: a file cannot be read.
+    """
+    examples = list(examples)
     total = hashlib.sha256()
-    for example in examples:
-        content = example.source.read_bytes() if isinstance(example.source, Path) else example.source.encode()
-        for part in (example.label.encode(), content):
-            total.update(hashlib.sha256(part).digest())
+    for example, digest in zip(examples, digests or digest_examples(examples), strict=True):
+        total.update(hashlib.sha256(example.label.encode()).digest())
+        total.update(bytes.fromhex(digest))
     return total.hexdigest()
+
+
+def find_duplicates(examples: Iterable[Example], digests: list[str] | None = None) -> list[list[int]]:
+    """Return the places of examples with one content, a list for each content that there is twice or more often.
+
+    Texts are the same if they differ in blanks at their ends only, files if their bytes are. Labels do not enter: a
+    group of several labels is a conflict.
+
+    Args:
+        digests: what `digest_examples` returned for the examples; without them the files are read.
+
+    Raises:
+        OSError: a file cannot be read.
+    """
+    places = defaultdict(list)
+    for i, example in enumerate(examples):
+        if isinstance(example.source, str):
+            key = "text", example.source.strip()
+        else:
+            key = "file", digests[i] if digests else _digest(example.source)
+        places[key].append(i)
+    return [group for group in places.values() if len(group) > 1]
+
+
+def _digest(source: str | Path) -> str:
+    total = hashlib.sha256()
+    if isinstance(source, str):
+        total.update(source.encode())
+    else:
+        with source.open("rb") as file:
+            while block := file.read(2**20):
+                total.update(block)
+    return total.hexdigest()
+
+
+# tables
 
 
 def _example(path: Path, line: int, row: dict) -> Example:
     for column in COLUMNS:
-        if not str(row[column]).strip():
+        value = str(row[column])
+        if not value.strip():
             raise DataError(f"{path}, line {line}: the {column} is empty")
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:  # JSON can say half of a pair of UTF-16
+            raise DataError(f"{path}, line {line}: the {column} is not in Unicode ({error})") from None
     return Example(row["text"], str(row["label"]).strip())
 
 
 def _lines(path: Path) -> Iterator[str]:
-    """Of a file in UTF-8, with or without the mark that spreadsheets put before it."""
+    """Yield the lines of a file in UTF-8, with or without the mark that spreadsheets put before it."""
     with path.open(encoding="utf-8-sig", newline="") as file:
         try:
-            yield from file
+            for line in file:
+                if "\0" in line:
+                    raise DataError(f"{path}: not in UTF-8 (it holds NUL, as UTF-16 does)")
+                yield line
         except UnicodeDecodeError as error:
             raise DataError(f"{path}: not in UTF-8 ({error})") from None
 
 
-def _csv(path: Path) -> Iterator[tuple[int, dict]]:
+@contextmanager
+def _long_cells() -> Iterator[None]:
+    with CELL_LIMIT:
+        before = csv.field_size_limit(LONGEST_CELL)
+        try:
+            yield
+        finally:
+            csv.field_size_limit(before)
+
+
+def _read_csv(path: Path) -> list[tuple[int, dict]]:
     reader = csv.DictReader(_lines(path), restval="", strict=True)
+    rows = []
     try:
-        found = [name for name in reader.fieldnames or () if name]
-        if missing := [name for name in COLUMNS if name not in found]:
-            raise DataError(f"{path} has no column {' and no column '.join(missing)}; it has: {', '.join(found)}")
-        for row in reader:
-            if None in row:
-                raise DataError(
-                    f"{path}, line {reader.line_num}: more than {len(reader.fieldnames)} columns; "
-                    'put a text with commas into "quotes"'
-                )
-            yield reader.line_num, row
+        with _long_cells():
+            reader.fieldnames = _header(path, reader.fieldnames or [])
+            for row in reader:
+                if None in row:
+                    raise DataError(
+                        f"{path}, line {reader.line_num}: more than {len(reader.fieldnames)} columns; "
+                        'put a text with commas into "quotes"'
+                    )
+                rows.append((reader.line_num, row))
     except csv.Error as error:
         # of the last row that was read: a quote that nobody closed runs to the end of the file
         raise DataError(f"{path}, line {reader.line_num + 1}: broken CSV ({error})") from None
+    return rows
 
 
-def _jsonl(path: Path) -> Iterator[tuple[int, dict]]:
+def _header(path: Path, names: list[str]) -> list[str]:
+    names = [name.strip() for name in names]
+    found = [name for name in names if name]
+    if twice := [name for name, count in Counter(found).items() if count > 1]:
+        raise DataError(f"{path} has the column {' and the column '.join(twice)} twice; it has: {', '.join(found)}")
+    if missing := [name for name in COLUMNS if name not in found]:
+        message = f"{path} has no column {' and no column '.join(missing)}; it has: {', '.join(found)}"
+        if len(found) == 1 and (other := re.search(r"[;|\t]", found[0])):
+            message += f" (expected columns with commas between them, not {other[0]!r})"
+        raise DataError(message)
+    return names
+
+
+def _read_jsonl(path: Path) -> Iterator[tuple[int, dict]]:
     for line, text in enumerate(_lines(path), 1):
         if not text.strip():
             continue
         try:
-            row = json.loads(text)
-        except json.JSONDecodeError as error:
+            row = json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse_constant)
+        except (ValueError, RecursionError) as error:
             raise DataError(f"{path}, line {line}: broken JSON ({error})") from None
         if not isinstance(row, dict):
             raise DataError(f'{path}, line {line}: expected an object, {{"text": ..., "label": ...}}')
-        for column, types in zip(COLUMNS, (str, (str, int)), strict=True):
+        for column, types in zip(COLUMNS, ((str,), (str, int)), strict=True):
             if column not in row:
                 raise DataError(f"{path}, line {line}: no {column}; it has: {', '.join(row)}")
-            if not isinstance(row[column], types):
-                raise DataError(f"{path}, line {line}: the {column} is {row[column]!r}, expected a string")
+            # by its exact type, since True and False are of int too
+            if type(row[column]) not in types:
+                expected = "a string" if types == (str,) else "a string or a whole number"
+                raise DataError(f"{path}, line {line}: the {column} is {row[column]!r}, expected {expected}")
         yield line, row
 
 
-READERS = {".csv": _csv, ".jsonl": _jsonl}
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if twice := [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]:
+        raise ValueError(f"{' and '.join(twice)} twice in an object")
+    return dict(pairs)
 
 
-def _folder(root: Path) -> tuple[str, list[Example]]:
-    files = [f for f in sorted(root.rglob("*")) if f.is_file() and not _hidden(f.relative_to(root))]
-    folders = [f for f in sorted(root.iterdir()) if f.is_dir() and not _hidden(f.relative_to(root))]
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no number of JSON")
+
+
+READERS = {".csv": _read_csv, ".jsonl": _read_jsonl}
+
+
+# folders
+
+
+def _read_folder(root: Path) -> tuple[str, list[Example]]:
+    files = sorted(_walk(root, ()))
+    folders = [f for f in sorted(root.iterdir()) if f.is_dir() and not _is_litter(f)]
     if not folders:
         raise DataError(f"{root}: expected one subfolder for each class, there is none")
-    first: dict[str, Path] = {}
+    if loose := [file for file in files if file.parent == root and _kind(file)]:
+        raise DataError(f"{loose[0]} is in no class: expected one subfolder for each class")
+    files = [file for file in files if file.parent != root]  # without a README beside the classes
+    _check_classes(root, files)
+    first: dict[str | None, Path] = {}
     for file in files:
-        if file.parent == root and file.suffix.lower() not in KINDS:
-            continue  # a README beside the classes
-        if file.parent == root:
-            raise DataError(f"{file} is in no class: expected one subfolder for each class")
-        first.setdefault(KINDS.get(file.suffix.lower(), "other"), file)
-    if len(first) > 1 or "other" in first:
-        kinds = "images (png, jpg, jpeg, bmp) or WAV files"
-        raise DataError(f"{root}: expected only {kinds}, it holds {' and '.join(str(f) for f in first.values())}")
-    examples = [Example(file, file.relative_to(root).parts[0]) for file in files if file.parent != root]
-    if empty := [str(f) for f in folders if f.name not in class_names(examples)]:
-        raise DataError(f"{', '.join(empty)}: no images or WAV files, expected some for each class")
+        first.setdefault(_kind(file), file)
+    if len(first) > 1 or None in first:
+        raise DataError(f"{root}: expected only {FILES}, it holds {' and '.join(map(str, first.values()))}")
+    examples = [Example(file, file.relative_to(root).parts[0]) for file in files]
+    names = set(class_names(examples))
+    if empty := [str(f) for f in folders if f.name not in names]:
+        raise DataError(f"{', '.join(empty)}: no images or sounds, expected some for each class")
     return next(iter(first)), examples
 
 
-def _hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)
+def _walk(folder: Path, outer: tuple[str, ...]) -> Iterator[Path]:
+    """Yield the files in a folder and below it, through links; outer are the folders that it is in."""
+    outer = (*outer, os.path.realpath(folder))
+    for path in folder.iterdir():
+        if _is_litter(path):
+            continue
+        if path.is_file():
+            yield path
+        elif not path.is_dir():
+            what = f"a link to {os.readlink(path)}, which does not exist" if path.is_symlink() else "no file"
+            raise DataError(f"{path} is {what}, expected a file or a folder")
+        elif os.path.realpath(path) in outer:
+            raise DataError(f"{path} is a link to {os.readlink(path)}, a folder that it is in itself")
+        else:
+            yield from _walk(path, outer)
+
+
+def _check_classes(root: Path, files: list[Path]) -> None:
+    """Raise a DataError where first-level folders are not the classes, but hold them."""
+    files = [file for file in files if _kind(file)]
+    inner, own = defaultdict(set), set()
+    for first, *rest in (file.relative_to(root).parts for file in files):
+        inner[first].update(rest[:1] if len(rest) > 1 else ())
+        if len(rest) == 1:
+            own.add(first)
+    advice = "expected one subfolder for each class: give the path of one of them"
+    parts = {name: part for name in inner if (part := _part(name, name in own))}
+    if len(set(parts.values())) > 1:
+        raise DataError(f"{root} holds {', '.join(parts)}, which are parts of a data set and no classes; {advice}")
+    if len(inner) == 1:
+        folder = Path(os.path.commonpath([file.parent for file in files]))
+        if all(file.parent != folder for file in files):
+            names = _some({file.relative_to(folder).parts[0] for file in files})
+            raise DataError(f"{root}: expected one subfolder for each class; give {folder}, which holds {names}")
+    nested = {name: folders for name, folders in inner.items() if name not in own}
+    counts = Counter(folder for folders in nested.values() for folder in folders)
+    if same := {folder for folder, count in counts.items() if count > 1}:
+        holders = [name for name, folders in nested.items() if folders & same]
+        raise DataError(
+            f"{root}: {_some(holders)} hold the same folders, {_some(same)}, as parts of a data set do; {advice}, or "
+            "put the files of each class directly into its folder"
+        )
+
+
+def _part(name: str, has_files: bool) -> str | None:
+    """Return the word for the part of a data set that a folder is. Of one with files the name must be no more."""
+    match = PART.search(name)
+    if match and has_files and (match.start() or not PART_END.fullmatch(name, match.end())):
+        return None
+    return match and match[1].lower()
+
+
+def _some(names: Iterable[str]) -> str:
+    names = sorted(names)
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+
+
+def _kind(file: Path) -> str | None:
+    return KINDS.get(file.suffix.lower().removeprefix("."))
+
+
+def _is_litter(path: Path) -> bool:
+    return path.name.startswith(".") or path.name.lower() in LITTER

@@ -24,7 +24,15 @@ from daam.encoder_check import TRIED, Findings, NotFiniteError, input_shapes
 from daam.pooling import LayerPooling
 from daam.recipes.arguments import device, number, positive
 from daam.recipes.cache import CacheError, Writer, first_not_finite, read_about
-from daam.recipes.data import Example, class_names, encode_labels, hash_examples, read_examples
+from daam.recipes.data import (
+    Example,
+    class_names,
+    digest_examples,
+    encode_labels,
+    find_duplicates,
+    hash_examples,
+    read_examples,
+)
 from daam.recipes.encoders import (
     MAX_SECONDS,
     NO_LIMIT,
@@ -71,12 +79,19 @@ def extract(
     """
     names = class_names(examples) if names is None else names
     labels = encode_labels(examples, names)
-    digest = hash_examples(tqdm(examples, desc="hash of the examples", unit="examples", delay=2, leave=False))
+    digests = digest_examples(tqdm(examples, desc="hash of the examples", unit="examples", delay=2, leave=False))
+    _tell_duplicates(examples, digests)
     findings = _check(pooling, collate, examples, about)
     layers, features = _run(pooling, collate, examples, [0]).shape[1:]
     sizes = {"examples": len(examples), "shard": shard, "layers": layers, "features": features}
     checked = None if findings is None else findings.as_dict()
-    own = {**about, **_identity(pooling, collate), **sizes, "names": names, "examples_sha256": digest}
+    own = {
+        **about,
+        **_identity(pooling, collate),
+        **sizes,
+        "names": names,
+        "examples_sha256": hash_examples(examples, digests),
+    }
     with exclusive(Path(folder)):
         writer = Writer(folder, {**own, "checked": checked})
         done = len(examples) - sum(len(writer.rows(index)) for index in writer.missing)
@@ -90,6 +105,16 @@ def extract(
                     bar.update(len(places))
                 writer.write(index, found, labels[rows.start : rows.stop])
     return writer.about
+
+
+def _tell_duplicates(examples: list[Example], digests: list[str]) -> None:
+    """Print how many examples are copies of others, and how many of these have another label."""
+    groups = find_duplicates(examples, digests)
+    if groups:
+        copies = sum(len(group) - 1 for group in groups)
+        several = sum(len({examples[i].label for i in group}) > 1 for group in groups)
+        also = f", and {several} have several labels" if several else ""
+        print(f"{len(groups)} examples occur more than once, {copies} are copies{also}")
 
 
 def _check(pooling: nn.Module, collate: Callable, examples: list[Example], about: dict) -> Findings | None:
