@@ -308,7 +308,7 @@ def _speech(extractor: Any, encoder: nn.Module, max_seconds: float) -> Collate:
 
     def read(path: Path) -> np.ndarray:
         samples = read_sound(path, rate, limit)
-        if sound_seconds(path) > limit:
+        if len(samples) >= int(limit * rate) and sound_seconds(path) > limit:
             cut.add(path)
         if owner is not None and "input_values" in names and _frames(owner, len(samples)) < 1:
             raise DataError(f"{path}: {len(samples)} samples are too few for one frame of the encoder")

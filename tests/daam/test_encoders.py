@@ -41,7 +41,12 @@ TEXTS = [
 
 @pytest.fixture(autouse=True)
 def seed():
+    """One thread: of tensors this small several threads wait for each other."""
+    threads = torch.get_num_threads()
     torch.manual_seed(0)
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def save_tokenizer(folder, **options):
