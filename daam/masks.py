@@ -128,19 +128,18 @@ def _frames(name: str, valid: Tensor, encoder: nn.Module, positions: int) -> Ten
     options = {"add_adapter": False} if "add_adapter" in inspect.signature(count).parameters else {}
     squeeze = getattr(getattr(owner, "config", None), "squeeze_factor", 1)
 
-    def frames(lengths: Tensor) -> Tensor:
-        found = count(lengths, **options)
-        return (found[0] if isinstance(found, tuple) else found) // squeeze
+    def frames(length: int) -> int:
+        found = count(torch.tensor(length), **options)
+        return int(found[0] if isinstance(found, tuple) else found) // squeeze
 
-    whole = int(frames(torch.tensor([valid.shape[1]], device=valid.device)))
-    if whole != positions:
+    if (whole := frames(valid.shape[1])) != positions:
         raise ValueError(
             f"{name} of {valid.shape[1]} entries makes {whole} frames, and layers have {positions} positions: pass "
             "what is valid as pooling_mask="
         )
     if (valid[:, 1:] & ~valid[:, :-1]).any():
         raise ValueError(f"{name} has valid samples behind others, expected padding on the right alone")
-    lengths = frames(valid.sum(1)).clamp(min=1)
+    lengths = torch.tensor([max(1, frames(length)) for length in valid.sum(1).tolist()], device=valid.device)
     return torch.arange(positions, device=valid.device) < lengths.unsqueeze(1)
 
 

@@ -327,7 +327,7 @@ def _window(extractor: Any) -> float:
         if isinstance(samples := getattr(extractor, name, None), int):
             return samples
     if hasattr(extractor, "num_mel_bins") and isinstance(frames := getattr(extractor, "max_length", None), int):
-        return frames * extractor.sampling_rate / 100  # AST's, of 10 ms
+        return (0.01 * (frames - 1) + 0.025) * extractor.sampling_rate  # AST's of 25 ms, each 10 ms after the last
     return float("inf")
 
 

@@ -572,6 +572,16 @@ class Draws(Encoder):
         return super().forward(torch.where(torch.rand(input_ids.shape) < 0.3, 0, input_ids))
 
 
+class Remembers(Encoder):
+    """As BigBird, which for good takes another attention once an example is short."""
+
+    short = False
+
+    def forward(self, input_ids, attention_mask=None):
+        self.short |= input_ids.shape[1] < 3
+        return super().forward(input_ids // 2 if self.short else input_ids)
+
+
 def constant(texts):
     return {"input_ids": torch.ones(len(texts), 3, dtype=torch.long)}
 
@@ -584,6 +594,12 @@ def constant(texts):
             TEXTS,
             collate,
             "two calls on one example differ by .* the encoder, or what prepares its input, draws",
+        ),
+        (
+            Remembers(),
+            TEXTS,
+            collate,
+            "two calls on one example differ by .* draws at random, or remembers other calls",
         ),
         (Encoder(), TEXTS, constant, "6 different examples have 1 different features, expected as many"),
         (Frames(2, 1), [torch.ones(80), torch.zeros(80)], None, "80 entries makes 20 frames, and layers have 10"),
