@@ -126,6 +126,8 @@ def _alone(pooling: LayerPooling, batch: Mapping[str, Any], place: int) -> tuple
         try:
             features, count = pooling.average_and_count(**batch)
         except ValueError:
+            features = None
+        if features is None or len(features) != 1:
             pooling.batch_first = None
             features, count = pooling.average_and_count(**batch)
     features = features.cpu()

@@ -26,8 +26,8 @@ class LayerPooling(nn.Module):
             first entry of a tuple. Compiled encoders, or parts of them, run as they would uncompiled.
         layers: the layers, as a name (`"encoder.layer"`), several names between commas, or a sequence of modules, in
             which a module stands as often as it runs. Not needed where the encoder holds one `nn.ModuleList` of
-            `config.num_hidden_layers` entries, or, without such a config, one of more than one. All must have one
-            width: of a hierarchical encoder name the layers of one stage.
+            `config.num_hidden_layers` entries, or only one; without such a config, one of more than one. All must have
+            one width: of a hierarchical encoder name the layers of one stage.
         batch_first: False where layers give (positions, batch, features), as those of XLNet and of
             `nn.TransformerEncoder` by default. None tells by the sizes of the input, and asks where they do not tell.
 
@@ -203,7 +203,7 @@ class _Call:
             raise _UnclearLayoutError
         if self.batch_first is False:
             hidden = hidden.transpose(0, 1)
-            batch = None if self.mask is None else len(self.mask[1])
+            batch = self._batch(positions_first=hidden.shape[0])
         if batch is not None and hidden.shape[0] != batch:
             hint = (
                 "pass batch_first=False where positions come first" if self.batch_first is None else "see batch_first"
@@ -214,10 +214,16 @@ class _Call:
             )
         return hidden
 
-    def _batch(self) -> int | None:
-        """Return the number of examples, by the first tensor that goes in or by the mask."""
-        sizes = [len(value) for value in self.named.values() if isinstance(value, Tensor) and value.dim() > 1]
-        return sizes[0] if sizes else None if self.mask is None else len(self.mask[1])
+    def _batch(self, positions_first: int | None = None) -> int | None:
+        """Return the number of examples, by the first tensor that goes in or by the mask. Where layers give positions
+        first, what goes in may do so too: then it is positions_first, if that is one of its first two sizes.
+        """
+        if self.mask is not None and positions_first is not None:
+            return len(self.mask[1])
+        shapes = [value.shape for value in self.named.values() if isinstance(value, Tensor) and value.dim() > 1]
+        if shapes:
+            return positions_first if positions_first in shapes[0][:2] else shapes[0][0]
+        return None if self.mask is None else len(self.mask[1])
 
     def _valid(self, hidden: Tensor) -> Tensor | None:
         if hidden.shape[:2] not in self.valid:  # most layers have as many positions as the one before
@@ -385,6 +391,8 @@ def find_layers(encoder: nn.Module, layers: str | Sequence[nn.Module] | None) ->
         return [named[i * groups // wanted] for i in range(wanted)]
     lists = {name: m for name, m in encoder.named_modules() if isinstance(m, nn.ModuleList) and len(m)}
     fitting = [m for m in lists.values() if (len(m) > 1 if wanted is None else len(m) == wanted)]
+    if len(lists) == 1 and wanted is not None:  # the config's number may be the decoder's
+        fitting = list(lists.values())
     if len(fitting) > 1:  # as many convolutions before the layers
         fitting = [m for name, m in lists.items() if m in fitting and "conv" not in name]
     if len(fitting) != 1:

@@ -93,7 +93,7 @@ def load_encoder(
         raise EncoderError(f"modality is {modality!r}, expected one of {', '.join(map(repr, PREPARATIONS))}")
     folder = find_model(name)
     model, missing = _load_model(transformers, folder, name)
-    encoder, layers = _part(model, modality, layers)
+    encoder, layers = _part(model, missing, modality, layers)
     kind, prepare = PREPARATIONS[modality]
     processor = _load(getattr(transformers, kind).from_pretrained, folder, name, f"preprocessing of {modality}")
     try:
@@ -181,16 +181,20 @@ def _load(load: Callable[[str], Any], folder: str, name: str, what: str) -> Any:
         ) from None
 
 
-def _part(model: nn.Module, modality: str, layers: str | None) -> tuple[nn.Module, str | None]:
+def _part(
+    model: nn.Module, missing: list[str], modality: str, layers: str | None
+) -> tuple[nn.Module, str | None]:  # fmt: skip
     """Return the encoder of a modality, which may be a part of a model, and the name of its layers there."""
     encoder, prefix = model, ""
-    if getattr(model.config, "sub_configs", None):
+    # encoders that were saved alone are loaded into the whole model, with a decoder at random
+    has_decoder = model.config.is_encoder_decoder or any(name.startswith("decoder.") for name in missing)
+    if getattr(model.config, "sub_configs", None) or has_decoder:
         part = next((p for p in PARTS[modality] if isinstance(getattr(model, p, None), nn.Module)), None)
         if part is not None:
             encoder, prefix = getattr(model, part), f"{part}."
-    elif model.config.is_encoder_decoder:
-        encoder = model.get_encoder()
-        prefix = next((f"{n}." for n, m in model.named_modules() if m is encoder and n), "")
+        elif has_decoder:
+            encoder = model.get_encoder()
+            prefix = next((f"{n}." for n, m in model.named_modules() if m is encoder and n), "")
     return encoder, layers if layers is None else ",".join(n.strip().removeprefix(prefix) for n in layers.split(","))
 
 

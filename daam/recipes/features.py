@@ -9,6 +9,7 @@ An interrupted run goes on where it stopped when the same command is run again. 
 from __future__ import annotations
 
 import argparse
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,6 +21,7 @@ try:
 except ImportError as error:
     raise ImportError(f"{error}. The recipes need their extra: pip install 'daam-triton[recipes]'") from error
 
+import daam
 from daam.encoder_check import TRIED, Findings, NotFiniteError, input_shapes
 from daam.pooling import LayerPooling
 from daam.recipes.arguments import device, number, positive
@@ -130,7 +132,7 @@ def _check(pooling: nn.Module, collate: Callable, examples: list[Example], about
         raise EncoderError(f"{about.get('encoder')}: {error}") from None
     except NotFiniteError as error:
         raise _not_finite(error.place, examples) from None
-    except (ValueError, RuntimeError, IndexError) as error:
+    except Exception as error:
         raise _explained(error, pooling, f"{about.get('encoder')}, first examples") from error
     print(findings)
     return findings
@@ -165,7 +167,7 @@ def _run(pooling: nn.Module, collate: Callable, examples: list[Example], places:
     try:
         with torch.no_grad():
             features = pooling(**inputs).float().cpu()
-    except (ValueError, RuntimeError, IndexError) as error:
+    except Exception as error:
         raise _explained(error, pooling, f"{which} ({examples[places[0]]})") from error
     if features.dim() != 3 or len(features) != len(places):
         raise CacheError(
@@ -184,13 +186,22 @@ def _not_finite(place: int, examples: list[Example]) -> CacheError:
 
 
 def _explained(error: Exception, pooling: nn.Module, which: str) -> Exception:
-    """Return what a user can mend as an `EncoderError`, and all else as it is."""
+    """Return what a user can mend as an `EncoderError`: what does not fit, and what fails in an encoder, which is no
+    code of ours. Bugs, and a lack of memory, are returned as they are.
+    """
     if isinstance(error, UserError) or lacks_memory(error):
         return error
+    if isinstance(error, ValueError):
+        return EncoderError(f"{which}: {error}")
+    if Path(traceback.extract_tb(error.__traceback__)[-1].filename).is_relative_to(PACKAGE):
+        return error
     limit = positions_of(pooling.encoder) if isinstance(pooling, LayerPooling) else NO_LIMIT
-    if not isinstance(error, ValueError) and limit < NO_LIMIT and "index out of range" in str(error):
+    if limit < NO_LIMIT and "index out of range" in str(error):
         return EncoderError(f"{which}: more positions than the encoder's {limit}: take a lower --max-length")
-    return EncoderError(f"{which}: {error}") if isinstance(error, ValueError) else error
+    return EncoderError(f"{which}: the encoder fails ({type(error).__name__}: {error})")
+
+
+PACKAGE = Path(daam.__file__).parent
 
 
 def _parser() -> argparse.ArgumentParser:

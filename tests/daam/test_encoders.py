@@ -583,7 +583,7 @@ def test_an_encoder_that_looks_at_its_first_window_only(command, tmp_path):
     extractor = transformers.ASTFeatureExtractor(max_length=100, num_mel_bins=16)
     save_model(tmp_path / "model", "AST", extractor, **SIZES, patch_size=8, max_length=100, num_mel_bins=16)
     _, printed = command(folder, tmp_path / "model")
-    assert "1 of these examples are longer than 1 seconds: cut off there" in printed
+    assert "1 of these examples are longer than 1.015 seconds: cut off there" in printed
 
 
 def test_errors_name_the_encoder(texts, command, tmp_path):
@@ -591,6 +591,21 @@ def test_errors_name_the_encoder(texts, command, tmp_path):
         load_encoder("no-such-model", "text")
     (tmp_path / "empty").mkdir()
     assert "no encoder in" in command(texts, tmp_path / "empty", error=True)
+
+
+def test_an_encoder_that_fails_and_a_bug_of_ours(texts, command, tmp_path, monkeypatch):
+    text_model(tmp_path / "model")
+
+    def fails(self, *args, **kwargs):
+        return torch.zeros(2) + torch.zeros(3)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(transformers.BertModel, "forward", fails)
+        line = command(texts, tmp_path / "model", error=True)
+        assert "the encoder fails (" in line and "must match the size of tensor b" in line
+    monkeypatch.setattr("daam.pooling._first_tensor", lambda layer, output: None)
+    with pytest.raises(AttributeError, match="'NoneType' object has no attribute"):
+        command(texts, tmp_path / "model")
 
 
 # B7: Hugging Face's Trainer

@@ -560,6 +560,21 @@ def test_batches_that_count():
     assert "a batch fails (one image, please): one example at a time" in str(findings)
 
 
+def test_patches_of_an_image_are_no_positions_first():
+    """MobileViT gives (batch·4, patches, features)."""
+
+    class Patches(Encoder):
+        def forward(self, pixel_values):
+            x = pixel_values.reshape(-1, 4, FEATURES)
+            for layer in self.layers:
+                x = layer(x)
+
+    pooling = daam.LayerPooling(Patches())
+    with pytest.raises(ValueError, match=r"shape \(5, 4, 16\) for a batch of 1, expected \(1, positions, features\)"):
+        pooling.check(lambda images: {"pixel_values": torch.stack(images)}, [torch.randn(5, 64) for _ in range(3)])
+    assert pooling.batch_first is None
+
+
 def test_layers_that_give_positions_first_are_found():
     pooling = daam.LayerPooling(PositionsFirst())
     assert pooling.check(collate, TEXTS).batches == "any" and pooling.batch_first is False

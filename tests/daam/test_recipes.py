@@ -1,6 +1,8 @@
-"""The demo runs end to end, and its figures are what they say."""
+"""The demo runs end to end, and its figures are what they say; importing a recipe changes nothing."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from helpers import close
 
 import daam
 from daam.recipes import digits
+from daam.recipes.lock import exclusive
 
 
 def test_digits(tmp_path, capsys):
@@ -44,3 +47,72 @@ def test_the_demos_encoder_is_pooled_like_any_other():
     x = daam.LayerPooling(encoder)(images)
     assert x.shape == (3, digits.LAYERS, digits.FEATURES) and not x.requires_grad
     close(x[:, -1], encoder(images).mean(1), "averages")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--backend", "triton"], 'backend "triton", requested by'),
+        (["--seeds", "5000"], "'5000', expected 1000 or less"),
+        (["--epochs", "0"], "'0', expected a whole number of 1 or more"),
+    ],
+    ids=str,
+)
+def test_errors_of_the_demo_are_one_line(arguments, message, tmp_path, capsys):
+    if "triton" in arguments and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    with pytest.raises(SystemExit) as stopped:
+        digits.main(["--output", str(tmp_path / "out"), *arguments])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert stopped.value.code == 2 and line.startswith("error: ") and message in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_two_demos_in_one_folder_and_a_folder_of_a_cache(tmp_path, capsys, monkeypatch):
+    """Are refused before either loses what it has."""
+    (tmp_path / "digits-runs").mkdir()
+    (tmp_path / "digits-runs" / "kept").write_text("")
+    with exclusive(tmp_path), pytest.raises(SystemExit):
+        digits.main(["--output", str(tmp_path)])
+    assert "another process works in" in capsys.readouterr().err
+    (tmp_path / "cache.json").write_text("{}")
+    with pytest.raises(SystemExit):
+        digits.main(["--output", str(tmp_path)])
+    assert "is a cache, expected another folder" in capsys.readouterr().err
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit):
+        digits.main(["--output", str(tmp_path)])
+    assert "WORLD_SIZE is 2" in capsys.readouterr().err and (tmp_path / "digits-runs" / "kept").exists()
+
+
+IMPORT_ALL = """
+import importlib, pkgutil, sys
+import matplotlib
+import torch
+
+matplotlib.use("svg")  # a notebook's, say
+before = torch.get_num_threads(), torch.get_default_dtype(), torch.initial_seed()
+import daam.recipes
+
+names = [module.name for module in pkgutil.iter_modules(daam.recipes.__path__)]
+for name in names:
+    importlib.import_module(f"daam.recipes.{name}")
+from pathlib import Path
+from daam.recipes.plots import plot_importance
+
+plot_importance(torch.rand(4, 8).numpy(), torch.rand(4).numpy(), [1, 2, 3, 4], 2, "about", Path(sys.argv[1]))
+assert matplotlib.rcParams["backend"] == "svg" and matplotlib.get_backend() == "svg", matplotlib.get_backend()
+assert "matplotlib.pyplot" not in sys.modules
+assert before == (torch.get_num_threads(), torch.get_default_dtype(), torch.initial_seed())
+print(*names)
+"""
+
+
+def test_importing_recipes_leaves_matplotlib_alone(tmp_path):
+    """Also drawing does."""
+    done = subprocess.run(
+        [sys.executable, "-c", IMPORT_ALL, str(tmp_path / "importance.png")], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert {"train", "compare", "explain", "digits", "lora", "features"} <= set(done.stdout.split())
+    assert (tmp_path / "importance.png").exists()
