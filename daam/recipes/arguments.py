@@ -7,18 +7,30 @@ import math
 
 import torch
 
+LARGEST = 10**9  # of whole numbers: torch counts in 64 bits
+MOST_SEEDS = 1000  # their splits are all drawn before the first one trains
 
-def positive(text: str) -> int:
+
+def positive(text: str, largest: int = LARGEST) -> int:
+    """Return a whole number of 1 or more."""
     try:
         value = int(text)
     except ValueError:
         value = 0
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text!r}, expected a whole number of 1 or more")
+    if value > largest:
+        raise argparse.ArgumentTypeError(f"{text!r}, expected {largest} or less")
     return value
 
 
+def seeds(text: str) -> int:
+    """Return a number of seeds."""
+    return positive(text, MOST_SEEDS)
+
+
 def number(text: str) -> float:
+    """Return a finite number of 0 or more."""
     try:
         value = float(text)
     except ValueError:
@@ -29,10 +41,16 @@ def number(text: str) -> float:
 
 
 def device(text: str) -> str:
+    """Return the name of a device that is there."""
     try:
-        kind = torch.device(text).type
+        kind, index = torch.device(text).type, torch.device(text).index
     except RuntimeError:
         raise argparse.ArgumentTypeError(f"{text!r}, expected cpu, cuda or cuda:1") from None
     if kind == "cuda" and not torch.cuda.is_available():
         raise argparse.ArgumentTypeError(f"{text!r}, but torch finds no GPU")
+    if kind == "cuda" and index is not None and index >= torch.cuda.device_count():
+        raise argparse.ArgumentTypeError(f"{text!r}, but torch finds {torch.cuda.device_count()} GPUs, from cuda:0 on")
+    other = torch.accelerator.current_accelerator(check_available=True)
+    if kind not in ("cpu", "cuda") and (other is None or other.type != kind):
+        raise argparse.ArgumentTypeError(f"{text!r}, but torch finds no such device: expected cpu, cuda or cuda:1")
     return text

@@ -5,12 +5,14 @@ folder a method. What is there already is not trained again.
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
-from daam.recipes.cache import read_cache
+from daam.recipes.cache import read_cache, write_whole
+from daam.recipes.errors import Parser, guarded
+from daam.recipes.lock import exclusive
 from daam.recipes.plots import plot_comparison
+from daam.recipes.runs import write_json
 from daam.recipes.train import METHODS, add_settings, check_methods, train
 
 EXAMPLE = """example: seven methods on 1,000 short texts, six and a half minutes on two cores:
@@ -21,7 +23,7 @@ Interrupted, run the same command again: it goes on where it stopped."""
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown, the most accurate first."""
+    """Return results as Markdown, the most accurate first."""
     parts, memory = len(rows[0]["parts"]), rows[0]["memory"]["what"]
     lines = [
         f"| method | test accuracy, mean ± std of {parts} | trainable parameters | seconds an epoch | MB {memory} |",
@@ -37,28 +39,26 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def write_comparison(rows: list[dict[str, Any]], output: Path) -> str:
-    """Write the table, the results of all methods and their plot; the table."""
-    (output / "comparison.json").write_text(json.dumps(rows, indent=1) + "\n")
-    (output / "table.md").write_text(table(rows) + "\n")
+    """Write the table, the results of all methods and their plot; return the table."""
+    write_json(output / "comparison.json", rows)
+    write_whole(output / "table.md", (table(rows) + "\n").encode())
     plot_comparison(rows, output / "comparison.png")
     return table(rows)
 
 
+@guarded
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    """Train several methods on a cache and compare them."""
+    parser = Parser(description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_settings(parser)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=["daam", "daamv2", "mixture", "mha", "linear"])
     args = parser.parse_args(argv)
     methods = list(dict.fromkeys(args.methods))
-    try:
-        cache = read_cache(args.cache)
-        check_methods(args, methods, cache)
-        rows = [train(args, cache, method, args.output / method) for method in methods]
-    except (ValueError, OSError, ImportError) as error:
-        parser.error(str(error))
-    print(f"\n{write_comparison(rows, args.output)}\n\n{args.output.resolve()}")
+    cache = read_cache(args.cache)
+    jobs = check_methods(args, methods, cache)
+    with exclusive(args.output):
+        rows = [train(args, cache, method, args.output / method, jobs.get(method)) for method in methods]
+        print(f"\n{write_comparison(rows, args.output)}\n\n{args.output.resolve()}")
 
 
 if __name__ == "__main__":

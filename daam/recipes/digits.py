@@ -11,7 +11,6 @@ with daam.recipes.features.
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 from pathlib import Path
 
@@ -26,11 +25,14 @@ except ImportError as error:
     raise ImportError(f"{error}. The recipes need their extra: pip install 'daam-triton[recipes]'") from error
 
 import daam
-from daam.recipes.arguments import device, positive
+from daam.recipes.arguments import device, positive, seeds
 from daam.recipes.cache import Cache
 from daam.recipes.compare import write_comparison
+from daam.recipes.errors import Parser, UserError, guarded
 from daam.recipes.explain import explain
-from daam.recipes.train import Settings, cached_job, run
+from daam.recipes.lock import exclusive
+from daam.recipes.runs import Settings, check_output
+from daam.recipes.train import cached_job, run
 
 LAYERS, FEATURES = 12, 64
 # by the folder of its run: the method, the layers it sees (all where none are named), its learning rate
@@ -55,7 +57,7 @@ class Encoder(nn.Module):
         )
 
     def forward(self, images: Tensor) -> Tensor:
-        """The last layer's hidden states, (batch, 16, features)."""
+        """Return the last layer's hidden states, (batch, 16, features)."""
         patches = images.reshape(-1, 4, 2, 4, 2).transpose(2, 3).reshape(-1, 16, 4)
         hidden = self.embed(patches) + self.position
         for layer in self.layers:
@@ -64,8 +66,8 @@ class Encoder(nn.Module):
 
 
 def train_encoder(images: Tensor, labels: Tensor, epochs: int) -> Encoder:
-    """An encoder that has learned the given digits: its last layer, pooled, under a linear classifier that is thrown
-    away.
+    """Return an encoder that has learned the given digits: its last layer, pooled, under a linear classifier that is
+    thrown away.
     """
     encoder, classify = Encoder().to(images.device), nn.Linear(FEATURES, 5).to(images.device)
     optimizer = torch.optim.AdamW([*encoder.parameters(), *classify.parameters()], lr=3e-3)
@@ -79,40 +81,54 @@ def train_encoder(images: Tensor, labels: Tensor, epochs: int) -> Encoder:
     return encoder
 
 
+@guarded
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    """Run the demo."""
+    parser = Parser(description=__doc__.partition("\n")[0])
     parser.add_argument("--device", type=device, default="cpu", help='where to train; "cuda" uses the kernels')
     parser.add_argument("--backend", default="auto", choices=("auto", "triton", "eager"))
     parser.add_argument("--output", type=Path, default=Path("demo-output"), help="folder for pictures and results")
-    parser.add_argument("--seeds", type=positive, default=3)
+    parser.add_argument("--seeds", type=seeds, default=3)
     parser.add_argument("--epochs", type=positive, default=20, help="of every decoder")
     parser.add_argument("--encoder-epochs", type=positive, default=24)
     args = parser.parse_args(argv)
+    check_output(args.output)
+    try:
+        backend, reason = daam.backend_for(torch.empty(1, device=args.device), args.backend)
+    except (RuntimeError, ValueError) as error:  # ValueError: DAAM_BACKEND names none
+        raise UserError(str(error)) from None
+    print(f"density attention runs on the {backend} backend: {reason}")
     torch.set_num_threads(1)  # tensors this small gain little from more, and lose much to them on a busy machine
+    with exclusive(args.output):
+        _compare(args, backend)
+    print(f"Pictures and results: {args.output.resolve()}")
 
+
+def _make_cache(args: argparse.Namespace) -> Cache:
+    """Return the features of the digits 5-9, of an encoder that is trained here on the digits 0-4."""
     torch.manual_seed(0)
     data = load_digits()
     images = torch.tensor(data.images, dtype=torch.float32, device=args.device) / 16
     labels = torch.tensor(data.target, device=args.device)
-    backend, reason = daam.backend_for(images, args.backend)
-    print(f"density attention runs on the {backend} backend: {reason}")
     pooling = daam.LayerPooling(train_encoder(images[labels < 5], labels[labels < 5], args.encoder_epochs))
     about = {"encoder": "a transformer that knows the digits 0-4", "source": "scikit-learn's digits 5-9"}
-    cache = Cache(pooling(images[labels >= 5]).cpu(), labels[labels >= 5].cpu() - 5, list("56789"), about)
+    return Cache(pooling(images[labels >= 5]).cpu(), labels[labels >= 5].cpu() - 5, list("56789"), about)
 
-    rows, runs = [], args.output / "digits-runs"
+
+def _compare(args: argparse.Namespace, backend: str) -> None:
+    """Train all decoders, explain the first one, and write and print the comparison."""
+    cache, rows, runs = _make_cache(args), [], args.output / "digits-runs"
     shutil.rmtree(runs, ignore_errors=True)  # a demo begins anew, where a run goes on
     with daam.use_backend(backend):
         for name, (method, layers, rate) in DECODERS.items():
             settings = Settings(method, seeds=args.seeds, epochs=args.epochs, batch=32, rate=rate, layers=layers)
             job = cached_job(cache, settings, args.device)
-            results = run(job, settings, runs / name, args.device, {"cache": about, "backend": backend})
+            results = run(job, settings, runs / name, args.device, {"cache": cache.about, "backend": backend})
             rows.append({**results, "method": name})
             if name == "daam":
-                report = explain(runs / name, results, cache, args.output)
-    (args.output / "importance.json").write_text(json.dumps(report, indent=1) + "\n")
+                explain(runs / name, results, cache, args.output)
     print(f"\nDigits 5-9 on a frozen encoder of digits 0-4, {LAYERS} layers x {FEATURES} features, {args.seeds} seeds")
-    print(f"{write_comparison(rows, args.output)}\n\nPictures and results: {args.output.resolve()}")
+    print(f"{write_comparison(rows, args.output)}\n")
 
 
 if __name__ == "__main__":

@@ -345,7 +345,3 @@ PREPARATIONS = {
     "vision": ("AutoImageProcessor", _vision),
     "speech": ("AutoFeatureExtractor", _speech),
 }
-
-
-def padding_shows(encoder: nn.Module) -> bool:
-    return getattr(getattr(encoder, "config", None), "feat_extract_norm", None) == "group"

@@ -8,7 +8,6 @@ other, since they were chosen on examples that test elsewhere.
 from __future__ import annotations
 
 import argparse
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,60 +19,79 @@ import daam
 from daam.decoder import DENSITIES
 from daam.recipes.arguments import positive
 from daam.recipes.cache import Cache, fingerprint, read_cache
+from daam.recipes.errors import Parser, guarded
+from daam.recipes.lock import exclusive
 from daam.recipes.plots import describe, plot_gaussians, plot_importance
-from daam.recipes.train import RunError, Settings, cached_job, run
+from daam.recipes.runs import RunError, Settings, check_output, read_results, write_json
+from daam.recipes.train import cached_job, run
 
 EXAMPLE = """example:
   python -m daam.recipes.explain comparison/daam cache --output explained --ablate 3"""
 
 
 def read_run(folder: Path, cache: Cache) -> dict[str, Any]:
-    """The results of a finished run on a cache, of a method with densities."""
-    path = folder / "results.json"
-    if not path.exists():
-        raise RunError(f"{path} does not exist: finish the run with daam.recipes.train first")
-    results = json.loads(path.read_text())
-    if not isinstance(results, dict) or "method" not in results:
-        raise RunError(f"{path} holds no results of daam.recipes.train")
+    """Return the results of a finished run on a cache, of a method with densities."""
+    if not (folder / "results.json").exists():
+        raise RunError(f"{folder / 'results.json'} does not exist: finish the run with daam.recipes.train first")
+    results = read_results(folder)
     if results["method"] not in (*DENSITIES, "daamv2"):
         raise RunError(f"{folder} is a run of {results['method']!r}, which has no densities: expected daam, daamv2, "
                        "mixture or gqdaam")  # fmt: skip
     if results["examples"] != fingerprint(cache):
-        raise RunError(f"{folder} was trained on another cache, expected that of {results['about'].get('cache')}")
+        about = results["about"].get("cache")
+        about = about if isinstance(about, dict) else {}
+        raise RunError(f"{folder} was trained on another cache, expected that of {about.get('source', 'its data')} "
+                       f"through {about.get('encoder', 'its encoder')}")  # fmt: skip
     return results
 
 
 def settings_of(results: dict[str, Any]) -> Settings:
-    """What a run was trained with."""
+    """Return what a run was trained with."""
     return Settings(**{**results["settings"], "layers": tuple(results["settings"]["layers"])})
+
+
+def load_part(folder: Path, i: int, results: dict[str, Any], cache: Cache) -> daam.DATDecoder:
+    """Return the decoder of a run's part.
+
+    Raises:
+        RunError: its file is not there, broken, or of another run.
+    """
+    path = folder / f"part-{i}.safetensors"
+    try:
+        decoder = daam.load_decoder(path).eval()
+    except Exception as error:  # no file, no safetensors, no settings, other tensors: each fails in a way of its own
+        raise RunError(f"{path} cannot be read ({type(error).__name__}): run daam.recipes.train again") from None
+    sizes = decoder.settings["num_layers"], decoder.settings["num_features"]
+    expected = len(results["settings"]["layers"]) or cache.features.shape[1], cache.features.shape[2]
+    if sizes != expected or decoder.settings["attention"] not in DENSITIES:
+        raise RunError(f"{path} is of another run: layers and features are {sizes}, expected {expected}, or it has no "
+                       "densities")  # fmt: skip
+    return decoder
 
 
 @torch.no_grad()
 def average_weights(folder: Path, results: dict[str, Any], cache: Cache) -> daam.WeightMap:
-    """The weights, (layers, features), of the validation examples of all parts."""
+    """Return the weights, (layers, features), of the validation examples of all parts."""
     found, inputs = daam.WeightMap(), cached_job(cache, settings_of(results)).inputs
     for i, part in enumerate(results["parts"]):
-        decoder = daam.load_decoder(folder / f"part-{i}.safetensors").eval()
+        decoder = load_part(folder, i, results, cache)
         for places in torch.tensor(part["validation"]).split(64):
             found.update(decoder(**inputs(places), return_weights=True)[1])
     return found
 
 
 def explain(folder: Path, results: dict[str, Any], cache: Cache, output: Path) -> dict[str, Any]:
-    """Draw the pictures and return the numbers; layers count from 1, features from 0."""
+    """Write the numbers into importance.json, draw the pictures, return the numbers; layers count from 1, features from
+    0.
+    """
     weights = average_weights(folder, results, cache)
     importance, contribution = (of(weights.mean()) for of in (daam.importance_factor, daam.layer_contribution))
-    decoder = daam.load_decoder(folder / "part-0.safetensors")
+    decoder = load_part(folder, 0, results, cache)
     layers = [layer + 1 for layer in settings_of(results).layers or range(len(contribution))]
-    about = f"{results['method']}, mean over {weights.count} validation examples\n{describe(results)}"
-    heads = decoder.settings["num_heads"]
-    plot_importance(importance.numpy(), contribution.numpy(), layers, heads, about, output / "importance.png")
     offset, c = gaussians(decoder)
-    about = f"{results['method']}, part 0\n{describe(results)}"
-    plot_gaussians(offset.numpy(), c.numpy(), about, output / "gaussians.png")
     top = importance.flatten().topk(min(10, importance.numel()))
     features = importance.shape[1]
-    return {
+    report = {
         "layers": layers,
         "layer_contribution": contribution.tolist(),
         "importance_per_layer": importance.mean(1).tolist(),
@@ -84,10 +102,17 @@ def explain(folder: Path, results: dict[str, Any], cache: Cache, output: Path) -
         "mean_offset": {"min": offset.min().item(), "max": offset.max().item()},
         "scaled_variance": {"min": c.min().item(), "max": c.max().item()},
     }
+    write_json(output / "importance.json", report)
+    about = f"{results['method']}, mean over {weights.count} validation examples\n{describe(results)}"
+    heads = decoder.settings["num_heads"]
+    plot_importance(importance.numpy(), contribution.numpy(), layers, heads, about, output / "importance.png")
+    about = f"{results['method']}, part 0\n{describe(results)}"
+    plot_gaussians(offset.numpy(), c.numpy(), about, output / "gaussians.png")
+    return report
 
 
 def gaussians(decoder: daam.DATDecoder) -> tuple[Tensor, Tensor]:
-    """Mean offsets and scaled variances of a decoder's heads, (heads, P) each; the mixture's c counts squared."""
+    """Return mean offsets and scaled variances of a decoder's heads, (heads, P) each: of the mixture, c squared."""
     if isinstance(decoder.daam, daam.DensityBlock):
         (layer,) = decoder.daam.layers
         return layer.mean_offsets.detach(), layer.c.detach().square()
@@ -106,43 +131,38 @@ def ablate(results: dict[str, Any], cache: Cache, contribution: Tensor, count: i
     return found
 
 
+@guarded
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    """Explain a finished run."""
+    parser = Parser(description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="folder of daam.recipes.train, of a method with densities")
     parser.add_argument("cache", type=Path, help="the features it was trained on")
     parser.add_argument("--output", type=Path, required=True, help="folder of the pictures and importance.json")
     parser.add_argument("--ablate", type=positive, metavar="LAYERS", help="train on so many, highest against lowest")
     args = parser.parse_args(argv)
-    try:
-        _explain(args)
-    except (ValueError, OSError) as error:
-        parser.error(str(error))
-
-
-def _explain(args: argparse.Namespace) -> None:
     cache = read_cache(args.cache)
     results = read_run(args.run, cache)
     layers = len(results["settings"]["layers"]) or cache.features.shape[1]
     if args.ablate is not None and not 2 <= args.ablate <= layers // 2:
         raise RunError(f"--ablate is {args.ablate}, expected 2 to {layers // 2}, half of the {layers} layers")
+    check_output(args.output)
+    with exclusive(args.output):
+        _explain(args, results, cache)
+    print(args.output.resolve())
+
+
+def _explain(args: argparse.Namespace, results: dict[str, Any], cache: Cache) -> None:
+    """Write and print the report, and what an ablation gives."""
     report = explain(args.run, results, cache, args.output)
-    _write(args.output, report)
     for layer, percent in zip(report["layers"], report["layer_contribution"], strict=True):
         print(f"layer {layer:3}: {percent:5.1f} % of all weights")
     if args.ablate is not None:
         contribution = torch.tensor(report["layer_contribution"])
         report["ablation"] = ablate(results, cache, contribution, args.ablate, args.output / "ablation")
-        _write(args.output, report)
+        write_json(args.output / "importance.json", report)
     for name, one in report.get("ablation", {}).items():
         accuracy = one["accuracy"]
         print(f"{name} layers {one['layers']}: test accuracy {accuracy['mean']:.3f} ± {accuracy['std']:.3f}")
-    print(args.output.resolve())
-
-
-def _write(output: Path, report: dict[str, Any]) -> None:
-    (output / "importance.json").write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":

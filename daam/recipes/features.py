@@ -83,7 +83,7 @@ def extract(
     labels = encode_labels(examples, names)
     digests = digest_examples(tqdm(examples, desc="hash of the examples", unit="examples", delay=2, leave=False))
     _tell_duplicates(examples, digests)
-    findings = _check(pooling, collate, examples, about)
+    findings = check(pooling, collate, examples, about)
     layers, features = _run(pooling, collate, examples, [0]).shape[1:]
     sizes = {"examples": len(examples), "shard": shard, "layers": layers, "features": features}
     checked = None if findings is None else findings.as_dict()
@@ -119,8 +119,14 @@ def _tell_duplicates(examples: list[Example], digests: list[str]) -> None:
         print(f"{len(groups)} examples occur more than once, {copies} are copies{also}")
 
 
-def _check(pooling: nn.Module, collate: Callable, examples: list[Example], about: dict) -> Findings | None:
-    """Measure what features depend on, and print it; None for what is no `LayerPooling`."""
+def check(pooling: nn.Module, collate: Callable, examples: list[Example], about: dict) -> Findings | None:
+    """Measure on the first examples what features depend on, print it and return it; None for what is no
+    `daam.LayerPooling`.
+
+    Raises:
+        CacheError: features are NaN or infinite.
+        EncoderError: see `daam.encoder_check.check_encoder`; about["encoder"] is named.
+    """
     if not isinstance(pooling, LayerPooling) or len(examples) < 2:
         return None
     sources = [example.source for example in examples[:TRIED]]

@@ -11,8 +11,11 @@ from torch import Tensor, nn
 import daam
 from daam.recipes.cache import Cache, fingerprint
 from daam.recipes.data import encode_labels, hash_examples, read_examples
-from daam.recipes.encoders import load_encoder, padding_shows
-from daam.recipes.train import Job, RunError, Settings, trainable
+from daam.recipes.encoders import load_encoder
+from daam.recipes.features import check
+from daam.recipes.runs import RunError, Settings
+from daam.recipes.splits import find_equal
+from daam.recipes.train import Job, trainable
 
 RANK, ALPHA = 8, 16
 B_RATE = 16  # LoRA+: the rate of the B matrices, in rates of the others (arXiv 2402.12354)
@@ -26,21 +29,24 @@ class LoRAClassifier(nn.Module):
     def __init__(self, pooling: daam.LayerPooling, features: int, classes: int):
         super().__init__()
         try:
-            from peft import LoraConfig, inject_adapter_in_model
+            from peft import LoraConfig
+            from peft.functional import cast_adapter_dtype, inject_adapter_in_model
         except ImportError as error:
             raise ImportError(f"{error}. The recipes need their extra: pip install 'daam-triton[recipes]'") from error
         self.pooling = pooling
-        inside = {id(module) for layer in pooling.layers for module in layer.modules()}
-        linear = [n for n, m in pooling.encoder.named_modules() if isinstance(m, nn.Linear) and id(m) in inside]
-        config = LoraConfig(r=RANK, lora_alpha=ALPHA, lora_dropout=0.0, target_modules=linear)
+        config = LoraConfig(r=RANK, lora_alpha=ALPHA, lora_dropout=0.0, target_modules=linear_modules(pooling))
         inject_adapter_in_model(config, pooling.encoder)
-        self.classify = nn.Linear(features, classes)
+        # injected in the encoder's dtype: in half precision small steps are lost, and AdamW's division is 0 / 0
+        cast_adapter_dtype(pooling.encoder, "default")
+        self.classify = nn.Linear(features, classes, dtype=torch.float32)
 
     def forward(self, **batch: Tensor) -> Tensor:
-        return self.classify(self.pooling.average(**batch)[:, -1])
+        """Return scores of the classes, (batch, classes)."""
+        last = self.pooling.average(**batch)[:, -1]
+        return self.classify(last.to(self.classify.weight.dtype))
 
     def freeze_unused(self, inputs: dict[str, Tensor]) -> None:
-        """Adapters that a module bypasses, as WavLM's attention does, learn nothing: they are no trainable
+        """Freeze adapters that a module bypasses, as WavLM's attention does: they learn nothing, and are no trainable
         parameters.
         """
         self(**inputs).sum().backward()
@@ -49,37 +55,56 @@ class LoRAClassifier(nn.Module):
             p.grad = None
 
 
+def linear_modules(pooling: daam.LayerPooling) -> list[str]:
+    """Return the names of the linear modules in an encoder's layers."""
+    inside = {id(module) for layer in pooling.layers for module in layer.modules()}
+    return [n for n, m in pooling.encoder.named_modules() if isinstance(m, nn.Linear) and id(m) in inside]
+
+
 def lora_job(data: Path, encoder: str, cache: Cache, settings: Settings) -> Job:
-    """The examples and labels of a cache, through the encoder it was made with."""
+    """Return the job of adapters on an encoder: the examples and labels of a cache, through the encoder it was made
+    with.
+    """
     modality, examples = read_examples(data)
     about = cache.about
-    if hash_examples(examples) != about["examples_sha256"] or encoder != about["encoder"]:
+    if hash_examples(examples) != about.get("examples_sha256"):
         raise RunError(
-            f"{data} through {encoder} is not what the cache was made of: {about['examples']} examples of "
-            f"{about['source']} through {about['encoder']}"
+            f"--data {data} through --encoder {encoder} is not what the cache was made of: {len(cache.labels)} "
+            f"examples of {about.get('source')} through {about.get('encoder')}"
         )
-    names = {"layers": "layer_list", "max_length": "max_length"}
+    names = {"layers": "layer_list", "max_length": "max_length", "max_seconds": "max_seconds"}
     how = {key: about[name] for key, name in names.items() if about.get(name) is not None}
     sources, labels = [example.source for example in examples], encode_labels(examples, cache.names)
     pooling, collate = load_encoder(encoder, modality, **how)
-    if padding_shows(pooling.encoder):
-        raise RunError(f"features of {encoder} depend on what a batch is padded with: LoRA would learn that")
+    # by what is in it: its folder may be spelled otherwise, or have moved
+    for name, sha256 in collate.identity.items():
+        if about.get(name) != sha256:
+            raise RunError(f"--encoder {encoder}: its {name} is {sha256}, expected the cache's {about.get(name)}")
+    findings = check(pooling, collate, examples, about)
+    if findings is not None and findings.batches != "any":
+        raise RunError(f"features of {encoder} depend on the batch they stand in: LoRA would learn that ({findings})")
+    if not linear_modules(pooling):
+        raise RunError(f"the layers of {encoder} have no linear modules, which --method {settings.method} adapts")
 
     def inputs(places: Tensor) -> dict[str, Tensor]:
         return collate([sources[i] for i in places.tolist()])
 
     return Job(
-        _builder(encoder, modality, how, cache, inputs),
+        _builder(encoder, modality, how, cache, inputs, pooling.batch_first),
         inputs,
         labels,
         fingerprint(cache),
         rates_plus if settings.method == "lora+" else Job.rates,
+        groups=find_equal(cache.features),
     )
 
 
-def _builder(encoder: str, modality: str, how: dict, cache: Cache, inputs: Callable) -> Callable[[], nn.Module]:
+def _builder(
+    encoder: str, modality: str, how: dict, cache: Cache, inputs: Callable, batch_first: bool | None
+) -> Callable[[], nn.Module]:  # fmt: skip
     def build() -> nn.Module:
         pooling, _ = load_encoder(encoder, modality, **how)
+        pooling.batch_first = batch_first
         model = LoRAClassifier(pooling, cache.features.shape[2], len(cache.names))
         model.freeze_unused(inputs(torch.arange(1)))
         return model
@@ -88,7 +113,7 @@ def _builder(encoder: str, modality: str, how: dict, cache: Cache, inputs: Calla
 
 
 def rates_plus(model: nn.Module, rate: float) -> list[dict]:
-    """LoRA+'s groups of parameters."""
+    """Return LoRA+'s groups of parameters."""
     fast = [p for name, p in model.named_parameters() if p.requires_grad and "lora_B" in name]
     slow = [p for name, p in model.named_parameters() if p.requires_grad and "lora_B" not in name]
     return [{"params": slow, "lr": rate}, {"params": fast, "lr": B_RATE * rate}]

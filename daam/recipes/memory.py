@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def saved_bytes(forward: Callable[[], object], parameters: Iterable[Tensor]) -> int:
-    """Bytes that autograd keeps for the backward pass of forward(), each storage once, without parameters."""
+    """Return the bytes that autograd keeps for the backward pass of forward(): each storage once, no parameters."""
     own = {p.untyped_storage().data_ptr() for p in parameters}
     kept = {}
 

@@ -2,21 +2,18 @@
 
 Defaults are the paper's (arXiv 2401.11143): AdamW with 1e-4, batches of 8, 35 epochs, focal loss, the rate divided by
 10 after 10 epochs without a better validation accuracy. Each fold tests on its own part of the examples; a tenth of the
-rest chooses the epoch, by accuracy and then by loss. An interrupted run, started again, goes on where it stopped; on a
-CPU it ends with the same numbers.
+rest chooses the epoch, by accuracy and then by loss. Examples of equal features are in one part. An interrupted run,
+started again, goes on where it stopped; on a CPU it ends with the same numbers.
 """
 
 from __future__ import annotations
 
 import argparse
-import io
-import json
 import math
 import platform
 import time
-from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,17 +22,21 @@ import torch
 from torch import Tensor, nn
 
 try:
-    from sklearn.model_selection import StratifiedKFold, train_test_split
     from tqdm import tqdm
 except ImportError as error:
     raise ImportError(f"{error}. The recipes need their extra: pip install 'daam-triton[recipes]'") from error
 
 import daam
-from daam.decoder import ATTENTIONS, DENSITIES
-from daam.recipes.arguments import device, number, positive
-from daam.recipes.cache import Cache, fingerprint, read_cache, write_whole
+from daam.decoder import ATTENTIONS, DENSITIES, QUERY_HEADS
+from daam.recipes import runs
+from daam.recipes.arguments import device, number, positive, seeds
+from daam.recipes.cache import Cache, fingerprint, read_cache
+from daam.recipes.errors import Parser, guarded
+from daam.recipes.lock import exclusive
 from daam.recipes.memory import saved_bytes
 from daam.recipes.plots import plot_curves
+from daam.recipes.runs import Part, RunError, Settings, Split
+from daam.recipes.splits import check_counts, find_equal, keep_together, splits
 from daam.transformer import LOSSES
 
 HEADS = (8, 6, 5, 4, 3, 2, 1)
@@ -47,80 +48,47 @@ EXAMPLE = """example, for a cache of texts.csv:
 Interrupted, run the same command again: it goes on where it stopped."""
 
 
-class RunError(ValueError):
-    """What the user can mend: a folder of another run, too few examples of a class, a method without its encoder."""
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What a run's numbers depend on, beside the examples."""
-
-    method: str
-    epochs: int = 35
-    batch: int = 8
-    rate: float = 1e-4
-    weight_decay: float = 1e-2
-    loss: str = "focal"
-    folds: int = 5
-    seeds: int | None = None  # where given: so many random splits instead of folds
-    stop_after: int = 15  # epochs without a better one
-    layers: tuple[int, ...] = ()  # where not empty: the layers that are used, counted from 0
-
-
-@dataclass(frozen=True)
-class Split:
-    """Places of examples."""
-
-    train: Tensor
-    validation: Tensor
-    test: Tensor
-
-
-@dataclass
-class Part:
-    """What one fold or seed gave. losses of training, accuracies and validation_losses: one an epoch. memory: bytes of
-    training, the peak on a GPU, elsewhere what the forward pass of a step saves for its backward pass. validation,
-    test: places of examples.
-    """
-
-    accuracy: float = 0.0
-    best_epoch: int = -1
-    losses: list[float] = field(default_factory=list)
-    accuracies: list[float] = field(default_factory=list)
-    validation_losses: list[float] = field(default_factory=list)
-    seconds: list[float] = field(default_factory=list)
-    memory: int = 0
-    validation: list[int] = field(default_factory=list)
-    test: list[int] = field(default_factory=list)
-
-
 @dataclass
 class Job:
-    """A model to train: build() makes it, inputs(places) are those of its forward pass. identity: of the examples."""
+    """A model to train: build() makes it, inputs(places) are those of its forward pass. identity: of the examples.
+    groups: for every example the place of the first that equals it, where some do; see `splits.find_equal`.
+    """
 
     build: Callable[[], nn.Module]
     inputs: Callable[[Tensor], dict[str, Tensor]]
     labels: Tensor
     identity: str
     rates: Callable[[nn.Module, float], list[dict]] = lambda model, rate: [{"params": trainable(model), "lr": rate}]
+    groups: Tensor | None = None
 
 
 def heads_for(layers: int, method: str) -> int:
-    """The largest of 8, 6, 5, 4, 3, 2, 1 that divides the layers and leaves each head three or more, as the paper's 8
-    of 24; one where none does, and for DAAMv2. A single layer is its own mean, and of two each is one standard
-    deviation from it: density attention would weigh them alike.
+    """Return the largest of 8, 6, 5, 4, 3, 2, 1 that divides the layers and leaves each head three or more, as the
+    paper's 8 of 24; one where none does, and for DAAMv2. Of two layers each is one standard deviation from their mean:
+    density attention would weigh them alike.
     """
     if method == "daamv2":
         return 1
-    if layers < 2:
-        raise RunError(f"--method {method} compares layers with each other: expected 2 or more, there is {layers}")
     return next((h for h in HEADS if layers % h == 0 and layers // h >= 3), 1)
 
 
+def check_sizes(method: str, layers: int, features: int) -> None:
+    """Raise a RunError where a method cannot work on so many layers and features."""
+    # a single layer is its own mean, and with it a batch of one example has a single value to normalise
+    if layers < 2 and method in (*DENSITIES, "daamv2", "mha_bn"):
+        raise RunError(f"--method {method} compares layers with each other: expected 2 or more, there is {layers}")
+    if features % QUERY_HEADS and method in ("mha", "mha_bn"):
+        raise RunError(
+            f"--method {method} shares the features among {QUERY_HEADS} heads: expected a multiple of {QUERY_HEADS}, "
+            f"the encoder has {features}"
+        )
+
+
 def decoder_for(method: str, layers: int, features: int, classes: int) -> nn.Module:
-    """A decoder by the name of its method: x of (batch, layers, features) to (batch, classes)."""
+    """Return a decoder by the name of its method: x of (batch, layers, features) to (batch, classes)."""
     if method == "linear":
         return _Linear(layers * features, classes)
+    check_sizes(method, layers, features)
     attention = "daam" if method == "daamv2" else method
     heads = heads_for(layers, method) if attention in DENSITIES else 1
     return daam.DATDecoder(layers, features, classes, attention=attention, num_heads=heads)
@@ -134,62 +102,61 @@ class _Linear(nn.Linear):
 
 
 def cached_job(cache: Cache, settings: Settings, device: str = "cpu") -> Job:
-    """A decoder on features, which go to the device at once; settings.layers chooses among the layers."""
+    """Return the job of a decoder on features, which go to the device at once; settings.layers chooses among them."""
     features = (cache.features[:, list(settings.layers)] if settings.layers else cache.features).to(device)
 
     def build() -> nn.Module:
         return decoder_for(settings.method, *features.shape[1:], len(cache.names))
 
-    return Job(build, lambda places: {"x": features[places.to(device)]}, cache.labels, fingerprint(cache))
+    def inputs(places: Tensor) -> dict[str, Tensor]:
+        return {"x": features[places.to(device)]}
 
-
-def splits(labels: Tensor, settings: Settings) -> list[Split]:
-    """Folds or seeds, stratified by label; a tenth of what does not test validates, an example a class at least."""
-    places, y = np.arange(len(labels)), labels.numpy()
-    counts, parts = Counter(y.tolist()), 5 if settings.seeds else settings.folds
-    if parts < 2:
-        raise RunError(f"--folds is {parts}, expected 2 or more")
-    if rare := [label for label, count in counts.items() if count < max(parts, 3)]:
-        raise RunError(
-            f"class {rare[0]} has {counts[rare[0]]} examples, expected {max(parts, 3)} or more to split by label: add "
-            "examples, leave the class out, or take fewer --folds"
-        )
-    if settings.seeds:
-        test = max(len(y) // 5, len(counts))
-        pairs = [train_test_split(places, test_size=test, random_state=s, stratify=y) for s in range(settings.seeds)]
-    else:
-        pairs = StratifiedKFold(settings.folds, shuffle=True, random_state=0).split(places, y)
-    found = []
-    for rest, test in pairs:
-        size = max(len(rest) // 10, len(counts))
-        train, validation = train_test_split(rest, test_size=size, random_state=0, stratify=y[rest])
-        found.append(Split(*(torch.as_tensor(np.sort(part)) for part in (train, validation, test))))
-    return found
+    # by all layers: methods that see some of them train on the same parts
+    return Job(build, inputs, cache.labels, fingerprint(cache), groups=find_equal(cache.features))
 
 
 def run(job: Job, settings: Settings, output: Path, device: str = "cpu", about: dict[str, Any] | None = None) -> dict:
-    """Train every part, or what is left of them; write and return the results. A finished run is returned as it is."""
-    all_splits = splits(job.labels, settings)
-    own = {**asdict(settings), "examples": job.identity, "device": device_name(device)}
+    """Train every part, or what is left of them; write and return the results. A finished run is returned as it is.
+
+    Raises:
+        RunError: the folder holds something else, a file of it is broken, there are too few examples, the loss is not
+            finite. UserError: another process trains in the folder.
+    """
+    all_splits = splits(job.labels, settings, job.groups)
+    runs.check_output(output)
+    # not the device and its threads: they are how a run was made, not what it is
+    own = {**asdict(settings), "examples": job.identity}
     if (output / "results.json").exists():
-        _same_run(output, own)
-        return _read(output / "results.json")
+        runs.claim(output, own)
+        return runs.read_results(output, all_splits)
     model = job.build()  # what cannot be built does not claim the folder
-    _same_run(output, own)
-    parts = []
-    for i, split in enumerate(all_splits):
-        stem = output / f"part-{i}"
-        done = stem.with_suffix(".json")
-        if not done.exists():
-            torch.manual_seed(i)
-            model = job.build().to(device)
-            part = train_part(model, job, split, settings, stem, device)
-            _write(done, asdict(part))
-            stem.with_suffix(".pt").unlink()
-        parts.append(Part(**_read(done)))
+    with exclusive(output):
+        runs.claim(output, own)
+        parts = [_finish_part(job, split, settings, output, i, device) for i, split in enumerate(all_splits)]
+        results = _results(job, settings, model, parts, device, about or {})
+        runs.write_json(output / "results.json", results)
+    plot_curves(results, output / "learning-curves.png")
+    return results
+
+
+def _finish_part(job: Job, split: Split, settings: Settings, output: Path, i: int, device: str) -> Part:
+    """Return what part i gave, after training what is left of it."""
+    stem = output / f"part-{i}"
+    done = stem.with_suffix(".json")
+    if not done.exists():
+        torch.manual_seed(i)
+        runs.write_json(done, asdict(train_part(job.build().to(device), job, split, settings, stem, device)))
+    stem.with_suffix(".pt").unlink(missing_ok=True)  # also where the process died before it could
+    return runs.read_part(runs.read_json(done), split, done)
+
+
+def _results(
+    job: Job, settings: Settings, model: nn.Module, parts: list[Part], device: str, about: dict[str, Any]
+) -> dict[str, Any]:
+    """Return what results.json says."""
     accuracy = torch.tensor([part.accuracy for part in parts], dtype=torch.float64)
     on_gpu = torch.device(device).type == "cuda"
-    results = {
+    return {
         "method": settings.method,
         "accuracy": {"mean": accuracy.mean().item(), "std": accuracy.std(correction=0).item()},
         "trainable_parameters": sum(p.numel() for p in trainable(model)),
@@ -198,11 +165,8 @@ def run(job: Job, settings: Settings, output: Path, device: str = "cpu", about: 
         "settings": asdict(settings),
         "examples": job.identity,
         "parts": [asdict(part) for part in parts],
-        "about": {**(about or {}), "device": device_name(device), "torch": torch.__version__, "daam": daam.__version__},
+        "about": {**about, "device": device_name(device), "torch": torch.__version__, "daam": daam.__version__},
     }
-    _write(output / "results.json", results)
-    plot_curves(results, output / "learning-curves.png")
-    return results
 
 
 def train_part(model: nn.Module, job: Job, split: Split, settings: Settings, stem: Path, device: str) -> Part:
@@ -212,11 +176,11 @@ def train_part(model: nn.Module, job: Job, split: Split, settings: Settings, ste
     part, best = Part(validation=split.validation.tolist(), test=split.test.tolist()), None
     checkpoint = stem.with_suffix(".pt")
     if checkpoint.exists():
-        state = _load(checkpoint, device)
+        state = runs.load_state(checkpoint, device)
         model.load_state_dict(state["model"], strict=False)
         optimizer.load_state_dict(state["optimizer"])
         schedule.load_state_dict(state["schedule"])
-        part, best = Part(**state["part"]), state["best"]
+        part, best = runs.read_part(state["part"], split, checkpoint), state["best"]
     else:
         model.eval()  # running statistics stay as they are
         first = split.train[: settings.batch]
@@ -232,7 +196,7 @@ def train_part(model: nn.Module, job: Job, split: Split, settings: Settings, ste
             best = {name: t.clone() for name, t in _own_state(model).items()}
         bar.set_postfix(loss=f"{part.losses[-1]:.4f}", accuracy=f"{part.accuracies[-1]:.3f}")
         state = {"model": _own_state(model), "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}
-        _save(checkpoint, {**state, "part": asdict(part), "best": best})
+        runs.save_state(checkpoint, {**state, "part": asdict(part), "best": best})
     model.load_state_dict(best, strict=False)
     part.accuracy, _ = evaluate(model, job, split.test, settings, device)
     if isinstance(model, daam.DATDecoder):
@@ -244,7 +208,7 @@ def _train_epoch(
     model: nn.Module, job: Job, split: Split, settings: Settings, optimizer: torch.optim.Optimizer, epoch: int,
     part: Part, device: str,
 ) -> None:  # fmt: skip
-    """One pass over the examples, in an order that only the epoch decides; what it gave goes into part."""
+    """Pass over the examples once, in an order that only the epoch decides; what it gave goes into part."""
     on_gpu = torch.device(device).type == "cuda"
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(device)
@@ -260,7 +224,8 @@ def _train_epoch(
         total += loss.detach() * len(batch)
     part.losses.append(total.item() / len(order))
     if not math.isfinite(part.losses[-1]):
-        raise RunError(f"the training loss is {part.losses[-1]} in epoch {epoch + 1}: choose a lower --rate")
+        advice = _advice(job, split, settings, device)
+        raise RunError(f"the training loss is {part.losses[-1]} in epoch {epoch + 1}: {advice}")
     accuracy, loss = evaluate(model, job, split.validation, settings, device)
     part.accuracies.append(accuracy)
     part.validation_losses.append(loss)
@@ -269,13 +234,33 @@ def _train_epoch(
         part.memory = max(part.memory, torch.cuda.max_memory_allocated(device))
 
 
+def _advice(job: Job, split: Split, settings: Settings, device: str) -> str:
+    """Return what to do about a loss that is not finite: only where the first steps are finite it is the rate."""
+    model = job.build().to(device)
+    for batch in split.train.split(settings.batch):
+        loss, _ = _loss(model, job, batch, settings, device)
+        gradients = torch.autograd.grad(loss, trainable(model), allow_unused=True)
+        if not all(t.isfinite().all() for t in (loss, *gradients) if t is not None):
+            places = f"between {batch[0]} and {batch[-1]}" if len(batch) > 1 else f"{batch[0]}"
+            dtypes = ", ".join(sorted({str(p.dtype).removeprefix("torch.") for p in model.parameters()}))
+            return (
+                f"an untrained model has no finite loss or gradients either, of examples {places}. No --rate helps: "
+                f"look at these examples, and at the range of numbers in the model's {dtypes}"
+            )
+    # a step multiplies weights by 1 less this product
+    decay = settings.weight_decay > 1 and settings.rate * settings.weight_decay > 1
+    return f"choose a lower {'--weight-decay' if decay else '--rate'}"
+
+
 def _score(part: Part, epoch: int) -> tuple[float, float]:
-    """Of two epochs of one accuracy the one of lower loss is better: of few examples many epochs get all right."""
+    """Return what the better of two epochs has more of: of few examples many epochs get all right, and of these the one
+    of lower loss is better.
+    """
     return part.accuracies[epoch], -part.validation_losses[epoch]
 
 
 def _loss(model: nn.Module, job: Job, places: Tensor, settings: Settings, device: str) -> tuple[Tensor, Tensor]:
-    """The loss, and the scores it is of."""
+    """Return the loss, and the scores it is of."""
     with _autocast(device):
         scores = model(**{name: t.to(device) for name, t in job.inputs(places).items()})
     return LOSSES[settings.loss](scores.float(), job.labels[places].to(device)), scores
@@ -283,7 +268,7 @@ def _loss(model: nn.Module, job: Job, places: Tensor, settings: Settings, device
 
 @torch.no_grad()
 def evaluate(model: nn.Module, job: Job, places: Tensor, settings: Settings, device: str) -> tuple[float, float]:
-    """Accuracy and mean loss."""
+    """Return accuracy and mean loss."""
     model.eval()
     right = total = 0.0
     for batch in places.split(64):
@@ -294,70 +279,37 @@ def evaluate(model: nn.Module, job: Job, places: Tensor, settings: Settings, dev
 
 
 def _autocast(device: str):
-    """bf16 on a GPU that has it."""
+    """Compute in bf16 on a GPU that has it."""
     kind = torch.device(device).type
     has = kind == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.autocast(kind, torch.bfloat16, enabled=has)
 
 
 def trainable(model: nn.Module) -> list[nn.Parameter]:
+    """Return the parameters that training changes."""
     return [p for p in model.parameters() if p.requires_grad]
 
 
 def _own_state(model: nn.Module) -> dict[str, Tensor]:
-    """What training changes: all but frozen parameters."""
+    """Return what training changes: all but frozen parameters."""
     frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
     return {name: t for name, t in model.state_dict().items() if name not in frozen}
 
 
-def _same_run(output: Path, own: dict[str, Any]) -> None:
-    """Note what a folder's run is, or find that it is another one."""
-    output.mkdir(parents=True, exist_ok=True)
-    path, own = output / "run.json", json.loads(json.dumps(own))
-    if not path.exists():
-        _write(path, own)
-    elif (there := _read(path)) != own:
-        differ = [f"{key} {there.get(key)} and {value}" for key, value in own.items() if there.get(key) != value]
-        raise RunError(f"{output} holds another run, choose another folder: {', '.join(differ)}")
-
-
-def _write(path: Path, data: Any) -> None:
-    write_whole(path, (json.dumps(data, indent=1) + "\n").encode())
-
-
-def _read(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise RunError(f"{path} is broken ({error}): delete it and run again") from None
-
-
-def _save(path: Path, state: dict) -> None:
-    data = io.BytesIO()
-    torch.save(state, data)
-    write_whole(path, data.getvalue())
-
-
-def _load(path: Path, device: str) -> dict:
-    try:
-        return torch.load(path, map_location=device)
-    except Exception as error:  # zip, pickle and end of file each fail in a way of their own
-        raise RunError(f"{path} is broken ({type(error).__name__}): delete it and run again") from None
-
-
 def device_name(device: str) -> str:
+    """Return a device in words."""
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
 
 
 def add_settings(parser: argparse.ArgumentParser) -> None:
-    """The options that train and compare share."""
+    """Add the options that train and compare share."""
     own, default = parser.add_argument, Settings("daam")
     own("cache", type=Path, help="folder that daam.recipes.features made")
     own("--output", type=Path, required=True, help="folder of the run")
     own("--folds", type=positive, default=default.folds, help="parts that test in turn (default %(default)s)")
-    own("--seeds", type=positive, help="so many random splits of 80 and 20 percent, instead of folds")
+    own("--seeds", type=seeds, help="so many random splits of 80 and 20 percent, instead of folds")
     own("--epochs", type=positive, default=default.epochs, help="at most (default %(default)s)")
     own("--stop-after", type=positive, default=default.stop_after, help="epochs without a better one (%(default)s)")
     own("--batch", type=positive, default=default.batch, help="examples a step (default %(default)s)")
@@ -370,48 +322,77 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
 
 
 def settings_from(args: argparse.Namespace, method: str) -> Settings:
+    """Return the settings of a command line."""
     names = ("epochs", "batch", "rate", "weight_decay", "loss", "folds", "seeds", "stop_after")
     return Settings(method, **{name: getattr(args, name) for name in names})
 
 
-def check_methods(args: argparse.Namespace, methods: list[str], cache: Cache) -> None:
-    """What would fail later fails before anything is trained."""
+def check_methods(args: argparse.Namespace, methods: list[str], cache: Cache) -> dict[str, Job]:
+    """Make what would fail later fail before anything is trained, and tell what is not to be seen in the results.
+
+    Returns the jobs of LoRA, for which the examples are read and the encoder is loaded.
+    """
+    runs.check_output(args.output)
+    check_counts(cache.labels, settings_from(args, methods[0]), cache.names)
+    layers, features = cache.features.shape[1:]
     for method in methods:
+        check_sizes(method, layers, features)
         if method.startswith("lora") and not (args.data and args.encoder):
             raise RunError(f"--method {method} trains the encoder: give --data and --encoder")
+    jobs = {method: job_for(args, cache, method) for method in methods if method.startswith("lora")}
+    for method in methods:
         if method in DENSITIES:
-            layers = cache.features.shape[1]
             print(f"{method}: {heads_for(layers, method)} heads on {layers} layers")
     for i, name in enumerate(cache.names):
         if not (cache.labels == i).any():
             print(f"class {name!r} has no examples")
+    _tell_equal(cache, settings_from(args, methods[0]))
+    return jobs
 
 
-def train(args: argparse.Namespace, cache: Cache, method: str, output: Path) -> dict:
-    """One method with the options of the command line."""
-    settings, about = settings_from(args, method), {"cache": cache.about}
-    if method.startswith("lora"):
-        from daam.recipes.lora import lora_job
+def _tell_equal(cache: Cache, settings: Settings) -> None:
+    """Print in a line how many examples equal another, and which of them can train where it tests."""
+    groups, places = find_equal(cache.features), torch.arange(len(cache.labels))
+    repeated = int((groups != places).sum())
+    if not repeated:
+        return
+    apart = groups != keep_together(cache.labels, groups, settings.folds, settings.seeds)
+    line = f"{repeated} of {len(places)} examples equal an earlier one, and are in one part with it"
+    if apart.any():
+        names = ", ".join(repr(cache.names[i]) for i in cache.labels[apart].unique().tolist())
+        line += f", but for {int(apart.sum())} of {names}: these have too few different examples, and can train on the "
+        line += "one that tests"
+    if other := int((cache.labels != cache.labels[groups]).sum()):
+        line += f"; {other} are labelled otherwise than the first that they equal"
+    print(line)
 
-        job = lora_job(args.data, args.encoder, cache, settings)
-    else:
-        job = cached_job(cache, settings, args.device)
-    return run(job, settings, output, args.device, about)
+
+def job_for(args: argparse.Namespace, cache: Cache, method: str) -> Job:
+    """Return the job of a method with the options of a command line."""
+    settings = settings_from(args, method)
+    if not method.startswith("lora"):
+        return cached_job(cache, settings, args.device)
+    from daam.recipes.lora import lora_job
+
+    return lora_job(args.data, args.encoder, cache, settings)
 
 
+def train(args: argparse.Namespace, cache: Cache, method: str, output: Path, job: Job | None) -> dict:
+    """Train one method with the options of a command line. job: where `check_methods` has made it."""
+    job = job_for(args, cache, method) if job is None else job
+    return run(job, settings_from(args, method), output, args.device, {"cache": cache.about})
+
+
+@guarded
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    """Train one method on a cache."""
+    parser = Parser(description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_settings(parser)
     parser.add_argument("--method", choices=METHODS, default="daam", help="(default %(default)s)")
     args = parser.parse_args(argv)
-    try:
-        cache = read_cache(args.cache)
-        check_methods(args, [args.method], cache)
-        results = train(args, cache, args.method, args.output)
-    except (ValueError, OSError, ImportError) as error:
-        parser.error(str(error))
+    cache = read_cache(args.cache)
+    jobs = check_methods(args, [args.method], cache)
+    results = train(args, cache, args.method, args.output, jobs.get(args.method))
     accuracy = results["accuracy"]
     print(f"{args.method}: test accuracy {accuracy['mean']:.3f} ± {accuracy['std']:.3f}, {args.output.resolve()}")
 

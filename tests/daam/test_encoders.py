@@ -319,6 +319,21 @@ def test_sounds(family, sounds, command, tmp_path):
     assert ("one example at a time" in printed) == (cache.about["checked"]["batches"] == "one at a time")
 
 
+def test_lora_is_refused_where_padding_counts(texts, command, tmp_path):
+    pytest.importorskip("peft")
+    from daam.recipes.lora import lora_job
+    from daam.recipes.train import RunError, Settings
+
+    model = tmp_path / "model"
+    text_model(model, "FNet")
+    cache, _ = command(texts, model)
+    with pytest.raises(RunError, match=r"depend on the batch they stand in: LoRA would learn that \(checked on 6"):
+        lora_job(texts, str(model), cache, Settings("lora"))
+    text_model(model, "FNet")  # other weights
+    with pytest.raises(RunError, match=r"--encoder .*model: its encoder_sha256 is .*, expected the cache's"):
+        lora_job(texts, str(model), cache, Settings("lora"))
+
+
 # A4: frames
 
 

@@ -1,6 +1,9 @@
 """LoRA and LoRA+ on an encoder, on the same examples and folds as the decoders."""
 
 import csv
+import os
+import random
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -18,10 +21,20 @@ from helpers import close
 from daam.recipes import features, train
 from daam.recipes.cache import read_cache
 from daam.recipes.lora import lora_job, rates_plus
+from daam.recipes.splits import find_equal
 from daam.recipes.train import Settings
 
 WORDS = {"weather": ["rain", "snow", "wind"], "food": ["bread", "soup", "cheese"]}
 QUICK = Settings("lora", epochs=6, folds=2, rate=1e-2, batch=8)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Encoders this small gain nothing from more, and lose much to them on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +58,16 @@ def made(tmp_path_factory):
     transformers.BertTokenizer(str(encoder / "vocab.txt")).save_pretrained(encoder)
     features.main([str(data), "--output", str(folder / "cache"), "--encoder", str(encoder)])
     return data, str(encoder), read_cache(folder / "cache")
+
+
+def made_again(made, folder, change, batch=32):
+    """(texts, folder of another encoder for them, cache): change makes it of the first one."""
+    data, first, _ = made
+    change(transformers.AutoModel.from_pretrained(first)).save_pretrained(folder / "encoder")
+    transformers.AutoTokenizer.from_pretrained(first).save_pretrained(folder / "encoder")
+    arguments = ["--output", folder / "cache", "--encoder", folder / "encoder", "--batch", batch]
+    features.main([str(data), *map(str, arguments)])
+    return data, str(folder / "encoder"), read_cache(folder / "cache")
 
 
 @pytest.mark.parametrize("method", ["lora", "lora+"])
@@ -106,3 +129,79 @@ def test_other_examples_than_the_caches(made, tmp_path):
     other.write_text(data.read_text().replace("soup", "bread"))
     with pytest.raises(train.RunError, match=r"other.csv through .* is not what the cache was made of: 24 examples"):
         lora_job(other, encoder, cache, QUICK)
+
+
+@pytest.mark.parametrize(("dtype", "method"), [(torch.float16, "lora"), (torch.bfloat16, "lora+")], ids=str)
+def test_encoders_in_half_precision(dtype, method, made, tmp_path):
+    """Their adapters are in fp32, as those that peft makes itself, and learn as well as those of an fp32 encoder; in
+    fp16 all would be NaN, in bf16 a third of A would stay where it is.
+    """
+    data, encoder, cache = made_again(made, tmp_path, lambda model: model.to(dtype))
+    settings = replace(QUICK, method=method, rate=1e-2 if method == "lora" else 2e-3, weight_decay=0.0)
+    job = lora_job(data, encoder, cache, settings)
+    built, build = [], job.build
+    job.build = lambda: built.append(build()) or built[-1]
+    untrained = job.build().eval()
+    places = torch.arange(5)
+    expected = untrained.classify(cache.features[places, -1])
+    close(untrained(**job.inputs(places)), expected, "scores", (1e-2, 1e-2))
+    torch.manual_seed(1)  # of the last part's model
+    start = {name: p.clone() for name, p in build().named_parameters()}
+
+    results = train.run(job, settings, tmp_path / "run")
+    assert results["accuracy"]["mean"] > 0.8
+    for part in results["parts"]:
+        losses = torch.tensor(part["losses"])
+        assert losses.isfinite().all() and losses[-1] < 0.7 * losses[0]
+    for name, p in built[-1].named_parameters():
+        if p.requires_grad:
+            assert p.dtype == torch.float32 and p.isfinite().all()
+            assert (p != start[name]).float().mean() > 0.99, f"{name} moved"
+        else:
+            assert p.dtype == dtype and p.equal(start[name])
+
+
+def test_an_encoder_is_the_same_however_its_folder_is_spelled(made, tmp_path):
+    """It is known by what is in it."""
+    data, encoder, cache = made
+    (tmp_path / "link").symlink_to(encoder)
+    shutil.copytree(encoder, tmp_path / "moved")
+    for spelling in (os.path.relpath(encoder), encoder + "/", tmp_path / "link", tmp_path / "moved"):
+        lora_job(data, str(spelling), cache, QUICK)
+
+    def change_a_number(model):
+        model.encoder.layer[1].output.dense.bias.data[0] += 1e-3
+        return model
+
+    _, other, _ = made_again(made, tmp_path, change_a_number)
+    with pytest.raises(train.RunError, match=r"encoder: its encoder_sha256 is .*, expected the cache's"):
+        lora_job(data, other, cache, QUICK)
+
+
+def test_layers_without_linear_modules(made, tmp_path, capsys):
+    """GPT-2 has convolutions of length 1 instead."""
+    config = transformers.GPT2Config(vocab_size=13, n_embd=16, n_layer=3, n_head=2, n_positions=64)
+    data, encoder, _ = made_again(made, tmp_path, lambda model: transformers.GPT2Model(config))
+    capsys.readouterr()
+    options = ["--method", "lora", "--data", data, "--encoder", encoder, "--output", tmp_path / "run"]
+    with pytest.raises(SystemExit) as stopped:
+        train.main([*map(str, [tmp_path / "cache", *options])])
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert stopped.value.code == 2 and line.startswith("error: ") and "have no linear modules" in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_same_text_in_other_batches_is_found(made, tmp_path):
+    """Padded otherwise it comes out a little different; it is in one part all the same."""
+    data, generator = tmp_path / "texts.csv", random.Random(0)
+    words = [*WORDS["weather"], *WORDS["food"], "the", "and"]
+    texts = [" ".join(generator.choices(words, k=generator.randint(1, 12))) for _ in range(40)]
+    texts += generator.sample(texts, 20)
+    with data.open("w", newline="") as file:
+        csv.writer(file).writerows([("text", "label"), *((text, str(i % 2)) for i, text in enumerate(texts))])
+    _, _, cache = made_again((data, *made[1:]), tmp_path, lambda model: model, batch=7)
+    expected = [texts.index(text) for text in texts]
+    assert len(set(expected)) < 41 and find_equal(cache.features).tolist() == expected
+    for one in train.splits(cache.labels, QUICK, find_equal(cache.features)):
+        parts = [{texts[i] for i in part} for part in (one.train, one.validation, one.test)]
+        assert sum(map(len, parts)) == len(set(texts))

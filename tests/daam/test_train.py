@@ -1,7 +1,14 @@
 """Training, comparison and explanation on features: every method, resumed runs, tables and pictures."""
 
+import itertools
 import json
+import math
+import multiprocessing
+import random
+import shutil
+import types
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,12 +20,24 @@ pytest.importorskip("safetensors")
 from helpers import close, within
 
 import daam
-from daam.recipes import compare, explain, train
+from daam.recipes import compare, explain, lock, plots, train
 from daam.recipes.cache import Cache
+from daam.recipes.errors import UserError
+from daam.recipes.splits import find_equal
 from daam.recipes.train import METHODS, Settings, cached_job, decoder_for, heads_for, splits
 
+HISTORY = Path(__file__).parents[2] / "bench" / "history"
 LAYERS, FEATURES = 6, 16
 QUICK = Settings("daam", epochs=3, folds=2, rate=3e-3, stop_after=15)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Decoders this small gain nothing from more, and lose much to them on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +63,28 @@ def command(cache, monkeypatch):
     return run
 
 
+@pytest.fixture
+def refused(command, capsys):
+    """Run a recipe that ends with one line of error, and return the line."""
+
+    def run(module, *arguments):
+        with pytest.raises(SystemExit) as stopped:
+            command(module, *arguments)
+        (line,) = capsys.readouterr().err.splitlines()
+        assert stopped.value.code == 2 and line.startswith("error: ")
+        return line
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def finished(cache, tmp_path_factory):
+    """The folder of a finished run, to be copied."""
+    folder = tmp_path_factory.mktemp("finished")
+    train.run(cached_job(cache, QUICK), QUICK, folder)
+    return folder
+
+
 def test_the_papers_settings_are_the_defaults():
     one = Settings("daam")
     assert (one.epochs, one.batch, one.rate, one.loss, one.folds) == (35, 8, 1e-4, "focal", 5)
@@ -57,18 +98,144 @@ def test_heads(layers, method, heads):
     assert heads_for(layers, method) == heads
 
 
-@pytest.mark.parametrize("folds", [{"folds": 4}, {"seeds": 3}], ids=str)
-def test_splits(cache, folds):
-    """Parts do not overlap, classes are in all of them, folds test every example once."""
-    found = splits(cache.labels, replace(QUICK, **folds))
+SPLITTINGS = [{"folds": 2}, {"folds": 3}, {"folds": 5}, {"seeds": 3}]
+
+
+def needed(folds=None, seeds=None):
+    """The fewest examples of a class: of the part that tests least the others must train and validate."""
+    if seeds:
+        return 3
+    return next(n for n in itertools.count(folds) if n - math.ceil(n / folds) >= 2)
+
+
+def check_splits(found, labels, folds=None, seeds=None, groups=None):
+    """Parts do not overlap, classes are in all of them, folds test every example once, groups stay together."""
+    every, classes = torch.arange(len(labels)), set(labels.tolist())
     for one in found:
         parts = [one.train, one.validation, one.test]
-        assert torch.cat(parts).sort().values.equal(torch.arange(60))
-        assert all(len(set(cache.labels[part].tolist())) == 3 for part in parts)
-    if "folds" in folds:
-        assert torch.cat([one.test for one in found]).sort().values.equal(torch.arange(60))
+        assert torch.cat(parts).sort().values.equal(every)
+        assert all(set(labels[part].tolist()) == classes for part in parts)
+        if groups is not None:
+            owners = [set(groups[part].tolist()) for part in parts]
+            assert sum(map(len, owners)) == len(set(groups.tolist())), "a group is in two parts"
+    if folds:
+        assert len(found) == folds and torch.cat([one.test for one in found]).sort().values.equal(every)
     else:
-        assert len(found) == 3 and not torch.equal(found[0].test, found[1].test)
+        assert len(found) == seeds and not torch.equal(found[0].test, found[1].test)
+
+
+def draw_labels(generator, least):
+    """Shuffled labels of one to seven classes, some of as few examples as can be."""
+    counts = [least + generator.choice([0, 0, 1, 2, 9, 40, 95]) for _ in range(generator.randint(1, 7))]
+    labels = [label for label, count in enumerate(counts) for _ in range(count)]
+    generator.shuffle(labels)
+    return torch.tensor(labels)
+
+
+@pytest.mark.parametrize("how", SPLITTINGS, ids=str)
+def test_every_class_is_in_every_part(how):
+    generator = random.Random(0)
+    for _ in range(40):
+        labels = draw_labels(generator, needed(**how))
+        settings = replace(QUICK, **how)
+        found = splits(labels, settings)
+        check_splits(found, labels, **how)
+        for one, again in zip(found, splits(labels, settings), strict=True):
+            assert one.train.equal(again.train) and one.test.equal(again.test), "drawn anew"
+
+
+@pytest.mark.parametrize("how", SPLITTINGS, ids=str)
+def test_equal_examples_stay_together(how):
+    generator = random.Random(1)
+    for _ in range(20):
+        labels = draw_labels(generator, needed(**how))
+        copies = torch.tensor([i for i in range(len(labels)) for _ in range(generator.choice([1, 1, 2, 7]))])
+        copies = copies[torch.randperm(len(copies), generator=torch.Generator().manual_seed(0))]
+        groups = torch.tensor([(copies == original).nonzero()[0].item() for original in copies])
+        check_splits(splits(labels[copies], replace(QUICK, **how), groups), labels[copies], **how, groups=groups)
+
+
+def test_classes_of_too_few_different_examples_are_split_by_example(tmp_path):
+    """Beside them equal examples stay together."""
+    labels = torch.tensor([0] * 20 + [1] * 20)
+    groups = torch.cat([torch.arange(10).repeat(2), torch.arange(20, 23).repeat(7)[:20]])
+    found = splits(labels, QUICK, groups)
+    check_splits(found, labels, folds=2)
+    for one in found:
+        parts = [set(groups[part[part < 20]].tolist()) for part in (one.train, one.validation, one.test)]
+        assert sum(map(len, parts)) == 10
+
+
+@pytest.mark.parametrize("how", SPLITTINGS, ids=str)
+def test_fewer_examples_than_needed(how):
+    """The message says the number that does, in our words; the folds that it proposes do."""
+    least = needed(**how)
+    labels = torch.tensor([0] * 30 + [1] * (least - 1))
+    with pytest.raises(train.RunError) as refused:
+        splits(labels, replace(QUICK, **how))
+    message = str(refused.value)
+    assert f"class 1 has {least - 1} examples, expected {least} or more to split by label: add examples" in message
+    assert ("take --folds" in message) == ("folds" in how and least > 3)
+    if "take --folds" in message:
+        folds = int(message.rpartition(" ")[2])
+        check_splits(splits(labels, replace(QUICK, folds=folds)), labels, folds=folds)
+
+
+def test_splits_are_those_of_the_committed_comparison():
+    """Where all examples differ and no class is rare, splits are what they always were."""
+    digits = torch.tensor(pytest.importorskip("sklearn.datasets").load_digits().target)
+    labels = digits[digits >= 5] - 5
+    rows = json.loads((HISTORY / "digits-cpu" / "comparison.json").read_text())
+    found = splits(labels, replace(QUICK, seeds=3), torch.arange(len(labels)))
+    for row in rows:
+        assert [part["test"] for part in row["parts"]] == [one.test.tolist() for one in found]
+        assert [part["validation"] for part in row["parts"]] == [one.validation.tolist() for one in found]
+
+
+def test_equal_examples_are_found():
+    """Up to rounding, as the same text in another batch comes out; whatever else the examples hold."""
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(60, LAYERS, FEATURES, generator=generator)
+    expected = torch.arange(60)
+    for copy, original in ((7, 3), (20, 3), (59, 40)):
+        features[copy] = features[original] * (1 + 1e-6 * torch.randn(LAYERS, FEATURES, generator=generator))
+        expected[copy] = original
+    features[50] = features[1] * (1 + 1e-3)  # more than rounding
+    assert find_equal(features).equal(expected)
+    features[10], features[30] = 3e38, features[10]
+    assert find_equal(features)[[7, 20, 59]].tolist() == [3, 3, 40]
+    for same in (torch.zeros(5, 2, 3), torch.full((5, 2, 3), 0.1)):
+        assert find_equal(same).tolist() == [0] * 5
+    assert find_equal(torch.ones(1, 2, 3)).tolist() == [0] and not len(find_equal(torch.ones(0, 2, 3)))
+
+
+def test_a_run_keeps_equal_examples_together(cache, tmp_path):
+    double = Cache(cache.features[:30].repeat(2, 1, 1), cache.labels[:30].repeat(2), cache.names, {})
+    settings = replace(QUICK, method="linear", epochs=1, layers=(1,))
+    part = train.run(cached_job(double, settings), settings, tmp_path)["parts"][0]
+    assert sorted({i % 30 for i in part["test"]} | {i % 30 + 30 for i in part["test"]}) == part["test"]
+
+
+@pytest.mark.parametrize(
+    ("copies", "line"),
+    [
+        ([], ""),
+        ([(10, 1), (11, 3), (12, 2)], "3 of 60 examples equal an earlier one, and are in one part with it; 2 are "
+         "labelled otherwise than the first that they equal"),
+        ([(i, i % 9) for i in range(9, 60)], "51 of 60 examples equal an earlier one, and are in one part with it, but "
+         "for 51 of 'a', 'b', 'c': these have too few different examples, and can train on the one that tests"),
+    ],
+    ids=["none", "some", "many"],
+)  # fmt: skip
+def test_equal_examples_are_told(copies, line, cache, command, tmp_path, capsys, monkeypatch):
+    features = cache.features.clone()
+    for copy, original in copies:
+        features[copy] = features[original]
+    monkeypatch.setattr(train, "read_cache", lambda path: replace(cache, features=features))
+    options = ["--folds", 5, "--epochs", 1, "--method", "linear", "--batch", 60]
+    command(train, "cache", "--output", tmp_path, *options)
+    printed = capsys.readouterr().out.splitlines()
+    assert [one for one in printed if "examples equal" in one] == ([line] if line else [])
 
 
 @pytest.mark.parametrize("method", [method for method in METHODS if not method.startswith("lora")])
@@ -139,16 +306,32 @@ def test_of_equal_accuracies_the_lower_loss_is_tested(cache, tmp_path):
         assert part["best_epoch"] > part["accuracies"].index(max(part["accuracies"]))
 
 
-def test_a_finished_run_is_left_alone(cache, tmp_path):
-    expected = train.run(cached_job(cache, QUICK), QUICK, tmp_path)
+def test_a_finished_run_is_left_alone(finished, cache, tmp_path):
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    expected = json.loads((finished / "results.json").read_text())
     before = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
-    assert train.run(cached_job(cache, QUICK), QUICK, tmp_path) == json.loads(json.dumps(expected))
+    assert train.run(cached_job(cache, QUICK), QUICK, tmp_path) == expected
     assert {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == before
 
 
+def test_a_run_does_not_depend_on_its_device(finished, cache, tmp_path, monkeypatch):
+    """Nor on threads; earlier versions noted both."""
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    about = json.loads((tmp_path / "run.json").read_text())
+    assert not {"device", "threads"} & about.keys()
+    (tmp_path / "run.json").write_text(json.dumps({**about, "device": "another"}))
+    monkeypatch.setattr(train, "device_name", lambda device: "a third")
+    results = train.run(cached_job(cache, QUICK), QUICK, tmp_path)
+    assert results == json.loads((finished / "results.json").read_text())
+    (tmp_path / "results.json").unlink()
+    assert train.run(cached_job(cache, QUICK), QUICK, tmp_path)["about"]["device"] == "a third"
+    with pytest.raises(train.RunError, match=r"another run, choose another folder: epochs 3 and 4$"):
+        train.run(cached_job(cache, QUICK), replace(QUICK, epochs=4), tmp_path)
+
+
 @pytest.mark.parametrize("other", ["settings", "features"])
-def test_a_folder_of_another_run(other, cache, tmp_path):
-    train.run(cached_job(cache, QUICK), QUICK, tmp_path)
+def test_a_folder_of_another_run(other, finished, cache, tmp_path):
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
     settings = replace(QUICK, epochs=4) if other == "settings" else QUICK
     features = cache.features if other == "settings" else cache.features.flip(0)
     message = {"settings": "epochs 3 and 4", "features": "examples .* and "}[other]
@@ -163,19 +346,82 @@ def test_a_start_that_fails_leaves_the_folder_free(cache, tmp_path):
     train.run(cached_job(cache, QUICK), QUICK, tmp_path)
 
 
-def test_a_loss_that_is_not_finite(cache, tmp_path):
-    settings = replace(QUICK, rate=1e30)
-    with pytest.raises(train.RunError, match=r"training loss is (nan|inf) in epoch .*: choose a lower --rate"):
+@pytest.mark.parametrize(
+    ("settings", "advice"),
+    [({"rate": 1e30}, "choose a lower --rate"), ({"rate": 1.0, "weight_decay": 1e30}, "choose a lower --weight-decay")],
+    ids=str,
+)
+def test_a_loss_that_is_not_finite(settings, advice, cache, tmp_path):
+    settings = replace(QUICK, **settings)
+    with pytest.raises(train.RunError, match=rf"training loss is (nan|inf) in epoch .*: {advice}$"):
         train.run(cached_job(cache, settings), settings, tmp_path)
 
 
+@pytest.mark.parametrize("what", ["loss", "gradients"])
+def test_a_loss_that_no_rate_makes_finite(what, cache, tmp_path):
+    """An example that overflows the model, forward or backward alone, whatever it learns."""
+
+    class Overflow(torch.autograd.Function):
+        @staticmethod
+        def forward(x, wrong):
+            return x + torch.where(wrong & (what == "loss"), math.inf, 0.0)
+
+        @staticmethod
+        def setup_context(ctx, inputs, output):
+            ctx.wrong = inputs[1]
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return torch.where(ctx.wrong, math.nan, gradient), None
+
+    class Model(torch.nn.Linear):
+        def forward(self, x):
+            return Overflow.apply(super().forward(x.flatten(1)), x[:, 0, :1] == cache.features[17, 0, 0])
+
+    job = cached_job(cache, QUICK)
+    job.build = lambda: Model(LAYERS * FEATURES, 3)
+    with pytest.raises(train.RunError, match=r"untrained model .* No --rate helps: look at these examples.*float32"):
+        train.run(job, QUICK, tmp_path)
+
+
 @pytest.mark.parametrize("name", ["part-0.json", "part-1.pt", "run.json"])
-def test_broken_files_are_named(name, cache, tmp_path):
-    train.run(cached_job(cache, QUICK), QUICK, tmp_path)
+def test_broken_files_are_named(name, finished, cache, tmp_path):
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
     for done in ("results.json", "part-1.json"):
         (tmp_path / done).unlink()
     (tmp_path / name).write_text("")
-    with pytest.raises(train.RunError, match=f"{name} is broken .*: delete it and run again"):
+    with pytest.raises(train.RunError, match=rf"{name} is broken \(.*\), or of another version: delete it"):
+        train.run(cached_job(cache, QUICK), QUICK, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["part-0.json", "part-1.pt", "run.json", "results.json"])
+@pytest.mark.parametrize("content", [None, [], {}, {"accuracy": "1"}, {"validation": [0.5]}, b"\xff"], ids=str)
+def test_files_of_something_else_are_named(content, name, finished, cache, tmp_path):
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    if name == "part-1.pt":
+        (tmp_path / "part-1.json").unlink()
+        torch.save(content, tmp_path / name)
+    elif isinstance(content, bytes):
+        (tmp_path / name).write_bytes(content)
+    else:
+        (tmp_path / name).write_text(json.dumps(content))
+    if name != "results.json":
+        (tmp_path / "results.json").unlink()
+    with pytest.raises(train.RunError, match=f"{name} (is broken|holds no results|is of other splits)|another run"):
+        train.run(cached_job(cache, QUICK), QUICK, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["part-0.json", "results.json"])
+def test_parts_of_other_splits(name, finished, cache, tmp_path):
+    """An earlier version's: two methods would not be compared on the same parts."""
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    data = json.loads((tmp_path / name).read_text())
+    part = data["parts"][0] if name == "results.json" else data
+    part["test"], part["validation"] = part["test"][1:] + part["validation"][:1], part["validation"][1:]
+    (tmp_path / name).write_text(json.dumps(data))
+    if name == "part-0.json":
+        (tmp_path / "results.json").unlink()
+    with pytest.raises(train.RunError, match=f"{name} is of other splits of the examples"):
         train.run(cached_job(cache, QUICK), QUICK, tmp_path)
 
 
@@ -190,7 +436,7 @@ def test_many_classes(tmp_path):
 
 def test_too_few_examples(tmp_path):
     few = Cache(torch.randn(4, LAYERS, FEATURES), torch.tensor([0, 0, 0, 1]), ["a", "b"], {})
-    with pytest.raises(train.RunError, match="class 1 has 1 examples, expected 3 or more to split by label"):
+    with pytest.raises(train.RunError, match="class 1 has 1 examples, expected 4 or more to split by label"):
         train.run(cached_job(few, QUICK), QUICK, tmp_path)
 
 
@@ -205,26 +451,151 @@ def test_too_few_examples(tmp_path):
         (["--rate", "nan"], "'nan', expected a number of 0 or more"),
         (["--rate", "-1"], "'-1', expected a number of 0 or more"),
         (["--device", "nonsense"], "'nonsense', expected cpu, cuda or cuda:1"),
+        (["--device", "meta"], "'meta', but torch finds no such device"),
+        (["--seeds", "5000000"], "'5000000', expected 1000 or less"),
+        (["--batch", "1" + "0" * 30], "expected 1000000000 or less"),
+        (["--folds", "two"], "'two', expected a whole number of 1 or more"),
+        (["--method", "nonsense"], "invalid choice: 'nonsense'"),
+        (["--method", "lora", "--data", "nowhere.csv", "--encoder", "nowhere"], "nowhere.csv"),
     ],
 )
-def test_errors_are_one_line(arguments, message, command, tmp_path, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        command(train, "cache", "--output", tmp_path, *arguments)
-    assert stopped.value.code == 2
-    assert message in capsys.readouterr().err
+def test_errors_are_one_line(arguments, message, refused, tmp_path):
+    assert message in refused(train, "cache", "--output", tmp_path, *arguments)
+    assert not list(tmp_path.iterdir())
 
 
-def test_output_that_is_a_file(command, tmp_path, capsys):
+@pytest.mark.parametrize("module", [train, compare, explain], ids=lambda module: module.__name__)
+def test_output_that_is_no_folder_for_results(module, finished, refused, tmp_path):
     (tmp_path / "taken").write_text("")
-    with pytest.raises(SystemExit):
-        command(train, "cache", "--output", tmp_path / "taken", "--folds", 2)
-    assert "taken" in capsys.readouterr().err
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "cache.json").write_text("{}")
+    inputs = [finished, "cache"] if module is explain else ["cache"]
+    assert "taken is a file, expected a folder" in refused(module, *inputs, "--output", tmp_path / "taken")
+    assert "cache is a cache, expected another folder" in refused(module, *inputs, "--output", tmp_path / "cache")
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == ["cache.json"]
 
 
-def test_compare_checks_before_it_trains(command, tmp_path, capsys):
-    with pytest.raises(SystemExit):
-        command(compare, "cache", "--methods", "linear", "lora", "--output", tmp_path / "out")
-    assert "give --data and --encoder" in capsys.readouterr().err and not (tmp_path / "out").exists()
+@pytest.mark.parametrize("module", [train, compare, explain], ids=lambda module: module.__name__)
+def test_several_processes_are_refused(module, finished, refused, tmp_path, monkeypatch):
+    """As torchrun starts them."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    inputs = [finished, "cache"] if module is explain else ["cache"]
+    assert "WORLD_SIZE is 2, expected 1" in refused(module, *inputs, "--output", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_bugs_show_their_traceback(command, finished, tmp_path, monkeypatch):
+    def broken(*args):
+        raise ValueError("a bug")
+
+    monkeypatch.setattr(train, "run", broken)
+    monkeypatch.setattr(explain, "explain", broken)
+    for module, inputs in ((train, ["cache"]), (compare, ["cache"]), (explain, [finished, "cache"])):
+        with pytest.raises(ValueError, match="a bug"):
+            command(module, *inputs, "--output", tmp_path)
+
+
+@pytest.fixture
+def holder():
+    """A function from a folder to a process that holds its lock."""
+    context, processes = multiprocessing.get_context("fork"), []
+
+    def hold(folder):
+        held, end = context.Event(), context.Event()
+        processes.append(context.Process(target=_hold, args=(folder, held, end)))
+        processes[-1].start()
+        assert held.wait(60)
+        return types.SimpleNamespace(process=processes[-1], end=end)
+
+    yield hold
+    for process in processes:
+        process.kill()
+        process.join()
+
+
+def _hold(folder, held, end):
+    with lock.exclusive(folder):
+        held.set()
+        end.wait(60)
+
+
+@pytest.mark.skipif(lock.fcntl is None, reason="files are not locked here")
+@pytest.mark.parametrize("ends", ["by itself", "killed"])
+def test_one_process_at_a_time_works_in_a_folder(ends, holder, cache, tmp_path):
+    folder, settings = tmp_path / "run", replace(QUICK, method="linear", epochs=1)
+    other = holder(folder)
+    with pytest.raises(UserError, match=r"another process works in .*run: wait for its end, or choose another folder"):
+        train.run(cached_job(cache, settings), settings, folder)
+    assert [path.name for path in folder.iterdir()] == [lock.NAME]
+    other.process.kill() if ends == "killed" else other.end.set()
+    other.process.join()
+    train.run(cached_job(cache, settings), settings, folder)
+    assert not (folder / lock.NAME).exists()
+
+
+@pytest.mark.skipif(lock.fcntl is None, reason="files are not locked here")
+def test_a_lock_that_was_deleted_while_it_was_taken(tmp_path, monkeypatch):
+    """By the process that held it: what is locked then is another file than the next process finds."""
+    original, calls = lock.fcntl.flock, []
+
+    def flock(file, how):
+        calls.append(how)
+        if len(calls) == 1:
+            (tmp_path / lock.NAME).unlink()
+        original(file, how)
+
+    monkeypatch.setattr(lock.fcntl, "flock", flock)
+    with lock.exclusive(tmp_path):
+        assert len(calls) == 2
+        with pytest.raises(UserError), lock.exclusive(tmp_path):
+            pass
+        assert (tmp_path / lock.NAME).exists(), "who is refused leaves the lock"
+
+
+def test_file_systems_without_locks(tmp_path, monkeypatch):
+    def flock(file, how):
+        raise OSError("no locks available")
+
+    if lock.fcntl is not None:
+        monkeypatch.setattr(lock.fcntl, "flock", flock)
+        with lock.exclusive(tmp_path), lock.exclusive(tmp_path):
+            pass
+    monkeypatch.setattr(lock, "fcntl", None)
+    with lock.exclusive(tmp_path), lock.exclusive(tmp_path):
+        pass
+
+
+@pytest.mark.parametrize("layers", [1, 2, 3])
+@pytest.mark.parametrize("features", [12, 16])
+def test_sizes_that_a_method_cannot_work_on(layers, features, cache, refused, tmp_path, monkeypatch):
+    """Are refused before anything is trained; on all others a step works, also of one example."""
+    small = replace(cache, features=cache.features[:, :layers, :features])
+    monkeypatch.setattr(compare, "read_cache", lambda path: small)
+    for method in METHODS[:-2]:
+        compares_layers = method in ("daam", "daamv2", "mixture", "gqdaam", "mha_bn")
+        if (layers == 1 and compares_layers) or (features == 12 and method.startswith("mha")):
+            line = refused(compare, "cache", "--methods", "linear", method, "--output", tmp_path / "out")
+            assert f"--method {method} " in line and "expected" in line and not (tmp_path / "out").exists()
+            with pytest.raises(train.RunError):
+                decoder_for(method, layers, features, 3)
+        else:
+            decoder_for(method, layers, features, 3).train()(torch.randn(1, layers, features)).sum().backward()
+
+
+def test_compare_checks_before_it_trains(refused, tmp_path):
+    assert "give --data and --encoder" in refused(
+        compare, "cache", "--methods", "linear", "lora", "--output", tmp_path / "out"
+    )
+    nowhere = ["--data", tmp_path / "nowhere.csv", "--encoder", "nowhere"]
+    assert "nowhere.csv" in refused(
+        compare, "cache", "--methods", "linear", "lora", "--output", tmp_path / "out", *nowhere
+    )
+    assert not (tmp_path / "out").exists()
+
+
+def test_errors_name_the_class(cache, refused, tmp_path):
+    line = refused(train, "cache", "--output", tmp_path / "out", "--folds", 21)
+    assert "class 'a' has 20 examples, expected 21 or more" in line and line.endswith("take --folds 20")
 
 
 def test_a_class_without_examples_is_named(cache, command, tmp_path, capsys, monkeypatch):
@@ -291,8 +662,8 @@ def test_layers_keep_their_numbers(command, cache, tmp_path):
 
 
 @pytest.mark.parametrize("count", [1, 4])
-def test_ablations_that_do_not_fit(count, command, cache, tmp_path, capsys):
-    train.run(cached_job(cache, QUICK), QUICK, tmp_path)
+def test_ablations_that_do_not_fit(count, command, finished, tmp_path, capsys):
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
     with pytest.raises(SystemExit):
         command(explain, tmp_path, "cache", "--output", tmp_path / "out", "--ablate", count)
     assert f"--ablate is {count}, expected 2 to 3, half of the 6 layers" in capsys.readouterr().err
@@ -316,6 +687,111 @@ def test_what_cannot_be_explained(command, tmp_path, capsys, cache, monkeypatch)
     train.run(cached_job(other, settings), settings, tmp_path / "other")
     tmp_path = tmp_path / "other"
     assert "was trained on another cache" in refused()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "",
+        "{",
+        "[1]",
+        '"text"',
+        *({"drop": key} for key in ("accuracy", "settings", "examples", "parts", "about", "memory")),
+        {"settings": {}},
+        {"settings": {"method": "daam", "nonsense": 1}},
+        {"parts": []},
+        {"parts": [{}, {"nonsense": 1}]},
+        {"parts": "none"},
+        {"method": ["daam"]},
+        {"about": None},
+    ],
+    ids=str,
+)
+def test_results_that_are_broken(change, finished, refused, tmp_path):
+    shutil.copytree(finished, tmp_path / "run")
+    path = tmp_path / "run" / "results.json"
+    data = json.loads(path.read_text())
+    if isinstance(change, dict):
+        data.pop(change.get("drop"), None)
+        change = json.dumps({**data, **{key: value for key, value in change.items() if key != "drop"}})
+    path.write_text(change)
+    line = refused(explain, tmp_path / "run", "cache", "--output", tmp_path / "out")
+    assert str(path) in line and ("is broken" in line or "holds no results" in line)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("what", ["missing", "broken", "of other sizes", "of another method"])
+def test_decoders_that_are_broken(what, finished, refused, tmp_path):
+    shutil.copytree(finished, tmp_path / "run")
+    path = tmp_path / "run" / "part-1.safetensors"
+    path.unlink()
+    if what == "broken":
+        path.write_text("{}")
+    elif what != "missing":
+        method, layers = ("mha", LAYERS) if what == "of another method" else ("daam", LAYERS + 1)
+        daam.save_decoder(decoder_for(method, layers, FEATURES, 3), path)
+    assert str(path) in refused(explain, tmp_path / "run", "cache", "--output", tmp_path / "out")
+
+
+NAMES = ["prices_$5_to_$10.csv", "$x_{$.csv", "a^b_{c}%d#e&f\\g~.csv", "$\\frac{$", "价格.csv", "$$", "<b>&amp;"]
+
+
+def results_named(name):
+    part = {"losses": [3.0, 1.0], "accuracies": [0.5, 0.6], "best_epoch": 1}
+    about = {"cache": {"encoder": name, "source": name}, "device": name, "torch": "2"}
+    return {"method": name, "parts": [part], "accuracy": {"mean": 0.5, "std": 0.1}, "about": about,
+            "trainable_parameters": 10, "settings": {"loss": "focal"}}  # fmt: skip
+
+
+def test_names_are_drawn_as_they_are(tmp_path, monkeypatch, recwarn, capsys):
+    """Mathematics is for the axes alone, and LaTeX for none, whatever a user's style says."""
+    import matplotlib
+    from matplotlib.mathtext import MathTextParser
+
+    original, read = MathTextParser.parse, []
+
+    def parse(self, text, *args, **kwargs):
+        read.append(text)
+        return original(self, text, *args, **kwargs)
+
+    monkeypatch.setattr(MathTextParser, "parse", parse)
+    map_ = torch.rand(4, 8).numpy()
+    with matplotlib.rc_context({"text.usetex": True}):
+        for i, name in enumerate(NAMES):
+            plots.plot_comparison([results_named(name), results_named("other")], tmp_path / f"comparison-{i}.png")
+        name = " ".join(NAMES)
+        plots.plot_curves(results_named(name), tmp_path / "curves.png")
+        plots.plot_importance(map_, map_.mean(1), [1, 2, 3, 4], 2, name, tmp_path / "importance.png")
+        plots.plot_gaussians(map_[:2], map_[2:], name, tmp_path / "gaussians.png")
+    assert len(list(tmp_path.glob("*.png"))) == len(NAMES) + 3
+    assert read and all("mathdefault" in text for text in read), "names were read as mathematics"
+    assert not recwarn.list and not capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["\udcff.csv", "a\0b", "\x1b[1m", "\r\n"], ids=ascii)
+def test_names_that_are_no_text(name, tmp_path, capsys):
+    """They are drawn, or their picture is told to be missing."""
+    plots.plot_comparison([results_named(name)], tmp_path / "comparison.png")
+    told = capsys.readouterr().err.splitlines()
+    assert (tmp_path / "comparison.png").exists() != bool(told) and len(told) <= 1
+
+
+def test_a_picture_that_fails_ends_nothing(cache, command, tmp_path, capsys, monkeypatch):
+    def broken(*args, **kwargs):
+        raise ValueError("no such\nfont")
+
+    monkeypatch.setattr(plots.Figure, "savefig", broken)
+    options = ["--folds", 2, "--epochs", 1, "--output", tmp_path / "out"]
+    command(compare, "cache", "--methods", "linear", "daam", *options)
+    out, err = capsys.readouterr()
+    told = [line for line in err.splitlines() if line.startswith("no picture")]
+    pictures = ["linear/learning-curves.png", "daam/learning-curves.png", "comparison.png"]
+    assert told == [f"no picture {tmp_path / 'out' / name}: ValueError no such font" for name in pictures]
+    for name in ("linear/results.json", "daam/results.json", "table.md", "comparison.json"):
+        assert (tmp_path / "out" / name).stat().st_size
+    assert "| linear |" in out
+    command(explain, tmp_path / "out" / "daam", "cache", "--output", tmp_path / "explained")
+    assert (tmp_path / "explained" / "importance.json").stat().st_size
 
 
 @pytest.mark.kernel

@@ -1,0 +1,138 @@
+"""Which examples train, validate and test: stratified by label, equal examples in one part."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+try:
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+    from sklearn.model_selection import StratifiedKFold, train_test_split
+except ImportError as error:
+    raise ImportError(f"{error}. The recipes need their extra: pip install 'daam-triton[recipes]'") from error
+
+from daam.recipes.runs import RunError, Settings, Split
+
+# distance of what counts as equal, in norms of an example: the same text in another batch, padded otherwise, comes out
+# 5e-7 apart, other texts of the same words 0.15
+EQUAL = 1e-5
+DIRECTIONS = 4  # two equal examples are neighbours along one of them, whatever lies between along another
+REACH = 6  # a projection on a direction of unit variance is apart by six standard deviations of a distance at most
+
+
+def splits(labels: Tensor, settings: Settings, groups: Tensor | None = None) -> list[Split]:
+    """Return folds or seeds, stratified by label; a tenth of what does not test validates, an example a class at least.
+
+    Every class is in all three parts of each. Examples of one group are in one part, but for those of a class that has
+    too few different ones.
+    """
+    check_counts(labels, settings)
+    if groups is not None:
+        groups = keep_together(labels, groups, settings.folds, settings.seeds)
+    return _split(labels, groups, settings.folds, settings.seeds)
+
+
+def check_counts(labels: Tensor, settings: Settings, names: list[str] | None = None) -> None:
+    """Raise a RunError where there are not enough examples of each class to split them."""
+    if not len(labels):
+        raise RunError("there are no examples, expected some of each class")
+    if not settings.seeds and settings.folds < 2:
+        raise RunError(f"--folds is {settings.folds}, expected 2 or more")
+    least = needed(settings.folds, settings.seeds)
+    fewest, label = min((count, label) for label, count in enumerate(labels.bincount().tolist()) if count)
+    if fewest < least:
+        ways = ["add examples", "leave the class out"]
+        if fewest >= 3 and not settings.seeds:  # as many folds as examples do
+            ways.append(f"take --folds {fewest}")
+        raise RunError(
+            f"class {repr(names[label]) if names else label} has {fewest} examples, expected {least} or more to split "
+            f"by label: {' or '.join(ways)}"
+        )
+
+
+def needed(folds: int, seeds: int | None) -> int:
+    """Return how many examples of a class it takes for each part of each split to have one."""
+    # two folds test half of a class each, and the other half must be two examples, to train and to validate on
+    return 3 if seeds else 4 if folds == 2 else folds
+
+
+def find_equal(features: Tensor) -> Tensor:
+    """Return for every example the place of the first one with its features: (examples, …) to (examples,) in int64.
+
+    Features count as equal that differ by no more than an encoder's rounding does.
+    """
+    rows = features.flatten(1)
+    directions = torch.randn(rows.shape[1], DIRECTIONS, generator=torch.Generator().manual_seed(0)).double()
+    projections = torch.cat([some.double() @ directions for some in rows.split(1024)])
+    bounds = EQUAL * rows.norm(dim=1).double()
+    pairs = torch.cat([_equal_neighbours(rows, bounds, p) for p in projections.T], 1).numpy()
+    graph = coo_array((np.ones(pairs.shape[1]), (pairs[0], pairs[1])), shape=(len(rows), len(rows)))
+    _, group = connected_components(graph, directed=False)
+    _, first, inverse = np.unique(group, return_index=True, return_inverse=True)
+    return torch.from_numpy(first[inverse])
+
+
+def _equal_neighbours(rows: Tensor, bounds: Tensor, projection: Tensor) -> Tensor:
+    """Return the pairs of equal rows among those that a projection puts side by side, (2, pairs)."""
+    along, order = projection.sort()
+    near = (along.diff() <= REACH * bounds[order[1:]]).nonzero().flatten()
+    pairs = torch.stack([order[near], order[near + 1]])
+    distances = torch.cat([(rows[first] - rows[second]).norm(dim=1) for first, second in pairs.split(1024, 1)])
+    return pairs[:, (distances <= bounds[pairs[1]]) & distances.isfinite()]
+
+
+def keep_together(labels: Tensor, groups: Tensor, folds: int, seeds: int | None) -> Tensor:
+    """Return groups, taken apart for classes that have too few different examples to be in every part."""
+    first = groups.unique()
+    different = labels[first].bincount(minlength=int(labels.max()) + 1)
+    return torch.where(different[labels] < needed(folds, seeds), torch.arange(len(labels)), groups)
+
+
+def _split(labels: Tensor, groups: Tensor | None, folds: int, seeds: int | None) -> list[Split]:
+    """Split into folds, each of which tests once, or at random for so many seeds; a tenth of the rest validates.
+
+    Every class has `needed` examples or more, and is in all three parts of every split. groups: see `find_equal`; all
+    examples of a group are in one part.
+    """
+    groups = torch.arange(len(labels)) if groups is None else groups
+    first, unit = np.unique(groups.numpy(), return_inverse=True)
+    y = labels.numpy()[first]  # of units, which are split as examples are: where all differ, they are the examples
+    found = []
+    for rest, test in _random_tests(y, seeds) if seeds else _fold_tests(y, folds):
+        train, validation = _hold_out(rest, y, max(len(rest) // 10, len(np.unique(y))), seed=0, spare=1)
+        parts = (np.flatnonzero(np.isin(unit, part)) for part in (train, validation, test))
+        found.append(Split(*map(torch.from_numpy, parts)))
+    return found
+
+
+def _fold_tests(y: np.ndarray, folds: int):
+    return StratifiedKFold(folds, shuffle=True, random_state=0).split(y, y)
+
+
+def _random_tests(y: np.ndarray, seeds: int):
+    places, size = np.arange(len(y)), max(len(y) // 5, len(np.unique(y)))
+    return (_hold_out(places, y, size, seed, spare=2) for seed in range(seeds))
+
+
+def _hold_out(places: np.ndarray, y: np.ndarray, size: int, seed: int, spare: int) -> tuple[np.ndarray, np.ndarray]:
+    """Draw size of the places, or a few more or less, so that every class is among them and spare ones of it are not.
+
+    Returns (those not drawn, those drawn).
+    """
+    rest, drawn = train_test_split(places, test_size=size, random_state=seed, stratify=y[places])
+    for label in np.unique(y[places]):
+        # scikit-learn rounds a rare class down to none
+        rest, drawn = _move(rest, drawn, y, label, 1)
+        drawn, rest = _move(drawn, rest, y, label, spare)
+    return rest, drawn
+
+
+def _move(source: np.ndarray, target: np.ndarray, y: np.ndarray, label: int, count: int):
+    """Move examples of a class until the target has count of it; return both."""
+    missing = count - np.count_nonzero(y[target] == label)
+    if missing <= 0:
+        return source, target
+    moved = source[y[source] == label][:missing]
+    return source[~np.isin(source, moved)], np.concatenate([target, moved])
