@@ -7,8 +7,9 @@ grew by more than max(5 %, 3·IQR of base) on a GPU, by more than 25 % on a CPU 
 project's. The latter must also have grown so much in multiples of all copies and layer_norms of the run: a busy moment
 moves one of the two, slower code both. Lesser changes are only reported. Counted figures fail on any increase: bytes;
 of the audit stack, shared memory, loads, stores, instructions and special functions an element, narrower accesses,
-registers past 128 and warps below 16. So does a case of ours that is missing. Exit code 1 on a failure, 2 where there
-is nothing to compare.
+registers past 128 and warps below 16. So does a case of ours that is missing, and any case with a figure that is none:
+missing, infinite, negative, not a number, or a time of 0. Exit code 1 on a failure, 2 where there is nothing to
+compare.
 """
 
 from __future__ import annotations
@@ -18,8 +19,10 @@ import functools
 import math
 import statistics
 import sys
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from bench import plot
 from bench.results import OWN, YARDSTICKS, Run, UnusableError, read, short
@@ -29,11 +32,16 @@ BYTES = ("bytes", "kernel_bytes", "saved_bytes", "peak_bytes")
 COUNTED = ("stack", "shared", "loads", "stores", "instructions", "special")
 WIDTHS = ("load_bits", "store_bits")
 REGISTERS, WARPS = 128, 16
+# what a case must tell
+TIMES = ("seconds.p50", "of_copy.p50")
+AUDITED = ("registers", *WIDTHS, *COUNTED)
 
 
 @dataclass(frozen=True)
 class Change:
-    """One figure of one case. worse: by how much, relative to base unless that is 0. limit: what it may be."""
+    """One figure of one case. worse: by how much, relative to base unless that is 0. limit: what it may be. why: what
+    makes a case unusable.
+    """
 
     name: str
     figure: str
@@ -42,19 +50,20 @@ class Change:
     worse: float
     limit: float = 0.0
     judged: bool = True
+    why: str = ""
 
     @property
     def failed(self) -> bool:
-        return self.judged and self.worse > self.limit
+        return self.judged and not self.worse <= self.limit  # as NaN fails, too
 
     @property
     def improved(self) -> bool:
         return -self.worse > max(self.limit, LEAST if self.figure == "time" else 0)
 
 
-def compare(base: Run, new: Run, whole: bool = True) -> list[Change]:
-    """Changes of every figure of the cases that both have, the worst first. whole: what new lacks is a change too.
-    UnusableError where nothing is in both.
+def compare(base: Run, new: Run, whole: bool = True, files: tuple[str, str] = ("base", "new")) -> list[Change]:
+    """Return changes of every figure of the cases that both have, the worst first. whole: what new lacks is a change
+    too. files: what base and new are called where a case is unusable. UnusableError where nothing is in both.
     """
     if base.kind != new.kind:
         raise UnusableError(f"one is the result of the {base.kind}, the other of the {new.kind}")
@@ -65,32 +74,94 @@ def compare(base: Run, new: Run, whole: bool = True) -> list[Change]:
     common = [name for name in base.rows if name in new.rows]
     if not common:
         raise UnusableError("no case is in both")
+    found = [*_unusable(base, common, files[0]), *_unusable(new, new.rows, files[1])]
+    unusable = {change.name for change in found}
+    common = [name for name in common if name not in unusable]
     changes = functools.partial(_speed, _yardstick(base, new, common)) if base.kind == "speed" else _audit
-    found = [change for name in common for change in changes(name, base.rows[name], new.rows[name])]
+    found += [change for name in common for change in changes(name, base.rows[name], new.rows[name])]
     gone = (name for name in base.rows if name not in new.rows) if whole else ()
     found += [Change(name, "missing", 1, 0, 1, judged=_ours(base.rows[name])) for name in gone]
     return sorted(found, key=lambda change: (change.failed, change.worse - change.limit), reverse=True)
 
 
+def _unusable(run: Run, names: Iterable[str], file: str) -> list[Change]:
+    """Return a failure for every case that holds a figure that is none, whoever's it is: such figures compare as
+    neither better nor worse, and the rest of a file that has them is not to be trusted.
+    """
+    found = []
+    for name in names:
+        if faults := list(_faults(run.kind, run.rows[name])):
+            more = f", and {len(faults) - 1} more" if len(faults) > 1 else ""
+            found.append(Change(name, "unusable", math.nan, math.nan, math.inf, why=f"in {file}: {faults[0]}{more}"))
+    return found
+
+
+def _faults(kind: str, case: Any) -> Iterator[str]:
+    """Yield what is wrong with the figures of a case, in words."""
+    if not isinstance(case, dict):
+        yield f"the case is {case!r}, expected its figures by name"
+        return
+    figures = _flat(case)
+    required = TIMES if kind == "speed" else AUDITED
+    figures = {name: figures[name] for name in required if name in figures} | figures  # what is judged by comes first
+    for name in required:
+        whole = name.partition(".")[0]
+        if name not in figures:
+            yield f"{name} is missing" + (f", {whole} is {figures[whole]!r}" if whole in figures else "")
+    for name, value in figures.items():
+        if name in TIMES and not (_is_finite(value) and value > 0):
+            yield f"{name} is {value!r}, expected a finite number above 0"
+        elif _is_counted(name, value, required) and not (_is_finite(value) and value >= 0):
+            yield f"{name} is {value!r}, expected a finite number, 0 or more"
+        elif isinstance(value, float) and not math.isfinite(value):
+            yield f"{name} is {value!r}, expected a finite number"
+
+
+def _flat(case: dict[str, Any]) -> dict[str, Any]:
+    """Return the entries of a case, those of its dicts by names like seconds.p50."""
+    flat = {}
+    for name, value in case.items():
+        flat |= {f"{name}.{key}": one for key, one in value.items()} if isinstance(value, dict) else {name: value}
+    return flat
+
+
+def _is_counted(name: str, value: Any, required: tuple[str, ...]) -> bool:
+    """Return whether a figure is one of those that count something or spread about a time."""
+    if name == "warps":
+        return value is not None  # as gfx942's are
+    return name in required or name in BYTES or name.partition(".")[0] in ("seconds", "of_copy")
+
+
+def _is_finite(value: Any) -> bool:
+    """Return whether a value is a number that a float can hold."""
+    try:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # an int of hundreds of digits
+        return False
+
+
 def _yardstick(base: Run, new: Run, common: list[str]) -> float:
-    """How many times as long the yardsticks took in the new run."""
-    names = [name for name in common if new.rows[name]["provider"] in YARDSTICKS]
+    """Return how many times as long the yardsticks took in the new run."""
+    names = [name for name in common if new.rows[name].get("provider") in YARDSTICKS]
     times = [new.rows[name]["seconds"]["p50"] / base.rows[name]["seconds"]["p50"] for name in names]
-    return statistics.median(times) if times else 1.0
+    yardstick = statistics.median(times) if times else 1.0
+    if not 0 < yardstick < math.inf:
+        raise UnusableError(f"layer_norms and copies took {yardstick} times as long")
+    return yardstick
 
 
 def _ours(case: dict) -> bool:
-    """Whether a case, which may be of an audit, is this project's."""
-    return case.get("provider", OWN[0]) in OWN
+    """Return whether a case, which may be of an audit, is this project's; one that does not tell is."""
+    return not isinstance(case, dict) or case.get("provider", OWN[0]) in OWN
 
 
 def _speed(yardstick: float, name: str, base: dict, new: dict) -> list[Change]:
-    if new["provider"] == "copy":
+    if new.get("provider") == "copy":
         return []
     before, after, judged = base["of_copy"], new["of_copy"], _ours(new)
     seconds = [one["seconds"]["p50"] for one in (base, new)]
     # an erratic new run does not raise its own limit
-    worse, limit = after["p50"] / before["p50"], max(LEAST, OF_IQR * before["iqr"] / before["p50"])
+    worse, limit = after["p50"] / before["p50"], max(LEAST, OF_IQR * before.get("iqr", 0) / before["p50"])
     if "peak_bytes" not in new:  # on a CPU, or of the host
         worse, limit = min(worse, seconds[1] / seconds[0] / yardstick), CPU
     return [
@@ -100,9 +171,9 @@ def _speed(yardstick: float, name: str, base: dict, new: dict) -> list[Change]:
 
 
 def _audit(name: str, base: dict, new: dict) -> list[Change]:
+    base, new = (one | {"warps": one.get("warps") or 0} for one in (base, new))  # 0 where the compiler does not tell
     fewer = [_fewer(name, key, base, new) for key in WIDTHS]
-    if base["warps"] is not None:
-        fewer.append(_fewer(name, "warps", base, new, new["warps"] < WARPS))
+    fewer.append(_fewer(name, "warps", base, new, new["warps"] < WARPS))
     registers = _counted(name, "registers", base, new, new["registers"] > REGISTERS)
     return [registers, *fewer, *(_counted(name, key, base, new) for key in COUNTED)]
 
@@ -117,12 +188,15 @@ def _counted(name: str, key: str, base: dict, new: dict, judged: bool = True) ->
 
 
 def table(changes: list[Change], base: Run, new: Run) -> str:
-    """Every change that failed, and those past what noise explains; how many did not."""
+    """Return as text every change that failed, those past what noise explains, and how many did not."""
     lines = [f"base: {base.title}", f"new:  {new.title}", ""]
     shown = [one for one in changes if one.worse > min(one.limit, LEAST) or one.improved]
     width = max((len(short(one.name)) for one in shown), default=0)
     for one in shown:
         verdict = "FAILED" if one.failed else "worse" if one.worse > 0 else "better"
+        if one.why:
+            lines.append(f"{short(one.name):{width}}  {one.figure:12} {one.why}  {verdict}")
+            continue
         lines.append(
             f"{short(one.name):{width}}  {one.figure:12} {one.base:12.6g} -> {one.new:12.6g}  "
             f"{100 * one.worse:+8.1f} % (limit {100 * one.limit:.0f} %)  {verdict}"
@@ -136,6 +210,17 @@ def table(changes: list[Change], base: Run, new: Run) -> str:
     return "\n".join(lines)
 
 
+def _read(path: Path) -> Run:
+    """Return a result file. UnusableError where it is none: JSON may be anything."""
+    try:
+        run = read(path)
+    except (AttributeError, KeyError, TypeError, RecursionError) as error:
+        raise UnusableError(f"{path} holds no cases of this suite: {type(error).__name__}: {error}") from error
+    if not all(isinstance(name, str) for name in run.rows):
+        raise UnusableError(f"{path} holds no cases of this suite: their names are no text")
+    return run
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("base", type=Path)
@@ -144,13 +229,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--plot", type=Path, default=Path("regression.png"), help="where the plot goes")
     args = parser.parse_args(arguments)
     try:
-        base, new = read(args.base), read(args.new)
-        changes = compare(base, new, not args.subset)
+        base, new = _read(args.base), _read(args.new)
+        changes = compare(base, new, not args.subset, (str(args.base), str(args.new)))
     except UnusableError as problem:
         print(problem, file=sys.stderr)
         return 2
     print(table(changes, base, new))
-    plot.regression(changes, f"{args.new.name} against {args.base.name}\n{new.title}", args.plot)
+    shown = [change for change in changes if math.isfinite(change.worse)]  # the others have no place on an axis
+    plot.regression(shown, f"{args.new.name} against {args.base.name}\n{new.title}", args.plot)
     return 1 if any(change.failed for change in changes) else 0
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 
 
 def stack_heads(
@@ -42,22 +43,134 @@ def stack_heads(
 
 
 def unstack_heads(head_list: str, stacked: dict[str, Tensor], keep_dim: bool = False) -> dict[str, Tensor]:
-    """`{head_list}.{h}.{name}` for every row of `{name}`, detached, each (P,), or (1, P) if keep_dim."""
+    """Return `{head_list}.{h}.{name}` for every row of `{name}`, each (P,), or (1, P) if keep_dim."""
     heads = range(len(next(iter(stacked.values()))))
+    return {f"{head_list}.{h}.{name}": p[h : h + 1] if keep_dim else p[h] for h in heads for name, p in stacked.items()}
+
+
+def value_of(module: nn.Module, name: str) -> Tensor:
+    """Return a parameter as the next forward pass takes it, detached: parametrised, pruned or under weight_norm."""
+    value = getattr(module, name)
+    if (hook := _hook_of(module, name)) is not None:
+        # what the attribute holds is of the forward pass before, and the hook's tensors may have learned since
+        with torch.no_grad():
+            hook(module, ())
+        fresh = getattr(module, name)
+        setattr(module, name, value)
+        value = fresh
+    return value.detach()
+
+
+def values_of_layers(owner: nn.Module, layers: Sequence[str]) -> dict[str, Tensor]:
+    """Return `{layer}.weight` and `{layer}.bias` of a module's convolutions and linear layers, as `value_of` has them.
+    Layers that somebody wrapped, which have other entries, are left out.
+    """
+    own = {name: getattr(owner, name) for name in layers}
     return {
-        f"{head_list}.{h}.{name}": p.detach()[h : h + 1] if keep_dim else p.detach()[h]
-        for h in heads
-        for name, p in stacked.items()
+        f"{name}.{parameter}": value_of(layer, parameter)
+        for name, layer in own.items()
+        if isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Linear)
+        for parameter in ("weight", "bias")
     }
 
 
+def take_values(
+    module: nn.Module, names: Sequence[str], state_dict: dict[str, Tensor], prefix: str, error_msgs: list[str]
+) -> None:
+    """Replace the value of a parametrised parameter by the originals that give it, in place.
+
+    A checkpoint with values is one of a layer that is not parametrised. What cannot be replaced is reported as
+    load_state_dict reports its own errors, and its key stays.
+    """
+    for name in names:
+        key = prefix + name
+        if key not in state_dict:
+            continue
+        if (hook := _hook_of(module, name)) is not None:
+            error_msgs.append(
+                f"{key} is a value, but {name} is computed by {type(hook).__name__} before every forward pass: take "
+                "that off (torch.nn.utils.prune.remove, remove_weight_norm), load, and put it on again"
+            )
+        elif is_parametrized(module, name):
+            originals = f"{prefix}parametrizations.{name}.original"
+            if taken := [other for other in state_dict if other.startswith(originals)]:
+                error_msgs.append(f"{key} and {taken[0]} are both in the state dict, expected one of them")
+                continue
+            try:
+                found = _originals_of(module, name, state_dict[key])
+            except Exception as error:  # parametrisations are users' code, and raise what they like
+                error_msgs.append(f"{key} cannot be loaded into a parametrised {name}: {error}")
+            else:
+                del state_dict[key]
+                state_dict.update({originals + suffix: t for suffix, t in found.items()})
+
+
+def _hook_of(module: nn.Module, name: str) -> Callable | None:
+    """Return the hook of torch.nn.utils.prune, weight_norm or spectral_norm that computes a parameter."""
+    if name in module._parameters:
+        return None
+    for hook in module._forward_pre_hooks.values():
+        # pruning has the one attribute, both norms have the other
+        if name in (getattr(hook, "_tensor_name", None), getattr(hook, "name", None)):
+            return hook
+    return None
+
+
+def _entries_of(state_dict: dict[str, Tensor], key: str) -> list[str]:
+    """Return the keys under which a state dict holds a parameter: its own, or those of what it is computed from."""
+    if key in state_dict:
+        return [key]
+    owner, dot, name = key.rpartition(".")
+    computed = {key + suffix for suffix in ("_orig", "_mask", "_g", "_v", "_u")}  # of pruning and of both norms
+    parametrised = f"{owner}{dot}parametrizations.{name}."
+    return [entry for entry in state_dict if entry in computed or entry.startswith(parametrised)]
+
+
+@torch.no_grad()
+def _originals_of(module: nn.Module, name: str, value: Tensor) -> dict[str, Tensor]:
+    """Return {suffix of its name: tensor} for the tensors that a parameter is computed from where it has this value.
+    ValueError where its parametrisations give no such tensors.
+    """
+    chain, now = module.parametrizations[name], getattr(module, name)
+    if value.shape != now.shape:
+        raise ValueError(f"it has shape {tuple(value.shape)}, expected {tuple(now.shape)}")
+    value = value if now.is_meta else value.to(now)
+    found = value
+    for step in reversed(chain):
+        if not hasattr(step, "right_inverse"):
+            raise ValueError(
+                f"{type(step).__name__} has no right_inverse, which would say what gives a value: add one, or load "
+                "before torch.nn.utils.parametrize.register_parametrization"
+            )
+        found = step.right_inverse(found)
+    tensors = {"": found} if chain.is_tensor else {str(i): t for i, t in enumerate(found)}
+    _check_inverse(chain, tensors, value)
+    return tensors
+
+
+def _check_inverse(chain: ParametrizationList, tensors: dict[str, Tensor], value: Tensor) -> None:
+    """Raise ValueError where originals do not give the value back: softplus, say, has no negative values."""
+    first, *others = chain
+    again = first(*tensors.values())
+    for step in others:
+        again = step(again)
+    precision = max(1e-3, 8 * torch.finfo(value.dtype).eps)
+    wrong = ~torch.isclose(again, value, rtol=precision, atol=precision * 1e-3)
+    if not value.is_meta and wrong.any():
+        steps = " of ".join(type(step).__name__ for step in reversed(chain))
+        raise ValueError(
+            f"{steps} gives {again[wrong][0]:.6g} where it holds {value[wrong][0]:.6g}, a value out of reach"
+        )
+
+
 def to_published_state_dict(module: nn.Module) -> dict[str, Tensor]:
-    """The state dict of a module, or of a model that holds some, with the layers of this package under their published
-    names.
+    """Return the state dict of a module, or of a model that holds some, with the layers of this package under their
+    published names.
 
     Returns:
-        A dict of detached tensors that share memory with the module's, as state_dict's do. Entries of other modules are
-        as they were.
+        A dict of detached tensors that share memory with the module's, as state_dict's do, but for parameters that are
+        parametrised, pruned or under weight_norm: those are the values that the next forward pass takes. Entries of
+        other modules are as they were.
     """
     state_dict = dict(module.state_dict())
     for name, layer in module.named_modules(remove_duplicate=False):
@@ -66,6 +179,7 @@ def to_published_state_dict(module: nn.Module) -> dict[str, Tensor]:
             published, own = layer.published_state_dict()
             prefix = f"{name}." if name else ""
             for key in own:
-                del state_dict[prefix + key]
+                for entry in _entries_of(state_dict, prefix + key):
+                    del state_dict[entry]
             state_dict.update({prefix + key: t for key, t in published.items()})
     return state_dict

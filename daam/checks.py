@@ -1,4 +1,4 @@
-"""What arguments must be. Every error names the argument, what came and what was expected."""
+"""Say what arguments must be. Every error names the argument, what came and what was expected."""
 
 from __future__ import annotations
 
@@ -7,15 +7,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import Parameter, is_lazy
 
 _FLOATING = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
 
 
 def check_x(x: Any, norm_axis: int) -> int:
-    """norm_axis counted from the front."""
-    check_tensor("x", x)
-    if x.dtype not in _FLOATING:
-        raise TypeError(f"x has dtype {x.dtype}, expected one of float16, bfloat16, float32, float64")
+    """Return norm_axis counted from the front."""
+    check_floating({"x": x})
     if x.dim() < 2:
         raise ValueError(f"x has rank {x.dim()} (shape {tuple(x.shape)}), expected rank 2 or more")
     if isinstance(norm_axis, bool) or not isinstance(norm_axis, int):
@@ -27,23 +26,73 @@ def check_x(x: Any, norm_axis: int) -> int:
     return norm_axis % x.dim()
 
 
+def check_floating(tensors: dict[str, Any]) -> None:
+    """Raise TypeError where one of the tensors, by name, is no dense tensor of a floating dtype."""
+    for name, t in tensors.items():
+        check_tensor(name, t)
+        if t.dtype not in _FLOATING:
+            raise TypeError(f"{name} has dtype {t.dtype}, expected one of float16, bfloat16, float32, float64")
+
+
 def check_tensor(name: str, t: Any) -> None:
+    """Raise TypeError where t is no dense tensor of this process: what is checked first, since sparse, nested and lazy
+    tensors have no sizes or strides to be asked for.
+    """
     if not isinstance(t, Tensor):
         raise TypeError(f"{name} is a {type(t).__name__}, expected a Tensor")
-    if type(t) not in (Tensor, torch.nn.Parameter) and hasattr(t, "device_mesh"):
+    if t.layout is not torch.strided or t.is_nested:  # nested ones may be strided
+        raise TypeError(f"{name} is a {_kind(t)} tensor, expected a dense one, of layout torch.strided: {_remedy(t)}")
+    if type(t) not in (Tensor, Parameter):
+        _check_subclass(name, t)
+
+
+def _kind(t: Tensor) -> str:
+    """Return what users call a tensor of another layout: "sparse_coo", "nested (jagged)", "mkldnn"."""
+    layout = str(t.layout).removeprefix("torch.").removeprefix("_")
+    return f"nested ({layout})" if t.is_nested else layout
+
+
+def _remedy(t: Tensor) -> str:
+    if t.is_nested:
+        return "pad it with torch.nested.to_padded_tensor, and say with a mask what is valid"
+    return "convert it with .to_dense()"
+
+
+def _check_subclass(name: str, t: Tensor) -> None:
+    """Raise TypeError for subclasses that cannot work. Others may: fake tensors do, and tensors in a tracer."""
+    if hasattr(t, "device_mesh"):
         raise TypeError(
             f"{name} is a DTensor, expected a plain Tensor: call this under "
-            "torch.distributed.tensor.experimental.local_map, with norm_axis not sharded"
+            "torch.distributed.tensor.experimental.local_map, with norm_axis not sharded. Where parameters are "
+            "Replicate(), their gradients are sums that every process has a part of: in_grad_placements must call "
+            "them [Partial()], as in README's Limits"
         )
+    if is_lazy(t):
+        raise TypeError(f"{name} is uninitialized, expected a Tensor with sizes: run its lazy module once before")
+    if type(t).__name__ == "MaskedTensor":
+        raise TypeError(f"{name} is a MaskedTensor, expected a plain Tensor: pass its get_data(), and a mask beside it")
+
+
+def check_dtype(x: Tensor, weight: Tensor, layer: str) -> None:
+    """Raise TypeError where x has another dtype than a convolution's weight, which autocast alone makes one."""
+    if x.dtype == weight.dtype:
+        return
+    check_floating({"x": x})
+    device, castable = x.device.type, torch.float64 not in (x.dtype, weight.dtype)
+    if castable and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return
+    raise TypeError(
+        f"x has dtype {x.dtype}, expected {weight.dtype}, the dtype of {layer}'s weight: cast x or the module, "
+        f"x.to({weight.dtype}) or module.to({x.dtype})" + (", or call it under torch.autocast" if castable else "")
+    )
 
 
 def check_params(x: Tensor, params: dict[str, Tensor], axis: int, columns: str) -> None:
-    """That parameters are (num_heads, columns), floating, alike and on x's device, with a position for every head."""
+    """Check that parameters, which passed `check_floating`, are (num_heads, columns), alike, on x's device, and that
+    every head has a position.
+    """
     first, shape = next(iter(params)), None
     for name, p in params.items():
-        check_tensor(name, p)
-        if p.dtype not in _FLOATING:
-            raise TypeError(f"{name} has dtype {p.dtype}, expected one of float16, bfloat16, float32, float64")
         if p.dim() != 2 or p.shape[0] < 1:
             raise ValueError(
                 f"{name} has shape {tuple(p.shape)}, expected (num_heads, {columns}) with num_heads at least 1"
@@ -77,7 +126,7 @@ def check_mask(x: Tensor, mask: Any, axis: int) -> None:
 
 
 def check_padding(value: Any) -> float:
-    """The value as a float. Comparisons rather than math.isnan and float(): torch.compile makes it a symbol."""
+    """Return the value as a float. Comparisons rather than math.isnan and float(): torch.compile makes it a symbol."""
     if isinstance(value, bool) or not isinstance(value, float | int | numbers.Real):
         raise TypeError(f"padding_value is {value!r}, expected a number or None")
     if value != value:

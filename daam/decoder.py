@@ -7,11 +7,15 @@ import math
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import relu, scaled_dot_product_attention
+from torch.nn.utils import skip_init
 
+from daam.checkpoints import take_values, values_of_layers
+from daam.checks import check_dtype, check_tensor
 from daam.modules import DensityBlock, MultiHeadDAAM
 
 ATTENTIONS = ("daam", "mixture", "gqdaam", "gqa", "mha", "mha_bn", "none")
 DENSITIES, GROUPED = ("daam", "mixture", "gqdaam"), ("gqdaam", "gqa")
+CLASSIFIER = ("conv1", "conv2", "fc")
 WIDTH, QUERY_HEADS, KEY_VALUE_HEADS = 512, 8, 2  # of grouped-query attention, as in the paper
 
 
@@ -31,6 +35,48 @@ class GroupedQueryAttention(nn.Module):
         return self.out(scaled_dot_product_attention(q, k, v, enable_gqa=True).transpose(1, 2).flatten(2))
 
 
+class StandardAttention(nn.MultiheadAttention):
+    """`nn.MultiheadAttention` of 8 heads, which `reset_parameters` of its modules draws as its construction does."""
+
+    def __init__(self, num_features: int) -> None:
+        super().__init__(num_features, QUERY_HEADS, batch_first=True)
+        drawn, device = self.out_proj, torch.get_default_device()
+        self.out_proj = skip_init(OutputProjection, num_features, num_features, device=device)
+        self.out_proj.weight, self.out_proj.bias = drawn.weight, drawn.bias
+
+    def reset_parameters(self) -> None:
+        """Draw the projection of queries, keys and values; the one of the output has a method of its own."""
+        nn.init.xavier_uniform_(self.in_proj_weight)
+        nn.init.zeros_(self.in_proj_bias)
+
+
+class OutputProjection(nn.Linear):
+    """A Linear whose bias begins at 0."""
+
+    def reset_parameters(self) -> None:
+        """Draw the weight, and the bias too, for the random numbers that construction uses up."""
+        super().reset_parameters()
+        nn.init.zeros_(self.bias)
+
+
+class XavierConv2d(nn.Conv2d):
+    """A Conv2d whose weight is Xavier-uniform."""
+
+    def reset_parameters(self) -> None:
+        """Draw the bias as a Conv2d does, and the weight."""
+        super().reset_parameters()
+        nn.init.xavier_uniform_(self.weight)
+
+
+class XavierLinear(nn.Linear):
+    """A Linear whose weight is Xavier-uniform."""
+
+    def reset_parameters(self) -> None:
+        """Draw the bias as a Linear does, and the weight."""
+        super().reset_parameters()
+        nn.init.xavier_uniform_(self.weight)
+
+
 class DATDecoder(nn.Module):
     """Attention over the layers of an encoder, then two convolutions and a classifier (arXiv 2401.11143).
 
@@ -48,10 +94,12 @@ class DATDecoder(nn.Module):
             mean (an error for the mixture), and of two each is one standard deviation from theirs.
         num_gaussians: of the mixture.
         conv_channels: between the convolutions.
-        backend: of density attention; see `daam.backend_for`.
+        backend: of the densities, "auto", "triton" or "eager"; see `daam.backend_for`.
 
     Weights of convolutions and classifier are Xavier-uniform. Published checkpoints of the attention load as they are:
     `daam.daams.{h}.c`, or `daam.layers.0.attention_heads.{h}.c` of the mixture, as do its `conv1`, `conv2` and `fc`.
+    From the meta device: `to_empty`, then `reset_parameters`, which draws what construction draws for a seed; resetting
+    every module that can be reset draws from the same distributions.
 
     Raises:
         ValueError: a size is not positive, num_heads does not divide num_layers, or 8 heads the features; x has another
@@ -83,17 +131,38 @@ class DATDecoder(nn.Module):
         self.standard = _standard(num_features, attention)
         self.norm = nn.BatchNorm1d(num_features) if attention == "mha_bn" else None
         self.grid = (QUERY_HEADS, WIDTH // QUERY_HEADS) if attention in GROUPED else grid(num_features)
-        self.conv1 = nn.Conv2d(num_layers, conv_channels, 3, padding=1)
-        self.conv2 = nn.Conv2d(conv_channels, num_layers, 3, padding=1)
-        self.fc = nn.Linear(num_layers * math.prod(self.grid), num_classes)
+        device = torch.get_default_device()  # skip_init has a default of its own
+        self.conv1 = skip_init(XavierConv2d, num_layers, conv_channels, 3, padding=1, device=device)
+        self.conv2 = skip_init(XavierConv2d, conv_channels, num_layers, 3, padding=1, device=device)
+        self.fc = skip_init(XavierLinear, num_layers * math.prod(self.grid), num_classes, device=device)
+        self._draw_classifier()
+
+    def reset_parameters(self) -> None:
+        """Draw all parameters anew and clear the statistics of batch normalisation, those of its modules included."""
+        for module in (self.daam, self.standard, self.norm):
+            if module is not None:
+                module.apply(_reset)  # parts before the whole, as they are constructed
+        self._draw_classifier()
+
+    def _draw_classifier(self) -> None:
+        """Draw the convolutions and the classifier: all that torch's own methods draw before any Xavier weight, which
+        is the order that published results with a seed have.
+        """
+        for module, kind in ((self.conv1, nn.Conv2d), (self.conv2, nn.Conv2d), (self.fc, nn.Linear)):
+            kind.reset_parameters(module)
         for module in (self.conv1, self.conv2, self.fc):
             nn.init.xavier_uniform_(module.weight)
 
     def forward(self, x: Tensor, return_weights: bool = False) -> Tensor | tuple[Tensor, Tensor]:
-        """Scores of the classes, (batch, num_classes); with return_weights also the density's weights, like x."""
+        """Return scores of the classes, (batch, num_classes); with return_weights also the density's weights, like x.
+
+        x: (batch, num_layers, num_features) of the parameters' dtype, or under autocast.
+        """
+        check_tensor("x", x)
         expected = (self.settings["num_layers"], self.settings["num_features"])
         if x.dim() != 3 or x.shape[1:] != expected:
             raise ValueError(f"x has shape {tuple(x.shape)}, expected (batch, {expected[0]}, {expected[1]})")
+        check_dtype(x, self.conv1.weight, "conv1")
         if return_weights and self.daam is None:
             raise ValueError(f"return_weights: attention {self.settings['attention']!r} has no densities")
         if not return_weights:
@@ -105,8 +174,20 @@ class DATDecoder(nn.Module):
             x, weights = self.daam(x, return_weights=True)
         return self._decode(self._attend(x)), weights
 
+    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, error_msgs):
+        for name in CLASSIFIER:
+            take_values(getattr(self, name), ("weight", "bias"), state_dict, f"{prefix}{name}.", error_msgs)
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, error_msgs)
+
+    def published_state_dict(self) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+        """Return weights and biases of the convolutions and the classifier, and their names; the densities have their
+        own.
+        """
+        own = values_of_layers(self, CLASSIFIER)
+        return own, tuple(own)
+
     def _attend(self, x: Tensor) -> Tensor:
-        """Standard attention, where the decoder has one."""
+        """Return x after standard attention, where the decoder has one."""
         if isinstance(self.standard, nn.MultiheadAttention):
             x = self.standard(x, x, x, need_weights=False)[0]
         elif self.standard is not None:
@@ -122,26 +203,34 @@ def _density(features: int, attention: str, heads: int, gaussians: int, backend:
     if attention not in DENSITIES:
         return None
     if attention == "mixture":
-        return DensityBlock([-2], [heads], [gaussians], 1)
+        return DensityBlock([-2], [heads], [gaussians], 1, backend=backend)
     return MultiHeadDAAM(features, heads, backend=backend)
 
 
 def _standard(features: int, attention: str) -> nn.Module | None:
     if attention in GROUPED:
         return nn.Sequential(nn.Linear(features, WIDTH), GroupedQueryAttention())
-    return nn.MultiheadAttention(features, QUERY_HEADS, batch_first=True) if attention.startswith("mha") else None
+    return StandardAttention(features) if attention.startswith("mha") else None
+
+
+def _reset(module: nn.Module) -> None:
+    """Reset a module that can be reset; those that only hold others cannot."""
+    if hasattr(module, "reset_parameters"):
+        module.reset_parameters()
 
 
 def grid(features: int) -> tuple[int, int]:
-    """The two factors of a number that are nearest to a square, the smaller one first."""
+    """Return the two factors of a number that are nearest to a square, the smaller one first."""
     smaller = next(a for a in range(math.isqrt(features), 0, -1) if features % a == 0)
     return smaller, features // smaller
 
 
 def focal_loss(scores: Tensor, labels: Tensor, gamma: float = 2.5, alpha: float = 0.25) -> Tensor:
-    """alpha·(1 - p)^gamma·cross entropy, p the probability of the label, averaged over the batch (arXiv 1708.02002).
-    The defaults are those of arXiv 2401.11143. scores: (batch, classes); labels: (batch,) of integers.
+    """Return alpha·(1 - p)^gamma·cross entropy, p the probability of the label, averaged over the batch (arXiv
+    1708.02002). The defaults are those of arXiv 2401.11143. scores: (batch, classes); labels: (batch,) of integers.
     """
+    check_tensor("scores", scores)
+    check_tensor("labels", labels)
     cross_entropy = nn.functional.cross_entropy(scores, labels, reduction="none")
     # 1 - p, exact for p near 1; its gradient at p = 1 exists, since gamma is more than 1
     return (alpha * (-torch.expm1(-cross_entropy)).pow(gamma) * cross_entropy).mean()

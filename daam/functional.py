@@ -8,7 +8,7 @@ from torch import Tensor
 
 from daam import ops
 from daam.backend import backend_for
-from daam.checks import check_eps, check_mask, check_padding, check_params, check_x
+from daam.checks import check_eps, check_floating, check_mask, check_padding, check_params, check_x
 
 
 def density_attention(
@@ -50,14 +50,16 @@ def density_attention(
         too.
 
     Raises:
-        TypeError: x, mean_offset, c or mask has the wrong type or dtype, or is a DTensor.
+        TypeError: x, mean_offset, c or mask has the wrong type or dtype, or is a DTensor, sparse or nested.
         ValueError: rank, norm_axis, num_heads, eps, a shape, a device or the backend does not fit; the message says
             what came.
         RuntimeError: backend "triton" cannot run here; the message says why.
     """
     axis = check_x(x, norm_axis)
     last = x.dim() - 1
-    check_params(x, {"mean_offset": mean_offset, "c": c}, axis, "P")
+    params = {"mean_offset": mean_offset, "c": c}
+    check_floating(params)
+    check_params(x, params, axis, "P")
     heads, size = c.shape[0], x.shape[axis]
     if size % heads:
         raise ValueError(f"num_heads is {heads}, expected a divisor of the {size} positions of norm_axis {axis}")
@@ -121,13 +123,15 @@ def mixture_attention(
         too.
 
     Raises:
-        TypeError: an argument has the wrong type or dtype, or is a DTensor.
+        TypeError: an argument has the wrong type or dtype, or is a DTensor, sparse or nested.
         ValueError: rank, norm_axis, num_heads, eps, padding_value, a shape, a device or the backend does not fit, or
             both mask and padding_value are given; the message says what came.
         RuntimeError: backend "triton" cannot run here; the message says why.
     """
     axis = check_x(x, norm_axis)
-    check_params(x, {"mean_offsets": mean_offsets, "c": c}, axis, "num_gaussians")
+    params = {"mean_offsets": mean_offsets, "c": c}
+    check_floating(params)
+    check_params(x, params, axis, "num_gaussians")
     if x.shape[axis] // c.shape[0] < 2:
         raise ValueError(
             f"num_heads is {c.shape[0]}, which cuts the {x.shape[axis]} positions of norm_axis {axis} into chunks of "
@@ -183,14 +187,15 @@ def density_gate(
         too.
 
     Raises:
-        TypeError: an argument has the wrong type or dtype, or is a DTensor.
+        TypeError: an argument has the wrong type or dtype, or is a DTensor, sparse or nested.
         ValueError: rank, norm_axis, num_heads, a shape, a device or the backend does not fit; the message says what
             came.
         RuntimeError: backend "triton" cannot run here; the message says why.
     """
     axis = check_x(x, norm_axis)
     params = {"mean_offsets": mean_offsets, "log_sigma": log_sigma}
-    if all(isinstance(p, Tensor) and p.dim() == 1 for p in params.values()):
+    check_floating(params)
+    if all(p.dim() == 1 for p in params.values()):
         params = {name: p.unsqueeze(0) for name, p in params.items()}
     check_params(x, params, axis, "num_gaussians")
     return _in_memory_order(ops.gate, x, tuple(params.values()), mask, (axis,), (), residual, return_weights, backend)

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from daam.checkpoints import stack_heads, unstack_heads
-from daam.checks import check_mask, check_tensor
+from daam.checkpoints import stack_heads, take_values, unstack_heads, value_of, values_of_layers
+from daam.checks import check_dtype, check_mask, check_tensor
 from daam.functional import density_attention, density_gate, mixture_attention
 
 
@@ -73,10 +73,11 @@ class MultiHeadDAAM(nn.Module):
     def forward(
         self, x: Tensor, mask: Tensor | None = None, return_weights: bool = False
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """y, or (y, weights), each like x. mask: bool, x.shape[:norm_axis + 1], True where x is valid. See
+        """Return y, or (y, weights), each like x. mask: bool, x.shape[:norm_axis + 1], True where x is valid. See
         `daam.density_attention`.
         """
-        if isinstance(x, Tensor) and x.dim() > 1 and x.shape[-1] != self.num_features:
+        check_tensor("x", x)
+        if x.dim() > 1 and x.shape[-1] != self.num_features:
             raise ValueError(
                 f"x has {x.shape[-1]} features (shape {tuple(x.shape)}), expected num_features {self.num_features}"
             )
@@ -94,11 +95,12 @@ class MultiHeadDAAM(nn.Module):
     def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, error_msgs):
         stacked = {"mean_offset": self.mean_offset, "c": self.c}
         stack_heads(state_dict, prefix, stacked, ("daams", "gcts"), error_msgs)
+        take_values(self, tuple(stacked), state_dict, prefix, error_msgs)
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, error_msgs)
 
     def published_state_dict(self) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-        """`daams.{h}.mean_offset` and `daams.{h}.c`, each (1, P), and the names of the parameters they stand for."""
-        own = {"mean_offset": self.mean_offset, "c": self.c}
+        """Return `daams.{h}.mean_offset` and `daams.{h}.c`, each (1, P), and the parameters they stand for."""
+        own = {name: value_of(self, name) for name in ("mean_offset", "c")}
         return unstack_heads("daams", own, keep_dim=True), tuple(own)
 
 
@@ -110,11 +112,12 @@ class _Mixture(nn.Module):
 
     def __init__(
         self, shape: tuple[int, ...], norm_axis: int, num_heads: int, num_gaussians: int, padding_value: float | None,
-        mean_offset_init: float, eps: float,
+        mean_offset_init: float, eps: float, backend: str,
     ):  # fmt: skip
         super().__init__()
         self.norm_axis, self.num_heads, self.num_gaussians = norm_axis, num_heads, num_gaussians
         self.padding_value, self.mean_offset_init, self.eps = padding_value, mean_offset_init, eps
+        self.backend = backend
         self.mean_offsets = nn.Parameter(torch.empty(shape))
         self.c = nn.Parameter(torch.empty(shape))
         self.reset_parameters()
@@ -127,22 +130,31 @@ class _Mixture(nn.Module):
     def forward(
         self, x: Tensor, return_attention_details: bool = False, *, mask: Tensor | None = None, residual: bool = False
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """y, or (y, weights), each like x. The weights are detached, as published: those of `daam.mixture_attention`
-        are differentiable. mask: bool, x.shape[:norm_axis + 1], True where x is valid, not together with padding_value.
-        residual: add x to y.
+        """Return y, or (y, weights), each like x. The weights are detached, as published: those of
+        `daam.mixture_attention` are differentiable. mask: bool, x.shape[:norm_axis + 1], True where x is valid, not
+        together with padding_value. residual: add x to y.
         """
         mean_offsets, c = (p.reshape(-1, self.num_gaussians) for p in (self.mean_offsets, self.c))
         out = mixture_attention(
             x, mean_offsets, c, norm_axis=self.norm_axis, eps=self.eps, padding_value=self.padding_value, mask=mask,
-            residual=residual, return_weights=return_attention_details,
+            residual=residual, return_weights=return_attention_details, backend=self.backend,
         )  # fmt: skip
         return (out[0], out[1].detach()) if return_attention_details else out
 
     def extra_repr(self) -> str:
         return (
             f"{self.norm_axis}, num_heads={self.num_heads}, num_gaussians={self.num_gaussians}, "
-            f"padding_value={self.padding_value}, eps={self.eps}"
+            f"padding_value={self.padding_value}, eps={self.eps}, backend={self.backend!r}"
         )
+
+    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, error_msgs):
+        take_values(self, ("mean_offsets", "c"), state_dict, prefix, error_msgs)
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, error_msgs)
+
+    def published_state_dict(self) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+        """Return both parameters by name, as one published head has them, and their names."""
+        own = {name: value_of(self, name) for name in ("mean_offsets", "c")}
+        return own, tuple(own)
 
 
 class DensityAdaptiveAttention(_Mixture):
@@ -155,6 +167,7 @@ class DensityAdaptiveAttention(_Mixture):
         padding_value: positions of x equal to it count as zeros in mean and variance and pass x through; None for none.
         mean_offset_init: initial value of mean_offsets, which the published code takes and ignores.
         eps: added to the variance, and the least sum that weights are divided by.
+        backend: "auto", "triton" or "eager"; see `daam.backend_for`.
 
     Parameters mean_offsets and c (standard normal) have shape (num_gaussians,).
 
@@ -165,11 +178,11 @@ class DensityAdaptiveAttention(_Mixture):
 
     def __init__(
         self, norm_axis: int, num_heads: int, num_gaussians: int, padding_value: float | None,
-        mean_offset_init: float = 0, eps: float = 1e-8,
+        mean_offset_init: float = 0, eps: float = 1e-8, *, backend: str = "auto",
     ):  # fmt: skip
         _check_sizes(norm_axis, num_heads, num_gaussians)
         super().__init__(
-            (num_gaussians,), norm_axis, num_heads, num_gaussians, padding_value, mean_offset_init, eps
+            (num_gaussians,), norm_axis, num_heads, num_gaussians, padding_value, mean_offset_init, eps, backend
         )  # fmt: skip
 
 
@@ -183,6 +196,7 @@ class MultiHeadDensityAdaptiveAttention(_Mixture):
         padding_value: positions of x equal to it count as zeros in mean and variance and pass x through; None for none.
         eps: added to the variance, and the least sum that weights are divided by. The published heads ignore it and use
             1e-8.
+        backend: "auto", "triton" or "eager"; see `daam.backend_for`.
 
     Parameters mean_offsets (0) and c (standard normal) have shape (num_heads, num_gaussians). Published checkpoints
     (`attention_heads.{h}.mean_offsets` and `….c`, each (num_gaussians,)) load as they are;
@@ -194,10 +208,13 @@ class MultiHeadDensityAdaptiveAttention(_Mixture):
     """
 
     def __init__(
-        self, norm_axis: int, num_heads: int, num_gaussians: int, padding_value: float | None = None, eps: float = 1e-8
-    ):
+        self, norm_axis: int, num_heads: int, num_gaussians: int, padding_value: float | None = None,
+        eps: float = 1e-8, *, backend: str = "auto",
+    ):  # fmt: skip
         _check_sizes(norm_axis, num_heads, num_gaussians)
-        super().__init__((num_heads, num_gaussians), norm_axis, num_heads, num_gaussians, padding_value, 0, eps)
+        super().__init__(
+            (num_heads, num_gaussians), norm_axis, num_heads, num_gaussians, padding_value, 0, eps, backend
+        )  # fmt: skip
 
     def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, error_msgs):
         stacked = {"mean_offsets": self.mean_offsets, "c": self.c}
@@ -205,9 +222,9 @@ class MultiHeadDensityAdaptiveAttention(_Mixture):
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, error_msgs)
 
     def published_state_dict(self) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-        """`attention_heads.{h}.mean_offsets` and `….c`, each (num_gaussians,), and the parameters they stand for."""
-        own = {"mean_offsets": self.mean_offsets, "c": self.c}
-        return unstack_heads("attention_heads", own), tuple(own)
+        """Return `attention_heads.{h}.mean_offsets` and `….c`, each (num_gaussians,), and what they stand for."""
+        own, names = super().published_state_dict()
+        return unstack_heads("attention_heads", own), names
 
 
 class DensityBlock(nn.Module):
@@ -216,7 +233,7 @@ class DensityBlock(nn.Module):
     Args:
         norm_axes, num_heads, num_gaussians: of each layer.
         num_layers: their number.
-        padding_value, eps: of all layers, see `MultiHeadDensityAdaptiveAttention`.
+        padding_value, eps, backend: of all layers, see `MultiHeadDensityAdaptiveAttention`.
 
     Raises:
         ValueError: a length is not num_layers, or a layer's arguments do not fit.
@@ -224,7 +241,7 @@ class DensityBlock(nn.Module):
 
     def __init__(
         self, norm_axes: Sequence[int], num_heads: Sequence[int], num_gaussians: Sequence[int], num_layers: int,
-        padding_value: float | None = None, eps: float = 1e-8,
+        padding_value: float | None = None, eps: float = 1e-8, *, backend: str = "auto",
     ):  # fmt: skip
         super().__init__()
         lengths = {"norm_axes": len(norm_axes), "num_heads": len(num_heads), "num_gaussians": len(num_gaussians)}
@@ -232,18 +249,21 @@ class DensityBlock(nn.Module):
             if length != num_layers:
                 raise ValueError(f"{name} has {length} entries, expected num_layers, {num_layers}")
         self.layers = nn.ModuleList(
-            MultiHeadDensityAdaptiveAttention(*sizes, padding_value, eps)
+            MultiHeadDensityAdaptiveAttention(*sizes, padding_value, eps, backend=backend)
             for sizes in zip(norm_axes, num_heads, num_gaussians, strict=True)
         )
 
     def forward(
         self, x: Tensor, return_attention_details: bool = False, *, mask: Tensor | None = None
     ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
-        """y, or (y, {"layer_0": weights, …}), each like x, the weights detached as published.
+        """Return y, or (y, {"layer_0": weights, …}), each like x, the weights detached as published.
 
         mask: bool, of x's shape up to the first of the normalised axes at most, True where x is valid; it holds for all
         positions along further axes.
         """
+        check_tensor("x", x)
+        if mask is not None:
+            check_tensor("mask", mask)
         details = {}
         for i, layer in enumerate(self.layers):
             out = layer(x, return_attention_details, mask=_along(mask, x, layer.norm_axis), residual=True)
@@ -259,6 +279,7 @@ class DensityGate(nn.Module):
         in_ch: channels of x.
         num_gaussians: Gaussians whose mean makes the weights.
         cap: kept as published, where nothing uses it.
+        backend: of the weights; "auto", "triton" or "eager"; see `daam.backend_for`.
 
     Parameters, under their published names: to_attn.weight, to_attn.bias, alpha (0.05), gaa.mean_offsets (0),
     gaa.log_sigma (log 0.5), the last two of shape (num_gaussians,).
@@ -267,39 +288,51 @@ class DensityGate(nn.Module):
         ValueError: in_ch or num_gaussians is no positive int.
     """
 
-    def __init__(self, in_ch: int, num_gaussians: int = 4, cap: float = 0.2):
+    def __init__(self, in_ch: int, num_gaussians: int = 4, cap: float = 0.2, *, backend: str = "auto"):
         super().__init__()
         _check_positive(in_ch=in_ch, num_gaussians=num_gaussians)
-        self.cap = cap
+        self.cap, self.backend = cap, backend
         self.to_attn = nn.Conv1d(in_ch, 1, 1)
         self.gaa = _Gaussians(num_gaussians)
         self.alpha = nn.Parameter(torch.empty(()))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Of alpha: the convolution and the Gaussians have their own."""
+        """Reset alpha: the convolution and the Gaussians have methods of their own."""
         nn.init.constant_(self.alpha, 0.05)
 
     def forward(self, x: Tensor, *, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """(y, gate) of shapes (batch, in_ch, length) and (batch, 1, length); x may be without a batch.
+        """Return (y, gate) of shapes (batch, in_ch, length) and (batch, 1, length); x may be without a batch.
 
-        mask: bool, (batch, length), True where x is valid. Elsewhere the gate is 0 and y is x.
+        x: of the convolution's dtype, or under autocast. mask: bool, (batch, length), True where x is valid. Elsewhere
+        the gate is 0 and y is x.
         """
         check_tensor("x", x)
+        check_dtype(x, self.to_attn.weight, "to_attn")
         channels = self.to_attn.in_channels
         if x.dim() not in (2, 3) or x.shape[-2] != channels:
             raise ValueError(f"x has shape {tuple(x.shape)}, expected (batch, {channels}, length) or without batch")
         if mask is None:
-            gate = self.gaa(self.to_attn(x))
+            gate = self.gaa(self.to_attn(x), backend=self.backend)
             return x * (1 + self.alpha * gate), gate
         check_mask(x.select(-2, 0), mask, x.dim() - 2)
         mask = mask.unsqueeze(-2)
         valid = x.masked_fill(~mask, 0)  # what stands elsewhere would reach the gradients of the convolution and alpha
-        gate = self.gaa(self.to_attn(valid), mask)
+        gate = self.gaa(self.to_attn(valid), mask, self.backend)
         return torch.where(mask, valid * (1 + self.alpha * gate), x), gate
 
     def extra_repr(self) -> str:
-        return f"cap={self.cap}"
+        return f"cap={self.cap}, backend={self.backend!r}"
+
+    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, error_msgs):
+        take_values(self, ("alpha",), state_dict, prefix, error_msgs)
+        take_values(self.to_attn, ("weight", "bias"), state_dict, f"{prefix}to_attn.", error_msgs)
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, error_msgs)
+
+    def published_state_dict(self) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+        """Return alpha, to_attn.weight and to_attn.bias, and their names; the Gaussians have their own."""
+        own = {"alpha": value_of(self, "alpha")} | values_of_layers(self, ("to_attn",))
+        return own, tuple(own)
 
 
 class _Gaussians(nn.Module):
@@ -315,11 +348,22 @@ class _Gaussians(nn.Module):
         nn.init.zeros_(self.mean_offsets)
         nn.init.constant_(self.log_sigma, math.log(0.5))
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        return density_gate(x, self.mean_offsets, self.log_sigma, mask=mask, return_weights=True)[1]
+    def forward(self, x: Tensor, mask: Tensor | None = None, backend: str = "auto") -> Tensor:
+        return density_gate(
+            x, self.mean_offsets, self.log_sigma, mask=mask, return_weights=True, backend=backend
+        )[1]  # fmt: skip
 
     def extra_repr(self) -> str:
         return f"num_gaussians={len(self.mean_offsets)}"
+
+    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, error_msgs):
+        take_values(self, ("mean_offsets", "log_sigma"), state_dict, prefix, error_msgs)
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, error_msgs)
+
+    def published_state_dict(self) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+        """Return both parameters by name, and their names."""
+        own = {name: value_of(self, name) for name in ("mean_offsets", "log_sigma")}
+        return own, tuple(own)
 
 
 GaussianAdaptiveAttention = DensityAdaptiveAttention
@@ -328,10 +372,10 @@ GaussianBlock = DensityBlock
 
 
 def _along(mask: Tensor | None, x: Tensor, norm_axis: int) -> Tensor | None:
-    """A mask of x's first dimensions as one of its dimensions up to norm_axis; what does not fit as it came, for the
-    attention to say what is wrong.
+    """Return a mask of x's first dimensions as one of its dimensions up to norm_axis; what does not fit as it came, for
+    the attention to say what is wrong.
     """
-    if not isinstance(mask, Tensor) or not isinstance(x, Tensor) or x.dim() == 0 or mask.shape != x.shape[: mask.dim()]:
+    if mask is None or x.dim() == 0 or mask.shape != x.shape[: mask.dim()]:
         return mask
     rank = max(mask.dim(), norm_axis % x.dim() + 1)
     return mask.reshape(*mask.shape, *[1] * (rank - mask.dim())).expand(x.shape[:rank])

@@ -23,16 +23,24 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from daam.backend import interpreting
-from daam.kernels import launch
+
+try:
+    from daam.kernels import launch
+except ModuleNotFoundError as error:
+    if error.name != "daam.kernels":
+        raise
+    raise ImportError(
+        "daam/kernels is a symbolic link, which this checkout holds as a file, as git on Windows makes it: install the "
+        "package with `pip install .` or `pip install -e .`, or check it out again under `git -c core.symlinks=true`"
+    ) from error
 from daam.kernels.layout import acc_dtype
 
 _lib = torch.library.Library("daam", "DEF")
 
 # AOTAutograd's cache knows the composite operators by name and arguments, not by what they do: without this argument an
 # edited formula, or an edited fake, would be served from the cache of the old one.
-_SOURCES = sorted(
-    path for folder in (".", "reference", "kernels") for path in (Path(__file__).parent / folder).glob("*.py")
-)
+_FOLDERS = (Path(__file__).parent, Path(__file__).parent / "reference", Path(launch.__file__).parent)
+_SOURCES = sorted(path for folder in _FOLDERS for path in folder.glob("*.py"))
 _VERSION = hashlib.sha256(b"".join(path.read_bytes() for path in _SOURCES)).hexdigest()[:16]
 
 

@@ -42,7 +42,7 @@ def formula(
         log = log - z * z / 2 - HALF_LOG_2PI - scale.abs().log()
     if mask is not None:
         log = log.masked_fill(chunks.invalid & (chunks.empty == 0), -math.inf)
-    log_sum = log.logsumexp(chunks.dim, keepdim=True)
+    log_sum = _log_sum_exp(log, chunks.dim)
     if eps > 0:
         log_sum = log_sum.clamp(min=math.log(eps))
     weights = chunks.valid(torch.exp(log - log_sum))
@@ -137,6 +137,14 @@ def backward(
     if need_params:
         d_mean_offsets, d_c = fit.chain(mean_offsets, c, sum_ke, sum_kee, clamped)
     return dx, d_mean_offsets, d_c
+
+
+def _log_sum_exp(log: Tensor, dim: int) -> Tensor:
+    """Return log Σ exp along a dimension, which is kept. Of torch's logsumexp, forward mode has no backward."""
+    # a constant, which the derivatives do without; infinite, it would make NaN of what is infinite as it is
+    largest = log.detach().amax(dim, keepdim=True)
+    largest = largest.masked_fill(largest.isinf(), 0)
+    return (log - largest).exp().sum(dim, keepdim=True).log() + largest
 
 
 def _variance(chunks: Chunks, square: Tensor) -> Tensor:

@@ -121,6 +121,120 @@ def test_nothing_to_compare(base, new, why, tmp_path, capsys):
     assert why in capsys.readouterr().err
 
 
+NAN, INF = float("nan"), float("inf")
+TIMES = {"p20": 0.9, "p50": 1.0, "p80": 1.1, "iqr": 0.1}
+
+
+def times(value):
+    return dict.fromkeys(TIMES, value)
+
+
+def broken(data, **figures):
+    """The result with other figures in its first case."""
+    data["benchmarks"][0]["extra_info"] |= figures
+    return data
+
+
+@pytest.mark.parametrize("side", ["base", "new", "both"])
+@pytest.mark.parametrize(
+    ("figures", "figure"),
+    [
+        *(({"seconds": times(one)}, "seconds.p50") for one in (NAN, INF, -1.0, 0.0, 0, "1.0", None, True, 10**400)),
+        *(({"of_copy": times(one)}, "of_copy.p50") for one in (NAN, INF, -1.0, 0.0)),
+        *(({"of_copy": TIMES | {"iqr": one}}, "of_copy.iqr") for one in (NAN, INF, -0.1, "0.1")),
+        ({"seconds": 1.0}, "seconds is 1.0"),
+        ({"of_copy": [9.0, 10.0]}, "of_copy is [9.0, 10.0]"),
+        ({"of_copy": None}, "of_copy is None"),
+        ({"seconds": {"p20": 1.0}}, "seconds.p50 is missing"),
+        *(({"bytes": one}, "bytes") for one in (NAN, INF, -1, [100], "100", None)),
+        ({"error": NAN}, "error"),
+        ({"device": "H200", "of_copy": times(NAN)}, "of_copy.p50"),
+        ({"device": "H200", "peak_bytes": INF}, "peak_bytes"),
+        ({"provider": "published", "seconds": times(NAN)}, "seconds.p50"),
+    ],
+)
+def test_what_is_no_time_fails(figures, figure, side, tmp_path, capsys):
+    make = gpu if "device" in figures else speed
+    sides = {name: broken(make(), **figures) if side in (name, "both") else make() for name in ("base", "new")}
+    unusable(tmp_path, capsys, *sides.values(), side, figure)
+
+
+@pytest.mark.parametrize("side", ["base", "new", "both"])
+@pytest.mark.parametrize(
+    ("figure", "value"),
+    [
+        *(("instructions", one) for one in (NAN, INF, -1.0, "20", None, [20.0])),
+        *((name, NAN) for name in ("registers", "load_bits", "stack", "roof", "warps")),
+        ("warps", "16"),
+    ],
+)
+def test_what_is_no_count_fails(figure, value, side, tmp_path, capsys):
+    sides = [audited(**{figure: value} if side in (name, "both") else {}) for name in ("base", "new")]
+    unusable(tmp_path, capsys, *sides, side, figure)
+
+
+def unusable(tmp_path, capsys, base, new, side, figure):
+    """That a line names the case, the file and the figure, and nothing else of the case is compared."""
+    with mock.patch.object(compare.plot, "regression", lambda changes, title, path: path.touch()):  # takes long
+        assert run(tmp_path, base, new) == 1
+    out = capsys.readouterr().out
+    lines = [line for line in out.splitlines() if line.startswith(("a ", "sm_90/a"))]
+    for name in ("base", "new") if side == "both" else (side,):
+        (line,) = [line for line in lines if f"unusable     in {tmp_path / name}.json" in line]
+        assert figure in line and line.endswith("FAILED")
+    assert len(lines) == 1 + (side == "both") and " 0 failed" not in out
+
+
+def test_every_figure_may_be_none(tmp_path, capsys):
+    """Then there is nothing left to compare, and no yardstick."""
+    data = speed()
+    for one in data["benchmarks"]:
+        one["extra_info"]["seconds"] = times(NAN)
+    assert run(tmp_path, data, data) == 1
+    assert "4 cases, 8 figures: 8 failed" in capsys.readouterr().out
+
+
+def test_a_case_of_the_new_run_alone_is_looked_at(tmp_path, capsys):
+    new = speed()
+    new["benchmarks"].append({"fullname": "t[more]", "extra_info": CASE | {"seconds": times(NAN)}})
+    assert run(tmp_path, speed(), new) == 1 and "more" in capsys.readouterr().out
+    assert run(tmp_path, speed(), new, "--subset") == 1
+
+
+def test_a_figure_that_the_audit_lacks_fails(tmp_path):
+    new = audited()
+    del new["targets"]["sm_90"]["a/_forward"]["special"]
+    assert run(tmp_path, audited(), new) == run(tmp_path, new, audited()) == 1
+    assert run(tmp_path, audited(warps=None), audited(warps=None)) == 0
+    assert run(tmp_path, audited(), audited(warps=None)) == 1
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        {"benchmarks": 3},
+        {"benchmarks": [{"extra_info": {"of_copy": 1}}]},
+        {"benchmarks": [{"fullname": 3, "extra_info": CASE}]},
+        {"benchmarks": [{"fullname": "a", "extra_info": 3}]},
+        {"benchmarks": [{"fullname": "a", "extra_info": "of_copy"}]},
+        {"targets": 3, "triton": "3.9.0"},
+        {"targets": {"sm_90": 3}, "triton": "3.9.0"},
+        {"targets": {"sm_90": {}}},
+        3,
+    ],
+)
+def test_json_of_another_shape_is_named(data, tmp_path, capsys):
+    assert run(tmp_path, data, data) == 2
+    assert f"{tmp_path / 'base.json'} holds no cases" in capsys.readouterr().err
+
+
+def test_a_case_that_is_a_number_fails(tmp_path, capsys):
+    data = audited()
+    data["targets"]["sm_90"]["a/_forward"] = 3
+    assert run(tmp_path, data, data) == 1 and "the case is 3" in capsys.readouterr().out
+    assert run(tmp_path, data, {**data, "targets": {"sm_90": {"b/_forward": FIGURES}}}) == 1
+
+
 def test_unreadable_file(tmp_path, capsys):
     assert compare.main([str(tmp_path / "none.json")] * 2) == 2
     assert "cannot be read" in capsys.readouterr().err

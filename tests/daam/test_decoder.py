@@ -1,10 +1,13 @@
 """The DAT decoder: the paper's parameter counts, its layout, every attention."""
 
+from unittest import mock
+
 import pytest
 import torch
-from helpers import close
+from helpers import close, recorded_launches
 from torch import nn
 from torch.nn.functional import cross_entropy
+from torch.nn.utils import prune
 
 import daam
 from daam.decoder import ATTENTIONS, DENSITIES, GroupedQueryAttention, grid
@@ -97,6 +100,155 @@ def test_initialisation():
     for module, fans in ((decoder.conv1, 9 * (24 + 512)), (decoder.conv2, 9 * (512 + 24)), (decoder.fc, 24 * 64 + 4)):
         bound = (6 / fans) ** 0.5
         assert 0.95 * bound < module.weight.abs().max() <= bound
+
+
+def expected_std(decoder, name, p):
+    """The standard deviation of a parameter's distribution; 0 where it is a constant, with the constant."""
+    module, leaf = decoder.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
+    if name.startswith("daam."):
+        if leaf in ("mean_offset", "mean_offsets"):
+            return 0, 0
+        return (1, None) if isinstance(decoder.daam, daam.DensityBlock) else (0, 2)
+    if name.startswith("norm."):
+        return 0, float(leaf in ("weight", "running_var"))
+    if leaf == "in_proj_bias" or name == "standard.out_proj.bias":
+        return 0, 0
+    xavier = name in ("conv1.weight", "conv2.weight", "fc.weight", "standard.in_proj_weight")
+    fan_in, fan_out = nn.init._calculate_fan_in_and_fan_out(p if leaf == "in_proj_weight" else module.weight)
+    # uniform distributions: Xavier's, and the one of torch's layers
+    bound = (6 / (fan_in + fan_out)) ** 0.5 if xavier else fan_in**-0.5
+    return bound / 3**0.5, None
+
+
+RESETS = {
+    "alone": lambda decoder: decoder.reset_parameters(),
+    "every module": lambda decoder: [m.reset_parameters() for m in decoder.modules() if hasattr(m, "reset_parameters")],
+    "apply": lambda decoder: decoder.apply(lambda m: m.reset_parameters() if hasattr(m, "reset_parameters") else None),
+    "construction": lambda decoder: None,
+}
+
+
+@pytest.mark.parametrize("reset", RESETS)
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_a_decoder_from_the_meta_device(attention, reset):
+    """Every parameter and buffer from its distribution, whichever of torch's ways initialises it."""
+    sizes = {"num_layers": 12, "num_features": 64, "num_classes": 10}
+    how = {"attention": attention, "num_heads": 6, "num_gaussians": 64, "conv_channels": 48}
+    if reset == "construction":
+        decoder = daam.DATDecoder(**sizes, **how)
+    else:
+        with torch.device("meta"):
+            decoder = daam.DATDecoder(**sizes, **how)
+        assert all(t.is_meta for t in decoder.state_dict().values())
+        decoder = decoder.to_empty(device="cpu")
+        for t in decoder.state_dict().values():
+            t.fill_(77)
+    torch.manual_seed(0)
+    RESETS[reset](decoder)
+    for name, t in decoder.state_dict().items():
+        if name == "norm.num_batches_tracked":
+            assert t == 0
+            continue
+        std, constant = expected_std(decoder, name, t)
+        if constant is not None:
+            assert (t == constant).all(), name
+        else:
+            assert t.abs().max() <= (std * 3**0.5 * 1.0001 if std != 1 else 9), name
+            # of n draws: uniform ones' is off by 0.45/sqrt(n), normal ones' by 0.71/sqrt(n)
+            assert abs(t.std().item() / std - 1) < 4 * 0.71 / (len(t.flatten()) - 1) ** 0.5, name
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_a_reset_draws_what_construction_draws(attention):
+    """Number for number for a seed, and as before there was a reset: published results have seeds."""
+    sizes = {"num_layers": 6, "num_features": 16, "num_classes": 3}
+    how = {"attention": attention, "num_heads": 3, "num_gaussians": 2, "conv_channels": 4}
+    torch.manual_seed(5)
+    constructed, after = daam.DATDecoder(**sizes, **how).state_dict(), torch.rand(1)
+    with torch.device("meta"):
+        decoder = daam.DATDecoder(**sizes, **how)
+    decoder = decoder.to_empty(device="cpu")
+    torch.manual_seed(5)
+    decoder.reset_parameters()
+    assert torch.equal(torch.rand(1), after)
+    for name, t in decoder.state_dict().items():
+        assert torch.equal(t, constructed[name]), name
+    torch.manual_seed(5)
+    if attention.startswith("mha"):
+        nn.MultiheadAttention(16, 8)
+    elif attention == "mixture":
+        daam.DensityBlock([-2], [3], [2], 1)
+    elif attention.startswith("gq"):
+        nn.Linear(16, 512), GroupedQueryAttention()
+    inputs = 6 * decoder.grid[0] * decoder.grid[1] if attention.startswith("gq") else 6 * 16
+    layers = nn.Conv2d(6, 4, 3, padding=1), nn.Conv2d(4, 6, 3, padding=1), nn.Linear(inputs, 3)
+    for layer, name in zip(layers, ("conv1", "conv2", "fc"), strict=True):
+        nn.init.xavier_uniform_(layer.weight)
+        assert torch.equal(constructed[f"{name}.weight"], layer.weight), name
+        assert torch.equal(constructed[f"{name}.bias"], layer.bias), name
+
+
+@pytest.mark.parametrize("attention", DENSITIES)
+@pytest.mark.parametrize("weights", [False, True])
+def test_the_backend_reaches_the_densities(attention, weights):
+    sizes = {"attention": attention, "num_heads": 2, "num_gaussians": 2, "conv_channels": 2}
+    for backend in ("eager", "auto"):
+        decoder = daam.DATDecoder(6, 16, 3, **sizes, backend=backend)
+        with mock.patch("daam.functional.backend_for", return_value=("eager", "")) as asked:
+            decoder(torch.randn(2, 6, 16), return_weights=weights)
+        (call,) = asked.call_args_list
+        assert call.args[1] == backend
+    with pytest.raises(ValueError, match="backend is 'cuda', expected one of"):
+        daam.DATDecoder(6, 16, 3, **sizes, backend="cuda")(torch.randn(2, 6, 16))
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("attention", DENSITIES)
+def test_the_kernels_run_in_the_decoder(attention, device):
+    decoder = daam.DATDecoder(
+        6, 16, 3, attention=attention, num_heads=2, num_gaussians=2, conv_channels=2, backend="triton"
+    ).to(device)
+    with recorded_launches() as names:
+        decoder(torch.randn(2, 6, 16, device=device))
+    assert "_forward" in names
+
+
+def test_every_size_arrives():
+    """What is passed reaches the layer that it is a size of."""
+    decoder = daam.DATDecoder(6, 16, 5, attention="mixture", num_heads=2, num_gaussians=7, conv_channels=9)
+    assert decoder.daam.layers[0].c.shape == (2, 7) and decoder.daam.layers[0].norm_axis == -2
+    assert decoder.conv1.weight.shape == (9, 6, 3, 3) and decoder.fc.weight.shape == (5, 96)
+    assert daam.DATDecoder(6, 16, 5, attention="gqdaam", num_heads=3).daam.c.shape == (3, 16)
+
+
+@pytest.mark.parametrize("attention", ["daam", "mha", "gqa"])
+def test_x_of_another_dtype_or_kind_is_named(attention):
+    decoder = daam.DATDecoder(6, 16, 3, attention=attention, num_heads=2, conv_channels=2)
+    x = torch.randn(2, 6, 16)
+    for dtype in (torch.float16, torch.bfloat16, torch.float64):
+        for given, own in ((dtype, torch.float32), (torch.float32, dtype)):
+            with pytest.raises(TypeError, match=f"x has dtype {given}, expected {own}, the dtype of conv1's weight"):
+                decoder.to(own)(x.to(given))
+    decoder.float()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert decoder(x.bfloat16()).dtype == torch.bfloat16
+    assert decoder.bfloat16()(x.bfloat16()).dtype == torch.bfloat16
+    with pytest.raises(TypeError, match="x is a list, expected a Tensor"):
+        decoder([1.0])
+    with pytest.raises(TypeError, match="x is a sparse_coo tensor, expected a dense one"):
+        decoder(x.to_sparse())
+    with pytest.raises(TypeError, match="scores is a sparse_coo tensor"):
+        daam.focal_loss(x[0].to_sparse(), torch.zeros(6).long())
+
+
+def test_a_decoder_with_a_wrapped_layer_is_published_without_it():
+    decoder = daam.DATDecoder(6, 16, 3, num_heads=2, conv_channels=2)
+    prune.random_unstructured(decoder.conv1, "weight", 0.5)
+    decoder.fc = nn.Sequential(decoder.fc)
+    published = daam.to_published_state_dict(decoder)
+    assert {"conv1.weight", "conv1.bias", "fc.0.weight", "daam.daams.1.c"} <= set(published)
+    assert not any("_mask" in key or "_orig" in key for key in published) and "fc.weight" not in published
+    assert torch.equal(published["conv1.weight"], decoder.conv1.weight)
 
 
 def test_published_checkpoints_of_the_attention():

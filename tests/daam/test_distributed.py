@@ -1,4 +1,4 @@
-"""Two processes over gloo: DistributedDataParallel, FSDP2, and a sharded DTensor under local_map."""
+"""Two processes over gloo: DistributedDataParallel, FSDP2, and sharded DTensors under local_map, as README has them."""
 
 import os
 import subprocess

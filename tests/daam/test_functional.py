@@ -1,11 +1,14 @@
-"""The public function: its errors, and what it promises of dtypes and memory order."""
+"""The public functions: their errors, what they promise of dtypes and memory order, and forward mode."""
 
+import math
 import re
 
 import numpy as np
 import pytest
 import torch
-from helpers import ALGORITHMS, LAYOUTS, Case, attend, close, inputs, run
+from helpers import ALGORITHMS, LAYOUTS, Case, attend, close, error, inputs, run, within
+from torch.autograd import forward_ad
+from torch.masked import masked_tensor
 
 from daam import density_attention, density_gate, mixture_attention
 
@@ -59,6 +62,8 @@ def test_errors(error, message, args, options):
 
 
 MASK = X[..., 0] > 0
+# which torch uses itself where it differentiates forwards
+no_jit = pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
 
 
 @pytest.mark.parametrize(
@@ -111,6 +116,47 @@ def test_errors_of_the_gate():
         density_gate(X, P[0], P)
 
 
+def not_dense(t):
+    """Tensors of t's values, or of some of them, which have no strides: by what an error must call them."""
+    rows = list(t.unbind())
+    return {
+        "a sparse_coo tensor": t.to_sparse(),
+        "a sparse_csr tensor": t.to_sparse_csr(),
+        "a sparse_csc tensor": t.to_sparse_csc(),
+        "a sparse_bsr tensor": t.to_sparse_bsr((1, 2)),
+        "a nested (strided) tensor": torch.nested.nested_tensor(rows),
+        "a nested (jagged) tensor": torch.nested.nested_tensor(rows, layout=torch.jagged),
+        "a MaskedTensor": masked_tensor(t, t == t),
+        "uninitialized": torch.nn.parameter.UninitializedBuffer(dtype=t.dtype),
+    } | ({"a mkldnn tensor": t.to_mkldnn()} if t.dtype == torch.float32 else {})
+
+
+@pytest.mark.filterwarnings("ignore:.*(nested|Sparse|MaskedTensor|maskedtensor).*:UserWarning")
+@algorithms
+def test_tensors_that_are_not_dense_are_named(algorithm):
+    """As x, as either parameter and as the mask: what came, and what was expected, before anything asks for sizes."""
+    x, p, mask = X[:, :, 0], torch.ones(2, 6), X[:, :, 0] > -9
+    spec = ALGORITHMS[algorithm]
+    for place, name in enumerate(("x", *spec.params)):
+        for kind, t in not_dense((x, p, p)[place]).items():
+            args = [x, p, p]
+            args[place] = t
+            with pytest.raises(TypeError, match=f"^{re.escape(f'{name} is {kind}, expected a ')}"):
+                spec.call(*args, norm_axis=0)
+    for kind, t in not_dense(mask).items():
+        with pytest.raises(TypeError, match=f"^{re.escape(f'mask is {kind}, expected a ')}"):
+            spec.call(x, torch.ones(2, 1), torch.ones(2, 1), norm_axis=1, mask=t)
+
+
+def test_a_vector_of_the_gate_that_is_not_dense_is_named():
+    p = torch.ones(4)
+    for kind, t in {"a sparse_coo tensor": p.to_sparse(), "a mkldnn tensor": p.to_mkldnn()}.items():
+        with pytest.raises(TypeError, match=f"mean_offsets is {kind}"):
+            density_gate(X, t, p)
+        with pytest.raises(TypeError, match=f"log_sigma is {kind}"):
+            density_gate(X, p, t)
+
+
 def test_a_real_dtensor_is_refused(tmp_path):
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
@@ -123,6 +169,120 @@ def test_a_real_dtensor_is_refused(tmp_path):
             density_attention(x, P, P)
     finally:
         dist.destroy_process_group()
+
+
+def by_the_paper(algorithm, x, p, q):
+    """y of x (batch, positions, features) cut into its heads, by nothing but the formula and torch's mean and var."""
+    parts = []
+    size = x.shape[1] // len(p)
+    for h, (offsets, widths) in enumerate(zip(p, q, strict=True)):
+        chunk = x[:, h * size : None if h == len(p) - 1 else h * size + size]
+        d, var = chunk - chunk.mean(1, keepdim=True), chunk.var(1, keepdim=True, correction=algorithm == "mixture")
+        if algorithm == "density":
+            weights = torch.exp(-((d - offsets) ** 2) / (var + 1e-5) / (2 * widths))
+        elif algorithm == "mixture":
+            each = [
+                torch.exp(-((d - o) ** 2) / (var + 1e-8) / (2 * c**2)) / (2 * math.pi * c**2) ** 0.5
+                for o, c in zip(offsets, widths, strict=True)
+            ]
+            product = torch.stack(each).prod(0)
+            weights = product / product.sum(1, keepdim=True).clamp(min=1e-8)
+        else:
+            sigmas = torch.log1p(torch.exp(widths)) + 1e-3
+            each = [
+                torch.exp(-(((d - o) / (var.sqrt() * s + 1e-8)) ** 2) / 2) / ((2 * math.pi) ** 0.5 * s)
+                for o, s in zip(offsets, sigmas, strict=True)
+            ]
+            weights = torch.stack(each).mean(0)
+        parts.append(chunk * weights)
+    return torch.cat(parts, 1)
+
+
+def through_tangents(call, tensors, tangents):
+    """y, its tangent, and gradients of a function of both, of the tensors and of their tangents."""
+    leaves, along = ([t.clone().requires_grad_() for t in ts] for ts in (tensors, tangents))
+    with forward_ad.dual_level():
+        y, tangent = forward_ad.unpack_dual(call(*map(forward_ad.make_dual, leaves, along)))
+        grads = torch.autograd.grad(tangent.square().sum() + y.sum(), leaves + along)
+    return y, tangent, *grads
+
+
+def derivatives(call, tensors, tangents):
+    """What torch.func makes of forward and reverse mode inside one another, of a function of all tensors."""
+    func, every = torch.func, (0, 1, 2)
+
+    def loss(*args):
+        return call(*args).square().sum()
+
+    def slope(*args):
+        return func.jvp(loss, args, tangents)[1]
+
+    nested = (
+        func.jvp(func.grad(loss, every), tensors, tangents)[1],
+        func.grad(slope, every)(*tensors),
+        *func.hessian(loss, every)(*tensors),
+        *(outer(inner(loss, 2), 2)(*tensors) for outer in (func.jacfwd, func.jacrev) for inner in (func.jacfwd,)),
+    )
+    return [t for one in nested for t in (one if isinstance(one, tuple) else (one,))]
+
+
+def forward_mode_case(algorithm, heads=2):
+    """x, both parameters and a direction for each; the chunks are of unequal length where they may be."""
+    length = 6 if ALGORITHMS[algorithm].features else 7
+    tensors = torch.randn(2, length, 3), torch.randn(heads, 3) / 2, torch.rand(heads, 3) + 0.7
+    tensors = tuple(t.double() for t in tensors)
+    return tensors, tuple(torch.randn_like(t) for t in tensors)
+
+
+@no_jit
+@pytest.mark.parametrize("composite", [False, True])
+@algorithms
+def test_backward_through_a_tangent(algorithm, composite):
+    """Of a dual number, by the formula and by the operator that compiled graphs hold."""
+    spec, (tensors, tangents) = ALGORITHMS[algorithm], forward_mode_case(algorithm)
+    case = Case(tuple(tensors[0].shape), 1, heads=2, algorithm=algorithm)
+
+    def ours(*args):
+        if composite:
+            return getattr(torch.ops.daam, algorithm)(*args, None, 1, *spec.settings(case), False, True, "eager", "")[0]
+        return spec.call(*args, norm_axis=1)
+
+    expected = through_tangents(lambda *args: by_the_paper(algorithm, *args), tensors, tangents)
+    found = through_tangents(ours, tensors, tangents)
+    names = ("y", "tangent", *case.gradients, *(f"{name} of its direction" for name in case.gradients))
+    for name, ours_of, theirs in zip(names, found, expected, strict=True):
+        within(error(ours_of, theirs), 1e-12, name)
+
+
+@no_jit
+@algorithms
+def test_backward_through_a_tangent_under_a_mask(algorithm):
+    """As without what the mask leaves out, whatever stands there; a chunk of nothing adds nothing."""
+    (x, p, q), (dx, dp, dq) = forward_mode_case(algorithm, heads=1)
+    mask = torch.arange(x.shape[1]) < torch.tensor([[5], [0]])
+    hidden = x.masked_fill(~mask[..., None], 7.0)
+
+    def ours(*args):
+        return ALGORITHMS[algorithm].call(*args, norm_axis=1, mask=mask)
+
+    found = through_tangents(ours, (hidden, p, q), (dx, dp, dq))
+    alone = through_tangents(lambda *args: by_the_paper(algorithm, *args), (x[:1, :5], p, q), (dx[:1, :5], dp, dq))
+    for place, (ours_of, theirs) in enumerate(zip(found, alone, strict=True)):
+        if ours_of.shape == x.shape:
+            assert (ours_of[~mask] == 0).all(), place
+            ours_of = ours_of[:1, :5]
+        within(error(ours_of, theirs), 1e-12, str(place))
+
+
+@no_jit
+@algorithms
+def test_forward_and_reverse_mode_in_one_another(algorithm):
+    """jvp of grad, grad of jvp, hessian, forward twice and reverse over forward."""
+    spec, given = ALGORITHMS[algorithm], forward_mode_case(algorithm)
+    found = derivatives(lambda *args: spec.call(*args, norm_axis=1), *given)
+    expected = derivatives(lambda *args: by_the_paper(algorithm, *args), *given)
+    for place, (ours, theirs) in enumerate(zip(found, expected, strict=True)):
+        within(error(ours, theirs), 1e-11, str(place))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -1,5 +1,6 @@
 """What importing the package does, and what it needs."""
 
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -67,22 +68,79 @@ def test_kernels_are_one_module_under_daam():
     )
 
 
-def test_wheel(tmp_path):
-    """Only `daam` at the top, kernels inside as files, no dependency but torch."""
-    pytest.importorskip("setuptools")
-    import shutil
+def checkout(path: Path, linked: bool) -> Path:
+    """A copy of what is built. Its daam/kernels is the symbolic link, or the file that git makes of one on Windows."""
+    for name in ("daam", "kernels"):
+        shutil.copytree(ROOT / name, path / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, path)
+    if not linked:
+        (path / "daam/kernels").unlink()
+        (path / "daam/kernels").write_text("../kernels")
+    return path
 
-    source = tmp_path / "source"
-    shutil.copytree(ROOT, source, symlinks=True, ignore=shutil.ignore_patterns(".git", ".venv", "demo-output", "tests"))
-    subprocess.run(
-        [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", tmp_path, source],
-        check=True,
-    )
+
+def pip(*arguments: str | Path) -> None:
+    subprocess.run([sys.executable, "-m", "pip", *arguments], check=True)
+
+
+@pytest.mark.parametrize("linked", [True, False])
+def test_wheel(linked, tmp_path):
+    """Only `daam` at the top, kernels inside as files, no dependency but torch; and so by way of an sdist."""
+    pytest.importorskip("setuptools")
+    source = checkout(tmp_path / "source", linked)
+    if not linked:
+        code = "import sys; from setuptools import build_meta; build_meta.build_sdist(sys.argv[1])"
+        subprocess.run([sys.executable, "-c", code, tmp_path], check=True, cwd=source)
+        (source,) = tmp_path.glob("*.tar.gz")
+    pip("wheel", "-q", "--no-deps", "--no-build-isolation", "-w", tmp_path, source)
     (wheel,) = tmp_path.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
         metadata = archive.read(next(n for n in names if n.endswith("METADATA"))).decode()
     assert {n.partition("/")[0] for n in names if ".dist-info" not in n} == {"daam"}
-    assert {"daam/kernels/density.py", "daam/recipes/digits.py", "daam/py.typed"} <= set(names)
+    kernels = {f"daam/kernels/{path.name}" for path in (ROOT / "kernels").glob("*.py")}
+    assert kernels == {n for n in names if n.startswith("daam/kernels/")}
+    assert {"daam/recipes/digits.py", "daam/py.typed"} <= set(names)
     required = [line for line in metadata.splitlines() if line.startswith("Requires-Dist") and "extra ==" not in line]
     assert required == ["Requires-Dist: torch>=2.11"]
+
+
+IN_PLACE_THEN_INSTALLED = """if True:
+    import importlib.util, pathlib, sys
+    import torch
+
+    ours = [path for path in sys.path if path not in ("", ROOT)]
+    sys.meta_path = [one for one in sys.meta_path if "Editable" not in str(one)]
+    sys.path = [SOURCE, *ours]
+    try:
+        import daam
+    except ImportError as error:
+        assert "symbolic link" in str(error) and "pip install -e ." in str(error), error
+    else:
+        raise AssertionError("no error")
+
+    for name in [name for name in sys.modules if name.partition(".")[0] == "daam"]:
+        del sys.modules[name]
+    sys.path = ours
+    spec = importlib.util.spec_from_file_location("finder", FINDER)
+    finder = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(finder)
+    finder.install()
+    import daam, daam.kernels.layout, daam.ops
+    assert pathlib.Path(daam.__file__) == pathlib.Path(SOURCE, "daam/__init__.py"), daam.__file__
+    assert pathlib.Path(daam.kernels.layout.__file__) == pathlib.Path(SOURCE, "kernels/layout.py")
+    assert {"density.py", "layout.py", "tile.py"} <= {path.name for path in daam.ops._SOURCES}
+    daam.density_attention(torch.ones(2, 6, 4), torch.ones(2, 4), torch.ones(2, 4))
+"""
+
+
+def test_a_checkout_without_links(tmp_path):
+    """In place it says what to do; installed with -e it runs its own files, kernels among them."""
+    pytest.importorskip("setuptools")
+    source = checkout(tmp_path / "source", linked=False)
+    options = ("--no-deps", "--no-build-isolation", "--ignore-installed", "--prefix", tmp_path / "prefix")
+    pip("install", "-q", *options, "-e", source)
+    (finder,) = tmp_path.glob("prefix/**/__editable__*finder.py")
+    paths = f"ROOT, SOURCE, FINDER = {str(ROOT)!r}, {str(source)!r}, {str(finder)!r}\n"
+    python(paths + IN_PLACE_THEN_INSTALLED)

@@ -3,11 +3,13 @@
 import copy
 import math
 import pickle
+from unittest import mock
 
 import pytest
 import torch
-from helpers import close
+from helpers import close, recorded_launches
 from torch import nn
+from torch.nn.utils import parametrize, prune
 
 import daam
 
@@ -165,7 +167,8 @@ def test_published_signatures_and_aliases():
     block = daam.DensityBlock([1, 2], [2, 3], [3, 4], 2, 0.0, 1e-6)
     assert [(layer.padding_value, layer.eps) for layer in block.layers] == [(0.0, 1e-6)] * 2
     assert repr(many) == (
-        "MultiHeadDensityAdaptiveAttention(1, num_heads=2, num_gaussians=3, padding_value=None, eps=1e-06)"
+        "MultiHeadDensityAdaptiveAttention(1, num_heads=2, num_gaussians=3, padding_value=None, eps=1e-06, "
+        "backend='auto')"
     )
 
 
@@ -192,6 +195,73 @@ def test_eps_arrives():
 def test_errors_of_the_others(build, message):
     with pytest.raises(ValueError, match=message):
         build()
+
+
+# Every module that calls a function, built for a backend, and the number of its calls.
+BUILDS = {
+    "MultiHeadDAAM": (lambda backend: daam.MultiHeadDAAM(9, 2, backend=backend), 1),
+    "DensityAdaptiveAttention": (lambda backend: daam.DensityAdaptiveAttention(1, 1, 3, None, backend=backend), 1),
+    "MultiHead": (lambda backend: daam.MultiHeadDensityAdaptiveAttention(1, 2, 3, backend=backend), 1),
+    "DensityBlock": (lambda backend: daam.DensityBlock([1, 2], [2, 3], [3, 4], 2, backend=backend), 2),
+    "DensityGate": (lambda backend: daam.DensityGate(16, backend=backend), 1),
+}
+builds = pytest.mark.parametrize("build", BUILDS)
+
+
+@builds
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_backend_arrives(build, masked):
+    """In every call of the functions, and against `use_backend`, which stands in for "auto" alone."""
+    make, calls = BUILDS[build]
+    mask = torch.ones(2, 9 if build == "DensityGate" else 16, dtype=torch.bool) if masked else None
+    for backend in ("eager", "auto"):
+        with mock.patch("daam.functional.backend_for", return_value=("eager", "")) as asked:
+            make(backend)(X, mask=mask)
+        assert [call.args[1] for call in asked.call_args_list] == [backend] * calls
+    with daam.use_backend("triton"):
+        make("eager")(X, mask=mask)
+    with pytest.raises(ValueError, match="backend is 'cuda', expected one of"):
+        make("cuda")(X, mask=mask)
+    assert "backend='eager'" in repr(make("eager"))
+
+
+@pytest.mark.kernel
+@builds
+def test_the_backend_runs(build, device):
+    layer, x = BUILDS[build][0]("triton").to(device), X.to(device)
+    with recorded_launches() as names:
+        layer(x)
+    assert names.count("_forward") == BUILDS[build][1]
+
+
+def test_the_backend_is_a_keyword():
+    """Positions are the published ones."""
+    for build in (
+        lambda: daam.DensityAdaptiveAttention(1, 1, 3, None, 0, 1e-8, "eager"),
+        lambda: daam.MultiHeadDensityAdaptiveAttention(1, 1, 3, None, 1e-8, "eager"),
+        lambda: daam.DensityBlock([1], [1], [3], 1, None, 1e-8, "eager"),
+        lambda: daam.DensityGate(4, 4, 0.2, "eager"),
+    ):
+        with pytest.raises(TypeError, match="positional argument"):
+            build()
+
+
+@builds
+@pytest.mark.filterwarnings("ignore:.*(nested|Sparse).*:UserWarning")
+def test_tensors_that_are_not_dense_are_named(build):
+    layer = BUILDS[build][0]("auto")
+    rows = [X[0], X[1, :9]]
+    for kind, t in {
+        "a sparse_coo tensor": X.to_sparse(),
+        "a mkldnn tensor": X.to_mkldnn(),
+        "a nested \\(strided\\) tensor": torch.nested.nested_tensor(rows),
+        "a nested \\(jagged\\) tensor": torch.nested.nested_tensor(rows, layout=torch.jagged),
+    }.items():
+        with pytest.raises(TypeError, match=f"^x is {kind}, expected a dense one"):
+            layer(t)
+        if "mkldnn" not in kind:
+            with pytest.raises(TypeError, match=f"^mask is {kind}, expected a dense one"):
+                layer(X, mask=t.bool() if "nested" in kind else (X > 0).to_sparse())
 
 
 def test_mixture_masks():
@@ -258,6 +328,43 @@ def test_gate():
     assert all(p.grad.abs().sum() > 0 for p in gate.parameters())
     single, _ = gate(x[0])
     close(single, y[0], "y without a batch")
+
+
+HALVES = [torch.float16, torch.bfloat16]
+
+
+@pytest.mark.parametrize("theirs", [*HALVES, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", [*HALVES, torch.float32, torch.float64], ids=str)
+def test_a_gate_of_another_dtype_than_x_is_named(dtype, theirs):
+    gate, x = daam.DensityGate(9).to(theirs), X.transpose(1, 2).to(dtype)
+    if dtype == theirs:
+        y, weights = gate(x)
+        assert y.dtype == weights.dtype == dtype
+        return
+    message = f"x has dtype {dtype}, expected {theirs}, the dtype of to_attn's weight: cast x or the module"
+    for mask in (None, torch.ones(2, 16, dtype=torch.bool)):
+        with pytest.raises(TypeError, match=message):
+            gate(x, mask=mask)
+    with torch.autocast("cpu", torch.bfloat16):
+        if torch.float64 in (dtype, theirs):  # which autocast leaves alone
+            with pytest.raises(TypeError, match=message):
+                gate(x)
+        else:
+            y, weights = gate(x)
+            expected = daam.DensityGate(9)
+            expected.load_state_dict(gate.state_dict())
+            close(y.float(), expected.to(torch.bfloat16)(x.bfloat16())[0].float(), "y", (2e-2, 1e-2))
+            assert weights.dtype == torch.bfloat16
+
+
+def test_a_gate_under_autocast_compiles():
+    gate, x = daam.DensityGate(9), X.transpose(1, 2).bfloat16()
+
+    def call(x):
+        with torch.autocast("cpu", torch.bfloat16):
+            return gate(x)[0]
+
+    close(torch.compile(call, fullgraph=True, backend="aot_eager")(x), call(x), "y compiled")
 
 
 def test_gate_masks():
@@ -344,3 +451,188 @@ def test_errors_of_a_gate_s_input(error, message, x, mask):
 def test_errors_of_a_block_s_input(error, message, x, mask):
     with pytest.raises(error, match=message):
         daam.DensityBlock([1], [1], [1], 1)(x, mask=mask)
+
+
+class Positive(nn.Module):
+    """Softplus, which people keep c positive with."""
+
+    def forward(self, original):
+        return nn.functional.softplus(original)
+
+    def right_inverse(self, value):
+        return torch.log(torch.expm1(value))
+
+
+class OneWay(nn.Module):
+    """The same without a way back."""
+
+    def forward(self, original):
+        return nn.functional.softplus(original)
+
+
+class Plus(nn.Module):
+    """A step before or after, with a tensor of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("step", torch.tensor(1.0))
+
+    def forward(self, original):
+        return original + self.step
+
+    def right_inverse(self, value):
+        return value - self.step
+
+
+# Every kind of module with published names: (build, the submodule and parameter that is parametrised, its published
+# name in a head or for all of them)
+PUBLISHED = {
+    "daam": (lambda: daam.MultiHeadDAAM(6, 3), "", "c", "daams.{h}.c"),
+    "offset": (lambda: daam.MultiHeadDAAM(6, 3, norm_axis=-1), "", "mean_offset", "daams.{h}.mean_offset"),
+    "mixture": (lambda: daam.MultiHeadDensityAdaptiveAttention(1, 3, 2), "", "c", "attention_heads.{h}.c"),
+    "one head": (lambda: daam.DensityAdaptiveAttention(1, 1, 3, None), "", "c", "c"),
+    "block": (
+        lambda: daam.DensityBlock([1, 2], [2, 3], [3, 4], 2), "layers.1", "c", "layers.1.attention_heads.{h}.c"
+    ),
+    "gate": (lambda: daam.DensityGate(6), "gaa", "log_sigma", "gaa.log_sigma"),
+    "gate's alpha": (lambda: daam.DensityGate(6), "", "alpha", "alpha"),
+    "gate's convolution": (lambda: daam.DensityGate(6), "to_attn", "weight", "to_attn.weight"),
+    "decoder": (lambda: daam.DATDecoder(6, 4, 2, num_heads=3, conv_channels=2), "daam", "c", "daam.daams.{h}.c"),
+    "classifier": (lambda: daam.DATDecoder(6, 4, 2, num_heads=3, conv_channels=2), "fc", "weight", "fc.weight"),
+}  # fmt: skip
+published_kinds = pytest.mark.parametrize("kind", PUBLISHED)
+
+
+def drawn(kind, inside):
+    """A module with parameters from 0.5 to 1.5, alone or in a model, the submodule that holds the parameter, its name,
+    its published name, and a function that gives its rows as a published checkpoint has them.
+    """
+    build, place, name, key = PUBLISHED[kind]
+    model = nn.Sequential(nn.Linear(2, 2), nn.ModuleDict({"layer": build()})) if inside else build()
+    prefix = "1.layer" if inside else ""
+    for p in model.parameters():
+        nn.init.uniform_(p, 0.5, 1.5)
+    owner = model.get_submodule(".".join(part for part in (prefix, place) if part))
+    key = f"{prefix}.{key}" if inside else key
+
+    def rows(value):
+        if "{h}" not in key:
+            return {key: value}
+        keep = slice(None) if "daams" in key else 0  # (1, P) there, (P,) here
+        return {key.format(h=h): value[h : h + 1][keep] for h in range(len(value))}
+
+    return model, owner, name, rows
+
+
+@published_kinds
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_parametrised_layer_has_its_values_published(kind, inside):
+    """As if it had never been parametrised, but for what a parametrisation may add of its own."""
+    model, owner, name, rows = drawn(kind, inside)
+    plain = daam.to_published_state_dict(model)
+    original = getattr(owner, name).detach().clone()
+    parametrize.register_parametrization(owner, name, OneWay())
+    parametrize.register_parametrization(owner, name, Plus())
+    found = daam.to_published_state_dict(model)
+    assert found.keys() == plain.keys() and not any(t.requires_grad for t in found.values())
+    wanted = rows(torch.log(1 + torch.exp(original)) + 1)
+    assert wanted.keys() <= found.keys()
+    for key, value in found.items():
+        close(value, wanted.get(key, plain[key]), key)
+
+
+@published_kinds
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_published_checkpoint_loads_into_a_parametrised_layer(kind, inside):
+    checkpoint = daam.to_published_state_dict(drawn(kind, inside)[0])
+    target, owner, name, rows = drawn(kind, inside)
+    parametrize.register_parametrization(owner, name, Plus())
+    parametrize.register_parametrization(owner, name, Positive())
+    step = f".parametrizations.{name}.0.step"  # a tensor that no published checkpoint has
+    keys = [key for key in target.state_dict() if f".{key}".endswith(step)]
+    assert len(keys) == 1
+    target.load_state_dict({**checkpoint, keys[0]: torch.tensor(1.0)})
+    again = daam.to_published_state_dict(target)
+    assert again.keys() == checkpoint.keys()
+    for key, value in again.items():
+        close(value, checkpoint[key], key)
+    original = owner.parametrizations[name].original
+    for key, value in rows(nn.functional.softplus(original.detach() + 1)).items():
+        close(value, checkpoint[key], f"{key} from its original")
+
+
+@published_kinds
+def test_a_parametrisation_that_has_no_way_back_is_named(kind):
+    model, owner, name, _ = drawn(kind, True)
+    checkpoint = daam.to_published_state_dict(model)
+    parametrize.register_parametrization(owner, name, OneWay())
+    before = owner.parametrizations[name].original.clone()
+    for strict in (True, False):
+        with pytest.raises(RuntimeError, match=f"loaded into a parametrised {name}: OneWay has no right_inverse"):
+            model.load_state_dict(checkpoint, strict=strict)
+    assert torch.equal(owner.parametrizations[name].original, before)
+
+
+def test_a_value_out_of_reach_of_a_parametrisation_is_named():
+    """The published mixture's c are standard normal, and softplus gives nothing below 0: silently NaN, otherwise."""
+    layer = daam.MultiHeadDensityAdaptiveAttention(1, 2, 3)
+    checkpoint = {key: t.clone() for key, t in daam.to_published_state_dict(layer).items()}
+    checkpoint["attention_heads.1.c"][2] = -1.5
+    nn.init.ones_(layer.c)
+    parametrize.register_parametrization(layer, "c", Positive())
+    with pytest.raises(RuntimeError, match=r"Positive gives nan where it holds -\d.*, a value out of reach"):
+        layer.load_state_dict(checkpoint)
+    assert layer.c.isfinite().all()
+    with pytest.raises(RuntimeError, match=r"it has shape \(2, 4\), expected \(2, 3\)"):
+        layer.load_state_dict({"mean_offsets": torch.ones(2, 3), "c": torch.ones(2, 4)})
+    with pytest.raises(RuntimeError, match=r"c and parametrizations\.c\.original are both in the state dict"):
+        layer.load_state_dict({**layer.state_dict(), "c": torch.ones(2, 3)}, strict=False)
+
+
+@published_kinds
+def test_a_pruned_layer_has_its_values_published(kind):
+    """Those that the next forward pass takes, whatever the one before took; a checkpoint is refused in a sentence."""
+    model, owner, name, rows = drawn(kind, True)
+    plain = daam.to_published_state_dict(model)
+    shape = getattr(owner, name).shape
+    mask = (torch.arange(shape.numel()) % 2 == 0).float().reshape(shape)
+    prune.custom_from_mask(owner, name, mask)
+    with torch.no_grad():
+        getattr(owner, f"{name}_orig").mul_(3)  # learned since
+    found, wanted = daam.to_published_state_dict(model), rows(getattr(owner, f"{name}_orig").detach() * mask)
+    assert found.keys() == plain.keys()
+    for key, value in found.items():
+        assert torch.equal(value, wanted.get(key, plain[key])), key
+    with pytest.raises(RuntimeError, match=rf"{name} is computed by \w+ before every forward pass: take that off"):
+        model.load_state_dict(plain)
+    pruned = model.state_dict()
+    model.load_state_dict(pruned)
+    prune.remove(owner, name)
+    model.load_state_dict(plain)
+
+
+@pytest.mark.parametrize("new", [False, True])
+@pytest.mark.filterwarnings("ignore:.*torch.nn.utils.weight_norm.*is deprecated:FutureWarning")
+@pytest.mark.parametrize("kind", ["daam", "mixture", "block", "gate's convolution"])
+def test_a_layer_under_weight_norm_has_its_values_published(kind, new):
+    """Direction and length a row, both ways of torch."""
+    model, owner, name, rows = drawn(kind, True)
+    plain = daam.to_published_state_dict(model)
+    weight_norm = nn.utils.parametrizations.weight_norm if new else nn.utils.weight_norm
+    weight_norm(owner, name)
+    with torch.no_grad():
+        length = owner.parametrizations[name].original0 if new else getattr(owner, f"{name}_g")
+        length.mul_(3)
+    found = daam.to_published_state_dict(model)
+    assert found.keys() == plain.keys()
+    tripled = [key for key, value in found.items() if not torch.equal(value, plain[key])]
+    assert tripled and set(tripled) == set(rows(getattr(owner, name)))
+    for key in tripled:
+        close(found[key], 3 * plain[key], key)
+    if new:
+        model.load_state_dict(plain)
+        for key, value in daam.to_published_state_dict(model).items():
+            close(value, plain[key], key)
+    else:
+        with pytest.raises(RuntimeError, match="is computed by WeightNorm before every forward pass"):
+            model.load_state_dict(plain)

@@ -1,6 +1,8 @@
 """One of two processes of test_distributed.py: `python two_processes.py SETUP RANK STORE`."""
 
+import re
 import sys
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -13,6 +15,7 @@ from torch.distributed.tensor.experimental import local_map
 
 import daam
 
+README = Path(__file__).parents[2] / "README.md"
 WORLD = 2
 TOLERANCES = (1e-5, 1e-6)  # a sum over examples is two sums here
 
@@ -57,9 +60,30 @@ def sharded_x(rank):
     return grads
 
 
+def readme_s_call():
+    """What README says of DTensors, as it stands there, and for the others: gradients are those of one process."""
+    (code,) = re.findall(r"```python\n(from torch\.distributed.*?)```", README.read_text(), re.DOTALL)
+    mesh = init_device_mesh("cpu", (WORLD,))
+    p, q = (torch.rand(2, 8, generator=torch.Generator().manual_seed(seed)) + 0.5 for seed in (2, 3))
+    for name in ("density_attention", "mixture_attention", "density_gate"):
+        plain = [t.clone().requires_grad_() for t in (data(), p, q)]
+        y = getattr(daam, name)(*plain)
+        y.square().sum().backward()
+        pairs = ((data(), Shard(0)), (p, Replicate()), (q, Replicate()))
+        given = [distribute_tensor(t, mesh, [how]).requires_grad_() for t, how in pairs]
+        names = {"daam": daam, "mesh": mesh} | dict(zip(("x", "mean_offset", "c"), given, strict=True))
+        exec(code.replace("daam.density_attention", f"daam.{name}"), names)
+        names["y"].square().sum().backward()
+        close(names["y"].full_tensor(), y, f"y of {name}", TOLERANCES)
+        for ours, theirs in zip(given, plain, strict=True):
+            close(ours.grad.full_tensor(), theirs.grad, f"gradients of {name}", TOLERANCES)
+
+
 def main(setup, rank, store):
     rank = int(rank)
     dist.init_process_group("gloo", store=dist.FileStore(store, WORLD), rank=rank, world_size=WORLD)
+    if setup == "local_map":
+        readme_s_call()
     grads, wanted = {"ddp": ddp, "fsdp": fsdp, "local_map": sharded_x}[setup](rank), expected()
     assert grads.keys() == wanted.keys()
     for name, grad in wanted.items():
