@@ -7,7 +7,6 @@ import math
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import relu, scaled_dot_product_attention
-from torch.nn.utils import skip_init
 
 from daam.checkpoints import take_values, values_of_layers
 from daam.checks import check_dtype, check_tensor
@@ -40,9 +39,7 @@ class StandardAttention(nn.MultiheadAttention):
 
     def __init__(self, num_features: int) -> None:
         super().__init__(num_features, QUERY_HEADS, batch_first=True)
-        drawn, device = self.out_proj, torch.get_default_device()
-        self.out_proj = skip_init(OutputProjection, num_features, num_features, device=device)
-        self.out_proj.weight, self.out_proj.bias = drawn.weight, drawn.bias
+        _reset_as(OutputProjection, self.out_proj)
 
     def reset_parameters(self) -> None:
         """Draw the projection of queries, keys and values; the one of the output has a method of its own."""
@@ -131,25 +128,23 @@ class DATDecoder(nn.Module):
         self.standard = _standard(num_features, attention)
         self.norm = nn.BatchNorm1d(num_features) if attention == "mha_bn" else None
         self.grid = (QUERY_HEADS, WIDTH // QUERY_HEADS) if attention in GROUPED else grid(num_features)
-        device = torch.get_default_device()  # skip_init has a default of its own
-        self.conv1 = skip_init(XavierConv2d, num_layers, conv_channels, 3, padding=1, device=device)
-        self.conv2 = skip_init(XavierConv2d, conv_channels, num_layers, 3, padding=1, device=device)
-        self.fc = skip_init(XavierLinear, num_layers * math.prod(self.grid), num_classes, device=device)
-        self._draw_classifier()
+        self.conv1 = _reset_as(XavierConv2d, nn.Conv2d(num_layers, conv_channels, 3, padding=1))
+        self.conv2 = _reset_as(XavierConv2d, nn.Conv2d(conv_channels, num_layers, 3, padding=1))
+        self.fc = _reset_as(XavierLinear, nn.Linear(num_layers * math.prod(self.grid), num_classes))
+        self._draw_weights()
 
     def reset_parameters(self) -> None:
         """Draw all parameters anew and clear the statistics of batch normalisation, those of its modules included."""
         for module in (self.daam, self.standard, self.norm):
             if module is not None:
                 module.apply(_reset)  # parts before the whole, as they are constructed
-        self._draw_classifier()
-
-    def _draw_classifier(self) -> None:
-        """Draw the convolutions and the classifier: all that torch's own methods draw before any Xavier weight, which
-        is the order that published results with a seed have.
-        """
+        # as at construction: what torch draws of all three, and then the weights
         for module, kind in ((self.conv1, nn.Conv2d), (self.conv2, nn.Conv2d), (self.fc, nn.Linear)):
             kind.reset_parameters(module)
+        self._draw_weights()
+
+    def _draw_weights(self) -> None:
+        """Draw the weights of the convolutions and the classifier."""
         for module in (self.conv1, self.conv2, self.fc):
             nn.init.xavier_uniform_(module.weight)
 
@@ -211,6 +206,14 @@ def _standard(features: int, attention: str) -> nn.Module | None:
     if attention in GROUPED:
         return nn.Sequential(nn.Linear(features, WIDTH), GroupedQueryAttention())
     return StandardAttention(features) if attention.startswith("mha") else None
+
+
+def _reset_as(kind: type[nn.Module], module: nn.Module) -> nn.Module:
+    """Give a layer the class that resets it otherwise than its own does, and leave it as its own has drawn it: decoders
+    have drawn layer after layer, and then the Xavier weights, since before they could be reset.
+    """
+    module.__class__ = kind
+    return module
 
 
 def _reset(module: nn.Module) -> None:

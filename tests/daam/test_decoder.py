@@ -6,6 +6,7 @@ import pytest
 import torch
 from helpers import close, recorded_launches
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import cross_entropy
 from torch.nn.utils import prune
 
@@ -171,6 +172,8 @@ def test_a_reset_draws_what_construction_draws(attention):
     torch.manual_seed(5)
     decoder.reset_parameters()
     assert torch.equal(torch.rand(1), after)
+    with FakeTensorMode():
+        daam.DATDecoder(**sizes, **how).reset_parameters()
     for name, t in decoder.state_dict().items():
         assert torch.equal(t, constructed[name]), name
     torch.manual_seed(5)
