@@ -81,22 +81,29 @@ def check_encoder(
         order = sorted(range(len(examples)), key=lambda i: -_size(inputs[i]))
         found = {i: _alone(pooling, inputs[i], i) for i in order}
         alone, counts = zip(*(found[i] for i in range(len(examples))), strict=True)
+        if len(sizes := {tuple(one.shape[1:]) for one in alone}) > 1:
+            raise ValueError(
+                f"examples have features of shapes {', '.join(map(str, sorted(sizes)))}, expected one: layers must "
+                "give (batch, positions, features)"
+            )
         features, lengths = torch.cat(alone), torch.cat(counts).tolist()
-        scale = features.std((0, 2)).clamp(min=torch.finfo(features.dtype).tiny)
+        scale = _spread(features)
         agree = AGREE[pooling_dtype(pooling)]
         # the longest one was the first: an encoder that remembers what came since shows it
-        again = _distance(pooling(**collate([examples[order[0]]])).cpu(), features[order[:1]], scale)
-        if again > agree:
-            raise ValueError(
-                f"two calls on one example differ by {again:.2g} standard deviations: the encoder, or what prepares "
-                "its input, draws at random, or remembers other calls"
-            )
+        longest = pooling(**collate([examples[order[0]]])).cpu()
+        _check_again(longest, features[order[:1]], scale, agree)
         _check_differ(examples, features, scale)
 
         def difference(places: list[int]) -> float:
             return _distance(pooling(**collate([examples[i] for i in places])).cpu(), features[places], scale)
 
-        return _batches(difference, lengths, [input_shapes(batch) for batch in inputs], agree)
+        findings = _batches(difference, lengths, [input_shapes(batch) for batch in inputs], agree)
+        if findings.batches != "any":
+            # not for what calls remember or draw: once more, in another order, and one call later
+            _alone(pooling, inputs[order[-1]], order[-1])
+            for i in order[::-1]:
+                _check_again(_alone(pooling, collate([examples[i]]), i)[0], features[i : i + 1], scale, agree)
+        return findings
 
 
 def input_shapes(batch: Mapping[str, Any]) -> tuple:
@@ -136,6 +143,24 @@ def _alone(pooling: LayerPooling, batch: Mapping[str, Any], place: int) -> tuple
     return features, count.cpu()
 
 
+def _spread(features: Tensor) -> Tensor:
+    """Return the standard deviation of each layer's features, (layers,), as their median distance from the median says
+    it: single features that are large everywhere do not count.
+    """
+    values = features.transpose(0, 1).flatten(1)
+    distances = (values - values.median(1, keepdim=True).values).abs()
+    spread = 1.4826 * distances.median(1).values
+    return torch.where(spread > 0, spread, values.std(1)).clamp(min=torch.finfo(features.dtype).tiny)
+
+
+def _check_again(again: Tensor, before: Tensor, scale: Tensor, agree: float) -> None:
+    if (found := _distance(again, before, scale)) > agree:
+        raise ValueError(
+            f"two calls on one example differ by {found:.2g} standard deviations: the encoder, or what prepares its "
+            "input, draws at random, or remembers other calls"
+        )
+
+
 def _check_differ(examples: list, features: Tensor, scale: Tensor) -> None:
     """Raise where most examples, though different, have the features of an earlier one."""
     different = [i for i, one in enumerate(examples) if not any(_same(one, other) for other in examples[:i])]
@@ -166,7 +191,7 @@ def _batches(
     try:
         padding = difference(everything)
     except Exception as error:  # an encoder that takes one example at a time fails in a way of its own
-        if "memory" in str(error):
+        if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
             raise
         reason = " ".join(str(error).split())[:160]
     if padding is not None and padding <= agree:
@@ -176,7 +201,7 @@ def _batches(
     equal = len(groups) > 0
     try:
         equal = equal and all(difference(group) <= agree for group in groups)
-    except Exception:  # as above
+    except Exception:  # as above; what lacks memory goes one at a time
         equal = False
     return Findings("equal lengths" if equal else "one at a time", padding, span, len(lengths), reason)
 

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
+import re
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+INPUTS = ("input_ids", "pixel_values", "input_values", "input_features")  # of texts, images, sounds
 MASKS = ("attention_mask", "pixel_attention_mask")  # 1 where a position is valid
 LENGTHS = ("_get_feat_extract_output_lengths", "_get_subsampling_output_length")  # of Hugging Face's speech encoders
 # arguments with "mask" in their names that do not say which positions are valid
 NAMELESS = "an input by position"  # where an encoder's forward is (*args)
+MASK_WORDS = "mask|pad|valid|bias"
+LENGTH_WORDS = "len|frames|tokens|^sizes$"
 OTHERS = ("head_mask", "bool_masked_pos", "mask_time_indices", "decoder", "cross")
 
 
@@ -47,8 +52,11 @@ def find_mask(
             return None
         return _checked("pooling_mask", pooling_mask)
     named = {**named} if attention_mask is None else {**named, "attention_mask": attention_mask}
+    if "decoder" in layers.split(".") and named.get("decoder_input_ids") is not None:
+        mask = named.get("decoder_attention_mask")
+        return None if mask is None else _checked("decoder_attention_mask", mask)
     given = [name for name in MASKS if named.get(name) is not None]
-    towers = named.get("input_ids") is not None and named.get("pixel_values") is not None
+    towers = sum(named.get(name) is not None for name in INPUTS) > 1
     if len(given) > 1 or (given and towers and "text" not in layers):
         raise ValueError(
             f"{' and '.join(given)}: which positions of {layers or 'the layers'} are valid is not clear; pass "
@@ -56,10 +64,12 @@ def find_mask(
         )
     if given:
         return _checked(given[0], named[given[0]])
-    if lengths := [name for name, value in named.items() if _are_lengths(name, value)]:
-        counts = named[lengths[0]]
-        return lengths[0], torch.arange(int(counts.max()), device=counts.device) < counts.unsqueeze(1)
-    if doubtful := [name for name, value in named.items() if _says_something(name, value)]:
+    doubtful = [name for name, value in named.items() if _says_something(name, value)]
+    if len(doubtful) == 1 and _are_lengths(named[doubtful[0]]):
+        counts = named[doubtful[0]]
+        positions = torch.arange(int(counts.max()), device=counts.device)
+        return _checked(doubtful[0], positions < counts.unsqueeze(1))
+    if doubtful:
         raise ValueError(
             f"{doubtful[0]} goes to the encoder, and which positions it leaves valid is not clear: pass inputs by "
             'keyword, as in pooling(**batch), or pooling_mask=, (batch, positions), 1 where valid, or "all"'
@@ -105,17 +115,31 @@ def _checked(name: str, mask: Any) -> tuple[str, Tensor]:
     return name, mask
 
 
-def _are_lengths(name: str, value: Any) -> bool:
-    return isinstance(value, Tensor) and value.dim() == 1 and not value.is_floating_point() and "length" in name
+def _are_lengths(value: Any) -> bool:
+    return (
+        isinstance(value, Tensor) and value.dim() == 1 and not value.is_floating_point() and value.dtype != torch.bool
+    )
 
 
 def _says_something(name: str, value: Any) -> bool:
-    """Tell whether an argument seems to say which positions are valid, in a way that is not known."""
-    if isinstance(value, Mapping):
-        return any("mask" in str(key) or "length" in str(key) for key in value)
-    if not isinstance(value, Tensor) or any(word in name for word in OTHERS):
+    """Tell whether an argument seems to say which positions are valid."""
+    if isinstance(value, Mapping | tuple) or dataclasses.is_dataclass(value):
+        return sum(isinstance(one, Tensor) for one in parts_of(value)) > 1
+    if name.startswith(NAMELESS):
+        return not name.endswith(", 0") and isinstance(value, Tensor | list)
+    if any(word in name for word in OTHERS):
         return False
-    return value.dim() > 1 and ("mask" in name or (name.startswith(NAMELESS) and not name.endswith(", 0")))
+    if isinstance(value, Tensor) and value.dim() > 1 and re.search(MASK_WORDS, name, re.IGNORECASE):
+        return True
+    few = value.dim() == 1 or value.shape[1:].numel() == 1 if isinstance(value, Tensor) else isinstance(value, list)
+    return few and re.search(LENGTH_WORDS, name, re.IGNORECASE) is not None
+
+
+def parts_of(value: Any) -> list[Any]:
+    """Return what a batch in a container holds."""
+    if isinstance(value, Mapping):
+        return list(value.values())
+    return list(value) if isinstance(value, tuple) else list(vars(value).values())
 
 
 def _frames(name: str, valid: Tensor, encoder: nn.Module, positions: int) -> Tensor | None:

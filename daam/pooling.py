@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from daam.masks import NAMELESS, as_valid, find_mask, unwrap
+from daam.masks import NAMELESS, as_valid, find_mask, parts_of, unwrap
 
 
 class LayerPooling(nn.Module):
@@ -116,12 +116,21 @@ class LayerPooling(nn.Module):
         named = _named(encoder, inputs, kwargs)
         mask = find_mask(named, attention_mask, pooling_mask, _path(encoder, self._layers[0]))
         call = _Call(self.encoder, inputs, kwargs, named, mask, self.batch_first)
-        with _lock(self.encoder):
+        with _lock(encoder):
             try:
                 return call.run(self._layers)
             except _UnclearLayoutError:
-                call.batch_first = _single(call).tells_batch_first(self._layers)
+                call.batch_first = self._find_layout(call)
                 return call.run(self._layers)
+
+    def _find_layout(self, call: _Call) -> bool:
+        """Tell whether layers give the batch first, by a call on its first example alone."""
+        try:
+            return _single(call).tells_batch_first(self._layers)
+        except Exception as error:  # inputs may be of other kinds than one row an example
+            raise ValueError(
+                f"as many examples as positions, and one alone does not tell the layout ({error}): pass batch_first="
+            ) from error
 
 
 class _UnclearLayoutError(Exception):
@@ -220,7 +229,8 @@ class _Call:
         """
         if self.mask is not None and positions_first is not None:
             return len(self.mask[1])
-        shapes = [value.shape for value in self.named.values() if isinstance(value, Tensor) and value.dim() > 1]
+        values = [one for v in self.named.values() for one in (parts_of(v) if isinstance(v, Mapping | tuple) else [v])]
+        shapes = [value.shape for value in values if isinstance(value, Tensor) and value.dim() > 1]
         if shapes:
             return positions_first if positions_first in shapes[0][:2] else shapes[0][0]
         return None if self.mask is None else len(self.mask[1])

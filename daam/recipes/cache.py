@@ -49,13 +49,15 @@ def read_about(folder: str | Path) -> dict:
         about = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         raise CacheError(f"{path} does not exist: make a cache with python -m daam.recipes.features") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CacheError(f"{path} is no JSON ({error}): delete the folder and make the cache anew") from None
     keys = (*SIZES, "names")
     if missing := [key for key in keys if not isinstance(about, dict) or key not in about]:
         raise CacheError(
             f"{path} lacks {', '.join(missing)}, expected a cache's {', '.join(keys)}: make the cache anew"
         )
+    if not isinstance(about["names"], list) or not all(isinstance(name, str) for name in about["names"]):
+        raise CacheError(f"{path}: names is {about['names']!r}, expected the classes: make the cache anew")
     return about
 
 
@@ -93,6 +95,7 @@ class Writer:
     """
 
     def __init__(self, folder: str | Path, about: dict):
+        about = json.loads(json.dumps(about, default=str))  # as it will be read: paths and tuples are none in JSON
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / "cache.json"

@@ -279,6 +279,11 @@ def _read_folder(root: Path) -> tuple[str, list[Example]]:
         raise DataError(f"{root}: expected only {FILES}, it holds {' and '.join(map(str, first.values()))}")
     examples = [Example(file, file.relative_to(root).parts[0]) for file in files]
     names = set(class_names(examples))
+    for name in names:
+        try:
+            name.encode()
+        except UnicodeEncodeError:
+            raise DataError(f"{root}: the name of class {name!a} is not in UTF-8, expected one that is") from None
     if empty := [str(f) for f in folders if f.name not in names]:
         raise DataError(f"{', '.join(empty)}: no images or sounds, expected some for each class")
     return next(iter(first)), examples

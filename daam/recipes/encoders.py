@@ -7,7 +7,7 @@ import importlib.util
 import inspect
 import json
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,13 +16,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from daam.masks import LENGTHS
+from daam.masks import LENGTHS, unwrap
 from daam.pooling import LayerPooling
 from daam.recipes.data import DataError
 from daam.recipes.errors import UserError, lacks_memory
 from daam.recipes.media import read_image, read_sound, sound_seconds
 
 MAX_LENGTH, MAX_SECONDS = 128, 30.0  # of a text in tokens, of a sound; what is longer is cut off
+FIRST = 16  # texts, in which few tokens may be unknown
 NO_LIMIT = 2**31  # of positions
 # where models of several modalities hold the encoder of one
 PARTS = {
@@ -41,8 +42,9 @@ class Collate:
     """From a list of sources, texts or paths, to a batch for an encoder: `pooling(**collate(sources))`.
 
     read: from a source to what prepare takes a list of. names: of the encoder's arguments; what else is prepared is
-    left out, the mask aside. identity: hashes of encoder and preparation. limit: the longest example, in a unit, that
-    is not cut. cut: those that were.
+    left out, the mask aside. random: names of the encoder's tensors that its files do not hold. sha256: of the
+    preparation. limit: the longest example, in a unit, that is not cut. cut: those that were. check: of all sources, an
+    error where they do not fit; what is to be told of them, or "".
     """
 
     read: Callable[[Any], Any]
@@ -53,12 +55,17 @@ class Collate:
     limit: float | None = None
     unit: str = ""
     cut: set = field(default_factory=set)
-    identity: dict[str, str] = field(default_factory=dict)
-    check: Callable[[Sequence], None] = lambda sources: None
+    random: frozenset[str] = frozenset()
+    sha256: str = ""
+    check: Callable[[Sequence], str] = lambda sources: ""
 
     def __call__(self, sources: list) -> dict[str, Tensor]:
         """Return a batch. Raises a `DataError` for an example that cannot be used."""
-        batch = self.prepare([self.read(source) for source in sources])
+        return self.batch([self.read(source) for source in sources])
+
+    def batch(self, examples: list) -> dict[str, Tensor]:
+        """Return a batch of examples as `read` gives them."""
+        batch = self.prepare(examples)
         # numbers take the dtype of the encoder, indices and masks keep theirs
         return {
             name: value.to(self.device, self.dtype if value.is_floating_point() else value.dtype)
@@ -101,8 +108,10 @@ def load_encoder(
         collate = prepare(processor, encoder, max_length if modality == "text" else max_seconds)
     except ValueError as error:
         raise EncoderError(f"{name}: {error}") from None
-    collate.identity = {"encoder_sha256": hash_encoder(model, missing), "preparation_sha256": _hash_saved(processor)}
-    _check_complete(model, missing, lambda: pooling(**collate.prepare([SAMPLES[modality]])), name)
+    prefix = next(f"{path}." if path else "" for path, module in model.named_modules() if module is encoder)
+    collate.random = frozenset(key.removeprefix(prefix) for key in missing)
+    collate.sha256 = _hash_saved(processor)
+    _check_complete(model, missing, lambda: pooling(**collate.batch([SAMPLES[modality]])), name)
     collate.device = device
     return pooling.to(device), collate
 
@@ -112,23 +121,48 @@ def find_model(name: str) -> str:
     package is not imported.
     """
     module = name.replace("-", "_")
-    if not Path(name).is_dir() and module.isidentifier() and (spec := importlib.util.find_spec(module)):
+    if not Path(name).is_dir() and module.isidentifier() and (spec := _find_spec(module)):
         for folder in spec.submodule_search_locations or ():
             if (Path(folder) / "model" / "config.json").exists():
                 return str(Path(folder) / "model")
     return name
 
 
-def hash_encoder(encoder: nn.Module, random: Sequence[str] = ()) -> str:
-    """Return the SHA-256 of an encoder's config and tensors, without those that are drawn at random when it loads."""
-    total = hashlib.sha256()
+def _find_spec(module: str) -> Any:
+    try:
+        return importlib.util.find_spec(module)
+    except (ImportError, ValueError):  # of modules that are no packages, like __main__
+        return None
+
+
+def identify(pooling: nn.Module, collate: Callable) -> dict[str, str]:
+    """Return hashes of what makes features, as it is now: a cache does not outlive its encoder."""
+    random = collate.random if isinstance(collate, Collate) else ()
+    found = {"encoder_sha256": hash_encoder(pooling, random)}
+    return found | ({"preparation_sha256": collate.sha256} if isinstance(collate, Collate) else {})
+
+
+def hash_encoder(pooling: nn.Module, random: Collection[str] = ()) -> str:
+    """Return the SHA-256 of an encoder: its config, its tensors but those that are drawn at random when it loads, and
+    which layers a `LayerPooling` averages.
+    """
+    encoder, total = unwrap(pooling.encoder if isinstance(pooling, LayerPooling) else pooling), hashlib.sha256()
     if hasattr(config := getattr(encoder, "config", None), "to_dict"):
         settings = {k: v for k, v in config.to_dict().items() if k not in PROVENANCE}
         total.update(json.dumps(settings, sort_keys=True, default=str).encode())
-    for name, tensor in sorted(encoder.state_dict().items()):
-        if name not in random and isinstance(tensor, Tensor):
-            total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            total.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    tensors = {**dict(encoder.named_buffers()), **encoder.state_dict()}
+    for key, value in sorted(tensors.items()):
+        if key in random:
+            continue
+        total.update(key.replace("_orig_mod.", "").encode())  # of parts that are compiled
+        if isinstance(value, Tensor) and value.layout is torch.strided and not value.is_quantized:
+            total.update(f"{value.dtype} {tuple(value.shape)}".encode())
+            total.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        else:
+            total.update(repr(value).encode())
+    if isinstance(pooling, LayerPooling):
+        names = {module: name for name, module in encoder.named_modules()}
+        total.update(repr([names.get(layer, "").replace("_orig_mod.", "") for layer in pooling.layers]).encode())
     return total.hexdigest()
 
 
@@ -209,6 +243,13 @@ def _check_complete(model: nn.Module, missing: list[str], run: Callable[[], Tens
         for tensor in random.values():
             tensor.fill_(float("nan"))
         reached = not run().isfinite().all()
+    except Exception as error:  # an encoder's own
+        if lacks_memory(error):
+            raise
+        raise EncoderError(
+            f"{name}: its files lack {', '.join(missing[:3])} …, and it fails on a sample ({type(error).__name__}: "
+            f"{error})"
+        ) from error
     finally:
         for key, tensor in random.items():
             tensor.copy_(kept[key])
@@ -234,10 +275,17 @@ def _collate(read: Callable, prepare: Callable, encoder: nn.Module, **options: A
 
 def _text(tokenizer: Any, encoder: nn.Module, max_length: int | None) -> Collate:
     rows = _check_vocabulary(tokenizer, encoder)
-    limit = min(tokenizer.model_max_length, positions_of(encoder))
+    least = tokenizer.num_special_tokens_to_add() + 1
+    if not isinstance(tokenizer.model_max_length, int | float) or tokenizer.model_max_length < least:
+        raise EncoderError(
+            f"model_max_length of its tokenizer is {tokenizer.model_max_length!r}, expected {least} or more"
+        )
+    limit = int(min(tokenizer.model_max_length, positions_of(encoder)))
     if max_length is not None and max_length > limit:
         raise EncoderError(f"max_length is {max_length}, expected at most the encoder's {limit}")
     max_length = min(MAX_LENGTH, limit) if max_length is None else max_length
+    if max_length < least:
+        raise EncoderError(f"max_length is {max_length}, expected {least} or more: {least - 1} tokens are special")
     if tokenizer.pad_token is None:  # of decoder-only models; the mask hides it
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     tokenizer.padding_side = "right"  # positions count from the left
@@ -253,18 +301,24 @@ def _text(tokenizer: Any, encoder: nn.Module, max_length: int | None) -> Collate
             texts, padding=True, truncation=True, max_length=max_length, return_attention_mask=True,
             return_tensors="pt",
         )  # fmt: skip
+        if empty := (batch["attention_mask"].sum(1) == 0).nonzero().flatten().tolist():
+            raise DataError(f"text {texts[empty[0]]!r} has no tokens, expected one or more")
         if rows is not None and (highest := int(batch["input_ids"].max())) >= rows:
             raise EncoderError(f"the tokenizer gives token {highest}, expected one of the encoder's {rows}")
         return dict(batch)
 
-    def check(texts: Sequence[str]) -> None:
-        ids = [i for one in tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"] for i in one]
-        unknown = ids.count(tokenizer.unk_token_id)
-        if unknown and unknown >= len(ids) / 2:
+    def check(texts: Sequence[str]) -> str:
+        found = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+        tokens, unknown = sum(map(len, found)), sum(ids.count(tokenizer.unk_token_id) for ids in found)
+        mostly = sum(2 * ids.count(tokenizer.unk_token_id) >= max(1, len(ids)) for ids in found)
+        if mostly == 0:
+            return ""
+        if 2 * unknown >= tokens or all(2 * ids.count(tokenizer.unk_token_id) >= len(ids) for ids in found[:FIRST]):
             raise EncoderError(
-                f"the tokenizer does not know {unknown} of {len(ids)} tokens of the first {len(texts)} texts, expected "
-                "few: it is not the encoder's, its vocabulary files are missing, or the texts are in another script"
+                f"the tokenizer does not know {unknown} of {tokens} tokens of the {len(texts)} texts, expected few: it "
+                "is not the encoder's, its vocabulary files are missing, or the texts are in another script"
             )
+        return f"{mostly} of {len(texts)} texts are mostly of tokens that the tokenizer does not know"
 
     return _collate(str, prepare, encoder, limit=max_length, unit="tokens", cut=cut, check=check)
 
@@ -303,7 +357,9 @@ def _vision(processor: Any, encoder: nn.Module, unused: float) -> Collate:
 
 
 def _speech(extractor: Any, encoder: nn.Module, max_seconds: float) -> Collate:
-    rate, cut = extractor.sampling_rate, set()
+    rate, cut = getattr(extractor, "sampling_rate", None), set()
+    if not isinstance(rate, int) or rate < 1:
+        raise EncoderError(f"the sampling_rate of its preprocessing is {rate!r}, expected a number of Hz")
     limit = min(max_seconds, _window(extractor) / rate)
     owner = next((m for m in encoder.modules() if hasattr(type(m), LENGTHS[0])), None)
     # those that pad in a way of their own, like Whisper's to 30 seconds, have its name as their default

@@ -40,7 +40,7 @@ from daam.recipes.encoders import (
     NO_LIMIT,
     Collate,
     EncoderError,
-    hash_encoder,
+    identify,
     load_encoder,
     positions_of,
 )
@@ -89,7 +89,7 @@ def extract(
     checked = None if findings is None else findings.as_dict()
     own = {
         **about,
-        **_identity(pooling, collate),
+        **identify(pooling, collate),
         **sizes,
         "names": names,
         "examples_sha256": hash_examples(examples, digests),
@@ -131,8 +131,8 @@ def check(pooling: nn.Module, collate: Callable, examples: list[Example], about:
         return None
     sources = [example.source for example in examples[:TRIED]]
     try:
-        if isinstance(collate, Collate):
-            collate.check(sources)
+        if isinstance(collate, Collate) and (note := collate.check([example.source for example in examples])):
+            print(note)
         findings = pooling.check(collate, sources)
     except EncoderError as error:
         raise EncoderError(f"{about.get('encoder')}: {error}") from None
@@ -142,14 +142,6 @@ def check(pooling: nn.Module, collate: Callable, examples: list[Example], about:
         raise _explained(error, pooling, f"{about.get('encoder')}, first examples") from error
     print(findings)
     return findings
-
-
-def _identity(pooling: nn.Module, collate: Callable) -> dict[str, str]:
-    """Return hashes of what makes features: a cache does not outlive its encoder."""
-    if isinstance(collate, Collate) and collate.identity:
-        return collate.identity
-    encoder = pooling.encoder if isinstance(pooling, LayerPooling) else pooling
-    return {"encoder_sha256": hash_encoder(encoder)} if isinstance(encoder, nn.Module) else {}
 
 
 def _batches(
@@ -244,13 +236,18 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _extract(args: argparse.Namespace) -> dict:
+    if args.output.resolve().is_relative_to(Path(args.data).resolve()):
+        raise CacheError(
+            f"--output {args.output} is in {args.data}, expected a folder of its own: it would become data"
+        )
     names = None if args.labels is None else read_about(args.labels)["names"]
     modality, examples = read_examples(args.data)
     encode_labels(examples, names or class_names(examples))  # a wrong label shows before an encoder is loaded
     pooling, collate = load_encoder(
         args.encoder, modality, args.layers, args.device, args.max_length, args.max_seconds
     )  # fmt: skip
-    about = {"encoder": args.encoder, "modality": modality, "source": args.data, "layer_list": args.layers}
+    source = args.data.encode(errors="replace").decode()  # names of files may be no Unicode
+    about = {"encoder": args.encoder, "modality": modality, "source": source, "layer_list": args.layers}
     if modality == "text":
         about["max_length"] = collate.limit
     elif modality == "speech":

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import daam
 from daam.recipes.cache import Cache, fingerprint
 from daam.recipes.data import encode_labels, hash_examples, read_examples
-from daam.recipes.encoders import load_encoder
+from daam.recipes.encoders import identify, load_encoder
 from daam.recipes.features import check
 from daam.recipes.runs import RunError, Settings
 from daam.recipes.splits import find_equal
@@ -77,7 +77,7 @@ def lora_job(data: Path, encoder: str, cache: Cache, settings: Settings) -> Job:
     sources, labels = [example.source for example in examples], encode_labels(examples, cache.names)
     pooling, collate = load_encoder(encoder, modality, **how)
     # by what is in it: its folder may be spelled otherwise, or have moved
-    for name, sha256 in collate.identity.items():
+    for name, sha256 in identify(pooling, collate).items():
         if about.get(name) != sha256:
             raise RunError(f"--encoder {encoder}: its {name} is {sha256}, expected the cache's {about.get(name)}")
     findings = check(pooling, collate, examples, about)

@@ -576,3 +576,16 @@ def test_broken_sounds(tmp_path):
 def test_missing_extras():
     with pytest.raises(ImportError, match=r"The recipes need their extra: pip install 'daam-triton\[recipes\]'"):
         import_extra("no_such_module")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="other systems have names in Unicode")
+def test_classes_whose_names_are_no_unicode(tmp_path):
+    for name in (b"a", b"caf\xe9"):
+        folder = os.path.join(os.fsencode(tmp_path), name)
+        try:
+            os.mkdir(folder)
+        except OSError:
+            pytest.skip("the file system has names in Unicode")
+        Path(os.fsdecode(folder), "1.png").write_bytes(b"x")
+    with pytest.raises(DataError, match=r"the name of class 'caf\\udce9' is not in UTF-8, expected one that is"):
+        read_examples(tmp_path)

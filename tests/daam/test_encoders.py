@@ -191,7 +191,33 @@ def test_a_tokenizer_of_another_encoder(texts, command, tmp_path):
     text_model(model)
     texts.write_text("text,label\nun deux,a\nquatre cinq six,b\nsept,a\nonze douze,b\n")
     line = command(texts, model, error=True)
-    assert "the tokenizer does not know 8 of 8 tokens of the first 4 texts" in line
+    assert "the tokenizer does not know 8 of 8 tokens of the 4 texts" in line
+    assert not (tmp_path / "cache").exists()
+
+
+def test_texts_that_are_unknown_in_part(texts, command, tmp_path):
+    """Of a sorted table the first ones tell nothing."""
+    text_model(tmp_path / "model")
+    with texts.open("a") as file:
+        file.writelines(f"{'rain and ' * (i % 5 + 1)}{'wind ' * (i % 3)},weather\n" for i in range(12))
+        file.write("雨,weather\n雪 雨,weather\n")
+    _, printed = command(texts, tmp_path / "model")
+    assert "2 of 20 texts are mostly of tokens that the tokenizer does not know" in printed
+
+
+@pytest.mark.parametrize("special", [True, False])
+def test_texts_without_tokens(special, texts, command, tmp_path):
+    model = tmp_path / "model"
+    text_model(model)
+    if special:
+        line = command(texts, model, "--max-length", 2, error=True)
+        assert "max_length is 2, expected 3 or more: 2 tokens are special" in line
+    else:
+        tokenizer = json.loads((model / "tokenizer.json").read_text())
+        without = {"type": "Replace", "pattern": {"String": "rain"}, "content": ""}
+        changed = {**tokenizer, "post_processor": None, "normalizer": without}
+        (model / "tokenizer.json").write_text(json.dumps(changed))
+        assert "text 'rain' has no tokens, expected one or more" in command(texts, model, error=True)
     assert not (tmp_path / "cache").exists()
 
 
@@ -437,6 +463,47 @@ def test_an_own_encoder_is_known_by_its_weights(tmp_path):
         features.extract(daam.LayerPooling(own), collate, examples, tmp_path, about=about)
 
 
+def test_a_cache_does_not_outlive_what_training_makes_of_its_encoder(texts, tmp_path):
+    """The encoder counts as it is, not as it was loaded; and so do the layers."""
+    from daam.recipes.data import read_examples
+
+    text_model(tmp_path / "model")
+    pooling, collate = load_encoder(str(tmp_path / "model"), "text")
+    examples, about = read_examples(texts)[1], {"encoder": "model", "modality": "text"}
+    features.extract(pooling, collate, examples, tmp_path / "cache", about=about)
+    compiled = daam.LayerPooling(torch.compile(pooling.encoder, backend="eager"))
+    features.extract(compiled, collate, examples, tmp_path / "cache", about=about)
+    others = "encoder.layer.1,encoder.layer.0,encoder.layer.2"
+    with pytest.raises(ValueError, match="of another cache: its encoder_sha256 is"):
+        other = daam.LayerPooling(pooling.encoder, others)
+        features.extract(other, collate, examples, tmp_path / "cache", about=about)
+    with torch.no_grad():
+        pooling.encoder.encoder.layer[0].output.dense.weight.add_(0.1)
+    with pytest.raises(ValueError, match="of another cache: its encoder_sha256 is"):
+        features.extract(pooling, collate, examples, tmp_path / "cache", about=about)
+
+
+@pytest.mark.filterwarnings("ignore:Support for mismatched key_padding_mask")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_with_a_tensor_missing(dtype, sounds, command, tmp_path):
+    """Published checkpoints lack what only pretraining needs."""
+    from safetensors.torch import load_file, save_file
+
+    speech_model(tmp_path / "model", "Wav2Vec2", **LAYERS_NORM)
+    path = tmp_path / "model" / "model.safetensors"
+    tensors = {name: t.to(dtype) for name, t in load_file(path).items() if name != "masked_spec_embed"}
+    save_file(tensors, path, metadata={"format": "pt"})
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    (tmp_path / "model" / "config.json").write_text(json.dumps({**config, "dtype": str(dtype)[6:]}))
+    cache, _ = command(sounds, tmp_path / "model")
+    assert cache.features.isfinite().all()
+
+
+def test_a_cache_inside_its_data(command, tmp_path):
+    line = command(images(tmp_path), "model", error=True, cache=tmp_path / "images" / "cache")
+    assert "images/cache is in" in line and "expected a folder of its own" in line
+
+
 # B2, B16: errors in one line, notices
 
 
@@ -601,9 +668,19 @@ def test_an_encoder_that_looks_at_its_first_window_only(command, tmp_path):
     assert "1 of these examples are longer than 1.015 seconds: cut off there" in printed
 
 
+@pytest.mark.parametrize("rate", [0, "16000"])
+def test_preparation_without_a_rate(rate, sounds, command, tmp_path):
+    speech_model(tmp_path / "model", "Wav2Vec2", **LAYERS_NORM)
+    path = tmp_path / "model" / "preprocessor_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "sampling_rate": rate}))
+    assert f"sampling_rate of its preprocessing is {rate!r}" in command(sounds, tmp_path / "model", error=True)
+
+
 def test_errors_name_the_encoder(texts, command, tmp_path):
     with pytest.raises(EncoderError, match="no encoder in 'no-such-model': expected a folder, a model of the hub, or"):
         load_encoder("no-such-model", "text")
+    with pytest.raises(EncoderError, match="no encoder in '__main__'"):
+        load_encoder("__main__", "text")
     (tmp_path / "empty").mkdir()
     assert "no encoder in" in command(texts, tmp_path / "empty", error=True)
 

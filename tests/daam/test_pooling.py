@@ -55,7 +55,7 @@ class MasklessEncoder(Encoder):
 
 
 class OtherNames(Encoder):
-    def forward(self, input_ids, padding=None, mask=None, lengths=None, head_mask=None):
+    def forward(self, input_ids, head_mask=None, **others):
         return super().forward(input_ids)
 
 
@@ -132,6 +132,67 @@ def test_masks_under_other_names():
     close(pooling(IDS, head_mask=torch.ones(3, 5)), pooling(IDS), "a mask of something else")
     with pytest.raises(ValueError, match="an input by position, 1 goes to the encoder"):
         daam.LayerPooling(Nameless())(IDS, MASK)
+
+
+LENGTHS = MASK.sum(1)
+
+
+@pytest.mark.parametrize(
+    "name", ["padding", "is_pad", "valid", "key_padding", "attn_bias", "AttentionMask", "src_mask"]
+)
+def test_masks_that_are_not_understood(name):
+    with pytest.raises(ValueError, match=f"{name} goes to the encoder, and which positions it leaves valid"):
+        daam.LayerPooling(OtherNames())(IDS, **{name: MASK.bool()})
+
+
+@pytest.mark.parametrize("name", ["lengths", "ilens", "xs_lens", "seqlens", "n_tokens", "num_frames", "sizes"])
+def test_lengths_by_other_names(name):
+    encoder = OtherNames()
+    close(daam.LayerPooling(encoder)(IDS, **{name: LENGTHS}), alone(encoder), "averages")
+    for other in (LENGTHS / 5, LENGTHS.unsqueeze(1), LENGTHS.tolist()):
+        with pytest.raises(ValueError, match=f"{name} goes to the encoder, and which positions it leaves valid"):
+            daam.LayerPooling(encoder)(IDS, **{name: other})
+
+
+def test_lengths_that_do_not_tell():
+    with pytest.raises(ValueError, match="lengths has no valid position in example 1"):
+        daam.LayerPooling(OtherNames())(IDS, lengths=torch.tensor([5, 0, 3]))
+    with pytest.raises(ValueError, match="target_lengths goes to the encoder, and which positions"):
+        daam.LayerPooling(OtherNames())(IDS, target_lengths=LENGTHS, input_lengths=LENGTHS)
+
+
+def test_batches_in_containers():
+    class Containers(Encoder):
+        def forward(self, batch):
+            return super().forward(batch[0] if isinstance(batch, tuple) else batch["ids"])
+
+    class First(Encoder):
+        def forward(self, batch):
+            return super().forward(batch["ids"].T)
+
+    encoder = Containers()
+    for batch in ((IDS, MASK), {"ids": IDS, "padding": MASK}, {"ids": IDS, "lens": LENGTHS}):
+        with pytest.raises(ValueError, match="batch goes to the encoder, and which positions it leaves valid"):
+            daam.LayerPooling(encoder)(batch)
+        close(daam.LayerPooling(encoder)(batch, pooling_mask=MASK), alone(encoder), "averages")
+    with pytest.raises(ValueError, match=r"\(5, 3, 16\) for a batch of 3, expected \(3, positions, features\)"):
+        daam.LayerPooling(First())({"ids": IDS})
+
+
+def test_a_decoders_own_mask():
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.encoder, self.decoder = MasklessEncoder(), MasklessEncoder()
+
+        def forward(self, input_ids, decoder_input_ids, attention_mask=None, decoder_attention_mask=None):
+            self.encoder(input_ids)
+            self.decoder(decoder_input_ids)
+
+    model, mask = Both(), MASK.flip(0)
+    call = {"input_ids": IDS, "attention_mask": MASK, "decoder_input_ids": IDS, "decoder_attention_mask": mask}
+    close(daam.LayerPooling(model, "encoder.layers")(**call), alone(model.encoder), "encoder")
+    close(daam.LayerPooling(model, "decoder.layers")(**call), alone(model.decoder, IDS, mask), "decoder")
 
 
 def test_two_towers_share_no_mask():
@@ -552,6 +613,32 @@ def test_padding_that_counts():
     assert findings.batches == "one at a time", "no two have equal lengths: nothing says that these may share a batch"
 
 
+def test_a_feature_that_is_large_everywhere_hides_nothing():
+    encoder = Mixes().to(torch.bfloat16)
+    with torch.no_grad():
+        encoder.embed.weight[:, 0] = 300
+    assert checked(encoder).batches != "any"
+
+
+def test_layers_that_give_features_first():
+    class Convolutions(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Conv1d(FEATURES, FEATURES, 1) for _ in range(2))
+            self.embed = nn.Embedding(30, FEATURES)
+
+        def forward(self, input_ids):
+            x = self.embed(input_ids).transpose(1, 2)
+            for layer in self.layers:
+                x = layer(x)
+
+    def unmasked(texts):
+        return {"input_ids": collate(texts)["input_ids"]}
+
+    with pytest.raises(ValueError, match=r"examples have features of shapes \(2, 2\), \(2, 3\), \(2, 5\), \(2, 9\)"):
+        checked(Convolutions(), collate=unmasked)
+
+
 def test_batches_that_count():
     findings = checked(MixesExamples())
     assert findings.batches == "one at a time" and str(findings).endswith(": one example at a time")
@@ -597,6 +684,21 @@ class Remembers(Encoder):
         return super().forward(input_ids // 2 if self.short else input_ids)
 
 
+class DrawsForShort(Encoder):
+    def forward(self, input_ids, attention_mask=None):
+        if input_ids.shape[1] < 4:
+            input_ids = torch.where(torch.rand(input_ids.shape) < 0.3, 0, input_ids)
+        return super().forward(input_ids)
+
+
+class Alternates(Encoder):
+    calls = 0
+
+    def forward(self, input_ids, attention_mask=None):
+        self.calls += 1
+        return super().forward(input_ids // 2 if self.calls % 2 else input_ids)
+
+
 def constant(texts):
     return {"input_ids": torch.ones(len(texts), 3, dtype=torch.long)}
 
@@ -616,6 +718,8 @@ def constant(texts):
             collate,
             "two calls on one example differ by .* draws at random, or remembers other calls",
         ),
+        (DrawsForShort(), TEXTS, collate, "two calls on one example differ by"),
+        (Alternates(), TEXTS, collate, "two calls on one example differ by"),
         (Encoder(), TEXTS, constant, "6 different examples have 1 different features, expected as many"),
         (Frames(2, 1), [torch.ones(80), torch.zeros(80)], None, "80 entries makes 20 frames, and layers have 10"),
         (Encoder(), ["abc"], collate, "1 examples, expected two or more to compare"),
