@@ -32,8 +32,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from bench.tiny_encoders import ENTRIES, SIZES, TOKENS, Entry
+from daam.pooling import LayerPooling
 from daam.recipes.encoders import load_encoder
-from daam.transformer import LayerPooling
 
 TEXTS = [
     "rain",

@@ -73,6 +73,13 @@ def _check_subclass(name: str, t: Tensor) -> None:
         raise TypeError(f"{name} is a MaskedTensor, expected a plain Tensor: pass its get_data(), and a mask beside it")
 
 
+def lacks_memory(error: BaseException) -> bool:
+    """Tell whether an exception says that memory is used up, on the host or on a device."""
+    # torch.OutOfMemoryError is a RuntimeError; the CPU's allocator raises a plain one
+    words = ("out of memory", "can't allocate memory", "not enough memory")
+    return isinstance(error, MemoryError) or any(word in str(error).lower() for word in words)
+
+
 def check_dtype(x: Tensor, weight: Tensor, layer: str) -> None:
     """Raise TypeError where x has another dtype than a convolution's weight, which autocast alone makes one."""
     if x.dtype == weight.dtype:

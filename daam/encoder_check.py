@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from daam.checks import lacks_memory
 from daam.pooling import LayerPooling
 
 TRIED = 16  # examples
@@ -24,7 +26,8 @@ class Findings:
     batches: which examples may share a batch: "any", those of "equal lengths", or none, "one at a time". padding: the
     largest difference between an example alone and beside the longest one, in standard deviations of the features;
     None where a batch of all failed, for the reason given. positions: of the shortest and of the longest example.
-    examples: their number.
+    examples: their number. equal: how many different ones have the features of another. shape: of what went in for an
+    example, where all had the same: then nothing is known of others.
     """
 
     batches: Literal["any", "equal lengths", "one at a time"]
@@ -32,10 +35,14 @@ class Findings:
     positions: tuple[int, int]
     examples: int
     reason: str = ""
+    equal: int = 0
+    shape: tuple | None = None
 
     def __str__(self) -> str:
         low, high = self.positions
         what = f"checked on {self.examples} examples of {low} to {high} positions: calls agree, masks fit, "
+        if self.equal:
+            what += f"{self.equal} different ones have the features of another, "
         if self.padding is None:
             return f"{what}a batch fails ({self.reason}): {self._remedy()}"
         shown = f"beside others an example differs by {self.padding:.1g} standard deviations"
@@ -48,7 +55,7 @@ class Findings:
 
     def as_dict(self) -> dict[str, Any]:
         """Return the findings as plain values, for JSON."""
-        return {**asdict(self), "positions": list(self.positions)}
+        return {name: value for name, value in asdict(self).items() if name != "shape"}
 
 
 class NotFiniteError(ValueError):
@@ -92,7 +99,7 @@ def check_encoder(
         # the longest one was the first: an encoder that remembers what came since shows it
         longest = pooling(**collate([examples[order[0]]])).cpu()
         _check_again(longest, features[order[:1]], scale, agree)
-        _check_differ(examples, features, scale)
+        equal = _check_differ(examples, features, scale)
 
         def difference(places: list[int]) -> float:
             return _distance(pooling(**collate([examples[i] for i in places])).cpu(), features[places], scale)
@@ -103,7 +110,8 @@ def check_encoder(
             _alone(pooling, inputs[order[-1]], order[-1])
             for i in order[::-1]:
                 _check_again(_alone(pooling, collate([examples[i]]), i)[0], features[i : i + 1], scale, agree)
-        return findings
+        shapes = {input_shapes(batch) for batch in inputs}
+        return replace(findings, equal=equal, shape=shapes.pop() if len(shapes) == 1 else None)
 
 
 def input_shapes(batch: Mapping[str, Any]) -> tuple:
@@ -161,8 +169,8 @@ def _check_again(again: Tensor, before: Tensor, scale: Tensor, agree: float) -> 
         )
 
 
-def _check_differ(examples: list, features: Tensor, scale: Tensor) -> None:
-    """Raise where most examples, though different, have the features of an earlier one."""
+def _check_differ(examples: list, features: Tensor, scale: Tensor) -> int:
+    """Return how many examples, though different, have the features of an earlier one; raise where most do."""
     different = [i for i, one in enumerate(examples) if not any(_same(one, other) for other in examples[:i])]
     distinct: list[int] = []
     for i in different:
@@ -171,12 +179,15 @@ def _check_differ(examples: list, features: Tensor, scale: Tensor) -> None:
     if len(different) > 1 and len(distinct) <= len(different) // 2:
         raise ValueError(
             f"{len(different)} different examples have {len(distinct)} different features, expected as many: what "
-            "prepares them loses what tells them apart, like a tokenizer that is not the encoder's"
+            "prepares them loses what tells them apart, like a tokenizer that is not the encoder's, or a cut too early"
         )
+    return len(different) - len(distinct)
 
 
 def _same(one: Any, other: Any) -> bool:
     try:
+        if isinstance(one, Path) and isinstance(other, Path):
+            return one.read_bytes() == other.read_bytes()
         return bool(one == other)
     except (RuntimeError, ValueError):  # tensors and arrays
         return False
@@ -191,8 +202,8 @@ def _batches(
     try:
         padding = difference(everything)
     except Exception as error:  # an encoder that takes one example at a time fails in a way of its own
-        if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
-            raise
+        if lacks_memory(error):  # of so many at a time
+            padding = difference([lengths.index(span[0]), lengths.index(span[1])])
         reason = " ".join(str(error).split())[:160]
     if padding is not None and padding <= agree:
         return Findings("any", padding, span, len(lengths))

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 INPUTS = ("input_ids", "pixel_values", "input_values", "input_features")  # of texts, images, sounds
 MASKS = ("attention_mask", "pixel_attention_mask")  # 1 where a position is valid
 LENGTHS = ("_get_feat_extract_output_lengths", "_get_subsampling_output_length")  # of Hugging Face's speech encoders
-# arguments with "mask" in their names that do not say which positions are valid
 NAMELESS = "an input by position"  # where an encoder's forward is (*args)
+# in names of arguments that say which positions are valid
 MASK_WORDS = "mask|pad|valid|bias"
-LENGTH_WORDS = "len|frames|tokens|^sizes$"
+LENGTH_WORDS = "len(s|gths?)?$|frames$|(n|num)_tokens$|^sizes$"
+# what such words in a name do not say
 OTHERS = ("head_mask", "bool_masked_pos", "mask_time_indices", "decoder", "cross")
 
 
@@ -57,7 +58,7 @@ def find_mask(
         return None if mask is None else _checked("decoder_attention_mask", mask)
     given = [name for name in MASKS if named.get(name) is not None]
     towers = sum(named.get(name) is not None for name in INPUTS) > 1
-    if len(given) > 1 or (given and towers and "text" not in layers):
+    if len(given) > 1 or (given and towers and not any(part.startswith("text") for part in layers.split("."))):
         raise ValueError(
             f"{' and '.join(given)}: which positions of {layers or 'the layers'} are valid is not clear; pass "
             'pooling_mask=, (batch, positions), or "all"'

@@ -397,8 +397,9 @@ def find_layers(encoder: nn.Module, layers: str | Sequence[nn.Module] | None) ->
     config = getattr(encoder, "config", None)
     wanted = getattr(config, "num_hidden_layers", None)
     if groups := getattr(config, "num_hidden_groups", None):  # ALBERT: groups of layers that run again and again
-        named = next(m for m in encoder.modules() if isinstance(m, nn.ModuleList) and len(m) == groups)
-        return [named[i * groups // wanted] for i in range(wanted)]
+        named = next((m for m in encoder.modules() if isinstance(m, nn.ModuleList) and len(m) == groups), None)
+        if named is not None:
+            return [named[i * groups // wanted] for i in range(wanted)]
     lists = {name: m for name, m in encoder.named_modules() if isinstance(m, nn.ModuleList) and len(m)}
     fitting = [m for m in lists.values() if (len(m) > 1 if wanted is None else len(m) == wanted)]
     if len(lists) == 1 and wanted is not None:  # the config's number may be the decoder's

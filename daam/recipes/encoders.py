@@ -16,10 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from daam.checks import lacks_memory
 from daam.masks import LENGTHS, unwrap
 from daam.pooling import LayerPooling
 from daam.recipes.data import DataError
-from daam.recipes.errors import UserError, lacks_memory
+from daam.recipes.errors import UserError
 from daam.recipes.media import read_image, read_sound, sound_seconds
 
 MAX_LENGTH, MAX_SECONDS = 128, 30.0  # of a text in tokens, of a sound; what is longer is cut off
@@ -138,7 +139,7 @@ def _find_spec(module: str) -> Any:
 def identify(pooling: nn.Module, collate: Callable) -> dict[str, str]:
     """Return hashes of what makes features, as it is now: a cache does not outlive its encoder."""
     random = collate.random if isinstance(collate, Collate) else ()
-    found = {"encoder_sha256": hash_encoder(pooling, random)}
+    found = {"encoder_sha256": hash_encoder(pooling, random)} if isinstance(pooling, nn.Module) else {}
     return found | ({"preparation_sha256": collate.sha256} if isinstance(collate, Collate) else {})
 
 

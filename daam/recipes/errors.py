@@ -9,6 +9,8 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
+from daam.checks import lacks_memory
+
 
 class UserError(ValueError):
     """Something that the user can mend; the message names it, says what came and what was expected."""
@@ -48,13 +50,6 @@ def guarded(main: Callable[[list[str] | None], None]) -> Callable[..., None]:
             end(f"memory does not suffice ({error}): take a smaller --batch, shorter examples or another --device")
 
     return run
-
-
-def lacks_memory(error: BaseException) -> bool:
-    """Tell whether an exception says that memory is used up, on the host or on a device."""
-    # torch.OutOfMemoryError is a RuntimeError; the CPU's allocator raises a plain one
-    words = ("out of memory", "can't allocate memory", "not enough memory")
-    return isinstance(error, MemoryError) or any(word in str(error).lower() for word in words)
 
 
 def _check_one_process() -> None:

@@ -83,13 +83,14 @@ def extract(
     labels = encode_labels(examples, names)
     digests = digest_examples(tqdm(examples, desc="hash of the examples", unit="examples", delay=2, leave=False))
     _tell_duplicates(examples, digests)
+    identity = identify(pooling, collate)  # before it runs: some keep what they computed
     findings = check(pooling, collate, examples, about)
-    layers, features = _run(pooling, collate, examples, [0]).shape[1:]
+    layers, features = _run(pooling, collate, examples, [0], findings).shape[1:]
     sizes = {"examples": len(examples), "shard": shard, "layers": layers, "features": features}
     checked = None if findings is None else findings.as_dict()
     own = {
         **about,
-        **identify(pooling, collate),
+        **identity,
         **sizes,
         "names": names,
         "examples_sha256": hash_examples(examples, digests),
@@ -103,7 +104,7 @@ def extract(
                 found = torch.empty(len(rows), layers, features)
                 # batches end with their shard: the same ones come again when a run goes on
                 for places in _batches(rows, examples, collate, batch, findings):
-                    found[[i - rows.start for i in places]] = _run(pooling, collate, examples, places)
+                    found[[i - rows.start for i in places]] = _run(pooling, collate, examples, places, findings)
                     bar.update(len(places))
                 writer.write(index, found, labels[rows.start : rows.stop])
     return writer.about
@@ -129,7 +130,7 @@ def check(pooling: nn.Module, collate: Callable, examples: list[Example], about:
     """
     if not isinstance(pooling, LayerPooling) or len(examples) < 2:
         return None
-    sources = [example.source for example in examples[:TRIED]]
+    sources = [example.source for example in _tried(examples)]
     try:
         if isinstance(collate, Collate) and (note := collate.check([example.source for example in examples])):
             print(note)
@@ -137,11 +138,22 @@ def check(pooling: nn.Module, collate: Callable, examples: list[Example], about:
     except EncoderError as error:
         raise EncoderError(f"{about.get('encoder')}: {error}") from None
     except NotFiniteError as error:
-        raise _not_finite(error.place, examples) from None
+        raise _not_finite(examples.index(_tried(examples)[error.place]), examples) from None
     except Exception as error:
         raise _explained(error, pooling, f"{about.get('encoder')}, first examples") from error
     print(findings)
     return findings
+
+
+def _tried(examples: list[Example]) -> list[Example]:
+    """Return the first examples, with the shortest and the longest of all: those may come later."""
+
+    def size(example: Example) -> int:
+        return len(example.source) if isinstance(example.source, str) else example.source.stat().st_size
+
+    ends = [min(examples, key=size), max(examples, key=size)]
+    first = [example for example in examples[:TRIED] if example not in ends]
+    return [*ends, *first][:TRIED]
 
 
 def _batches(
@@ -158,11 +170,15 @@ def _batches(
     return [group[start : start + batch] for group in groups.values() for start in range(0, len(group), batch)]
 
 
-def _run(pooling: nn.Module, collate: Callable, examples: list[Example], places: list[int]) -> Tensor:
+def _run(
+    pooling: nn.Module, collate: Callable, examples: list[Example], places: list[int], findings: Findings | None
+) -> Tensor:  # fmt: skip
     """Return the features of some examples, (examples, layers, features) in fp32 on the CPU."""
-    inputs = collate([examples[i].source for i in places])
     which = f"examples {places[0]} to {places[-1]}"
     try:
+        inputs = collate([examples[i].source for i in places])
+        if len(places) > 1 and not _is_known(inputs, findings):
+            return torch.cat([_run(pooling, collate, examples, [i], findings) for i in places])
         with torch.no_grad():
             features = pooling(**inputs).float().cpu()
     except Exception as error:
@@ -174,6 +190,13 @@ def _run(pooling: nn.Module, collate: Callable, examples: list[Example], places:
     if (row := first_not_finite(features)) is not None:
         raise _not_finite(places[row], examples)
     return features
+
+
+def _is_known(inputs: dict, findings: Findings | None) -> bool:
+    """Tell whether a batch is of a kind that was tried: where all were of one shape, nothing is known of padding."""
+    if findings is None or findings.shape is None:
+        return True
+    return [(name, shape[1:]) for name, shape in input_shapes(inputs)] == [(n, s[1:]) for n, s in findings.shape]
 
 
 def _not_finite(place: int, examples: list[Example]) -> CacheError:
@@ -255,8 +278,8 @@ def _extract(args: argparse.Namespace) -> dict:
     about = extract(
         pooling, collate, examples, args.output, about=about, names=names, batch=args.batch, shard=args.shard
     )
-    if collate.cut:
-        print(f"{len(collate.cut)} of these examples are longer than {collate.limit:g} {collate.unit}: cut off there")
+    if cut := sum(example.source in collate.cut for example in examples):
+        print(f"{cut} of these examples are longer than {collate.limit:g} {collate.unit}: cut off there")
     return about
 
 
