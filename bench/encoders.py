@@ -326,8 +326,9 @@ def run(entry: Entry, modality: str, sources: Sources) -> dict[str, Any]:
             row |= verdict(entry, modality, Path(folder), sources)
         except Exception as error:  # of the independent average
             row |= {"verdict": "not", "reason": _one_line(error)}
-    if "reason" in row:
-        row["reason"] = row["reason"].replace(f"{folder}: ", "")
+    for one in (row, *row.get("tried", {}).values()):
+        if "reason" in one:
+            one["reason"] = one["reason"].replace(f"{folder}: ", "")
     return row | {"seconds": round(time.perf_counter() - start, 2)}
 
 
