@@ -104,14 +104,14 @@ def check_encoder(
         def difference(places: list[int]) -> float:
             return _distance(pooling(**collate([examples[i] for i in places])).cpu(), features[places], scale)
 
-        findings = _batches(difference, lengths, [input_shapes(batch) for batch in inputs], agree)
+        shapes = [input_shapes(batch) for batch in inputs]
+        findings = _batches(difference, lengths, shapes, agree)
         if findings.batches != "any":
             # not for what calls remember or draw: once more, in another order, and one call later
             _alone(pooling, inputs[order[-1]], order[-1])
             for i in order[::-1]:
                 _check_again(_alone(pooling, collate([examples[i]]), i)[0], features[i : i + 1], scale, agree)
-        shapes = {input_shapes(batch) for batch in inputs}
-        return replace(findings, equal=equal, shape=shapes.pop() if len(shapes) == 1 else None)
+        return replace(findings, equal=equal, shape=shapes[0] if len(set(shapes)) == 1 else None)
 
 
 def input_shapes(batch: Mapping[str, Any]) -> tuple:

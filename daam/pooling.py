@@ -357,16 +357,16 @@ def _signature(encoder: nn.Module) -> tuple[Mapping[str, inspect.Parameter], boo
 
 def _named(encoder: nn.Module, inputs: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
     """Return an encoder's arguments by name, in the order of its signature."""
-    parameters = inspect.signature(encoder.forward).parameters
+    signature = inspect.signature(encoder.forward)
     try:
-        bound = inspect.signature(encoder.forward).bind_partial(*inputs, **kwargs).arguments
+        bound = signature.bind_partial(*inputs, **kwargs).arguments
     except TypeError:  # the encoder says it better
         return dict(kwargs)
     named: dict[str, Any] = {}
     for name, value in bound.items():
-        if parameters[name].kind is inspect.Parameter.VAR_POSITIONAL:
+        if signature.parameters[name].kind is inspect.Parameter.VAR_POSITIONAL:
             named.update({f"{NAMELESS}, {i}": one for i, one in enumerate(value)})
-        elif parameters[name].kind is inspect.Parameter.VAR_KEYWORD:
+        elif signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD:
             named.update(value)
         else:
             named[name] = value

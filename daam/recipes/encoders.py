@@ -21,7 +21,7 @@ from daam.masks import LENGTHS, unwrap
 from daam.pooling import LayerPooling
 from daam.recipes.data import DataError
 from daam.recipes.errors import UserError
-from daam.recipes.media import read_image, read_sound, sound_seconds
+from daam.recipes.media import import_extra, read_image, read_sound, sound_seconds
 
 MAX_LENGTH, MAX_SECONDS = 128, 30.0  # of a text in tokens, of a sound; what is longer is cut off
 FIRST = 16  # texts, in which few tokens may be unknown
@@ -96,12 +96,15 @@ def load_encoder(
             for the modality, or another encoder's; layers that are not clear.
         ImportError: transformers is not installed, or Pillow, soundfile or soxr.
     """
-    transformers = _transformers()
+    transformers = import_extra("transformers")
     if modality not in PREPARATIONS:
         raise EncoderError(f"modality is {modality!r}, expected one of {', '.join(map(repr, PREPARATIONS))}")
     folder = find_model(name)
     model, missing = _load_model(transformers, folder, name)
-    encoder, layers = _part(model, missing, modality, layers)
+    encoder = _part(model, missing, modality)
+    prefix = next(f"{path}." if path else "" for path, module in model.named_modules() if module is encoder)
+    if layers is not None:  # as they are called in the whole model, or in the part
+        layers = ",".join(layer.strip().removeprefix(prefix) for layer in layers.split(","))
     kind, prepare = PREPARATIONS[modality]
     processor = _load(getattr(transformers, kind).from_pretrained, folder, name, f"preprocessing of {modality}")
     try:
@@ -109,7 +112,6 @@ def load_encoder(
         collate = prepare(processor, encoder, max_length if modality == "text" else max_seconds)
     except ValueError as error:
         raise EncoderError(f"{name}: {error}") from None
-    prefix = next(f"{path}." if path else "" for path, module in model.named_modules() if module is encoder)
     collate.random = frozenset(key.removeprefix(prefix) for key in missing)
     collate.sha256 = _hash_saved(processor)
     _check_complete(model, missing, lambda: pooling(**collate.batch([SAMPLES[modality]])), name)
@@ -183,14 +185,6 @@ def _hash_saved(processor: Any) -> str:
     return total.hexdigest()
 
 
-def _transformers() -> Any:
-    try:
-        import transformers
-    except ImportError as error:
-        raise ImportError(f"{error}. The recipes need their extra: pip install 'daam-triton[recipes]'") from error
-    return transformers
-
-
 def _load_model(transformers: Any, folder: str, name: str) -> tuple[nn.Module, list[str]]:
     """Return a model, and the names of its tensors that its files do not hold: they are drawn at random."""
 
@@ -216,21 +210,15 @@ def _load(load: Callable[[str], Any], folder: str, name: str, what: str) -> Any:
         ) from None
 
 
-def _part(
-    model: nn.Module, missing: list[str], modality: str, layers: str | None
-) -> tuple[nn.Module, str | None]:  # fmt: skip
-    """Return the encoder of a modality, which may be a part of a model, and the name of its layers there."""
-    encoder, prefix = model, ""
+def _part(model: nn.Module, missing: list[str], modality: str) -> nn.Module:
+    """Return the encoder of a modality, which may be a part of a model."""
     # encoders that were saved alone are loaded into the whole model, with a decoder at random
     has_decoder = model.config.is_encoder_decoder or any(name.startswith("decoder.") for name in missing)
     if getattr(model.config, "sub_configs", None) or has_decoder:
         part = next((p for p in PARTS[modality] if isinstance(getattr(model, p, None), nn.Module)), None)
         if part is not None:
-            encoder, prefix = getattr(model, part), f"{part}."
-        elif has_decoder:
-            encoder = model.get_encoder()
-            prefix = next((f"{n}." for n, m in model.named_modules() if m is encoder and n), "")
-    return encoder, layers if layers is None else ",".join(n.strip().removeprefix(prefix) for n in layers.split(","))
+            return getattr(model, part)
+    return model.get_encoder() if has_decoder else model
 
 
 def _check_complete(model: nn.Module, missing: list[str], run: Callable[[], Tensor], name: str) -> None:

@@ -22,6 +22,7 @@ except ImportError as error:
     raise ImportError(f"{error}. The recipes need their extra: pip install 'daam-triton[recipes]'") from error
 
 import daam
+from daam.checks import lacks_memory
 from daam.encoder_check import TRIED, Findings, NotFiniteError, input_shapes
 from daam.pooling import LayerPooling
 from daam.recipes.arguments import device, number, positive
@@ -44,7 +45,7 @@ from daam.recipes.encoders import (
     load_encoder,
     positions_of,
 )
-from daam.recipes.errors import Parser, UserError, guarded, lacks_memory
+from daam.recipes.errors import Parser, UserError, guarded
 from daam.recipes.lock import exclusive
 
 EXAMPLE = """example:
@@ -88,13 +89,7 @@ def extract(
     layers, features = _run(pooling, collate, examples, [0], findings).shape[1:]
     sizes = {"examples": len(examples), "shard": shard, "layers": layers, "features": features}
     checked = None if findings is None else findings.as_dict()
-    own = {
-        **about,
-        **identity,
-        **sizes,
-        "names": names,
-        "examples_sha256": hash_examples(examples, digests),
-    }
+    own = {**about, **identity, **sizes, "names": names, "examples_sha256": hash_examples(examples, digests)}
     with exclusive(Path(folder)):
         writer = Writer(folder, {**own, "checked": checked})
         done = len(examples) - sum(len(writer.rows(index)) for index in writer.missing)
@@ -130,15 +125,15 @@ def check(pooling: nn.Module, collate: Callable, examples: list[Example], about:
     """
     if not isinstance(pooling, LayerPooling) or len(examples) < 2:
         return None
-    sources = [example.source for example in _tried(examples)]
+    tried = _tried(examples)
     try:
         if isinstance(collate, Collate) and (note := collate.check([example.source for example in examples])):
             print(note)
-        findings = pooling.check(collate, sources)
+        findings = pooling.check(collate, [example.source for example in tried])
     except EncoderError as error:
         raise EncoderError(f"{about.get('encoder')}: {error}") from None
     except NotFiniteError as error:
-        raise _not_finite(examples.index(_tried(examples)[error.place]), examples) from None
+        raise _not_finite(examples.index(tried[error.place]), examples) from None
     except Exception as error:
         raise _explained(error, pooling, f"{about.get('encoder')}, first examples") from error
     print(findings)
