@@ -565,6 +565,9 @@ def test_resnet_is_refused(command, tmp_path):
 
 
 TOWER = {"hidden_size": 32, "intermediate_size": 37, "num_hidden_layers": 3, "num_attention_heads": 2}
+TEXT_TOWER = {
+    **TOWER, "vocab_size": 17, "max_position_embeddings": 32, "eos_token_id": 3, "pad_token_id": 0, "bos_token_id": 2,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", ["CLIP", "Siglip"])
@@ -574,19 +577,11 @@ def test_models_of_two_modalities(name, modality, named, texts, command, tmp_pat
     """The part that the data needs is taken; its layers may be named as they are in the whole."""
     model = tmp_path / "model"
     save_tokenizer(model, model_max_length=32)
-    text = {
-        **TOWER,
-        "vocab_size": 17,
-        "max_position_embeddings": 32,
-        "eos_token_id": 3,
-        "pad_token_id": 0,
-        "bos_token_id": 2,
-    }
     processor = transformers.CLIPImageProcessor(
         size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}, do_center_crop=True
     )
     both = save_model(
-        model, name, processor, text_config=text, vision_config={**TOWER, "image_size": 16, "patch_size": 4}
+        model, name, processor, text_config=TEXT_TOWER, vision_config={**TOWER, "image_size": 16, "patch_size": 4}
     )
     part = both.text_model if modality == "text" else both.vision_model
     options = ["--layers", f"{modality}_model.encoder.layers"] if named else []
@@ -601,15 +596,9 @@ def test_models_of_two_modalities(name, modality, named, texts, command, tmp_pat
 
 def test_a_text_mask_is_not_laid_on_patches(tmp_path):
     """As many tokens as there are patches and a class token."""
-    text = {
-        **TOWER,
-        "vocab_size": 17,
-        "max_position_embeddings": 32,
-        "eos_token_id": 3,
-        "pad_token_id": 0,
-        "bos_token_id": 2,
-    }
-    both = save_model(tmp_path, "CLIP", text_config=text, vision_config={**TOWER, "image_size": 8, "patch_size": 4})
+    both = save_model(
+        tmp_path, "CLIP", text_config=TEXT_TOWER, vision_config={**TOWER, "image_size": 8, "patch_size": 4}
+    )
     ids, pixels, mask = torch.randint(5, 17, (2, 5)), torch.randn(2, 3, 8, 8), torch.tensor([[1] * 5, [1, 1, 1, 0, 0]])
     call = {"input_ids": ids, "pixel_values": pixels, "attention_mask": mask}
     pooling = daam.LayerPooling(both, "vision_model.encoder.layers")
