@@ -63,8 +63,8 @@ def read_metrics(path: Path) -> Iterator[dict]:
         line = next(csv.reader([text]), [])
         if "Metric Name" in line:
             columns = line
-        elif columns and len(line) == len(columns):
-            row = dict(zip(columns, line, strict=True))
+        elif columns and len(line) > columns.index(COLUMNS["value"]):
+            row = dict(zip(columns, line, strict=False))  # a metric has none of the last columns, which are of rules
             if row["Metric Name"].startswith(KEPT):
                 yield {name: row[column] for name, column in COLUMNS.items()}
 

@@ -165,7 +165,8 @@ def command(session: Session, part: str) -> list[str]:
         "--until": session.until, "--shard": "{}/{}".format(*session.shard), "--progress": session.progress,
     }  # fmt: skip
     if part == "tests":
-        plugins = ["-p", "no:cacheprovider", "-p", "bench.device.project_tests"]
+        # no:logging: torch 2.11 cannot format records of its own that pytest would capture
+        plugins = ["-p", "no:cacheprovider", "-p", "no:logging", "-p", "bench.device.project_tests"]
         words = ["pytest", "-q", "--continue-on-collection-errors", *plugins, "-m", CHOSEN, *TESTS]
     else:
         words = ["bench.device.part", part]

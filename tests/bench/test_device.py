@@ -416,7 +416,7 @@ def test_large_inputs_are_those_of_the_case():
 
 def test_counters(tmp_path, here):
     """The metrics of a file as Nsight Compute writes it; where it is absent, that is said."""
-    columns = ["ID", "Kernel Name", "Section Name", "Metric Name", "Metric Unit", "Metric Value"]
+    columns = ["ID", "Kernel Name", "Section Name", "Metric Name", "Metric Unit", "Metric Value", "Rule Name"]
     lines = [columns, ["0", "_forward", "x", "DRAM Throughput", "%", "91.5"], ["0", "_forward", "x", "Other", "%", "1"]]
     path = tmp_path / "ncu.csv"
     text = "\n".join(",".join(f'"{word}"' for word in line) for line in lines)
