@@ -1,4 +1,4 @@
-"""What the algorithms share: a call's inputs cut into heads, and heads of unequal length."""
+"""Parts common to the algorithms: a call's inputs cut into heads, heads of unequal length, slices of a large x."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ SLICE = 2**19  # elements, 2 MB in fp32: as measured, with some six temporaries 
 
 
 class Chunks:
-    """One call's inputs cut into heads: x of shape (…, N, …) becomes (…, heads, N // heads, …), in the compute dtype.
+    """Cut one call's inputs into heads: x of shape (…, N, …) becomes (…, heads, N // heads, …), in fp32 or fp64.
 
-    `x` holds zeros where the mask is False, `raw` what came; `count` is the number of valid positions of a chunk (1
+    `raw` is x as it came, `x` has zeros where the mask is False; `count` is the number of valid positions of a chunk (1
     where there is none, so that it can divide); `dim` is the dimension that runs along a chunk. Where `padding` is
-    given, `padded` says which positions hold it, and `counted` has zeros there: the statistics are those of `counted`.
+    given, `padded` tells which positions hold it, and `stats_x`, which the statistics are those of, has zeros there.
     """
 
     def __init__(self, x: Tensor, heads: int, mask: Tensor | None, axis: int, padding: float | None = None):
@@ -32,46 +32,53 @@ class Chunks:
         self.x = self.valid(self.raw)
         # compared in x's dtype, which rounds the value
         self.padded = None if padding is None else self.split(x == padding)
-        self.counted = self.x if padding is None else self.x.masked_fill(self.padded, 0)
+        self.stats_x = self.x if padding is None else self.x.masked_fill(self.padded, 0)
         self.count, self.empty = self.length, 0
         if mask is not None:
             count = self.length - self.invalid.sum(self.dim, keepdim=True)
             self.count, self.empty = count.clamp(min=1), (count == 0).to(self.dtype)
 
     def split(self, t: Tensor) -> Tensor:
+        """Return a tensor like x cut into heads, in the compute dtype unless it is bool."""
         t = t if t.dtype == torch.bool else t.to(self.dtype)
         return t.reshape(*t.shape[: self.axis], self.heads, self.length, *t.shape[self.dim :])
 
     def merge(self, t: Tensor) -> Tensor:
+        """Return a tensor that is cut into heads in x's shape and dtype."""
         t = t.reshape(*t.shape[: self.axis], self.heads * self.length, *t.shape[self.dim + 1 :])
         return t.to(self.x_dtype)
 
     def outputs(self, weights: Tensor, residual: bool, return_weights: bool) -> tuple[Tensor, Tensor | None]:
-        """y and weights from weights of our own. They are no views to autograd: users change outputs in place."""
+        """Return (y, weights) like x from weights cut into heads; those not asked for are None, and overwritten."""
         y = weights * self.x if return_weights else weights.mul_(self.x)
         if self.padded is not None:
             y = torch.where(self.padded, self.x, y)
         if residual:
             y += self.raw
         outputs = (self.merge(t) for t in ((y, weights) if return_weights else (y,)))
+        # no views to autograd: users change outputs in place
         y, *weights = (torch.ops.aten._unsafe_view.default(t, t.shape) for t in outputs)
         return y, weights[0] if weights else None
 
     def gradients(self, grad_y: Tensor | None, grad_weights: Tensor | None) -> tuple[Tensor | int, ...]:
-        """grad_y where it counts, what reaches the weights, and grad_y as it came; 0 for a grad_y of None."""
+        """Return (g, h, raw), cut into heads: raw is grad_y as it came, g has zeros where x is not valid, and h =
+        g·x + grad_weights is the gradient of the weights. All that comes of a grad_y of None is 0.
+        """
         raw = 0 if grad_y is None else self.split(grad_y)
         g = raw if grad_y is None else self.valid(raw)
-        of_weights = 0 if grad_y is None else g * self.x
+        h = 0 if grad_y is None else g * self.x
         if self.padded is not None and grad_y is not None:
-            of_weights = of_weights.masked_fill(self.padded, 0)
+            h = h.masked_fill(self.padded, 0)
         if grad_weights is not None:
-            of_weights = of_weights + self.valid(self.split(grad_weights))
-        return g, of_weights, raw
+            h = h + self.valid(self.split(grad_weights))
+        return g, h, raw
 
     def input_grad(
         self, indirect: Tensor, g: Tensor | int, weights: Tensor, raw: Tensor | int, residual: bool
     ) -> Tensor:
-        """g·weights + indirect where x is valid, in the place of indirect; g and raw as `gradients` has them."""
+        """Return dx = g·weights + indirect where x is valid (+ raw), like x; g and raw are those of `gradients`, and
+        indirect, the gradient by way of the weights, is overwritten.
+        """
         if isinstance(g, Tensor):
             indirect.addcmul_(g, weights)
         dx = self.valid(indirect)
@@ -80,6 +87,7 @@ class Chunks:
         return self.merge(dx)
 
     def valid(self, t: Tensor) -> Tensor:
+        """Return a tensor that is cut into heads with zeros where the mask is False."""
         return t if self.invalid is None else t.masked_fill(self.invalid, 0)  # unlike where, keeps the order of strides
 
     def sum(self, t: Tensor) -> Tensor:
@@ -89,38 +97,38 @@ class Chunks:
         return self.sum(t) / self.count
 
     def centred(self) -> tuple[Tensor, Tensor]:
-        """x - mean, and the sum of its squares over a chunk."""
-        d, rest, square = self.nearly_centred()
-        return self.valid(d - rest), square
+        """Return d = x - mean, 0 where x is not valid, and the sum of the squares that var is made of."""
+        d, mean_error, sum_squares = self.nearly_centred()
+        return self.valid(d - mean_error), sum_squares
 
     def nearly_centred(self) -> tuple[Tensor, Tensor, Tensor]:
-        """x less its mean as computed, what that was short of, and the sum of (x - mean)² over a chunk.
+        """Return (x - mean as computed, what that mean was short of, Σ (x - mean)² over a chunk).
 
         In fp32 a large mean carries a rounding error of its own size: the mean of x - mean takes it back.
         """
-        mean = self.mean(self.counted)
-        d = self.valid(self.counted - mean)
-        rest = self.mean(d)
+        mean = self.mean(self.stats_x)
+        d = self.valid(self.stats_x - mean)
+        mean_error = self.mean(d)
         # both sums in one pass; of a constant chunk they cancel to a rounding error of either sign
-        square = (self.sum(d * d) - self.count * rest * rest).clamp(min=0)
-        return d if self.padded is None else self.x - mean, rest, square
+        sum_squares = (self.sum(d * d) - self.count * mean_error * mean_error).clamp(min=0)
+        return d if self.padded is None else self.x - mean, mean_error, sum_squares
 
     def param(self, p: Tensor, feature_axis: int | None = None) -> Tensor:
-        """(heads, P) in the shape that broadcasts against the chunks; P follows feature_axis, or is 1."""
+        """Return a parameter (heads, P) as it broadcasts against the chunks; P follows feature_axis, if given."""
         shape = [1] * self.rank
         shape[self.axis] = self.heads
         if feature_axis is not None:
             # heads stands before a feature axis that follows the normalised one, behind one that precedes it
-            before = feature_axis < self.axis
-            shape[feature_axis if before else feature_axis + 1] = p.shape[1]
-            p = p.t() if before else p
+            precedes = feature_axis < self.axis
+            shape[feature_axis if precedes else feature_axis + 1] = p.shape[1]
+            p = p.t() if precedes else p
         return p.to(self.dtype).reshape(shape)
 
     def param_grad(self, g: Tensor, p: Tensor, feature_axis: int | None = None) -> Tensor:
-        """What `param` broadcast, summed back to (heads, P)."""
-        before = feature_axis is not None and feature_axis < self.axis
+        """Return a gradient for each position, or for each chunk, summed to the shape of the parameter, (heads, P)."""
+        precedes = feature_axis is not None and feature_axis < self.axis
         g = g.sum([d for d, size in enumerate(self.param(p, feature_axis).shape) if size == 1 and d != self.axis])
-        return (g.t() if before else g).reshape(p.shape)
+        return (g.t() if precedes else g).reshape(p.shape)
 
 
 # A function of the reference takes ([grad_y, grad_weights,] x, two parameters, mask, axis, …) and returns (y, weights)
@@ -129,19 +137,19 @@ class Chunks:
 
 def in_parts(function: Callable) -> Callable:
     """Let a function of heads of equal length take any: the last head takes the remainder, in a call of its own."""
-    first = _place_of_x(function)
+    x_index = _find_x(function)
 
     @functools.wraps(function)
     def run(*args):
-        x, params, axis = args[first], args[first + 1], args[first + 4]
+        x, params, axis = args[x_index], args[x_index + 1], args[x_index + 4]
         pieces = parts(x.shape[axis], params.shape[0])
         if len(pieces) == 1:
             return function(*args)
         results = [
-            function(*_each(args, first, partial(piece.positions_of, axis=axis), partial(piece.heads_of, dim=0)))
+            function(*_cut(args, x_index, partial(piece.positions_of, axis=axis), partial(piece.heads_of, dim=0)))
             for piece in pieces
         ]
-        dims = (axis, 0, 0) if first else (axis, axis)
+        dims = (axis, 0, 0) if x_index else (axis, axis)
         columns = zip(dims, zip(*results, strict=True), strict=True)
         return tuple(None if ts[0] is None else torch.cat(ts, dim) for dim, ts in columns)
 
@@ -150,46 +158,46 @@ def in_parts(function: Callable) -> Callable:
 
 def in_slices(function: Callable) -> Callable:
     """Let a function take a large x on the CPU in slices of another axis, whose temporaries stay in the cache."""
-    first = _place_of_x(function)
+    x_index = _find_x(function)
     feature_axis = [i for i, name in enumerate(signature(function).parameters) if name == "feature_axis"]
 
     @functools.wraps(function)
     def run(*args):
-        x, taken = args[first], [args[i] for i in (first + 4, *feature_axis)]
+        x, axes = args[x_index], [args[i] for i in (x_index + 4, *feature_axis)]
         if torch.compiler.is_compiling() or not x.is_cpu or x.numel() < 2 * SLICE:
             return function(*args)
-        dim = next((d for d, size in enumerate(x.shape) if size > 1 and d not in taken), None)
+        dim = next((d for d, size in enumerate(x.shape) if size > 1 and d not in axes), None)
         if dim is None:
             return function(*args)
 
         def slice_of(t, start):
             return t if t.shape[dim] == 1 else t[(slice(None),) * dim + (slice(start, start + step),)]
 
-        size, step, whole = x.shape[dim], max(1, SLICE * x.shape[dim] // x.numel()), None
+        size, step, outputs = x.shape[dim], max(1, SLICE * x.shape[dim] // x.numel()), None
         for start in range(0, size, step):
-            results = function(*_each(args, first, partial(slice_of, start=start), lambda p: p))
-            # into one tensor at once: joined afterwards, slices would touch as much memory again
-            of_x = (True, not first, not first)[: len(results)]
-            pairs = list(zip(results, of_x, strict=True))
-            if whole is None:
-                whole = tuple(
-                    None if t is None else t.new_empty(x.shape) if like_x else torch.zeros_like(t)
-                    for t, like_x in pairs
-                )
-            for total, (t, like_x) in zip(whole, pairs, strict=True):
+            results = function(*_cut(args, x_index, partial(slice_of, start=start), lambda p: p))
+            # gradients are those of x and of two parameters, which sum over slices; y and weights are like x
+            n_like_x = 1 if x_index else 2
+            if outputs is None:  # into one tensor at once: joined afterwards, slices would touch as much memory again
+                outputs = [
+                    None if t is None else t.new_empty(x.shape) if i < n_like_x else torch.zeros_like(t)
+                    for i, t in enumerate(results)
+                ]
+            for i, t in enumerate(results):
                 if t is not None:
-                    slice_of(total, start).copy_(t) if like_x else total.add_(t)
-        return whole
+                    slice_of(outputs[i], start).copy_(t) if i < n_like_x else outputs[i].add_(t)
+        return tuple(outputs)
 
     return run
 
 
-def _place_of_x(function: Callable) -> int:
+def _find_x(function: Callable) -> int:
+    """Return the index of x among a function's parameters: 0, or 2 behind the gradients."""
     return tuple(signature(function).parameters).index("x")
 
 
-def _each(args: tuple, first: int, of_x: Callable, of_params: Callable) -> tuple:
-    """args with what is shaped like x, and both parameters, changed."""
-    like_x, params, mask, others = args[: first + 1], args[first + 1 : first + 3], args[first + 3], args[first + 4 :]
-    *like_x, mask = (None if t is None else of_x(t) for t in (*like_x, mask))
-    return *like_x, *map(of_params, params), mask, *others
+def _cut(args: tuple, x_index: int, cut_x: Callable, cut_param: Callable) -> tuple:
+    """Return a function's arguments with cut_x of each tensor like x, None aside, and cut_param of both parameters."""
+    *tensors, p, q, mask = args[: x_index + 4]
+    *tensors, mask = (None if t is None else cut_x(t) for t in (*tensors, mask))
+    return *tensors, cut_param(p), cut_param(q), mask, *args[x_index + 4 :]

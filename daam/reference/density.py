@@ -1,6 +1,11 @@
 """Density attention, arXiv 2401.11143, Algorithm 1.
 
-Parameters mean_offset and c are (heads, P), P following `feature_axis`, or 1 where it is None.
+Parameters mean_offset and c are (heads, P), P following `feature_axis`, or 1 where it is None. Over a chunk of length
+n, with d = x - mean, e = d - mean_offset, inv_var = 1/(var + eps), var biased, and h = grad_y·x + grad_weights:
+
+    weights = exp(-e²·inv_var/(2c))      y = x·weights
+    he = h·weights·e·inv_var/c           dx = grad_y·weights - he + (Σ he + inv_var·d·Σ he·e)/n
+    d_mean_offset = Σ he                 d_c = Σ he·e/(2c)
 """
 
 from __future__ import annotations
@@ -17,12 +22,10 @@ def formula(
     x: Tensor, mean_offset: Tensor, c: Tensor, mask: Tensor | None, axis: int, feature_axis: int | None, eps: float,
     residual: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """y and weights, as the paper writes them: z = (x - mean - mean_offset) / sqrt(var + eps), weights = exp(-z²/(2c)),
-    y = x·weights.
-    """
+    """Return (y, weights): z = (x - mean - mean_offset)/sqrt(var + eps), weights = exp(-z²/(2c)), y = x·weights."""
     chunks = Chunks(x, c.shape[0], mask, axis)
-    d, square = chunks.centred()
-    z = (d - chunks.param(mean_offset, feature_axis)) * torch.rsqrt(_spread(chunks, square, eps))
+    d, sum_squares = chunks.centred()
+    z = (d - chunks.param(mean_offset, feature_axis)) * torch.rsqrt(_var_eps(chunks, sum_squares, eps))
     weights = chunks.valid(torch.exp(-z * z / (2 * chunks.param(c, feature_axis))))
     y = chunks.x * weights
     if residual:
@@ -34,21 +37,17 @@ def gradient(
     grad_y: Tensor | None, grad_weights: Tensor | None, x: Tensor, mean_offset: Tensor, c: Tensor, mask: Tensor | None,
     axis: int, feature_axis: int | None, eps: float, residual: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of x, mean_offset and c in closed form, differentiable themselves.
-
-    With e = x - mean - mean_offset, r2 = 1/(var + eps), h = (grad_y·x + grad_weights)·weights and sums over a chunk of
-    length n: s1 = r2·Σ h·e/c, s2 = r2·Σ h·e²/c, dx = grad_y·weights - r2·h·e/c + (s1 + r2·s2·(x - mean))/n.
-    """
+    """Return gradients of x, mean_offset and c by this module's formulas, which are differentiable themselves."""
     chunks = Chunks(x, c.shape[0], mask, axis)
     scale = chunks.param(c, feature_axis)
-    d, square = chunks.centred()
-    r2 = 1 / _spread(chunks, square, eps)
+    d, sum_squares = chunks.centred()
+    inv_var = 1 / _var_eps(chunks, sum_squares, eps)
     e = d - chunks.param(mean_offset, feature_axis)
-    weights = chunks.valid(torch.exp(-e * e * r2 / (2 * scale)))
+    weights = chunks.valid(torch.exp(-e * e * inv_var / (2 * scale)))
     g, h, raw = chunks.gradients(grad_y, grad_weights)
-    he = h * weights / scale * e * r2
+    he = h * weights / scale * e * inv_var
     hee = he * e
-    dx = chunks.valid(g * weights - he + chunks.mean(he) + r2 * d * chunks.mean(hee))
+    dx = chunks.valid(g * weights - he + chunks.mean(he) + inv_var * d * chunks.mean(hee))
     if residual:
         dx = dx + raw
     return (
@@ -63,11 +62,11 @@ def forward(
     x: Tensor, mean_offset: Tensor, c: Tensor, mask: Tensor | None, axis: int, feature_axis: int | None, eps: float,
     residual: bool, return_weights: bool,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """`formula` in place."""
+    """Return (y, weights) as `formula` does, computed in place; the weights are None if not asked for."""
     chunks = Chunks(x, c.shape[0], mask, axis)
-    d, square = chunks.centred()
-    k = _spread(chunks, square, eps).reciprocal_() * (-LOG2_E / 2 / chunks.param(c, feature_axis))
-    weights = chunks.valid(d.sub_(chunks.param(mean_offset, feature_axis)).square_().mul_(k).exp2_())
+    d, sum_squares = chunks.centred()
+    factor = _var_eps(chunks, sum_squares, eps).reciprocal_() * (-LOG2_E / 2 / chunks.param(c, feature_axis))
+    weights = chunks.valid(d.sub_(chunks.param(mean_offset, feature_axis)).square_().mul_(factor).exp2_())
     return chunks.outputs(weights, residual, return_weights)
 
 
@@ -76,19 +75,19 @@ def backward(
     grad_y: Tensor | None, grad_weights: Tensor | None, x: Tensor, mean_offset: Tensor, c: Tensor, mask: Tensor | None,
     axis: int, feature_axis: int | None, eps: float, residual: bool, need_x: bool, need_params: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
-    """`gradient` in place."""
+    """Return the gradients that `gradient` does, computed in place; those not needed are None."""
     chunks = Chunks(x, c.shape[0], mask, axis)
     scale = chunks.param(c, feature_axis)
-    d, square = chunks.centred()
-    r2 = _spread(chunks, square, eps).reciprocal_()
+    d, sum_squares = chunks.centred()
+    inv_var = _var_eps(chunks, sum_squares, eps).reciprocal_()
     e = d - chunks.param(mean_offset, feature_axis)
-    weights = chunks.valid((e * e).mul_(r2 * (-LOG2_E / 2 / scale)).exp2_())
+    weights = chunks.valid((e * e).mul_(inv_var * (-LOG2_E / 2 / scale)).exp2_())
     g, h, raw = chunks.gradients(grad_y, grad_weights)
-    he = (h * weights).mul_(e).mul_(r2 / scale)
+    he = (h * weights).mul_(e).mul_(inv_var / scale)
     hee = he * e
     dx = d_mean_offset = d_c = None
     if need_x:
-        dx = (d * chunks.mean(hee).mul_(r2)).add_(chunks.mean(he)).sub_(he)
+        dx = (d * chunks.mean(hee).mul_(inv_var)).add_(chunks.mean(he)).sub_(he)
         dx = chunks.input_grad(dx, g, weights, raw, residual)
     if need_params:
         d_mean_offset = chunks.param_grad(he, mean_offset, feature_axis)
@@ -96,6 +95,6 @@ def backward(
     return dx, d_mean_offset, d_c
 
 
-def _spread(chunks: Chunks, square: Tensor, eps: float) -> Tensor:
-    """var + eps, and 1 more where no position is valid, so that it can divide whatever eps is."""
-    return square / chunks.count + (eps + chunks.empty)
+def _var_eps(chunks: Chunks, sum_squares: Tensor, eps: float) -> Tensor:
+    """Return var + eps of each chunk, and 1 more where no position is valid, so that it can divide whatever eps is."""
+    return sum_squares / chunks.count + (eps + chunks.empty)

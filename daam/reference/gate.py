@@ -1,6 +1,13 @@
 """The density gate, arXiv 2512.07168 (the JEPA tokenizer): a true mixture of Gaussians, not normalised over the chunk.
 
-Parameters mean_offsets and log_sigma are (heads, num_gaussians), mean_offsets in units of x.
+Parameters mean_offsets and log_sigma are (heads, num_gaussians), mean_offsets in units of x. Over a chunk of length n,
+with d = x - mean, std = sqrt(max(var, 1e-6)), var biased, h = grad_y·x + grad_weights, and for each of K Gaussians
+sigma_k = softplus(log_sigma_k) + 1e-3, width_k = std·sigma_k + 1e-8 and z_k = (d - mean_offset_k)/width_k:
+
+    N_k = exp(-z_k²/2)/(sqrt(2π)·sigma_k·K)      weights = Σ_k N_k      y = x·weights
+    t_k = h·N_k      q_k = -t_k·z_k/width_k      Q = Σ_k q_k      S = Σ_k q_k·z_k·sigma_k
+    dx = grad_y·weights + Q - Σ Q/n - [var >= 1e-6]·(d/std)·Σ S/n
+    d_mean_offset_k = -Σ q_k      d_log_sigma_k = -(Σ q_k·z_k·std + Σ t_k/sigma_k)·sigmoid(log_sigma_k)
 """
 
 from __future__ import annotations
@@ -20,13 +27,10 @@ VARIANCE_FLOOR, SIGMA_FLOOR, WIDTH_FLOOR = 1e-6, 1e-3, 1e-8  # as published
 def formula(
     x: Tensor, mean_offsets: Tensor, log_sigma: Tensor, mask: Tensor | None, axis: int, residual: bool
 ) -> tuple[Tensor, Tensor]:
-    """y and weights: sigma_k = softplus(log_sigma_k) + 1e-3, std = sqrt(max(var, 1e-6)),
-    z_k = (x - mean - mean_offset_k) / (std·sigma_k + 1e-8), weights = mean_k exp(-z_k²/2) / (sqrt(2π)·sigma_k),
-    y = x·weights.
-    """
+    """Return (y, weights) by this module's formulas, each like x; y = x·weights, plus x with residual."""
     chunks = Chunks(x, log_sigma.shape[0], mask, axis)
-    d, square = chunks.centred()
-    std = (square / chunks.count).clamp(min=VARIANCE_FLOOR).sqrt()
+    d, sum_squares = chunks.centred()
+    std = (sum_squares / chunks.count).clamp(min=VARIANCE_FLOOR).sqrt()
     weights = 0
     for offset, sigma in _gaussians(chunks, mean_offsets, log_sigma):
         z = (d - offset) / (std * sigma + WIDTH_FLOOR)
@@ -43,29 +47,24 @@ def gradient(
     grad_y: Tensor | None, grad_weights: Tensor | None, x: Tensor, mean_offsets: Tensor, log_sigma: Tensor,
     mask: Tensor | None, axis: int, residual: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of x, mean_offsets and log_sigma in closed form, differentiable themselves.
-
-    With N_k a Gaussian's part of the weights, width_k = std·sigma_k + 1e-8, t_k = (grad_y·x + grad_weights)·N_k,
-    q_k = -t_k·z_k/width_k and sums over a chunk of length n:
-    dx = grad_y·weights + Σ_k q_k - Σ Σ_k q_k/n - [var >= 1e-6]·((x - mean)/std)·Σ Σ_k q_k·z_k·sigma_k/n.
-    """
+    """Return gradients of x, mean_offsets and log_sigma by this module's formulas, differentiable themselves."""
     chunks = Chunks(x, log_sigma.shape[0], mask, axis)
-    d, square = chunks.centred()
-    variance = square / chunks.count
+    d, sum_squares = chunks.centred()
+    variance = sum_squares / chunks.count
     std = variance.clamp(min=VARIANCE_FLOOR).sqrt()
     g, h, raw = chunks.gradients(grad_y, grad_weights)
-    weights, q_all, qzs_all, d_offsets, d_sigmas = 0, 0, 0, [], []
+    weights, mixture_q, mixture_qzs, d_offsets, d_sigmas = 0, 0, 0, [], []
     for offset, sigma in _gaussians(chunks, mean_offsets, log_sigma):
         width = std * sigma + WIDTH_FLOOR
         z = (d - offset) / width
-        part = torch.exp(-z * z / 2) * (DENSITY_AT_0 / log_sigma.shape[1] / sigma)
-        t = chunks.valid(h * part)
+        density = torch.exp(-z * z / 2) * (DENSITY_AT_0 / log_sigma.shape[1] / sigma)
+        t = chunks.valid(h * density)
         q = -t * z / width
-        weights, q_all, qzs_all = weights + part, q_all + q, qzs_all + q * z * sigma
+        weights, mixture_q, mixture_qzs = weights + density, mixture_q + q, mixture_qzs + q * z * sigma
         d_offsets.append(chunks.param_grad(-q, mean_offsets[:, :1]))
         d_sigmas.append(chunks.param_grad(-q * z * std - t / sigma, log_sigma[:, :1]))
     slope = (variance >= VARIANCE_FLOOR).to(d.dtype) / std
-    dx = chunks.valid(g * weights + q_all - chunks.mean(q_all) - d * (slope * chunks.mean(qzs_all)))
+    dx = chunks.valid(g * weights + mixture_q - chunks.mean(mixture_q) - d * (slope * chunks.mean(mixture_qzs)))
     if residual:
         dx = dx + raw
     sigmoid = log_sigma.to(d.dtype).sigmoid()
@@ -78,13 +77,13 @@ def forward(
     x: Tensor, mean_offsets: Tensor, log_sigma: Tensor, mask: Tensor | None, axis: int, residual: bool,
     return_weights: bool,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """`formula` in place."""
+    """Return (y, weights) as `formula` does, computed in place; the weights are None if not asked for."""
     chunks = Chunks(x, log_sigma.shape[0], mask, axis)
-    d, square = chunks.centred()
-    std = (square / chunks.count).clamp_(min=VARIANCE_FLOOR).sqrt_()
+    d, sum_squares = chunks.centred()
+    std = (sum_squares / chunks.count).clamp_(min=VARIANCE_FLOOR).sqrt_()
     weights = torch.zeros_like(d)
     for offset, sigma in _gaussians(chunks, mean_offsets, log_sigma):
-        weights += _part((d - offset).div_(std * sigma + WIDTH_FLOOR), sigma, log_sigma.shape[1])
+        weights += _density((d - offset).div_(std * sigma + WIDTH_FLOOR), sigma, log_sigma.shape[1])
     return chunks.outputs(chunks.valid(weights), residual, return_weights)
 
 
@@ -94,30 +93,29 @@ def backward(
     grad_y: Tensor | None, grad_weights: Tensor | None, x: Tensor, mean_offsets: Tensor, log_sigma: Tensor,
     mask: Tensor | None, axis: int, residual: bool, need_x: bool, need_params: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
-    """`gradient` in place. In place is only what came of both gradients, either of which may be batched
-    (is_grads_batched) where x is not.
-    """
+    """Return the gradients that `gradient` does, computed in place; those not needed are None."""
+    # in place is only what came of both gradients, either of which may be batched (is_grads_batched) where x is not
     chunks = Chunks(x, log_sigma.shape[0], mask, axis)
-    d, square = chunks.centred()
-    variance = square / chunks.count
+    d, sum_squares = chunks.centred()
+    variance = sum_squares / chunks.count
     std = variance.clamp(min=VARIANCE_FLOOR).sqrt_()
     g, h, raw = chunks.gradients(grad_y, grad_weights)
-    weights, q_all, qzs_all, d_offsets, d_sigmas = torch.zeros_like(d), 0, 0, [], []
+    weights, mixture_q, mixture_qzs, d_offsets, d_sigmas = torch.zeros_like(d), 0, 0, [], []
     for offset, sigma in _gaussians(chunks, mean_offsets, log_sigma):
         width = std * sigma + WIDTH_FLOOR
         z = (d - offset).div_(width)
-        part = _part(z.clone(), sigma, log_sigma.shape[1])
-        t = chunks.valid(h * part)
+        density = _density(z.clone(), sigma, log_sigma.shape[1])
+        t = chunks.valid(h * density)
         q = (t * z).div_(-width)
         qz = q * z
-        weights, q_all, qzs_all = weights.add_(part), q_all + q, qzs_all + qz * sigma
+        weights, mixture_q, mixture_qzs = weights.add_(density), mixture_q + q, mixture_qzs + qz * sigma
         if need_params:
             d_offsets.append(-chunks.param_grad(q, mean_offsets[:, :1]))
             d_sigmas.append(-chunks.param_grad(chunks.sum(qz) * std + chunks.sum(t) / sigma, log_sigma[:, :1]))
     dx = d_mean_offsets = d_log_sigma = None
     if need_x:
         slope = (variance >= VARIANCE_FLOOR).to(d.dtype).div_(std)
-        dx = q_all.sub_(chunks.mean(q_all)).sub_(d * (slope * chunks.mean(qzs_all)))
+        dx = mixture_q.sub_(chunks.mean(mixture_q)).sub_(d * (slope * chunks.mean(mixture_qzs)))
         dx = chunks.input_grad(dx, g, weights, raw, residual)
     if need_params:
         d_mean_offsets = torch.cat(d_offsets, 1)
@@ -126,12 +124,12 @@ def backward(
 
 
 def _gaussians(chunks: Chunks, mean_offsets: Tensor, log_sigma: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """Offset and sigma of every Gaussian, which broadcast against the chunks."""
+    """Return (mean_offset, sigma) of every Gaussian, in the shape that broadcasts against the chunks."""
     sigmas = softplus(log_sigma.to(chunks.dtype)) + SIGMA_FLOOR
     pairs = zip(mean_offsets.split(1, 1), sigmas.split(1, 1), strict=True)
     return [(chunks.param(offset), chunks.param(sigma)) for offset, sigma in pairs]
 
 
-def _part(z: Tensor, sigma: Tensor, gaussians: int) -> Tensor:
-    """A Gaussian's part of the weights, from its z and in its place."""
+def _density(z: Tensor, sigma: Tensor, gaussians: int) -> Tensor:
+    """Return N_k of one of the Gaussians from its z, which is overwritten."""
     return z.square_().mul_(-LOG2_E / 2).exp2_().mul_(DENSITY_AT_0 / gaussians / sigma)
