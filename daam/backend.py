@@ -39,7 +39,7 @@ _context = threading.local()
 
 
 def backend_for(x: Tensor, backend: str = "auto") -> tuple[str, str]:
-    """The backend that a call on x runs on, and the reason.
+    """Return the backend that a call on x runs on, and the reason.
 
     Args:
         x: the tensor that would be passed; only its device matters.
@@ -87,7 +87,7 @@ def use_backend(backend: str) -> Iterator[None]:
 
 
 def interpreting() -> bool:
-    """Whether kernels run in Triton's interpreter, on CPU tensors."""
+    """Tell whether kernels run in Triton's interpreter, on CPU tensors."""
     if "triton.language" in sys.modules:
         # what counts is the environment when Triton was imported: its own library is interpreted from then on, or not
         return type(sys.modules["triton.language"].sum).__name__ == "InterpretedFunction"
@@ -114,7 +114,7 @@ def _check(backend: str, name: str) -> None:
 
 
 def _problem(x: Tensor) -> str | None:
-    """Why Triton cannot run on x; None where it can."""
+    """Return why Triton cannot run on x, in words; None where it can."""
     if not _TRITON_INSTALLED:
         return _NOT_INSTALLED
     if x.is_cuda:
@@ -127,7 +127,7 @@ def _problem(x: Tensor) -> str | None:
 
 @functools.cache
 def _driver_problem() -> str | None:
-    """Asked once a process: opening a driver is slow, and whether it opens does not change."""
+    """Return why Triton finds no driver, in words; None where it does. The answer is kept: opening a driver is slow."""
     try:
         import triton
 

@@ -21,21 +21,21 @@ def stack_heads(
     names = "|".join(stacked)
     for head_list in lists:
         pattern = re.compile(rf"{re.escape(prefix)}{head_list}\.(\d+)\.({names})")
-        found = {key: match for key in state_dict if (match := pattern.fullmatch(key))}
-        if not found:
+        matches = {key: match for key in state_dict if (match := pattern.fullmatch(key))}
+        if not matches:
             continue
         heads, features = next(iter(stacked.values())).shape
-        numbers = {int(match[1]) for match in found.values()}
-        if numbers != set(range(heads)) or len(found) != heads * len(stacked):
+        numbers = {int(match[1]) for match in matches.values()}
+        if numbers != set(range(heads)) or len(matches) != heads * len(stacked):
             error_msgs.append(
                 f"{prefix}{head_list} has entries for heads {sorted(numbers)}, expected all of 0 to {heads - 1}"
             )
-        elif wrong := [k for k in found if tuple(state_dict[k].shape) not in ((features,), (1, features))]:
+        elif misfit := [k for k in matches if tuple(state_dict[k].shape) not in ((features,), (1, features))]:
             error_msgs.append(
-                f"{wrong[0]} has shape {tuple(state_dict[wrong[0]].shape)}, expected ({features},) or (1, {features})"
+                f"{misfit[0]} has shape {tuple(state_dict[misfit[0]].shape)}, expected ({features},) or (1, {features})"
             )
-        elif taken := [prefix + name for name in stacked if prefix + name in state_dict]:
-            error_msgs.append(f"{prefix}{head_list} and {taken[0]} are both in the state dict, expected one of them")
+        elif doubles := [prefix + name for name in stacked if prefix + name in state_dict]:
+            error_msgs.append(f"{prefix}{head_list} and {doubles[0]} are both in the state dict, expected one of them")
         else:
             for name in stacked:
                 rows = [state_dict.pop(f"{prefix}{head_list}.{h}.{name}").reshape(features) for h in range(heads)]
@@ -62,13 +62,12 @@ def value_of(module: nn.Module, name: str) -> Tensor:
 
 
 def values_of_layers(owner: nn.Module, layers: Sequence[str]) -> dict[str, Tensor]:
-    """Return `{layer}.weight` and `{layer}.bias` of a module's convolutions and linear layers, as `value_of` has them.
-    Layers that somebody wrapped, which have other entries, are left out.
-    """
-    own = {name: getattr(owner, name) for name in layers}
+    """Return `{layer}.weight` and `{layer}.bias` of a module's convolutions and linear layers, each by `value_of`."""
+    # layers that somebody wrapped have other entries, and are left out
+    modules = {name: getattr(owner, name) for name in layers}
     return {
         f"{name}.{parameter}": value_of(layer, parameter)
-        for name, layer in own.items()
+        for name, layer in modules.items()
         if isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Linear)
         for parameter in ("weight", "bias")
     }
@@ -93,16 +92,16 @@ def take_values(
             )
         elif is_parametrized(module, name):
             originals = f"{prefix}parametrizations.{name}.original"
-            if taken := [other for other in state_dict if other.startswith(originals)]:
-                error_msgs.append(f"{key} and {taken[0]} are both in the state dict, expected one of them")
+            if doubles := [entry for entry in state_dict if entry.startswith(originals)]:
+                error_msgs.append(f"{key} and {doubles[0]} are both in the state dict, expected one of them")
                 continue
             try:
-                found = _originals_of(module, name, state_dict[key])
+                tensors = _originals_of(module, name, state_dict[key])
             except Exception as error:  # parametrisations are users' code, and raise what they like
                 error_msgs.append(f"{key} cannot be loaded into a parametrised {name}: {error}")
             else:
                 del state_dict[key]
-                state_dict.update({originals + suffix: t for suffix, t in found.items()})
+                state_dict.update({originals + suffix: t for suffix, t in tensors.items()})
 
 
 def _hook_of(module: nn.Module, name: str) -> Callable | None:
@@ -129,37 +128,37 @@ def _entries_of(state_dict: dict[str, Tensor], key: str) -> list[str]:
 @torch.no_grad()
 def _originals_of(module: nn.Module, name: str, value: Tensor) -> dict[str, Tensor]:
     """Return {suffix of its name: tensor} for the tensors that a parameter is computed from where it has this value.
-    ValueError where its parametrisations give no such tensors.
+    Raise ValueError where its parametrisations give no such tensors.
     """
-    chain, now = module.parametrizations[name], getattr(module, name)
-    if value.shape != now.shape:
-        raise ValueError(f"it has shape {tuple(value.shape)}, expected {tuple(now.shape)}")
-    value = value if now.is_meta else value.to(now)
-    found = value
+    chain, current = module.parametrizations[name], getattr(module, name)
+    if value.shape != current.shape:
+        raise ValueError(f"it has shape {tuple(value.shape)}, expected {tuple(current.shape)}")
+    value = value if current.is_meta else value.to(current)
+    original = value
     for step in reversed(chain):
         if not hasattr(step, "right_inverse"):
             raise ValueError(
                 f"{type(step).__name__} has no right_inverse, which would say what gives a value: add one, or load "
                 "before torch.nn.utils.parametrize.register_parametrization"
             )
-        found = step.right_inverse(found)
-    tensors = {"": found} if chain.is_tensor else {str(i): t for i, t in enumerate(found)}
+        original = step.right_inverse(original)
+    tensors = {"": original} if chain.is_tensor else {str(i): t for i, t in enumerate(original)}
     _check_inverse(chain, tensors, value)
     return tensors
 
 
 def _check_inverse(chain: ParametrizationList, tensors: dict[str, Tensor], value: Tensor) -> None:
     """Raise ValueError where originals do not give the value back: softplus, say, has no negative values."""
-    first, *others = chain
-    again = first(*tensors.values())
-    for step in others:
-        again = step(again)
+    first_step, *later_steps = chain
+    result = first_step(*tensors.values())
+    for step in later_steps:
+        result = step(result)
     precision = max(1e-3, 8 * torch.finfo(value.dtype).eps)
-    wrong = ~torch.isclose(again, value, rtol=precision, atol=precision * 1e-3)
-    if not value.is_meta and wrong.any():
+    mismatches = ~torch.isclose(result, value, rtol=precision, atol=precision * 1e-3)
+    if not value.is_meta and mismatches.any():
         steps = " of ".join(type(step).__name__ for step in reversed(chain))
         raise ValueError(
-            f"{steps} gives {again[wrong][0]:.6g} where it holds {value[wrong][0]:.6g}, a value out of reach"
+            f"{steps} gives {result[mismatches][0]:.6g} where it holds {value[mismatches][0]:.6g}, a value out of reach"
         )
 
 
@@ -176,9 +175,9 @@ def to_published_state_dict(module: nn.Module) -> dict[str, Tensor]:
     for name, layer in module.named_modules(remove_duplicate=False):
         # asked of the type: wrappers pass attributes of the module they wrap on
         if hasattr(type(layer), "published_state_dict"):
-            published, own = layer.published_state_dict()
+            published, names = layer.published_state_dict()
             prefix = f"{name}." if name else ""
-            for key in own:
+            for key in names:
                 for entry in _entries_of(state_dict, prefix + key):
                     del state_dict[entry]
             state_dict.update({prefix + key: t for key, t in published.items()})

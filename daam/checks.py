@@ -13,7 +13,7 @@ _FLOATING = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float
 
 
 def check_x(x: Any, norm_axis: int) -> int:
-    """Return norm_axis counted from the front."""
+    """Return norm_axis counted from the front; raise TypeError or ValueError where it, or x, does not fit."""
     check_floating({"x": x})
     if x.dim() < 2:
         raise ValueError(f"x has rank {x.dim()} (shape {tuple(x.shape)}), expected rank 2 or more")
@@ -35,9 +35,8 @@ def check_floating(tensors: dict[str, Any]) -> None:
 
 
 def check_tensor(name: str, t: Any) -> None:
-    """Raise TypeError where t is no dense tensor of this process: what is checked first, since sparse, nested and lazy
-    tensors have no sizes or strides to be asked for.
-    """
+    """Raise TypeError where t is no dense tensor of this process."""
+    # checked first: sparse, nested and lazy tensors have no sizes or strides to be asked for
     if not isinstance(t, Tensor):
         raise TypeError(f"{name} is a {type(t).__name__}, expected a Tensor")
     if t.layout is not torch.strided or t.is_nested:  # nested ones may be strided
@@ -98,7 +97,7 @@ def check_params(x: Tensor, params: dict[str, Tensor], axis: int, columns: str) 
     """Check that parameters, which passed `check_floating`, are (num_heads, columns), alike, on x's device, and that
     every head has a position.
     """
-    first, shape = next(iter(params)), None
+    reference, shape = next(iter(params)), None
     for name, p in params.items():
         if p.dim() != 2 or p.shape[0] < 1:
             raise ValueError(
@@ -108,7 +107,7 @@ def check_params(x: Tensor, params: dict[str, Tensor], axis: int, columns: str) 
             raise ValueError(f"{name} has shape {tuple(p.shape)}, expected num_gaussians at least 1")
         shape = p.shape if shape is None else shape
         if p.shape != shape:
-            raise ValueError(f"{name} has shape {tuple(p.shape)}, expected {tuple(shape)}, the shape of {first}")
+            raise ValueError(f"{name} has shape {tuple(p.shape)}, expected {tuple(shape)}, the shape of {reference}")
         if p.device != x.device:
             raise ValueError(f"{name} is on {p.device}, expected x's device {x.device}")
     if shape[0] > x.shape[axis]:
@@ -133,7 +132,8 @@ def check_mask(x: Tensor, mask: Any, axis: int) -> None:
 
 
 def check_padding(value: Any) -> float:
-    """Return the value as a float. Comparisons rather than math.isnan and float(): torch.compile makes it a symbol."""
+    """Return the padding value as a float; raise TypeError or ValueError where it is no number a float can hold."""
+    # comparisons rather than math.isnan and float(): torch.compile makes the value a symbol
     if isinstance(value, bool) or not isinstance(value, float | int | numbers.Real):
         raise TypeError(f"padding_value is {value!r}, expected a number or None")
     if value != value:

@@ -19,7 +19,7 @@ WIDTH, QUERY_HEADS, KEY_VALUE_HEADS = 512, 8, 2  # of grouped-query attention, a
 
 
 class GroupedQueryAttention(nn.Module):
-    """Self-attention of 8 query heads that share 2 heads of keys and values, (batch, length, 512) to the same."""
+    """Attend with 8 query heads that share 2 heads of keys and values: (batch, length, 512) to the same."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -35,7 +35,7 @@ class GroupedQueryAttention(nn.Module):
 
 
 class StandardAttention(nn.MultiheadAttention):
-    """`nn.MultiheadAttention` of 8 heads, which `reset_parameters` of its modules draws as its construction does."""
+    """Attend as an `nn.MultiheadAttention` of 8 heads whose modules' `reset_parameters` draw as construction does."""
 
     def __init__(self, num_features: int) -> None:
         super().__init__(num_features, QUERY_HEADS, batch_first=True)
@@ -48,7 +48,7 @@ class StandardAttention(nn.MultiheadAttention):
 
 
 class OutputProjection(nn.Linear):
-    """A Linear whose bias begins at 0."""
+    """Compute a Linear whose bias begins at 0."""
 
     def reset_parameters(self) -> None:
         """Draw the weight, and the bias too, for the random numbers that construction uses up."""
@@ -57,7 +57,7 @@ class OutputProjection(nn.Linear):
 
 
 class XavierConv2d(nn.Conv2d):
-    """A Conv2d whose weight is Xavier-uniform."""
+    """Compute a Conv2d whose weight is Xavier-uniform."""
 
     def reset_parameters(self) -> None:
         """Draw the bias as a Conv2d does, and the weight."""
@@ -66,7 +66,7 @@ class XavierConv2d(nn.Conv2d):
 
 
 class XavierLinear(nn.Linear):
-    """A Linear whose weight is Xavier-uniform."""
+    """Compute a Linear whose weight is Xavier-uniform."""
 
     def reset_parameters(self) -> None:
         """Draw the bias as a Linear does, and the weight."""
@@ -75,7 +75,7 @@ class XavierLinear(nn.Linear):
 
 
 class DATDecoder(nn.Module):
-    """Attention over the layers of an encoder, then two convolutions and a classifier (arXiv 2401.11143).
+    """Decode the layers of an encoder: attention over them, two convolutions and a classifier (arXiv 2401.11143).
 
     The features of a layer after the attention form a grid (1024: 32 x 32; else the two factors nearest to a square),
     its layers are channels: Conv2d(num_layers, conv_channels, 3, padding=1), ReLU, Conv2d back, ReLU, Linear.
@@ -175,11 +175,9 @@ class DATDecoder(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, error_msgs)
 
     def published_state_dict(self) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-        """Return weights and biases of the convolutions and the classifier, and their names; the densities have their
-        own.
-        """
-        own = values_of_layers(self, CLASSIFIER)
-        return own, tuple(own)
+        """Return weights and biases of convolutions and classifier, by name, and their names, but none of densities."""
+        values = values_of_layers(self, CLASSIFIER)
+        return values, tuple(values)
 
     def _attend(self, x: Tensor) -> Tensor:
         """Return x after standard attention, where the decoder has one."""
@@ -209,9 +207,8 @@ def _standard(features: int, attention: str) -> nn.Module | None:
 
 
 def _reset_as(kind: type[nn.Module], module: nn.Module) -> nn.Module:
-    """Give a layer the class that resets it otherwise than its own does, and leave it as its own has drawn it: decoders
-    have drawn layer after layer, and then the Xavier weights, since before they could be reset.
-    """
+    """Give a layer a class that resets it otherwise than its own class does, without drawing it anew."""
+    # decoders have drawn layer after layer, and then the Xavier weights, since before they could be reset
     module.__class__ = kind
     return module
 

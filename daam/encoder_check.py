@@ -21,7 +21,7 @@ AGREE = {torch.float64: 1e-8, torch.float32: 1e-4, torch.float16: 2e-2, torch.bf
 
 @dataclass(frozen=True)
 class Findings:
-    """What was measured of an encoder.
+    """Hold what was measured of an encoder.
 
     batches: which examples may share a batch: "any", those of "equal lengths", or none, "one at a time". padding: the
     largest difference between an example alone and beside the longest one, in standard deviations of the features;
@@ -40,13 +40,13 @@ class Findings:
 
     def __str__(self) -> str:
         low, high = self.positions
-        what = f"checked on {self.examples} examples of {low} to {high} positions: calls agree, masks fit, "
+        summary = f"checked on {self.examples} examples of {low} to {high} positions: calls agree, masks fit, "
         if self.equal:
-            what += f"{self.equal} different ones have the features of another, "
+            summary += f"{self.equal} different ones have the features of another, "
         if self.padding is None:
-            return f"{what}a batch fails ({self.reason}): {self._remedy()}"
+            return f"{summary}a batch fails ({self.reason}): {self._remedy()}"
         shown = f"beside others an example differs by {self.padding:.1g} standard deviations"
-        return what + (f"{shown} at most" if self.batches == "any" else f"{shown}: {self._remedy()}")
+        return summary + (f"{shown} at most" if self.batches == "any" else f"{shown}: {self._remedy()}")
 
     def _remedy(self) -> str:
         if self.batches == "equal lengths":
@@ -59,7 +59,7 @@ class Findings:
 
 
 class NotFiniteError(ValueError):
-    """Features of an example are NaN or infinite; place is its index."""
+    """Report that features of an example are NaN or infinite; place is its index."""
 
     def __init__(self, place: int):
         super().__init__(f"features of example {place} hold NaN or inf, expected numbers: look at it, and at the dtype")
@@ -84,22 +84,22 @@ def check_encoder(
     if len(examples) < 2:
         raise ValueError(f"{len(examples)} examples, expected two or more to compare")
     with torch.no_grad():
-        inputs = [collate([one]) for one in examples]
+        inputs = [collate([example]) for example in examples]
         order = sorted(range(len(examples)), key=lambda i: -_size(inputs[i]))
-        found = {i: _alone(pooling, inputs[i], i) for i in order}
-        alone, counts = zip(*(found[i] for i in range(len(examples))), strict=True)
-        if len(sizes := {tuple(one.shape[1:]) for one in alone}) > 1:
+        results = {i: _call_alone(pooling, inputs[i], i) for i in order}
+        averages, counts = zip(*(results[i] for i in range(len(examples))), strict=True)
+        if len(sizes := {tuple(average.shape[1:]) for average in averages}) > 1:
             raise ValueError(
                 f"examples have features of shapes {', '.join(map(str, sorted(sizes)))}, expected one: layers must "
                 "give (batch, positions, features)"
             )
-        features, lengths = torch.cat(alone), torch.cat(counts).tolist()
-        scale = _spread(features)
+        features, lengths = torch.cat(averages), torch.cat(counts).tolist()
+        scale = _deviations(features)
         agree = AGREE[pooling_dtype(pooling)]
         # the longest one was the first: an encoder that remembers what came since shows it
         longest = pooling(**collate([examples[order[0]]])).cpu()
-        _check_again(longest, features[order[:1]], scale, agree)
-        equal = _check_differ(examples, features, scale)
+        _check_repeats(longest, features[order[:1]], scale, agree)
+        n_equal = _check_differ(examples, features, scale)
 
         def difference(places: list[int]) -> float:
             return _distance(pooling(**collate([examples[i] for i in places])).cpu(), features[places], scale)
@@ -108,10 +108,10 @@ def check_encoder(
         findings = _batches(difference, lengths, shapes, agree)
         if findings.batches != "any":
             # not for what calls remember or draw: once more, in another order, and one call later
-            _alone(pooling, inputs[order[-1]], order[-1])
+            _call_alone(pooling, inputs[order[-1]], order[-1])
             for i in order[::-1]:
-                _check_again(_alone(pooling, collate([examples[i]]), i)[0], features[i : i + 1], scale, agree)
-        return replace(findings, equal=equal, shape=shapes[0] if len(set(shapes)) == 1 else None)
+                _check_repeats(_call_alone(pooling, collate([examples[i]]), i)[0], features[i : i + 1], scale, agree)
+        return replace(findings, equal=n_equal, shape=shapes[0] if len(set(shapes)) == 1 else None)
 
 
 def input_shapes(batch: Mapping[str, Any]) -> tuple:
@@ -121,15 +121,15 @@ def input_shapes(batch: Mapping[str, Any]) -> tuple:
 
 def pooling_dtype(pooling: LayerPooling) -> torch.dtype:
     """Return the coarsest floating dtype of an encoder's parameters, fp32 where it has none."""
-    found = {p.dtype for p in pooling.encoder.parameters() if p.dtype in AGREE}
-    return max(found, key=AGREE.__getitem__, default=torch.float32)
+    dtypes = {p.dtype for p in pooling.encoder.parameters() if p.dtype in AGREE}
+    return max(dtypes, key=AGREE.__getitem__, default=torch.float32)
 
 
 def _size(batch: Mapping[str, Any]) -> int:
     return sum(value.numel() for value in batch.values() if isinstance(value, Tensor))
 
 
-def _alone(pooling: LayerPooling, batch: Mapping[str, Any], place: int) -> tuple[Tensor, Tensor]:
+def _call_alone(pooling: LayerPooling, batch: Mapping[str, Any], place: int) -> tuple[Tensor, Tensor]:
     """Return one example's features (1, layers, features), and the number of its valid positions, (1,)."""
     try:
         features, count = pooling.average_and_count(**batch)
@@ -151,27 +151,26 @@ def _alone(pooling: LayerPooling, batch: Mapping[str, Any], place: int) -> tuple
     return features, count.cpu()
 
 
-def _spread(features: Tensor) -> Tensor:
-    """Return the standard deviation of each layer's features, (layers,), as their median distance from the median says
-    it: single features that are large everywhere do not count.
-    """
+def _deviations(features: Tensor) -> Tensor:
+    """Return the standard deviation of each layer's features, (layers,), by their median distance from the median."""
+    # so that single features that are large everywhere do not count
     values = features.transpose(0, 1).flatten(1)
     distances = (values - values.median(1, keepdim=True).values).abs()
-    spread = 1.4826 * distances.median(1).values
-    return torch.where(spread > 0, spread, values.std(1)).clamp(min=torch.finfo(features.dtype).tiny)
+    deviations = 1.4826 * distances.median(1).values
+    return torch.where(deviations > 0, deviations, values.std(1)).clamp(min=torch.finfo(features.dtype).tiny)
 
 
-def _check_again(again: Tensor, before: Tensor, scale: Tensor, agree: float) -> None:
-    if (found := _distance(again, before, scale)) > agree:
+def _check_repeats(repeated: Tensor, features: Tensor, scale: Tensor, agree: float) -> None:
+    if (distance := _distance(repeated, features, scale)) > agree:
         raise ValueError(
-            f"two calls on one example differ by {found:.2g} standard deviations: the encoder, or what prepares its "
+            f"two calls on one example differ by {distance:.2g} standard deviations: the encoder, or what prepares its "
             "input, draws at random, or remembers other calls"
         )
 
 
 def _check_differ(examples: list, features: Tensor, scale: Tensor) -> int:
     """Return how many examples, though different, have the features of an earlier one; raise where most do."""
-    different = [i for i, one in enumerate(examples) if not any(_same(one, other) for other in examples[:i])]
+    different = [i for i, example in enumerate(examples) if not any(_are_equal(example, e) for e in examples[:i])]
     distinct: list[int] = []
     for i in different:
         if all(_distance(features[i : i + 1], features[j : j + 1], scale) > 1e-6 for j in distinct):
@@ -184,11 +183,11 @@ def _check_differ(examples: list, features: Tensor, scale: Tensor) -> int:
     return len(different) - len(distinct)
 
 
-def _same(one: Any, other: Any) -> bool:
+def _are_equal(a: Any, b: Any) -> bool:
     try:
-        if isinstance(one, Path) and isinstance(other, Path):
-            return one.read_bytes() == other.read_bytes()
-        return bool(one == other)
+        if isinstance(a, Path) and isinstance(b, Path):
+            return a.read_bytes() == b.read_bytes()
+        return bool(a == b)
     except (RuntimeError, ValueError):  # tensors and arrays
         return False
 
@@ -209,15 +208,15 @@ def _batches(
         return Findings("any", padding, span, len(lengths))
     groups = [[i for i in everything if shapes[i] == shape] for shape in dict.fromkeys(shapes)]
     groups = [group for group in groups if 1 < len(group) < len(everything)]
-    equal = len(groups) > 0
+    share_batches = len(groups) > 0
     try:
-        equal = equal and all(difference(group) <= agree for group in groups)
+        share_batches = share_batches and all(difference(group) <= agree for group in groups)
     except Exception:  # as above; what lacks memory goes one at a time
-        equal = False
-    return Findings("equal lengths" if equal else "one at a time", padding, span, len(lengths), reason)
+        share_batches = False
+    return Findings("equal lengths" if share_batches else "one at a time", padding, span, len(lengths), reason)
 
 
-def _distance(one: Tensor, other: Tensor, scale: Tensor) -> float:
-    """Return the largest difference of two (examples, layers, features), in units of scale, (layers,)."""
-    found = ((one - other).abs().amax((0, 2)) / scale).max().item()
-    return found if found == found else float("inf")
+def _distance(a: Tensor, b: Tensor, scale: Tensor) -> float:
+    """Return the largest difference of two (examples, layers, features) in units of scale, (layers,); inf for NaN."""
+    distance = ((a - b).abs().amax((0, 2)) / scale).max().item()
+    return distance if distance == distance else float("inf")

@@ -23,7 +23,7 @@ def density_attention(
     return_weights: bool = False,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Density attention: gate every feature by how probable it is under a learnable Gaussian.
+    """Gate every feature by how probable it is under a learnable Gaussian (density attention).
 
     Heads cut norm_axis into contiguous chunks of equal length. Over each chunk, at a fixed place of all other axes,
 
@@ -56,22 +56,22 @@ def density_attention(
         RuntimeError: backend "triton" cannot run here; the message says why.
     """
     axis = check_x(x, norm_axis)
-    last = x.dim() - 1
+    last_axis = x.dim() - 1
     params = {"mean_offset": mean_offset, "c": c}
     check_floating(params)
     check_params(x, params, axis, "P")
     heads, size = c.shape[0], x.shape[axis]
     if size % heads:
         raise ValueError(f"num_heads is {heads}, expected a divisor of the {size} positions of norm_axis {axis}")
-    features = x.shape[last] // heads if axis == last else x.shape[last]
+    features = x.shape[last_axis] // heads if axis == last_axis else x.shape[last_axis]
     if c.shape[1] != 1 and c.shape[1] != features:
         expected = f"({heads}, {features}) or ({heads}, 1)"
-        why = f", since norm_axis {norm_axis} is the last axis, which heads cut" if axis == last else ""
+        reason = f", since norm_axis {norm_axis} is the last axis, which heads cut" if axis == last_axis else ""
         raise ValueError(
-            f"mean_offset and c have shape {tuple(c.shape)}, expected {expected}{why}: x is {tuple(x.shape)}"
+            f"mean_offset and c have shape {tuple(c.shape)}, expected {expected}{reason}: x is {tuple(x.shape)}"
         )
     check_eps(eps)
-    axes = (axis, None if c.shape[1] == 1 else last)
+    axes = (axis, None if c.shape[1] == 1 else last_axis)
     return _in_memory_order(ops.density, x, (mean_offset, c), mask, axes, (eps,), residual, return_weights, backend)
 
 
@@ -88,7 +88,7 @@ def mixture_attention(
     return_weights: bool = False,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Mixture of densities: share one unit of weight among the positions of a chunk, by a product of Gaussians.
+    """Share one unit of weight among the positions of a chunk, by a product of Gaussians (mixture of densities).
 
     Heads cut norm_axis into contiguous chunks of size // num_heads positions, the last one takes the remainder. Over
     each chunk, at a fixed place of all other axes, with its mean and unbiased variance,
@@ -159,7 +159,7 @@ def density_gate(
     return_weights: bool = False,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Density gate: gate every value by its density under a mixture of Gaussians.
+    """Gate every value by its density under a mixture of Gaussians (density gate).
 
     Heads cut norm_axis into contiguous chunks of size // num_heads positions, the last one takes the remainder. Over
     each chunk, at a fixed place of all other axes, with its mean and biased variance,
@@ -214,14 +214,14 @@ def _in_memory_order(
         check_mask(x, mask, axes[0])
         mask = mask.reshape(*mask.shape, *[1] * (x.dim() - mask.dim()))
     name, _ = backend_for(x, backend)
-    how = (*settings, residual, return_weights, name)
+    options = (*settings, residual, return_weights, name)
     if x.is_contiguous() or 0 in x.stride():  # the order of expanded dimensions means nothing
-        outputs = algorithm(x, *params, mask, *axes, *how)
+        outputs = algorithm(x, *params, mask, *axes, *options)
     else:
         order = sorted(range(x.dim()), key=x.stride, reverse=True)
         mask = None if mask is None else mask.permute(order)
         axes = tuple(None if axis is None else order.index(axis) for axis in axes)
-        outputs = algorithm(x.permute(order), *params, mask, *axes, *how)
-        back = [order.index(d) for d in range(x.dim())]
-        outputs = [t.permute(back) for t in outputs]
+        outputs = algorithm(x.permute(order), *params, mask, *axes, *options)
+        inverse = [order.index(d) for d in range(x.dim())]
+        outputs = [t.permute(inverse) for t in outputs]
     return tuple(outputs) if return_weights else outputs[0]

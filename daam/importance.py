@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def importance_factor(weights: Tensor) -> Tensor:
-    """(w - min) / (max - min) over the whole map; zeros where all its values are the same.
+    """Return (w - min) / (max - min) over the whole map; zeros where all its values are the same.
 
     Args:
         weights: a map of attention weights, (layers, features) say, averaged over a validation set; see `WeightMap`.
@@ -25,8 +25,8 @@ def importance_factor(weights: Tensor) -> Tensor:
 
 
 def layer_contribution(weights: Tensor) -> Tensor:
-    """Percent of a map's weights in each of its layers: (layers, features) to (layers,), summing to 100; equal shares
-    where all weights are 0.
+    """Return the percentage of a map's weights in each of its layers, (layers, features) to (layers,), with a sum of
+    100; equal percentages where all weights are 0.
     """
     weights = _checked(weights)
     if weights.dim() != 2:
@@ -37,7 +37,7 @@ def layer_contribution(weights: Tensor) -> Tensor:
 
 
 class WeightMap:
-    """The average of attention weights over a data set, which keeps no map but their sum.
+    """Average attention weights over a data set, keeping no map but their sum.
 
     for x in validation:
         weights.update(decoder(x, return_weights=True)[1])
@@ -48,7 +48,7 @@ class WeightMap:
         self.count, self._sum = 0, None
 
     def update(self, weights: Tensor) -> None:
-        """Add a batch of maps, (batch, …)."""
+        """Add a batch of maps, (batch, …). Raises ValueError where they have another shape than those before."""
         total = weights.detach().sum(0, dtype=torch.float64)
         if self._sum is not None and total.shape != self._sum.shape:
             raise ValueError(f"weights has maps of shape {tuple(total.shape)}, expected {tuple(self._sum.shape)}")
@@ -56,7 +56,7 @@ class WeightMap:
         self.count += len(weights)
 
     def mean(self) -> Tensor:
-        """The average map, fp32. Raises ValueError where nothing was added."""
+        """Return the average map, fp32. Raises ValueError where nothing was added."""
         if not self.count:
             raise ValueError("no weights were added, expected one batch or more")
         return (self._sum / self.count).float()

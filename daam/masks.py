@@ -1,4 +1,4 @@
-"""Which positions of an encoder's layers are valid, out of what goes into the encoder."""
+"""Masks of the valid positions of an encoder's layers, out of what goes into the encoder."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ OTHERS = ("head_mask", "bool_masked_pos", "mask_time_indices", "decoder", "cross
 def unwrap(encoder: nn.Module) -> nn.Module:
     """Return the module that torch.compile, DistributedDataParallel and the like hold: what has a signature."""
     while True:
-        if (inner := encoder._modules.get("_orig_mod")) is None:
-            inner = encoder._modules.get("module")
-            if inner is None or any(p.kind not in _ANY for p in inspect.signature(encoder.forward).parameters.values()):
+        if (child := encoder._modules.get("_orig_mod")) is None:
+            child = encoder._modules.get("module")
+            if child is None or any(p.kind not in _ANY for p in inspect.signature(encoder.forward).parameters.values()):
                 return encoder
-        encoder = inner
+        encoder = child
 
 
 _ANY = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
@@ -107,8 +107,8 @@ def as_valid(
 def _checked(name: str, mask: Any) -> tuple[str, Tensor]:
     if not isinstance(mask, Tensor) or mask.dim() != 2:
         came = f"shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else f"a {type(mask).__name__}"
-        also = "" if name == "pooling_mask" else "; pass what is valid as pooling_mask="
-        raise ValueError(f"{name} has {came}, expected a tensor (batch, positions), 1 where valid{also}")
+        remedy = "" if name == "pooling_mask" else "; pass what is valid as pooling_mask="
+        raise ValueError(f"{name} has {came}, expected a tensor (batch, positions), 1 where valid{remedy}")
     if mask.is_floating_point() and (mask < 0).any():
         raise ValueError(f"{name} has negative values, expected 1 where valid and 0 elsewhere")
     if empty := (~(mask > 0).any(1)).nonzero().flatten().tolist():
@@ -125,26 +125,26 @@ def _are_lengths(value: Any) -> bool:
 def _says_something(name: str, value: Any) -> bool:
     """Tell whether an argument seems to say which positions are valid."""
     if isinstance(value, Mapping | tuple) or dataclasses.is_dataclass(value):
-        return sum(isinstance(one, Tensor) for one in parts_of(value)) > 1
+        return sum(isinstance(item, Tensor) for item in parts_of(value)) > 1
     if name.startswith(NAMELESS):
         return not name.endswith(", 0") and isinstance(value, Tensor | list)
     if any(word in name for word in OTHERS):
         return False
     if isinstance(value, Tensor) and value.dim() > 1 and re.search(MASK_WORDS, name, re.IGNORECASE):
         return True
-    few = value.dim() == 1 or value.shape[1:].numel() == 1 if isinstance(value, Tensor) else isinstance(value, list)
-    return few and re.search(LENGTH_WORDS, name, re.IGNORECASE) is not None
+    is_flat = value.dim() == 1 or value.shape[1:].numel() == 1 if isinstance(value, Tensor) else isinstance(value, list)
+    return is_flat and re.search(LENGTH_WORDS, name, re.IGNORECASE) is not None
 
 
 def parts_of(value: Any) -> list[Any]:
-    """Return what a batch in a container holds."""
+    """Return the values that a mapping, a tuple or an object holds, as a list."""
     if isinstance(value, Mapping):
         return list(value.values())
     return list(value) if isinstance(value, tuple) else list(vars(value).values())
 
 
 def _frames(name: str, valid: Tensor, encoder: nn.Module, positions: int) -> Tensor | None:
-    """Return which frames are valid, where a mask is of samples and an encoder says how many frames they make."""
+    """Return which frames are valid, (batch, positions), by a mask of samples; None where the encoder does not say."""
     owner = next((m for m in encoder.modules() for n in LENGTHS if hasattr(type(m), n)), None)
     if owner is None:
         return None
@@ -154,12 +154,12 @@ def _frames(name: str, valid: Tensor, encoder: nn.Module, positions: int) -> Ten
     squeeze = getattr(getattr(owner, "config", None), "squeeze_factor", 1)
 
     def frames(length: int) -> int:
-        found = count(torch.tensor(length), **options)
-        return int(found[0] if isinstance(found, tuple) else found) // squeeze
+        counts = count(torch.tensor(length), **options)
+        return int(counts[0] if isinstance(counts, tuple) else counts) // squeeze
 
-    if (whole := frames(valid.shape[1])) != positions:
+    if (total := frames(valid.shape[1])) != positions:
         raise ValueError(
-            f"{name} of {valid.shape[1]} entries makes {whole} frames, and layers have {positions} positions: pass "
+            f"{name} of {valid.shape[1]} entries makes {total} frames, and layers have {positions} positions: pass "
             "what is valid as pooling_mask="
         )
     if (valid[:, 1:] & ~valid[:, :-1]).any():

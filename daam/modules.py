@@ -14,7 +14,7 @@ from daam.functional import density_attention, density_gate, mixture_attention
 
 
 class MultiHeadDAAM(nn.Module):
-    """Multi-head density attention (DAAMv1 has 8 heads, DAAMv2 one) with learnable mean offset and scaled variance.
+    """Weigh x by density attention with heads (DAAMv1 has 8, DAAMv2 one), learnable mean offset and scaled variance.
 
     Args:
         num_features: size of x's last axis.
@@ -99,13 +99,13 @@ class MultiHeadDAAM(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, error_msgs)
 
     def published_state_dict(self) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-        """Return `daams.{h}.mean_offset` and `daams.{h}.c`, each (1, P), and the parameters they stand for."""
-        own = {name: value_of(self, name) for name in ("mean_offset", "c")}
-        return unstack_heads("daams", own, keep_dim=True), tuple(own)
+        """Return `daams.{h}.mean_offset` and `daams.{h}.c`, each (1, P), and the names of what they stand for."""
+        values = {name: value_of(self, name) for name in ("mean_offset", "c")}
+        return unstack_heads("daams", values, keep_dim=True), tuple(values)
 
 
 class _Mixture(nn.Module):
-    """A mixture of densities with parameters mean_offsets and c of some shape (…, num_gaussians)."""
+    """Weigh x by a mixture of densities with parameters mean_offsets and c of any shape (…, num_gaussians)."""
 
     mean_offsets: Tensor
     c: Tensor
@@ -153,12 +153,12 @@ class _Mixture(nn.Module):
 
     def published_state_dict(self) -> tuple[dict[str, Tensor], tuple[str, ...]]:
         """Return both parameters by name, as one published head has them, and their names."""
-        own = {name: value_of(self, name) for name in ("mean_offsets", "c")}
-        return own, tuple(own)
+        values = {name: value_of(self, name) for name in ("mean_offsets", "c")}
+        return values, tuple(values)
 
 
 class DensityAdaptiveAttention(_Mixture):
-    """One head of a mixture of densities (arXiv 2401.11143, Algorithm 2), with the published signature.
+    """Weigh x by one head of a mixture of densities (arXiv 2401.11143, Algorithm 2), with the published signature.
 
     Args:
         norm_axis: the axis that is normalised, of two positions or more.
@@ -187,7 +187,7 @@ class DensityAdaptiveAttention(_Mixture):
 
 
 class MultiHeadDensityAdaptiveAttention(_Mixture):
-    """Mixture of densities (arXiv 2401.11143, Algorithm 2) with heads, and with the published signature.
+    """Weigh x by a mixture of densities with heads (arXiv 2401.11143, Algorithm 2), with the published signature.
 
     Args:
         norm_axis: the axis that is normalised.
@@ -222,13 +222,13 @@ class MultiHeadDensityAdaptiveAttention(_Mixture):
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, error_msgs)
 
     def published_state_dict(self) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-        """Return `attention_heads.{h}.mean_offsets` and `….c`, each (num_gaussians,), and what they stand for."""
-        own, names = super().published_state_dict()
-        return unstack_heads("attention_heads", own), names
+        """Return `attention_heads.{h}.mean_offsets` and `….c`, each (num_gaussians,), and the names they stand for."""
+        values, names = super().published_state_dict()
+        return unstack_heads("attention_heads", values), names
 
 
 class DensityBlock(nn.Module):
-    """Layers of multi-head mixtures of densities, each with its residual: x = layer(x) + x. The published signature.
+    """Weigh x by layers of multi-head mixtures of densities, x = layer(x) + x each, with the published signature.
 
     Args:
         norm_axes, num_heads, num_gaussians: of each layer.
@@ -266,7 +266,7 @@ class DensityBlock(nn.Module):
             check_tensor("mask", mask)
         details = {}
         for i, layer in enumerate(self.layers):
-            out = layer(x, return_attention_details, mask=_along(mask, x, layer.norm_axis), residual=True)
+            out = layer(x, return_attention_details, mask=_expand_mask(mask, x, layer.norm_axis), residual=True)
             x, details[f"layer_{i}"] = out if return_attention_details else (out, None)
         return (x, details) if return_attention_details else x
 
@@ -330,13 +330,13 @@ class DensityGate(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, error_msgs)
 
     def published_state_dict(self) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-        """Return alpha, to_attn.weight and to_attn.bias, and their names; the Gaussians have their own."""
-        own = {"alpha": value_of(self, "alpha")} | values_of_layers(self, ("to_attn",))
-        return own, tuple(own)
+        """Return alpha, to_attn.weight and to_attn.bias, and their names, but nothing of the Gaussians."""
+        values = {"alpha": value_of(self, "alpha")} | values_of_layers(self, ("to_attn",))
+        return values, tuple(values)
 
 
 class _Gaussians(nn.Module):
-    """The parameters of a `DensityGate`'s weights, under the published name of their module."""
+    """Hold the parameters of a `DensityGate`'s weights, under the published name of their module."""
 
     def __init__(self, num_gaussians: int):
         super().__init__()
@@ -362,8 +362,8 @@ class _Gaussians(nn.Module):
 
     def published_state_dict(self) -> tuple[dict[str, Tensor], tuple[str, ...]]:
         """Return both parameters by name, and their names."""
-        own = {name: value_of(self, name) for name in ("mean_offsets", "log_sigma")}
-        return own, tuple(own)
+        values = {name: value_of(self, name) for name in ("mean_offsets", "log_sigma")}
+        return values, tuple(values)
 
 
 GaussianAdaptiveAttention = DensityAdaptiveAttention
@@ -371,9 +371,9 @@ MultiHeadGaussianAdaptiveAttention = MultiHeadDensityAdaptiveAttention
 GaussianBlock = DensityBlock
 
 
-def _along(mask: Tensor | None, x: Tensor, norm_axis: int) -> Tensor | None:
-    """Return a mask of x's first dimensions as one of its dimensions up to norm_axis; what does not fit as it came, for
-    the attention to say what is wrong.
+def _expand_mask(mask: Tensor | None, x: Tensor, norm_axis: int) -> Tensor | None:
+    """Return a mask of x's first dimensions as one of its dimensions up to norm_axis; one that does not fit as it came,
+    for the attention to say what is wrong.
     """
     if mask is None or x.dim() == 0 or mask.shape != x.shape[: mask.dim()]:
         return mask

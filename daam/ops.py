@@ -45,17 +45,17 @@ _VERSION = hashlib.sha256(b"".join(path.read_bytes() for path in _SOURCES)).hexd
 
 
 def _transformed() -> bool:
-    """Under vmap, grad, jvp, …: nothing may be changed in place there."""
+    """Tell whether vmap, grad, jvp, … is active: nothing may be changed in place then."""
     return torch._C._are_functorch_transforms_active()
 
 
 def _forward_mode() -> bool:
-    """Under forward-mode differentiation, which autograd.Function does not know."""
+    """Tell whether forward-mode differentiation is active, which autograd.Function does not know."""
     return forward_ad._current_level >= 0
 
 
 class Algorithm:
-    """One algorithm's operators, `{name}_forward`, `{name}_backward` and the composite `{name}`, and how it is called.
+    """Define one algorithm's operators, `{name}_forward`, `{name}_backward` and the composite `{name}`, and call it.
 
     Args:
         name: of the operators and of the modules `daam.reference.{name}` and `daam.kernels.{name}`.
@@ -167,7 +167,7 @@ def _or_empty(t: Tensor | None, like: Tensor) -> Tensor:
 
 @dataclass(slots=True, eq=False)  # not frozen: that takes twice as long to make
 class _Call:
-    """What is no tensor in a call. how: axis, the algorithm's settings and residual."""
+    """Hold what is no tensor in a call. how: axis, the algorithm's settings and residual."""
 
     algorithm: Algorithm
     how: tuple[Any, ...]
@@ -177,7 +177,7 @@ class _Call:
 
 
 class Attention(torch.autograd.Function):
-    """y, then the weights if asked for, then statistics for the backward pass if the backend keeps any."""
+    """Return y, then the weights if asked for, then statistics for the backward pass if the backend keeps any."""
 
     generate_vmap_rule = True
 

@@ -18,7 +18,7 @@ from daam.masks import NAMELESS, as_valid, find_mask, parts_of, unwrap
 
 
 class LayerPooling(nn.Module):
-    """A frozen encoder that gives the outputs of its layers, averaged over positions as they come.
+    """Run a frozen encoder and average the outputs of its layers over positions as they come.
 
     Args:
         encoder: a Hugging Face model, or any module that runs a list of layers; it is put in eval mode and stays there,
@@ -52,7 +52,7 @@ class LayerPooling(nn.Module):
 
     @property
     def layers(self) -> list[nn.Module]:
-        """The layers, in order."""
+        """Return the layers, in order."""
         return list(self._layers)
 
     @property
@@ -134,11 +134,11 @@ class LayerPooling(nn.Module):
 
 
 class _UnclearLayoutError(Exception):
-    """As many examples as positions: the sizes of a layer's output do not tell which is which."""
+    """Report as many examples as positions: the sizes of a layer's output do not tell which is which."""
 
 
 class _LayoutFound(Exception):  # noqa: N818 (no error)
-    """The layout of a layer's output, where nothing else was asked for."""
+    """Report the layout of a layer's output, which ends a call that nothing else was asked of."""
 
     def __init__(self, batch_first: bool):
         super().__init__()
@@ -147,7 +147,7 @@ class _LayoutFound(Exception):  # noqa: N818 (no error)
 
 @dataclass
 class _Call:
-    """One call of an encoder: what goes in, by position and by name, and what says which positions are valid."""
+    """Hold one call of an encoder: its inputs by position and by name, and the mask of valid positions."""
 
     encoder: nn.Module
     inputs: tuple
@@ -159,20 +159,20 @@ class _Call:
 
     def run(self, layers: list[nn.Module]) -> tuple[Tensor, Tensor]:
         """Return averages (batch, layers, features) and the number of positions of each example."""
-        found: dict[nn.Module, list[Tensor]] = {layer: [] for layer in layers}
+        averages: dict[nn.Module, list[Tensor]] = {layer: [] for layer in layers}
         counts: list[Tensor] = []
 
         def keep(layer: nn.Module, output: Any) -> None:
             hidden = self._as_batch_first(_first_tensor(layer, output))
             average, count = _average(hidden, self._valid(hidden))
-            found[layer].append(average)
+            averages[layer].append(average)
             counts.append(count)
 
         self._watch(layers, keep)
         if not counts:  # layers whose forward is called directly have no hooks
             self._watch(layers, keep, direct=True)
-        _check_runs(layers, found)
-        runs = {layer: iter(averages) for layer, averages in found.items()}
+        _check_runs(layers, averages)
+        runs = {layer: iter(runs) for layer, runs in averages.items()}
         return _stack([next(runs[layer]) for layer in layers]), counts[-1]
 
     def tells_batch_first(self, layers: list[nn.Module]) -> bool:
@@ -229,7 +229,7 @@ class _Call:
         """
         if self.mask is not None and positions_first is not None:
             return len(self.mask[1])
-        values = [one for v in self.named.values() for one in (parts_of(v) if isinstance(v, Mapping | tuple) else [v])]
+        values = [t for v in self.named.values() for t in (parts_of(v) if isinstance(v, Mapping | tuple) else [v])]
         shapes = [value.shape for value in values if isinstance(value, Tensor) and value.dim() > 1]
         if shapes:
             return positions_first if positions_first in shapes[0][:2] else shapes[0][0]
@@ -245,11 +245,11 @@ def _single(call: _Call) -> _Call:
     """Return the call on its first example alone."""
     batch = call._batch()
 
-    def first(value: Any) -> Any:
+    def cut(value: Any) -> Any:
         return value[:1] if isinstance(value, Tensor) and value.dim() and len(value) == batch else value
 
-    inputs = tuple(first(value) for value in call.inputs)
-    kwargs = {name: first(value) for name, value in call.kwargs.items()}
+    inputs = tuple(cut(value) for value in call.inputs)
+    kwargs = {name: cut(value) for name, value in call.kwargs.items()}
     return _Call(call.encoder, inputs, kwargs, {}, None, call.batch_first)
 
 
@@ -264,23 +264,23 @@ def _average(hidden: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
 
 
 def _first_tensor(layer: nn.Module, output: Any) -> Tensor:
-    first = output[0] if isinstance(output, tuple | list) and output else output
-    if not isinstance(first, Tensor):
+    tensor = output[0] if isinstance(output, tuple | list) and output else output
+    if not isinstance(tensor, Tensor):
         raise ValueError(
             f"a {type(layer).__name__} gives a {type(output).__name__}, expected a tensor (batch, positions, features) "
             "or a tuple that begins with one: name other layers with layers="
         )
-    return first
+    return tensor
 
 
-def _check_runs(layers: list[nn.Module], found: dict[nn.Module, list[Tensor]]) -> None:
+def _check_runs(layers: list[nn.Module], averages: dict[nn.Module, list[Tensor]]) -> None:
     expected = Counter(layers)
-    wrong = [i for i, layer in enumerate(layers) if len(found[layer]) != expected[layer]]
-    if wrong:
-        times = [len(found[layers[i]]) for i in wrong]
+    misfits = [i for i, layer in enumerate(layers) if len(averages[layer]) != expected[layer]]
+    if misfits:
+        times = [len(averages[layers[i]]) for i in misfits]
         raise ValueError(
-            f"layers {wrong} ran {times} times in one call, expected {[expected[layers[i]] for i in wrong]}: one that "
-            "runs repeatedly stands as often in layers="
+            f"layers {misfits} ran {times} times in one call, expected {[expected[layers[i]] for i in misfits]}: one "
+            "that runs repeatedly stands as often in layers="
         )
 
 
@@ -314,8 +314,8 @@ def _watched(layers: list[nn.Module], keep: Callable, direct: bool) -> Iterator[
 
 
 def _replace_forward(layer: nn.Module, hook: Callable) -> Callable[[], None]:
-    """Let a layer's forward end with a hook; return what takes that back."""
-    original, own = layer.forward, layer.__dict__.get("forward")
+    """Let a layer's forward end with a hook; return a function that takes that back."""
+    original, override = layer.forward, layer.__dict__.get("forward")
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         output = original(*args, **kwargs)
@@ -323,7 +323,7 @@ def _replace_forward(layer: nn.Module, hook: Callable) -> Callable[[], None]:
         return output
 
     layer.forward = forward
-    return (lambda: delattr(layer, "forward")) if own is None else (lambda: setattr(layer, "forward", own))
+    return (lambda: delattr(layer, "forward")) if override is None else (lambda: setattr(layer, "forward", override))
 
 
 _LOCKS: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
@@ -365,7 +365,7 @@ def _named(encoder: nn.Module, inputs: tuple, kwargs: dict[str, Any]) -> dict[st
     named: dict[str, Any] = {}
     for name, value in bound.items():
         if signature.parameters[name].kind is inspect.Parameter.VAR_POSITIONAL:
-            named.update({f"{NAMELESS}, {i}": one for i, one in enumerate(value)})
+            named.update({f"{NAMELESS}, {i}": item for i, item in enumerate(value)})
         elif signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD:
             named.update(value)
         else:
@@ -391,9 +391,9 @@ def find_layers(encoder: nn.Module, layers: str | Sequence[nn.Module] | None) ->
     if isinstance(layers, str):
         return [layer for name in layers.split(",") for layer in _layers_by_name(encoder, name.strip())]
     if layers is not None:
-        if not (found := list(layers)) or not all(isinstance(layer, nn.Module) for layer in found):
+        if not (modules := list(layers)) or not all(isinstance(layer, nn.Module) for layer in modules):
             raise ValueError(f"layers is {layers!r}, expected a name, or modules")
-        return found
+        return modules
     config = getattr(encoder, "config", None)
     wanted = getattr(config, "num_hidden_layers", None)
     if groups := getattr(config, "num_hidden_groups", None):  # ALBERT: groups of layers that run again and again

@@ -16,8 +16,8 @@ from daam.pooling import LayerPooling
 
 
 class Output(dict):
-    """What a `DensityAdaptiveTransformer` gives: a dict of what there is, whose entries are attributes too, and which
-    slices as a tuple does, as outputs of Hugging Face do.
+    """Hold the results of a `DensityAdaptiveTransformer`: a dict of those there are, whose entries are attributes too,
+    and which slices as a tuple does, as outputs of Hugging Face do.
 
     loss: a number, where labels were given. logits: (batch, classes). weights: of the densities, (batch, layers,
     features), where asked for. features: what the decoder saw, (batch, layers, features).
@@ -49,7 +49,7 @@ def _output(entries: dict[str, Tensor]) -> Output:
 
 
 class DensityAdaptiveTransformer(nn.Module):
-    """A frozen encoder and a DAT decoder on its layers (arXiv 2401.11143).
+    """Classify with a frozen encoder and a DAT decoder on its layers (arXiv 2401.11143).
 
     Args:
         encoder, layers, batch_first: see `LayerPooling`.
@@ -109,15 +109,15 @@ class DensityAdaptiveTransformer(nn.Module):
         return Output(loss=loss, logits=logits, weights=weights, features=features)
 
     def trainable_parameters(self) -> list[nn.Parameter]:
-        """Those of the decoder that require a gradient."""
+        """Return the parameters of the decoder that require a gradient."""
         return [p for p in self.decoder.parameters() if p.requires_grad]
 
     def save_decoder(self, path: str | Path) -> None:
-        """The decoder as safetensors, with its settings. Needs safetensors."""
+        """Save the decoder as safetensors, with its settings. Needs safetensors."""
         save_decoder(self.decoder, path)
 
     def load_decoder(self, path: str | Path) -> None:
-        """Tensors from safetensors into this decoder. Raises as `load_state_dict` does where they do not fit."""
+        """Load tensors from safetensors into this decoder. Raises as `load_state_dict` does where they do not fit."""
         from safetensors.torch import load_file
 
         self.decoder.load_state_dict(load_file(path))
@@ -127,7 +127,7 @@ LOSSES = {"cross_entropy": nn.functional.cross_entropy, "focal": focal_loss}
 
 
 def save_decoder(decoder: nn.Module, path: str | Path) -> None:
-    """A decoder as safetensors, with the arguments that built it as metadata. Needs safetensors."""
+    """Save a decoder as safetensors, with the arguments that built it as metadata. Needs safetensors."""
     from safetensors.torch import save_file
 
     tensors = {name: t.contiguous() for name, t in decoder.state_dict().items()}
@@ -135,7 +135,7 @@ def save_decoder(decoder: nn.Module, path: str | Path) -> None:
 
 
 def load_decoder(path: str | Path, **changes: Any) -> DATDecoder:
-    """The `DATDecoder` that `save_decoder` wrote; changes are arguments that replace those it was built with."""
+    """Return the `DATDecoder` that `save_decoder` wrote; changes are arguments that replace those it was built with."""
     from safetensors import safe_open
     from safetensors.torch import load_file
 
