@@ -143,7 +143,7 @@ def device(request):
 
 @pytest.fixture
 def emulated(request):
-    """The emulated GPU (`emulator.driver.Device`)."""
+    """Yield the emulated GPU (`emulator.driver.Device`)."""
     return request.config.stash[EMULATED]
 
 

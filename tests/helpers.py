@@ -27,7 +27,7 @@ EPS = {torch.float16: 2**-11, torch.bfloat16: 2**-8, torch.float32: 2**-24, torc
 
 @dataclass(frozen=True)
 class Algorithm:
-    """One row of the test matrix.
+    """Hold one row of the test matrix.
 
     call: the public function. reference: its module there. params: names of its parameters. draw: their values from two
     random tensors, standard normal and uniform. eps: the default, None where it has none. settings: what operators and
@@ -90,8 +90,8 @@ ALGORITHMS = {
 
 @dataclass(frozen=True)
 class Case:
-    """One call: shape and axis as a user sees them; layout and grads name strides. params is P of density attention,
-    "features" or "one", and num_gaussians of the others.
+    """Hold one call: shape and axis as a user sees them; layout and grads name strides. params is P of density
+    attention, "features" or "one", and num_gaussians of the others.
     """
 
     shape: tuple[int, ...]
@@ -124,7 +124,7 @@ class Case:
 
     @property
     def columns(self) -> int:
-        """Of the parameters."""
+        """Return P, the number of columns of the parameters."""
         if not self.spec.features:
             return 3 if isinstance(self.params, str) else self.params
         last = self.positive_axis == len(self.shape) - 1
@@ -151,7 +151,7 @@ GRADS = ("contiguous", "transposed", "expanded", "sliced")
 
 
 def strided(shape, layout, dtype, generator, device="cpu", offset=0.0) -> Tensor:
-    """A random tensor of a shape whose memory is laid out in one of LAYOUTS or GRADS."""
+    """Draw a random tensor of a shape and dtype, whose memory is laid out in one of LAYOUTS or GRADS."""
 
     def base(sizes) -> Tensor:  # drawn on the CPU in fp32, so that every device and dtype sees the same numbers
         return (torch.randn(sizes, generator=generator) + offset).to(device, dtype)
@@ -177,12 +177,12 @@ class Inputs:
     grad_weights: Tensor | None
 
     def leaves(self) -> list[Tensor]:
-        """x and the parameters, each requiring grad."""
+        """Return x and the parameters, each requiring grad."""
         return [t.detach().requires_grad_() for t in (self.x, *self.params)]
 
 
 def inputs(case: Case, dtype=torch.float64, seed: int = 0, device="cpu") -> Inputs:
-    """Random inputs, parameters (fp32, or fp64 for fp64) and upstream gradients."""
+    """Draw inputs, parameters (fp32, or fp64 for fp64) and upstream gradients of a case."""
     generator = torch.Generator().manual_seed(seed)
     shape = (case.heads, case.columns)
     mask = None
@@ -205,7 +205,7 @@ def inputs(case: Case, dtype=torch.float64, seed: int = 0, device="cpu") -> Inpu
 
 
 def attend(case: Case, x: Tensor, p: Tensor, q: Tensor, mask: Tensor | None = None, **options):
-    """The public function of a case's algorithm, with the case's arguments; options override them."""
+    """Call the public function of a case's algorithm with the case's arguments; options override them."""
     own = {"norm_axis": case.axis, "residual": case.residual, "return_weights": case.weights, "mask": mask}
     if case.spec.eps is not None:
         own["eps"] = case.eps_or_default
@@ -215,7 +215,7 @@ def attend(case: Case, x: Tensor, p: Tensor, q: Tensor, mask: Tensor | None = No
 
 
 def run(case: Case, given: Inputs, backend: str) -> dict[str, Tensor]:
-    """y, weights and the gradients of one backend, by name."""
+    """Return y, weights and the gradients of one backend, by name."""
     leaves = given.leaves()
     out = attend(case, *leaves, given.mask, backend=backend)
     outputs = dict(zip(("y", "weights"), out if case.weights else (out,), strict=False))
@@ -225,7 +225,7 @@ def run(case: Case, given: Inputs, backend: str) -> dict[str, Tensor]:
 
 
 def broadcast(mask: Tensor | None, case: Case) -> Tensor | None:
-    """A mask as the reference takes it."""
+    """Return a mask as the reference takes it, with as many dimensions as x; None for None."""
     return None if mask is None else mask.reshape(*mask.shape, *[1] * (len(case.shape) - mask.dim()))
 
 
@@ -356,7 +356,7 @@ def bound(case: Case, name: str, dtype: torch.dtype, eager_error: float, draws: 
 
 @contextlib.contextmanager
 def recorded_launches():
-    """The names of the kernels that run, in order: a fallback cannot pass for a kernel."""
+    """Yield the list of the names of the kernels that run, in order: a fallback cannot pass for a kernel."""
     names: list[str] = []
     original = launch.launch
 
@@ -369,7 +369,7 @@ def recorded_launches():
 
 
 def golden(name: str) -> tuple[dict[str, Tensor], dict]:
-    """Arrays and settings of a published case."""
+    """Return the arrays, by name, and the settings of a published case."""
     with np.load(DATA / f"{name}.npz") as file:
         meta = json.loads(str(file["meta"]))
         return {key: torch.from_numpy(file[key]) for key in file.files if key != "meta"}, meta
@@ -381,7 +381,7 @@ GOLDEN = tuple(
 
 
 def check_golden(name: str, backend: str, device="cpu") -> None:
-    """A published case of one attention. paper_* have 1e-8 on the variance beside eps."""
+    """Check a backend against a published case of one attention. paper_* have 1e-8 on the variance beside eps."""
     data, meta = golden(name)
     algorithm = {"paper": "density", "mixture": "mixture", "jepa": "gate"}[name.partition("_")[0]]
     names = ALGORITHMS[algorithm].params

@@ -13,7 +13,7 @@ LINE = {"test": "tests/daam/test_x.py::test_x", "what": "y", "error": 1e-6, "bou
 
 @pytest.fixture(autouse=True)
 def unmeasured(monkeypatch):
-    """Errors that are made up here are none of a run that measures."""
+    """Keep errors that are made up here out of a run that measures."""
     monkeypatch.delenv("DAAM_MARGINS", raising=False)
 
 
@@ -41,7 +41,7 @@ def test_what_is_not_within(found, limit):
 
 
 def test_nan_in_a_tensor_is_seen():
-    """In either one, wherever it stands; and a shape that would broadcast is another shape."""
+    """Check that NaN in either tensor fails wherever it stands, and so does a shape that would broadcast."""
     good, bad = torch.ones(5), torch.tensor([1.0, 1.0, math.nan, 1.0, 1.0])
     for result, expected in ((good, bad), (bad, good), (bad, bad)):
         assert math.isnan(error(result, expected))
@@ -55,7 +55,9 @@ def test_nan_in_a_tensor_is_seen():
 
 
 def test_the_bound_of_a_kernel():
-    """Twice eager's error and two roundings; sums over more places have more room, and gradients of fp32 fp32's."""
+    """Check that a bound is twice eager's error and two roundings, that sums over more places have more room, and that
+    gradients have the room of fp32.
+    """
     case = Case((4, 6, 21), 1, heads=2)
     one = 2**-24
     assert bound(case, "y", torch.float32, 0.0) == 4 * one
@@ -67,7 +69,7 @@ def test_the_bound_of_a_kernel():
 
 
 def written(folder, **files):
-    """Paths of files of lines, by configuration: shares of a test's results."""
+    """Write a file of lines for each configuration, with the shares of a test's results, and return their paths."""
     paths = []
     for name, shares in files.items():
         paths.append(folder / f"{name}.jsonl")
@@ -77,7 +79,7 @@ def written(folder, **files):
 
 
 def test_the_ten_closest_are_told(tmp_path):
-    """Each once, where it was worst."""
+    """Check that each result is told once, for the configuration where it was worst."""
     shares = [i / 20 for i in range(12)]
     text, code = margins.report(written(tmp_path, avx2=shares, avx512=[0.7, *(share / 2 for share in shares[1:])]))
     lines = text.splitlines()
@@ -103,7 +105,9 @@ def test_a_failed_run_fails_and_so_does_one_that_judged_nothing(tmp_path):
 
 
 def test_a_configuration_runs_as_it_is_named(tmp_path):
-    """The process of the tests sees what the configuration says, and its lines and failures arrive."""
+    """Check that the process of the tests has the level and threads of its configuration, and that its lines and
+    failures arrive.
+    """
     test = tmp_path / "test_one.py"
     test.write_text(
         "import torch\nfrom helpers import within\n\n\ndef test_one():\n"

@@ -28,7 +28,7 @@ def clean(monkeypatch):
 
 @pytest.fixture
 def cuda():
-    """A fake tensor says it is on a GPU; here it must not look fake."""
+    """Return a fake tensor that says it is on a GPU, and does not look fake here."""
     with FakeTensorMode():
         x = torch.empty(2, 6, 4, device="cuda")
     with mock.patch.object(module, "FakeTensor", type(None)):

@@ -509,7 +509,7 @@ def test_what_comes_later_is_not_decoded(tmp_path):
 
 
 def test_unknown_lengths(tmp_path):
-    """Programs that write to a pipe leave headers without a length."""
+    """Check headers without a length, as programs leave them that write to a pipe."""
     path, samples = tmp_path / "a.wav", struct.pack("<500h", *range(500))
     for promised in (0xFFFFFFFF, 0x7FFFFFFF, 0x7FFFF000):
         write_wav(path, samples, 1, 16, promised=promised)
@@ -523,7 +523,7 @@ def test_unknown_lengths(tmp_path):
 
 @pytest.mark.filterwarnings("error")
 def test_mp3_without_a_header_of_lengths(tmp_path):
-    """A decoder that guesses the length by the first frames stops in the middle of this one."""
+    """Check a file whose length a decoder would guess by its first frames, and stop in its middle."""
     rate, path = 22050, tmp_path / "a.mp3"
     noise = np.random.default_rng(0).normal(0, 0.1, 10 * rate)
     noise[5 * rate :] *= 1e-4

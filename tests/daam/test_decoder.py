@@ -37,7 +37,7 @@ def test_grid(features, expected):
 
 
 def composed(decoder, x):
-    """The decoder as the issue's text has it, out of the same parameters."""
+    """Return (scores, weights) of the decoder as the paper describes it, out of the same parameters."""
     attention, weights = decoder.settings["attention"], None
     if attention == "mixture":
         (layer,) = decoder.daam.layers
@@ -104,7 +104,7 @@ def test_initialisation():
 
 
 def expected_std(decoder, name, p):
-    """The standard deviation of a parameter's distribution; 0 where it is a constant, with the constant."""
+    """Return (standard deviation of a parameter's distribution, None), or (0, the constant) where it is constant."""
     module, leaf = decoder.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
     if name.startswith("daam."):
         if leaf in ("mean_offset", "mean_offsets"):
@@ -132,7 +132,7 @@ RESETS = {
 @pytest.mark.parametrize("reset", RESETS)
 @pytest.mark.parametrize("attention", ATTENTIONS)
 def test_a_decoder_from_the_meta_device(attention, reset):
-    """Every parameter and buffer from its distribution, whichever of torch's ways initialises it."""
+    """Check that every parameter and buffer has its distribution, whichever of torch's ways initialises it."""
     sizes = {"num_layers": 12, "num_features": 64, "num_classes": 10}
     how = {"attention": attention, "num_heads": 6, "num_gaussians": 64, "conv_channels": 48}
     if reset == "construction":
@@ -161,7 +161,7 @@ def test_a_decoder_from_the_meta_device(attention, reset):
 
 @pytest.mark.parametrize("attention", ATTENTIONS)
 def test_a_reset_draws_what_construction_draws(attention):
-    """Number for number for a seed, and as before there was a reset: published results have seeds."""
+    """Check that both draw the same numbers for a seed, as before there was a reset: published results have seeds."""
     sizes = {"num_layers": 6, "num_features": 16, "num_classes": 3}
     how = {"attention": attention, "num_heads": 3, "num_gaussians": 2, "conv_channels": 4}
     torch.manual_seed(5)
@@ -217,7 +217,7 @@ def test_the_kernels_run_in_the_decoder(attention, device):
 
 
 def test_every_size_arrives():
-    """What is passed reaches the layer that it is a size of."""
+    """Check that each size that is passed reaches its layer."""
     decoder = daam.DATDecoder(6, 16, 5, attention="mixture", num_heads=2, num_gaussians=7, conv_channels=9)
     assert decoder.daam.layers[0].c.shape == (2, 7) and decoder.daam.layers[0].norm_axis == -2
     assert decoder.conv1.weight.shape == (9, 6, 3, 3) and decoder.fc.weight.shape == (5, 96)
@@ -255,7 +255,7 @@ def test_a_decoder_with_a_wrapped_layer_is_published_without_it():
 
 
 def test_published_checkpoints_of_the_attention():
-    """Density attention keeps `daams.{h}`, the mixture's model is the published one, name for name."""
+    """Check that density attention keeps `daams.{h}`, and that the mixture's model is the published one by name."""
     decoder = daam.DATDecoder(6, 16, 3, num_heads=2, conv_channels=4)
     state = decoder.state_dict()
     published = {k: v for k, v in state.items() if not k.startswith("daam.")}

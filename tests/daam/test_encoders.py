@@ -41,7 +41,7 @@ TEXTS = [
 
 @pytest.fixture(autouse=True)
 def seed():
-    """One thread: of tensors this small several threads wait for each other."""
+    """Seed the generator, and run on one thread: on tensors this small several threads wait for each other."""
     threads = torch.get_num_threads()
     torch.manual_seed(0)
     torch.set_num_threads(1)
@@ -50,7 +50,7 @@ def seed():
 
 
 def save_tokenizer(folder, **options):
-    """A tokenizer of whole words."""
+    """Save a tokenizer of whole words to a folder, and return it."""
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(SPECIAL + WORDS)}, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.post_processor = processors.TemplateProcessing(
@@ -63,7 +63,9 @@ def save_tokenizer(folder, **options):
 
 
 def save_model(folder, name, preparation=None, **changes):
-    """A random model of tiny sizes, whose weights are large enough for positions to matter."""
+    """Save a random model of tiny sizes to a folder, and return it. Its weights are large enough for positions to
+    matter.
+    """
     config = getattr(transformers, f"{name}Config")(**changes)
     model = getattr(transformers, f"{name}Model")(config).eval()
     with torch.no_grad():
@@ -105,7 +107,7 @@ def texts(tmp_path):
 
 @pytest.fixture
 def sounds(tmp_path):
-    """Four sounds; files come back in the order of features."""
+    """Write four sounds of two classes, and return their folder; files come back in the order of features."""
     noise, folder = np.random.default_rng(0), tmp_path / "sounds"
     for i, length in enumerate((4000, 2500, 3333, 700)):
         (folder / "ab"[i % 2]).mkdir(parents=True, exist_ok=True)
@@ -139,7 +141,7 @@ def shards(tmp_path):
 
 @torch.no_grad()
 def layers_alone(model, layers, batches):
-    """(examples, layers, features) out of hooks of this file, over all positions of each example alone."""
+    """Return (examples, layers, features) by hooks of this file, over all positions of each example alone."""
     found = []
     for batch in batches:
         outputs = []
@@ -196,7 +198,7 @@ def test_a_tokenizer_of_another_encoder(texts, command, tmp_path):
 
 
 def test_texts_that_are_unknown_in_part(texts, command, tmp_path):
-    """Of a sorted table the first ones tell nothing."""
+    """Check that unknown words are counted in all of a sorted table, whose first texts tell nothing."""
     text_model(tmp_path / "model")
     with texts.open("a") as file:
         file.writelines(f"{'rain and ' * (i % 5 + 1)}{'wind ' * (i % 3)},weather\n" for i in range(12))
@@ -237,7 +239,7 @@ FAMILIES = {
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("asks", [True, False], ids=["tokenizer asks for a mask", "does not"])
 def test_texts(family, asks, texts, command, tmp_path):
-    """Whatever the tokenizer says of masks, padding is left out."""
+    """Check that padding is left out, whatever the tokenizer says of masks."""
     model, (changes, layers) = tmp_path / "model", FAMILIES[family]
     encoder = text_model(model, family, **changes)
     if not asks:
@@ -255,7 +257,7 @@ def test_texts(family, asks, texts, command, tmp_path):
 
 
 def test_as_many_examples_as_tokens(tmp_path):
-    """XLNet gives (positions, batch, features), and then sizes do not tell."""
+    """Check that XLNet's layout, (positions, batch, features), is found where sizes do not tell it."""
     encoder = text_model(tmp_path, "XLNet", d_model=32, n_layer=3, n_head=2, d_inner=37)
     ids = torch.randint(5, 17, (4, 4))
     with torch.no_grad():
@@ -297,7 +299,7 @@ def test_an_encoder_of_one_layer(texts, command, tmp_path):
 
 
 def test_left_padding_of_decoders(tmp_path):
-    """A mask says where padding is, on whichever side."""
+    """Check that a mask marks padding on either side."""
     encoder = text_model(tmp_path, "Llama", num_key_value_heads=1)
     ids, mask = torch.randint(5, 17, (2, 6)), torch.tensor([[1] * 6, [0, 0, 1, 1, 1, 1]])
     positions = (mask.cumsum(1) - 1).clamp(min=0)
@@ -334,7 +336,7 @@ FAMILIES_OF_SPEECH = {
 @pytest.mark.filterwarnings("ignore:Support for mismatched key_padding_mask")  # transformers' own
 @pytest.mark.parametrize("family", FAMILIES_OF_SPEECH)
 def test_sounds(family, sounds, command, tmp_path):
-    """In a batch where it makes no difference, else one by one: features are those of each alone."""
+    """Check that features are those of each sound alone: in a batch where it makes no difference, else one by one."""
     changes, batches = FAMILIES_OF_SPEECH[family]
     encoder = speech_model(tmp_path / "model", family, **changes)
     cache, printed = command(sounds, tmp_path / "model")
@@ -365,8 +367,8 @@ def test_lora_is_refused_where_padding_counts(texts, command, tmp_path):
 
 @pytest.mark.parametrize("family", ["SEW", "SEWD"])
 def test_layers_on_means_of_frames(family, tmp_path):
-    """Of even numbers of frames an example alone is the same in a batch; of odd ones SEW sees half a frame of padding,
-    which is measured.
+    """Check that an example alone is the same in a batch where its frames are even in number; of odd ones SEW sees half
+    a frame of padding, which is measured.
     """
     encoder = speech_model(tmp_path, family, **SQUEEZED)
     sound, mask = torch.randn(2, 2000), torch.ones(2, 2000, dtype=torch.long)
@@ -402,7 +404,7 @@ def test_weights_whose_names_do_not_fit(texts, command, tmp_path):
 
 
 def test_an_encoder_that_draws(command, tmp_path):
-    """ViTMAE leaves out patches at random, whatever its mode."""
+    """Check that ViTMAE, which leaves out patches at random whatever its mode, is refused."""
     processor = transformers.ViTImageProcessor(size={"height": 16, "width": 16})
     save_model(tmp_path / "model", "ViTMAE", processor, **SIZES, image_size=16, patch_size=4,
                decoder_hidden_size=16, decoder_num_attention_heads=2, decoder_num_hidden_layers=1)  # fmt: skip
@@ -464,7 +466,7 @@ def test_an_own_encoder_is_known_by_its_weights(tmp_path):
 
 
 def test_a_cache_does_not_outlive_what_training_makes_of_its_encoder(texts, tmp_path):
-    """The encoder counts as it is, not as it was loaded; and so do the layers."""
+    """Check that a cache is refused where the encoder has other weights, or other layers, than it was made with."""
     from daam.recipes.data import read_examples
 
     text_model(tmp_path / "model")
@@ -486,7 +488,7 @@ def test_a_cache_does_not_outlive_what_training_makes_of_its_encoder(texts, tmp_
 @pytest.mark.filterwarnings("ignore:Support for mismatched key_padding_mask")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_with_a_tensor_missing(dtype, sounds, command, tmp_path):
-    """Published checkpoints lack what only pretraining needs."""
+    """Check a checkpoint that lacks a tensor which only pretraining needs, as published ones do."""
     from safetensors.torch import load_file, save_file
 
     speech_model(tmp_path / "model", "Wav2Vec2", **LAYERS_NORM)
@@ -527,7 +529,7 @@ def test_weights_that_do_not_load(texts, command, tmp_path):
 
 @pytest.mark.parametrize(("name", "positions", "limit"), [("Bert", 12, 12), ("Roberta", 14, 13)])
 def test_texts_longer_than_the_positions(name, positions, limit, texts, command, tmp_path):
-    """Of RoBERTa's positions the first are padding's."""
+    """Check that texts are cut where positions end: the first of RoBERTa's positions are padding's."""
     model = tmp_path / "model"
     encoder = text_model(model, name, max_position_embeddings=positions)
     with texts.open("a") as file:
@@ -556,7 +558,7 @@ def images(tmp_path, size=16):
 
 
 def test_resnet_is_refused(command, tmp_path):
-    """Its stages give (batch, channels, height, width), of several widths."""
+    """Check that stages that give (batch, channels, height, width), of several widths, are refused."""
     processor = transformers.ViTImageProcessor(size={"height": 32, "width": 32})
     save_model(tmp_path / "model", "ResNet", processor, embedding_size=8, hidden_sizes=[8, 16], depths=[1, 2],
                layer_type="basic")  # fmt: skip
@@ -574,7 +576,9 @@ TEXT_TOWER = {
 @pytest.mark.parametrize("modality", ["text", "vision"])
 @pytest.mark.parametrize("named", [False, True])
 def test_models_of_two_modalities(name, modality, named, texts, command, tmp_path):
-    """The part that the data needs is taken; its layers may be named as they are in the whole."""
+    """Check that the part that the data needs is taken, and that its layers may be named as they are in the whole
+    model.
+    """
     model = tmp_path / "model"
     save_tokenizer(model, model_max_length=32)
     processor = transformers.CLIPImageProcessor(
@@ -595,7 +599,7 @@ def test_models_of_two_modalities(name, modality, named, texts, command, tmp_pat
 
 
 def test_a_text_mask_is_not_laid_on_patches(tmp_path):
-    """As many tokens as there are patches and a class token."""
+    """Check a text with as many tokens as there are patches and a class token."""
     both = save_model(
         tmp_path, "CLIP", text_config=TEXT_TOWER, vision_config={**TOWER, "image_size": 8, "patch_size": 4}
     )
@@ -613,7 +617,7 @@ def test_a_text_mask_is_not_laid_on_patches(tmp_path):
 
 
 def test_pixels_that_are_padding(tmp_path):
-    """SigLIP2 takes pictures of several sizes, with a mask of their patches."""
+    """Check that SigLIP2, which takes pictures of several sizes, has its mask of patches used."""
     model = save_model(tmp_path, "Siglip2Vision", **TOWER, patch_size=4, num_patches=16)
     pixels, shapes = torch.randn(2, 16, 48), torch.tensor([[4, 4], [2, 3]])
     mask = torch.tensor([[1] * 16, [1] * 6 + [0] * 10])
@@ -645,7 +649,7 @@ def test_long_sounds_are_cut_and_counted(command, tmp_path):
 
 
 def test_an_encoder_that_looks_at_its_first_window_only(command, tmp_path):
-    """AST's spectrograms have a fixed length."""
+    """Check that sounds longer than AST's spectrograms, which have a fixed length, are reported."""
     noise, folder = np.random.default_rng(0), tmp_path / "long"
     for i, seconds in enumerate((0.5, 2.0, 0.3)):
         (folder / "ab"[i % 2]).mkdir(parents=True, exist_ok=True)

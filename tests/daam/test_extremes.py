@@ -22,7 +22,7 @@ def finite(case, given, backend):
 @backends
 @pytest.mark.parametrize("dtype", [torch.float16, BF16, torch.float32, torch.float64], ids=str)
 def test_constant_chunks(dtype, backend, algorithm, device):
-    """The published code gives NaN here in fp16, where 1e-8 is 0."""
+    """Check constant chunks, where the published code gives NaN in fp16, since 1e-8 is 0 there."""
     for shape in SHAPES:
         for value in (0.0, 3.0, 100.0 if dtype == torch.float16 else 1e4):
             case = Case(shape, 1, heads=2, algorithm=algorithm)
@@ -35,7 +35,7 @@ def test_constant_chunks(dtype, backend, algorithm, device):
 @backends
 @pytest.mark.parametrize("offset", [1e4, -1e4])
 def test_offsets_of_1e4(offset, backend, algorithm, device):
-    """So far out that exp underflows; the mixture, whose weights are relative, still tells positions apart."""
+    """Check offsets so large that exp underflows: the mixture, whose weights are relative, tells positions apart."""
     for shape in SHAPES:
         params = "features" if ALGORITHMS[algorithm].features else 1
         case = Case(shape, 1, heads=2, algorithm=algorithm, params=params)
@@ -49,7 +49,9 @@ def test_offsets_of_1e4(offset, backend, algorithm, device):
 @backends
 @pytest.mark.parametrize("ratio", [1.0, 20.0, 300.0])
 def test_a_mixture_far_from_its_chunk_is_accurate(ratio, backend, device):
-    """Offsets of many standard deviations, without the clamp: weights as accurate as the positions' distances."""
+    """Check that offsets of many standard deviations, without the clamp, give weights as accurate as the positions'
+    distances.
+    """
     for shape in SHAPES:
         case = Case(shape, 1, eps=0.0, algorithm="mixture")
         given = inputs(case, torch.float32, device=device)
@@ -75,7 +77,7 @@ def test_a_variance_of_1e_8(backend, algorithm, device):
 @backends
 @pytest.mark.parametrize("scale", [1e-2, 1e-4, 1e-8, 1e-18, 1e-30])
 def test_a_mixture_of_c_near_0(scale, backend, device):
-    """All weight on the position nearest to the centre. 1/c² overflows float32 at 1e-20."""
+    """Check that all weight is on the position nearest to the centre, also where 1/c² overflows float32, at 1e-20."""
     for shape in SHAPES:
         case = Case(shape, 1, heads=2, algorithm="mixture", weights=False)
         given = inputs(case, torch.float32, device=device)
@@ -91,7 +93,9 @@ def test_a_mixture_of_c_near_0(scale, backend, device):
 @backends
 @pytest.mark.parametrize("c", [1e-2, 1e-4, -1.0])
 def test_density_of_c_near_0_and_negative(c, backend, device):
-    """Near 0 everything but the centre is closed; below 0, weights grow with the distance: free, as published."""
+    """Check that c near 0 closes everything but the centre, and that with c below 0 weights grow with the distance, as
+    published.
+    """
     for shape in SHAPES:
         case = Case(shape, 1, heads=2, params="one", algorithm="density")
         given = inputs(case, torch.float32, device=device)
@@ -103,7 +107,7 @@ def test_density_of_c_near_0_and_negative(c, backend, device):
 @backends
 @pytest.mark.parametrize("log_sigma", [-90.0, -16.0, 0.0, 19.0, 30.0, 90.0])
 def test_a_gate_of_every_width(log_sigma, backend, device):
-    """softplus from its floor to where it is the identity."""
+    """Check softplus from its floor to where it is the identity."""
     for shape in SHAPES:
         case = Case(shape, 1, heads=2, algorithm="gate")
         given = inputs(case, torch.float32, device=device)
@@ -117,7 +121,7 @@ def test_a_gate_of_every_width(log_sigma, backend, device):
 @algorithms
 @backends
 def test_one_valid_position(backend, algorithm, device):
-    """Its variance is 0, unbiased too, and its gradient that of a constant chunk."""
+    """Check that the variance of one position is 0, unbiased too, and its gradient that of a constant chunk."""
     for shape in SHAPES:
         case = Case(shape, 1, heads=2, algorithm=algorithm)
         given = inputs(case, device=device)
@@ -131,7 +135,9 @@ def test_one_valid_position(backend, algorithm, device):
 @algorithms
 @backends
 def test_eps_0_and_chunks_of_nothing(backend, algorithm, device):
-    """All-False chunks give zeros, never NaN, in results and gradients, whatever eps is; so do the rims of tiles."""
+    """Check that chunks without a valid position give zeros, never NaN, in results and gradients, whatever eps is, and
+    so do the rims of tiles.
+    """
     for shape, heads, mask in (((3, 5), 1, False), ((3, 6), 1, False), ((3, 6, 5), 2, True), ((2, 80, 3), 1, True)):
         case = Case(
             shape,

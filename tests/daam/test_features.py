@@ -210,7 +210,7 @@ def test_broken_shards(toy, tmp_path, damage, message):
     ("length", "written"), [(11, []), (20, ["00000.safetensors", "00001.safetensors", "cache.json"])]
 )
 def test_nan_features_are_not_written(length, written, toy, tmp_path):
-    """Of the first examples nothing is written, of others what came before them."""
+    """Check that NaN in the first examples leaves nothing written, and NaN in others what came before them."""
 
     def collate(texts):
         batch = toy["collate"](texts)["hidden"].clone()
@@ -306,7 +306,7 @@ def test_texts_from_csv_to_cache(tmp_path, capsys):
 
 
 class SeesPadding(torch.nn.Module):
-    """Every position sees all others, those of padding too."""
+    """Run layers whose every position sees all others, those of padding too."""
 
     def __init__(self):
         super().__init__()
@@ -326,7 +326,9 @@ def words(texts):
 
 @pytest.mark.parametrize("more", [["abc", "ponmlkjihgfedc"], []], ids=["others come later", "equal lengths"])
 def test_first_examples_of_one_length(more, tmp_path, capsys):
-    """They tell nothing of padding: the shortest and the longest are tried too."""
+    """Check that the shortest and the longest example are tried where the first ones, of one length, tell nothing of
+    padding.
+    """
     torch.manual_seed(0)
     pooling = daam.LayerPooling(SeesPadding())
     texts = ["".join("abcdefghijklmnop"[(i * j) % 16] for j in range(1, 6)) for i in range(1, 17)] + more
@@ -339,7 +341,7 @@ def test_first_examples_of_one_length(more, tmp_path, capsys):
 
 
 def test_a_batch_of_a_kind_that_was_not_tried(tmp_path):
-    """All that were tried had one shape by chance: what has another goes alone."""
+    """Check that an example of another shape goes alone where all that were tried had one shape by chance."""
     torch.manual_seed(0)
     pooling = daam.LayerPooling(SeesPadding())
     texts = ["".join("abcdefghijklmnop"[(i * j) % 16] for j in range(1, 6)) for i in range(1, 19)]
@@ -530,7 +532,7 @@ def test_help_says_what_options_are(capsys):
 
 @pytest.mark.parametrize("add_adapter", [False, True])
 def test_speech_encoders_with_adapters(add_adapter):
-    """Layers run before the adapter, which shortens the sequence: a mask of ones leaves out none of their frames."""
+    """Check that a mask of ones leaves out no frame: layers run before the adapter, which shortens the sequence."""
     config = transformers.Wav2Vec2Config(
         hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, conv_dim=(16, 16),
         conv_stride=(5, 4), conv_kernel=(10, 8), num_feat_extract_layers=2, num_conv_pos_embeddings=16,

@@ -117,7 +117,9 @@ def test_errors_of_the_gate():
 
 
 def not_dense(t):
-    """Tensors of t's values, or of some of them, which have no strides: by what an error must call them."""
+    """Return {name: tensor} of t's values, or of some of them, in layouts without strides; an error must call them by
+    name.
+    """
     rows = list(t.unbind())
     return {
         "a sparse_coo tensor": t.to_sparse(),
@@ -134,7 +136,7 @@ def not_dense(t):
 @pytest.mark.filterwarnings("ignore:.*(nested|Sparse|MaskedTensor|maskedtensor).*:UserWarning")
 @algorithms
 def test_tensors_that_are_not_dense_are_named(algorithm):
-    """As x, as either parameter and as the mask: what came, and what was expected, before anything asks for sizes."""
+    """Check that x, either parameter and the mask are refused by name, before anything asks for sizes."""
     x, p, mask = X[:, :, 0], torch.ones(2, 6), X[:, :, 0] > -9
     spec = ALGORITHMS[algorithm]
     for place, name in enumerate(("x", *spec.params)):
@@ -172,7 +174,7 @@ def test_a_real_dtensor_is_refused(tmp_path):
 
 
 def by_the_paper(algorithm, x, p, q):
-    """y of x (batch, positions, features) cut into its heads, by nothing but the formula and torch's mean and var."""
+    """Return y of x (batch, positions, features) by nothing but the formula of each head and torch's mean and var."""
     parts = []
     size = x.shape[1] // len(p)
     for h, (offsets, widths) in enumerate(zip(p, q, strict=True)):
@@ -199,7 +201,7 @@ def by_the_paper(algorithm, x, p, q):
 
 
 def through_tangents(call, tensors, tangents):
-    """y, its tangent, and gradients of a function of both, of the tensors and of their tangents."""
+    """Return y, its tangent, and gradients of a function of both, for the tensors and for their tangents."""
     leaves, along = ([t.clone().requires_grad_() for t in ts] for ts in (tensors, tangents))
     with forward_ad.dual_level():
         y, tangent = forward_ad.unpack_dual(call(*map(forward_ad.make_dual, leaves, along)))
@@ -208,7 +210,7 @@ def through_tangents(call, tensors, tangents):
 
 
 def derivatives(call, tensors, tangents):
-    """What torch.func makes of forward and reverse mode inside one another, of a function of all tensors."""
+    """Return derivatives of a function of all tensors by forward and reverse mode inside one another."""
     func, every = torch.func, (0, 1, 2)
 
     def loss(*args):
@@ -227,7 +229,7 @@ def derivatives(call, tensors, tangents):
 
 
 def forward_mode_case(algorithm, heads=2):
-    """x, both parameters and a direction for each; the chunks are of unequal length where they may be."""
+    """Return (x and both parameters, a direction for each); chunks are of unequal length where they may be."""
     length = 6 if ALGORITHMS[algorithm].features else 7
     tensors = torch.randn(2, length, 3), torch.randn(heads, 3) / 2, torch.rand(heads, 3) + 0.7
     tensors = tuple(t.double() for t in tensors)
@@ -238,7 +240,7 @@ def forward_mode_case(algorithm, heads=2):
 @pytest.mark.parametrize("composite", [False, True])
 @algorithms
 def test_backward_through_a_tangent(algorithm, composite):
-    """Of a dual number, by the formula and by the operator that compiled graphs hold."""
+    """Check gradients through a dual number, by the formula and by the operator that compiled graphs hold."""
     spec, (tensors, tangents) = ALGORITHMS[algorithm], forward_mode_case(algorithm)
     case = Case(tuple(tensors[0].shape), 1, heads=2, algorithm=algorithm)
 
@@ -257,7 +259,7 @@ def test_backward_through_a_tangent(algorithm, composite):
 @no_jit
 @algorithms
 def test_backward_through_a_tangent_under_a_mask(algorithm):
-    """As without what the mask leaves out, whatever stands there; a chunk of nothing adds nothing."""
+    """Check that masked positions count as absent, whatever stands there, and that a chunk of nothing adds nothing."""
     (x, p, q), (dx, dp, dq) = forward_mode_case(algorithm, heads=1)
     mask = torch.arange(x.shape[1]) < torch.tensor([[5], [0]])
     hidden = x.masked_fill(~mask[..., None], 7.0)
@@ -277,7 +279,7 @@ def test_backward_through_a_tangent_under_a_mask(algorithm):
 @no_jit
 @algorithms
 def test_forward_and_reverse_mode_in_one_another(algorithm):
-    """jvp of grad, grad of jvp, hessian, forward twice and reverse over forward."""
+    """Check jvp of grad, grad of jvp, hessian, forward twice and reverse over forward."""
     spec, given = ALGORITHMS[algorithm], forward_mode_case(algorithm)
     found = derivatives(lambda *args: spec.call(*args, norm_axis=1), *given)
     expected = derivatives(lambda *args: by_the_paper(algorithm, *args), *given)

@@ -24,7 +24,7 @@ def given_on(device, case):
 
 
 def results(case, given, attention):
-    """y, weights and gradients of attention(x, p, q)."""
+    """Return y, weights and gradients of attention(x, p, q)."""
     leaves = given.leaves()
     outputs = attention(*leaves)
     return [*outputs, *torch.autograd.grad(outputs, leaves, [given.grad_y, given.grad_weights])]
@@ -33,7 +33,9 @@ def results(case, given, attention):
 @cases
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
 def test_compiled(case, mode, device):
-    """A compiled graph calls the same kernels; under "reduce-overhead" calls after the second replay a CUDA graph."""
+    """Check that a compiled graph calls the same kernels; with "reduce-overhead", calls after the second replay a CUDA
+    graph.
+    """
     torch._dynamo.reset()
     counters["inductor"].clear()
 
@@ -52,7 +54,7 @@ def test_compiled(case, mode, device):
 
 @cases
 def test_cuda_graph(case, device):
-    """Forward and backward captured by hand, replayed on other numbers."""
+    """Check forward and backward captured by hand and replayed on other numbers."""
     given, other = given_on(device, case), inputs(case, torch.bfloat16, seed=1, device=device)
     leaves = given.leaves()
 
@@ -91,7 +93,9 @@ def test_nothing_waits_for_the_device(case, device):
 
 @cases
 def test_peak_memory(case, device):
-    """y and dx, a tenth of them for statistics, and partial sums of at most twice the programs that fit at once."""
+    """Check that y and dx, a tenth of them for statistics, and partial sums of at most twice the programs that fit at
+    once are all the memory.
+    """
     case = case.but(weights=False)
     given = given_on(device, case)
     run(case, given, "triton")

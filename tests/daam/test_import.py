@@ -69,7 +69,9 @@ def test_kernels_are_one_module_under_daam():
 
 
 def checkout(path: Path, linked: bool) -> Path:
-    """A copy of what is built. Its daam/kernels is the symbolic link, or the file that git makes of one on Windows."""
+    """Return a folder with a copy of what is built. Its daam/kernels is the symbolic link, or the file that git makes
+    of one on Windows.
+    """
     for name in ("daam", "kernels"):
         shutil.copytree(ROOT / name, path / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
@@ -86,7 +88,9 @@ def pip(*arguments: str | Path) -> None:
 
 @pytest.mark.parametrize("linked", [True, False])
 def test_wheel(linked, tmp_path):
-    """Only `daam` at the top, kernels inside as files, no dependency but torch; and so by way of an sdist."""
+    """Check that a wheel holds only `daam` at the top, kernels inside as files, and no dependency but torch; and so by
+    way of an sdist.
+    """
     pytest.importorskip("setuptools")
     source = checkout(tmp_path / "source", linked)
     if not linked:
@@ -136,7 +140,9 @@ IN_PLACE_THEN_INSTALLED = """if True:
 
 
 def test_a_checkout_without_links(tmp_path):
-    """In place it says what to do; installed with -e it runs its own files, kernels among them."""
+    """Check that such a checkout says what to do in place, and, installed with -e, runs its own files, kernels among
+    them.
+    """
     pytest.importorskip("setuptools")
     source = checkout(tmp_path / "source", linked=False)
     options = ("--no-deps", "--no-build-isolation", "--ignore-installed", "--prefix", tmp_path / "prefix")

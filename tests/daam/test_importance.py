@@ -35,7 +35,7 @@ def test_not_a_map(bad):
 
 
 def test_weight_map():
-    """The average over all examples, whatever their batches, and no batch is kept."""
+    """Check that the average is that of all examples, whatever their batches, and that no batch is kept."""
     batches = [torch.rand(n, 3, 5).requires_grad_() for n in (4, 1, 7)]
     found = daam.WeightMap()
     for batch in batches:

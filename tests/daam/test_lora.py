@@ -30,7 +30,7 @@ QUICK = Settings("lora", epochs=6, folds=2, rate=1e-2, batch=8)
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread():
-    """Encoders this small gain nothing from more, and lose much to them on a busy machine."""
+    """Run on one thread: encoders this small gain nothing from more, and lose much to them on a busy machine."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -39,7 +39,7 @@ def one_thread():
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """(texts, folder of a tiny random BERT, cache)"""
+    """Return (path of texts, folder of a tiny random BERT, cache)."""
     folder = tmp_path_factory.mktemp("lora")
     data, encoder = folder / "texts.csv", folder / "encoder"
     with data.open("w", newline="") as file:
@@ -61,7 +61,7 @@ def made(tmp_path_factory):
 
 
 def made_again(made, folder, change, batch=32):
-    """(texts, folder of another encoder for them, cache): change makes it of the first one."""
+    """Return (path of texts, folder of another encoder for them, cache): change makes it of the first one."""
     data, first, _ = made
     change(transformers.AutoModel.from_pretrained(first)).save_pretrained(folder / "encoder")
     transformers.AutoTokenizer.from_pretrained(first).save_pretrained(folder / "encoder")
@@ -93,7 +93,7 @@ def test_adapters_learn_and_the_encoder_does_not(method, made, tmp_path):
 
 
 def test_an_untrained_adapter_changes_nothing(made):
-    """The classifier sees the last layer's average, as the cache has it."""
+    """Check that the classifier sees the last layer's average, as the cache has it."""
     data, encoder, cache = made
     job = lora_job(data, encoder, cache, QUICK)
     model = job.build().eval()
@@ -113,7 +113,7 @@ def test_lora_plus_trains_b_faster(made):
 
 
 def test_only_what_learns_is_counted(made):
-    """The pooler is behind the layers, and of no use; what is left gets a gradient."""
+    """Check that the pooler, behind the layers and of no use, is left out, and that all that counts gets a gradient."""
     data, encoder, cache = made
     job = lora_job(data, encoder, cache, QUICK)
     model = job.build()
@@ -133,8 +133,8 @@ def test_other_examples_than_the_caches(made, tmp_path):
 
 @pytest.mark.parametrize(("dtype", "method"), [(torch.float16, "lora"), (torch.bfloat16, "lora+")], ids=str)
 def test_encoders_in_half_precision(dtype, method, made, tmp_path):
-    """Their adapters are in fp32, as those that peft makes itself, and learn as well as those of an fp32 encoder; in
-    fp16 all would be NaN, in bf16 a third of A would stay where it is.
+    """Check that their adapters are in fp32, as those that peft makes itself, and learn as well as those of an fp32
+    encoder; in fp16 all would be NaN, in bf16 a third of A would stay where it is.
     """
     data, encoder, cache = made_again(made, tmp_path, lambda model: model.to(dtype))
     settings = replace(QUICK, method=method, rate=1e-2 if method == "lora" else 2e-3, weight_decay=0.0)
@@ -162,7 +162,7 @@ def test_encoders_in_half_precision(dtype, method, made, tmp_path):
 
 
 def test_an_encoder_is_the_same_however_its_folder_is_spelled(made, tmp_path):
-    """It is known by what is in it."""
+    """Check that an encoder is known by the files in its folder."""
     data, encoder, cache = made
     (tmp_path / "link").symlink_to(encoder)
     shutil.copytree(encoder, tmp_path / "moved")
@@ -179,7 +179,7 @@ def test_an_encoder_is_the_same_however_its_folder_is_spelled(made, tmp_path):
 
 
 def test_layers_without_linear_modules(made, tmp_path, capsys):
-    """GPT-2 has convolutions of length 1 instead."""
+    """Check GPT-2, which has convolutions of length 1 instead."""
     config = transformers.GPT2Config(vocab_size=13, n_embd=16, n_layer=3, n_head=2, n_positions=64)
     data, encoder, _ = made_again(made, tmp_path, lambda model: transformers.GPT2Model(config))
     capsys.readouterr()
@@ -192,7 +192,7 @@ def test_layers_without_linear_modules(made, tmp_path, capsys):
 
 
 def test_the_same_text_in_other_batches_is_found(made, tmp_path):
-    """Padded otherwise it comes out a little different; it is in one part all the same."""
+    """Check that a text is in one part, though it comes out a little different where it is padded otherwise."""
     data, generator = tmp_path / "texts.csv", random.Random(0)
     words = [*WORDS["weather"], *WORDS["food"], "the", "and"]
     texts = [" ".join(generator.choices(words, k=generator.randint(1, 12))) for _ in range(40)]

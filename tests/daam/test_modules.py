@@ -22,7 +22,7 @@ def randomised(*args, **kwargs):
 
 
 def published(layer, heads="daams"):
-    """The checkpoint that the published code would hold with these parameters."""
+    """Return the checkpoint that the published code would hold with these parameters."""
     return {
         f"{heads}.{h}.{name}": getattr(layer, name).detach()[h : h + 1].clone()
         for h in range(layer.num_heads)
@@ -155,7 +155,9 @@ X = torch.randn(2, 16, 9, generator=torch.Generator().manual_seed(0))
 
 
 def test_published_signatures_and_aliases():
-    """Positional as published, norm_axis first; the Gaussian names are the same classes."""
+    """Check that arguments are positional as published, norm_axis first, and that the Gaussian names are the same
+    classes.
+    """
     assert daam.GaussianAdaptiveAttention is daam.DensityAdaptiveAttention
     assert daam.MultiHeadGaussianAdaptiveAttention is daam.MultiHeadDensityAdaptiveAttention
     assert daam.GaussianBlock is daam.DensityBlock
@@ -173,7 +175,7 @@ def test_published_signatures_and_aliases():
 
 
 def test_eps_arrives():
-    """In the published heads it does not."""
+    """Check that eps reaches the heads, which the published ones ignore."""
     layer = daam.MultiHeadDensityAdaptiveAttention(1, 2, 3, eps=1.0)
     expected = daam.mixture_attention(X, layer.mean_offsets, layer.c, eps=1.0)
     assert torch.equal(layer(X), expected)
@@ -211,7 +213,9 @@ builds = pytest.mark.parametrize("build", BUILDS)
 @builds
 @pytest.mark.parametrize("masked", [False, True])
 def test_the_backend_arrives(build, masked):
-    """In every call of the functions, and against `use_backend`, which stands in for "auto" alone."""
+    """Check that the backend reaches every call of the functions, also against `use_backend`, which stands in for
+    "auto" alone.
+    """
     make, calls = BUILDS[build]
     mask = torch.ones(2, 9 if build == "DensityGate" else 16, dtype=torch.bool) if masked else None
     for backend in ("eager", "auto"):
@@ -235,7 +239,7 @@ def test_the_backend_runs(build, device):
 
 
 def test_the_backend_is_a_keyword():
-    """Positions are the published ones."""
+    """Check that backend is no positional argument: positions are the published ones."""
     for build in (
         lambda: daam.DensityAdaptiveAttention(1, 1, 3, None, 0, 1e-8, "eager"),
         lambda: daam.MultiHeadDensityAdaptiveAttention(1, 1, 3, None, 1e-8, "eager"),
@@ -368,7 +372,7 @@ def test_a_gate_under_autocast_compiles():
 
 
 def test_gate_masks():
-    """NaN where the mask is False reaches no result and no gradient of a parameter."""
+    """Check that NaN where the mask is False reaches no result and no gradient of a parameter."""
     gate, mask = daam.DensityGate(9), torch.arange(16).expand(2, 16) < torch.tensor([[16], [9]])
     x = X.transpose(1, 2)
     grads = []
@@ -454,7 +458,7 @@ def test_errors_of_a_block_s_input(error, message, x, mask):
 
 
 class Positive(nn.Module):
-    """Softplus, which people keep c positive with."""
+    """Compute softplus, which people keep c positive with."""
 
     def forward(self, original):
         return nn.functional.softplus(original)
@@ -464,14 +468,14 @@ class Positive(nn.Module):
 
 
 class OneWay(nn.Module):
-    """The same without a way back."""
+    """Compute softplus without a way back."""
 
     def forward(self, original):
         return nn.functional.softplus(original)
 
 
 class Plus(nn.Module):
-    """A step before or after, with a tensor of its own."""
+    """Add a tensor of its own, before or after another step."""
 
     def __init__(self):
         super().__init__()
@@ -504,8 +508,8 @@ published_kinds = pytest.mark.parametrize("kind", PUBLISHED)
 
 
 def drawn(kind, inside):
-    """A module with parameters from 0.5 to 1.5, alone or in a model, the submodule that holds the parameter, its name,
-    its published name, and a function that gives its rows as a published checkpoint has them.
+    """Return a module with parameters from 0.5 to 1.5, alone or in a model, the submodule that holds the parameter, its
+    name, and a function that gives its rows as a published checkpoint has them.
     """
     build, place, name, key = PUBLISHED[kind]
     model = nn.Sequential(nn.Linear(2, 2), nn.ModuleDict({"layer": build()})) if inside else build()
@@ -527,7 +531,7 @@ def drawn(kind, inside):
 @published_kinds
 @pytest.mark.parametrize("inside", [False, True])
 def test_a_parametrised_layer_has_its_values_published(kind, inside):
-    """As if it had never been parametrised, but for what a parametrisation may add of its own."""
+    """Check that a layer is published as if it had never been parametrised, but for what a parametrisation may add."""
     model, owner, name, rows = drawn(kind, inside)
     plain = daam.to_published_state_dict(model)
     original = getattr(owner, name).detach().clone()
@@ -574,7 +578,9 @@ def test_a_parametrisation_that_has_no_way_back_is_named(kind):
 
 
 def test_a_value_out_of_reach_of_a_parametrisation_is_named():
-    """The published mixture's c are standard normal, and softplus gives nothing below 0: silently NaN, otherwise."""
+    """Check that values below 0, as the published mixture's c, are refused under softplus, which would silently make
+    them NaN.
+    """
     layer = daam.MultiHeadDensityAdaptiveAttention(1, 2, 3)
     checkpoint = {key: t.clone() for key, t in daam.to_published_state_dict(layer).items()}
     checkpoint["attention_heads.1.c"][2] = -1.5
@@ -591,7 +597,9 @@ def test_a_value_out_of_reach_of_a_parametrisation_is_named():
 
 @published_kinds
 def test_a_pruned_layer_has_its_values_published(kind):
-    """Those that the next forward pass takes, whatever the one before took; a checkpoint is refused in a sentence."""
+    """Check that the values of the next forward pass are published, whatever the previous one took, and that a
+    checkpoint is refused in a sentence.
+    """
     model, owner, name, rows = drawn(kind, True)
     plain = daam.to_published_state_dict(model)
     shape = getattr(owner, name).shape
@@ -615,7 +623,7 @@ def test_a_pruned_layer_has_its_values_published(kind):
 @pytest.mark.filterwarnings("ignore:.*torch.nn.utils.weight_norm.*is deprecated:FutureWarning")
 @pytest.mark.parametrize("kind", ["daam", "mixture", "block", "gate's convolution"])
 def test_a_layer_under_weight_norm_has_its_values_published(kind, new):
-    """Direction and length a row, both ways of torch."""
+    """Check direction and length of each row, under both weight norms of torch."""
     model, owner, name, rows = drawn(kind, True)
     plain = daam.to_published_state_dict(model)
     weight_norm = nn.utils.parametrizations.weight_norm if new else nn.utils.weight_norm

@@ -31,7 +31,7 @@ def fresh_compiler():
 
 
 def leaves(shape=(2, 6, 5), heads=2, dtype=torch.float64, seed=0, device="cpu", algorithm="density"):
-    """A case with chunks of unequal length where the algorithm has them, and its leaves."""
+    """Return a case, with chunks of unequal length where the algorithm has them, and its leaves."""
     if not ALGORITHMS[algorithm].features:
         shape = (shape[0], shape[1] + 1, *shape[2:])
     case = Case(shape, 1, heads=heads, algorithm=algorithm)
@@ -99,7 +99,7 @@ def agree(compiled, batch, algorithm, backend, device):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("compiler", COMPILERS)
 def test_compile_fullgraph(backend, compiler, algorithm, device):
-    """Forward and backward in one graph, with mask and differentiable weights."""
+    """Check forward and backward in one graph, with mask and differentiable weights."""
     if (compiler, backend, algorithm) == ("inductor", "eager", "gate"):
         pytest.skip("a quarter of a minute, for what the other combinations show")
     compiled = torch.compile(with_everything(algorithm, backend), fullgraph=True, backend=compiler)
@@ -164,7 +164,7 @@ def loss(case, backend, x, p, q):
 @pytest.mark.parametrize("backend", BACKENDS)
 @algorithms
 def test_functorch(backend, compiled, algorithm, device):
-    """func.grad, vmap, vmap of grad and jvp agree with plain autograd, compiled too."""
+    """Check that func.grad, vmap, vmap of grad and jvp agree with plain autograd, compiled too."""
     if compiled and backend == "eager" and algorithm != "density":
         pytest.skip("the same autograd.Function for all; kernels have them")
     case, tensors = leaves(device=device, algorithm=algorithm)
@@ -201,7 +201,7 @@ def test_functorch(backend, compiled, algorithm, device):
 @pytest.mark.parametrize("backend", BACKENDS)
 @algorithms
 def test_functorch_in_other_orders(backend, algorithm, device):
-    """Backward through vmap, second derivatives and masks under vmap."""
+    """Check backward through vmap, second derivatives and masks under vmap."""
     case, (x, p, q) = leaves(device=device, algorithm=algorithm)
     mask = (torch.rand(case.shape[:2]) > 0.3).to(device)
     one_case = case.but(axis=0, weights=False)
@@ -250,7 +250,9 @@ def test_x_changed_in_place_is_an_error(backend, algorithm, device):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("compiler", COMPILERS)
 def test_compile_of_a_transposed_streamed_input_and_in_place_use(backend, compiler, device):
-    """Channels first seen as channels last, parameters along a dimension that stands before the chunk in memory."""
+    """Check channels first seen as channels last, with parameters along a dimension that stands before the chunk in
+    memory.
+    """
     _, tensors = leaves((2, 3, 1100), heads=2, device=device)
     x, c = tensors[0].detach(), torch.rand(2, 3, dtype=torch.float64).to(device).requires_grad_()
 
@@ -280,7 +282,7 @@ def test_batched_gradients(backend, algorithm, device):
 @algorithms
 @pytest.mark.parametrize("shape", [(2, 6, 5), (2, 3000, 5)], ids=str)
 def test_fake_cuda_tensors(shape, algorithm):
-    """Shapes, dtypes and strides without a GPU; long chunks say that they keep statistics."""
+    """Check shapes, dtypes and strides without a GPU, and that long chunks keep statistics."""
     case = Case(shape, 1, heads=2, algorithm=algorithm)
     how = (1, *case.spec.settings(case), False)
     forward, backward = (getattr(torch.ops.daam, f"{algorithm}_{name}") for name in ("forward", "backward"))
@@ -322,7 +324,7 @@ def test_export(algorithm):
 
 
 def test_the_compile_cache_sees_a_change_of_the_source():
-    """The composite operator's body is not part of the cache's key; the version among its arguments is."""
+    """Check that the version is among the operator's arguments, since its body is not part of the cache's key."""
     found = {"/".join(path.parts[-2:]) for path in ops._SOURCES}
     assert {"daam/ops.py", "reference/chunks.py", "reference/gate.py", "kernels/launch.py"} <= found
     seen = []
@@ -349,7 +351,7 @@ def test_eager_saves_nothing_but_its_inputs(algorithm):
 
 
 def test_two_devices_in_one_process_launch_on_their_own():
-    """The device of a launch is that of the tensors, not the current one."""
+    """Check that a launch is on the device of the tensors, not on the current one."""
     entered, kernel = [], mock.MagicMock()
     device = mock.MagicMock(side_effect=lambda d: entered.append(d) or mock.MagicMock())
     with mock.patch.multiple(torch.cuda, current_device=lambda: 0, device=device):
@@ -361,7 +363,7 @@ def test_two_devices_in_one_process_launch_on_their_own():
 
 @pytest.mark.parametrize("dynamic", [None, True])
 def test_compile_with_padding_values(dynamic):
-    """A second value makes the first a symbol of the graph."""
+    """Check two values: the second makes the first a symbol of the graph."""
     x = torch.randn(2, 9, 4)
     p = torch.ones(2, 3)
     attend = torch.compile(daam.mixture_attention, fullgraph=True, dynamic=dynamic, backend="aot_eager")
@@ -375,7 +377,9 @@ def test_compile_with_padding_values(dynamic):
 @algorithms
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning", "ignore::torch.jit.TracerWarning")
 def test_what_is_traced_computes(algorithm, device):
-    """torch.jit.trace makes tensors of sizes, which plans of launches cannot be made of: it sees operators."""
+    """Check torch.jit.trace, which makes tensors of sizes: plans of launches cannot be made of those, so that it sees
+    operators.
+    """
     case = Case((2, 24, 9), 1, weights=False, algorithm=algorithm)
     given, other = (inputs(case, torch.float32, seed, device) for seed in (0, 1))
 
@@ -390,7 +394,7 @@ def test_what_is_traced_computes(algorithm, device):
 @pytest.mark.kernel
 @algorithms
 def test_a_sign_that_is_not_in_memory(algorithm, device):
-    """The imaginary part of a conjugate is its memory, negated when it is read; so may gradients be."""
+    """Check the imaginary part of a conjugate, whose memory is negated when it is read; so may gradients be."""
     case = Case((2, 24, 9), 1, weights=False, algorithm=algorithm)
     given = inputs(case, torch.float32, device=device)
     expected = run(case, given, "triton")

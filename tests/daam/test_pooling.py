@@ -28,7 +28,7 @@ class Layer(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Embeds tokens; every layer sees its own position alone, so that an example does not depend on its batch."""
+    """Embed tokens; every layer sees its own position alone, so that an example does not depend on its batch."""
 
     def __init__(self, layers=3):
         super().__init__()
@@ -43,7 +43,7 @@ class Encoder(nn.Module):
 
 
 class PositionsFirst(Encoder):
-    """Takes (batch, positions), as XLNet does, and runs its layers on (positions, batch, features)."""
+    """Take (batch, positions), as XLNet does, and run layers on (positions, batch, features)."""
 
     def forward(self, input_ids, attention_mask=None):
         return super().forward(input_ids.T)
@@ -74,7 +74,7 @@ MASK = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0], [1, 1, 1, 0, 0]])
 
 
 def alone(encoder, ids=IDS, mask=MASK):
-    """(batch, layers, features): each example without its padding, through layers that are called here."""
+    """Return (batch, layers, features): each example without its padding, through layers that are called here."""
     found = []
     for row, valid in zip(ids, mask.bool(), strict=True):
         x, layers = encoder.embed(row[valid]), []
@@ -262,7 +262,7 @@ def test_what_an_encoder_pads_inside_does_not_count():
 
 
 class Frames(Encoder):
-    """Samples become frames of four; layers run on means of `squeeze` frames, as SEW's do."""
+    """Make frames of four samples; layers run on means of `squeeze` frames, as SEW's do."""
 
     def __init__(self, squeeze=2, claimed=2):
         super().__init__()
@@ -323,7 +323,7 @@ def test_positions_first():
 
 
 def test_torchs_transformer_encoder():
-    """Its default layout is that of positions first, in what goes in too."""
+    """Check its default layout, positions first, in what goes in too."""
 
     def build(batch_first):
         layer = nn.TransformerEncoderLayer(FEATURES, 2, 32, dropout=0.0, batch_first=batch_first)
@@ -467,7 +467,7 @@ def test_one_encoder_in_several_threads():
 
 
 class Wrapper(nn.Module):
-    """As DistributedDataParallel holds a module."""
+    """Hold a module as DistributedDataParallel does."""
 
     def __init__(self, module):
         super().__init__()
@@ -512,7 +512,7 @@ def test_compiled_and_wrapped(wrap, frames):
 
 
 def test_a_compiled_model():
-    """The encoder runs as it is, the decoder is compiled."""
+    """Check that the encoder runs as it is, and the decoder compiled."""
     model = daam.DensityAdaptiveTransformer(Encoder(), daam.DATDecoder(3, FEATURES, 2, num_heads=1, conv_channels=4))
     labels = torch.tensor([0, 1, 0])
     expected = model(IDS, attention_mask=MASK, labels=labels)
@@ -583,7 +583,7 @@ def test_an_encoder_that_depends_on_nothing():
 
 
 class Mixes(Encoder):
-    """Every position sees all others of its example, padding too."""
+    """Run layers whose every position sees all others of its example, padding too."""
 
     def forward(self, input_ids, attention_mask=None):
         x = self.embed(input_ids)
@@ -648,7 +648,7 @@ def test_batches_that_count():
 
 
 def test_patches_of_an_image_are_no_positions_first():
-    """MobileViT gives (batch·4, patches, features)."""
+    """Check that MobileViT's (batch·4, patches, features) is not taken for positions first."""
 
     class Patches(Encoder):
         def forward(self, pixel_values):
@@ -675,7 +675,7 @@ class Draws(Encoder):
 
 
 class Remembers(Encoder):
-    """As BigBird, which for good takes another attention once an example is short."""
+    """Embed as BigBird, which for good takes another attention once an example is short."""
 
     short = False
 

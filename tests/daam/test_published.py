@@ -14,7 +14,7 @@ BACKENDS = ["eager", pytest.param("triton", marks=pytest.mark.kernel)]
 
 
 def pair(axis, heads, gaussians, padding=None, seed=0):
-    """Their module and ours with the same random parameters, which went through their state_dict."""
+    """Return the published module and ours with the same random parameters, which went through their state_dict."""
     torch.manual_seed(seed)
     theirs = published.MultiHeadGaussianAdaptiveAttention(axis, heads, gaussians, padding).double()
     ours = daam.MultiHeadGaussianAdaptiveAttention(axis, heads, gaussians, padding).double()
@@ -25,7 +25,9 @@ def pair(axis, heads, gaussians, padding=None, seed=0):
 
 
 def agree(theirs, ours, x, backend, device="cpu"):
-    """Outputs, details and all gradients. Theirs stay on the CPU, as x does."""
+    """Check that outputs, details and all gradients of two modules agree. The published one stays on the CPU, as x
+    does.
+    """
     grad, ours = torch.randn_like(x), ours.to(device)
     leaves = [x.to(device, copy=True).requires_grad_(), x.clone().requires_grad_()]
     with daam.use_backend(backend):
@@ -68,7 +70,7 @@ def test_every_number_of_gaussians(gaussians):
 
 @pytest.mark.parametrize("axis", [1, -1])
 def test_one_head(axis):
-    """The package's single head, with parameters of shape (num_gaussians,)."""
+    """Check the package's single head, with parameters of shape (num_gaussians,)."""
     theirs = published.GaussianAdaptiveAttention(axis, 1, 3, None).double()
     ours = daam.GaussianAdaptiveAttention(axis, 1, 3, None).double()
     nn.init.uniform_(theirs.mean_offsets)
@@ -107,7 +109,7 @@ def test_blocks_agree_and_state_dicts_travel_both_ways():
 
 
 def test_initialisation_is_the_published_one():
-    """The same seed gives the same numbers."""
+    """Check that the same seed gives the same numbers."""
     for gaussians in (1, 4, 40):
         torch.manual_seed(0)
         theirs = published.MultiHeadGaussianAdaptiveAttention(1, 8, gaussians)
@@ -153,7 +155,7 @@ def test_golden_gate(backend, device):
     ("c", "theirs"), [([1e12] * 4 + [1e-12] * 4, 0.0), ([1e-12] * 4, float("nan"))], ids=["underflow", "overflow"]
 )
 def test_where_the_package_underflows_we_do_not(c, theirs):
-    """A constant chunk has equal weights, whatever happens to the product of its Gaussians on the way."""
+    """Check that a constant chunk has equal weights, though the product of its Gaussians underflows on the way."""
     x = torch.full((1, 7, 2), 0.5)
     module = published.MultiHeadGaussianAdaptiveAttention(1, 1, len(c))
     module.attention_heads[0].c.data = torch.tensor(c)
@@ -166,7 +168,7 @@ def test_where_the_package_underflows_we_do_not(c, theirs):
 
 
 def test_every_combination_of_padding_and_heads_in_one_sweep():
-    """Random shapes as hypothesis would draw them."""
+    """Check random shapes, as hypothesis would draw them."""
     generator = torch.Generator().manual_seed(1)
 
     def draw(low, high):

@@ -69,7 +69,7 @@ def test_errors_of_the_demo_are_one_line(arguments, message, tmp_path, capsys):
 
 
 def test_two_demos_in_one_folder_and_a_folder_of_a_cache(tmp_path, capsys, monkeypatch):
-    """Are refused before either loses what it has."""
+    """Check that both are refused before they lose what they have."""
     (tmp_path / "digits-runs").mkdir()
     (tmp_path / "digits-runs" / "kept").write_text("")
     with exclusive(tmp_path), pytest.raises(SystemExit):
@@ -109,7 +109,7 @@ print(*names)
 
 
 def test_importing_recipes_leaves_matplotlib_alone(tmp_path):
-    """Also drawing does."""
+    """Check that neither importing recipes nor drawing changes matplotlib's settings."""
     done = subprocess.run(
         [sys.executable, "-c", IMPORT_ALL, str(tmp_path / "importance.png")], capture_output=True, text=True
     )

@@ -42,7 +42,7 @@ CASES = [
 
 
 def arguments(case, given):
-    """Of a function of the reference, after the gradients."""
+    """Return the arguments of a function of the reference that follow the gradients."""
     how = (case.positive_axis, *case.spec.settings(case), case.residual)
     return given.x, *given.params, broadcast(given.mask, case), *how
 
@@ -75,7 +75,7 @@ def test_closed_form_agrees_with_autograd(case):
 @pytest.mark.parametrize("padding", [None, 0.0])
 @pytest.mark.parametrize("eps", [1e-8, 0.15, 1.0])
 def test_both_sides_of_the_clamp_are_tested(eps, padding):
-    """The cases above hold chunks whose weights sum to 1, to less, and both."""
+    """Check that the cases above hold chunks whose weights sum to 1, to less, and both."""
     case = Case((4, 13, 9), 1, heads=3, eps=eps, padding=padding, algorithm="mixture")
     weights = run(case, inputs(case), "eager")["weights"]
     free = torch.cat([weights[:, i : i + n].sum(1) > 1 - 1e-9 for i, n in ((0, 4), (4, 4), (8, 5))])
@@ -122,7 +122,9 @@ def test_gradcheck_and_gradgradcheck_of_gate(shape, axis):
 
 
 def check_gradients(spec, shape, axis, columns, settings, q, mask=True):
-    """Both orders, of x and the parameters, through y and weights; the closed form is what double backward runs."""
+    """Check first and second derivatives for x and the parameters, through y and weights; the closed form is what
+    double backward runs.
+    """
     torch.manual_seed(0)
     x = torch.randn(shape, dtype=torch.float64)
     if not mask:
@@ -169,7 +171,7 @@ def test_what_is_masked_reaches_nothing(algorithm):
 
 
 def test_the_mixture_is_the_product_of_its_gaussians():
-    """By the definition, in float64, where nothing underflows."""
+    """Compare the formula with the definition in float64, where nothing underflows."""
     case = Case((2, 9, 3), 1, params=4, algorithm="mixture", eps=1e-3)
     given = inputs(case)
     x, (offsets, c) = given.x, given.params

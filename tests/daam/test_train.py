@@ -33,7 +33,7 @@ QUICK = Settings("daam", epochs=3, folds=2, rate=3e-3, stop_after=15)
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread():
-    """Decoders this small gain nothing from more, and lose much to them on a busy machine."""
+    """Run on one thread: decoders this small gain nothing from more, and lose much to them on a busy machine."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -42,7 +42,7 @@ def one_thread():
 
 @pytest.fixture(scope="module")
 def cache():
-    """Three classes that only the third layer tells apart."""
+    """Return a cache of three classes that only the third layer tells apart."""
     generator = torch.Generator().manual_seed(0)
     labels = torch.arange(60) % 3
     features = torch.randn(60, LAYERS, FEATURES, generator=generator)
@@ -79,7 +79,7 @@ def refused(command, capsys):
 
 @pytest.fixture(scope="module")
 def finished(cache, tmp_path_factory):
-    """The folder of a finished run, to be copied."""
+    """Return the folder of a finished run, to be copied."""
     folder = tmp_path_factory.mktemp("finished")
     train.run(cached_job(cache, QUICK), QUICK, folder)
     return folder
@@ -102,14 +102,16 @@ SPLITTINGS = [{"folds": 2}, {"folds": 3}, {"folds": 5}, {"seeds": 3}]
 
 
 def needed(folds=None, seeds=None):
-    """The fewest examples of a class: of the part that tests least the others must train and validate."""
+    """Return the fewest examples of a class that can be split: parts that do not test it must train and validate."""
     if seeds:
         return 3
     return next(n for n in itertools.count(folds) if n - math.ceil(n / folds) >= 2)
 
 
 def check_splits(found, labels, folds=None, seeds=None, groups=None):
-    """Parts do not overlap, classes are in all of them, folds test every example once, groups stay together."""
+    """Check that parts do not overlap and have all classes, that folds test every example once, and that groups stay
+    together.
+    """
     every, classes = torch.arange(len(labels)), set(labels.tolist())
     for one in found:
         parts = [one.train, one.validation, one.test]
@@ -125,7 +127,7 @@ def check_splits(found, labels, folds=None, seeds=None, groups=None):
 
 
 def draw_labels(generator, least):
-    """Shuffled labels of one to seven classes, some of as few examples as can be."""
+    """Draw shuffled labels of one to seven classes, some of as few examples as can be."""
     counts = [least + generator.choice([0, 0, 1, 2, 9, 40, 95]) for _ in range(generator.randint(1, 7))]
     labels = [label for label, count in enumerate(counts) for _ in range(count)]
     generator.shuffle(labels)
@@ -156,7 +158,7 @@ def test_equal_examples_stay_together(how):
 
 
 def test_classes_of_too_few_different_examples_are_split_by_example(tmp_path):
-    """Beside them equal examples stay together."""
+    """Check that examples of such classes are split singly, while equal examples of other classes stay together."""
     labels = torch.tensor([0] * 20 + [1] * 20)
     groups = torch.cat([torch.arange(10).repeat(2), torch.arange(20, 23).repeat(7)[:20]])
     found = splits(labels, QUICK, groups)
@@ -168,7 +170,7 @@ def test_classes_of_too_few_different_examples_are_split_by_example(tmp_path):
 
 @pytest.mark.parametrize("how", SPLITTINGS, ids=str)
 def test_fewer_examples_than_needed(how):
-    """The message says the number that does, in our words; the folds that it proposes do."""
+    """Check that the message says the number that is enough, in our words, and proposes folds that are possible."""
     least = needed(**how)
     labels = torch.tensor([0] * 30 + [1] * (least - 1))
     with pytest.raises(train.RunError) as refused:
@@ -182,7 +184,7 @@ def test_fewer_examples_than_needed(how):
 
 
 def test_splits_are_those_of_the_committed_comparison():
-    """Where all examples differ and no class is rare, splits are what they always were."""
+    """Check that splits are what they always were where all examples differ and no class is rare."""
     digits = torch.tensor(pytest.importorskip("sklearn.datasets").load_digits().target)
     labels = digits[digits >= 5] - 5
     rows = json.loads((HISTORY / "digits-cpu" / "comparison.json").read_text())
@@ -193,7 +195,7 @@ def test_splits_are_those_of_the_committed_comparison():
 
 
 def test_equal_examples_are_found():
-    """Up to rounding, as the same text in another batch comes out; whatever else the examples hold."""
+    """Check that examples equal up to rounding are found, as the same text in another batch comes out."""
     generator = torch.Generator().manual_seed(0)
     features = torch.randn(60, LAYERS, FEATURES, generator=generator)
     expected = torch.arange(60)
@@ -240,7 +242,7 @@ def test_equal_examples_are_told(copies, line, cache, command, tmp_path, capsys,
 
 @pytest.mark.parametrize("method", [method for method in METHODS if not method.startswith("lora")])
 def test_methods(method, cache, tmp_path):
-    """Each learns what is plain to see, and its results say what they are."""
+    """Check that each method learns what is plain to see, and that its results say what they are."""
     settings = replace(QUICK, method=method, epochs=8, rate=3e-2 if method == "linear" else 3e-3)
     results = train.run(cached_job(cache, settings), settings, tmp_path)
     assert results["accuracy"]["mean"] > 0.6 > 1 / 3
@@ -259,15 +261,15 @@ def test_methods(method, cache, tmp_path):
 
 
 def numbers(results):
-    """All but times."""
+    """Return the results of a run without its times."""
     return [{key: value for key, value in part.items() if key != "seconds"} for part in results["parts"]]
 
 
 @pytest.mark.parametrize("method", ["daam", "mha_bn"])
 @pytest.mark.parametrize("stops", [9, 25], ids=["in the second epoch", "in the second part"])
 def test_an_interrupted_run_ends_with_the_same_numbers(stops, method, cache, tmp_path, monkeypatch):
-    """Running statistics of batch normalisation, the optimizer and the best epoch included. An epoch has 4 batches and
-    a validation; the first call counts saved bytes.
+    """Check that a resumed run restores running statistics of batch normalisation, the optimizer and the best epoch. An
+    epoch has 4 batches and a validation; the first call counts saved bytes.
     """
     settings = replace(QUICK, method=method)
     job = cached_job(cache, settings)
@@ -291,14 +293,16 @@ def test_an_interrupted_run_ends_with_the_same_numbers(stops, method, cache, tmp
 
 
 def test_stops_early(cache, tmp_path):
-    """A run without anything to learn ends after stop_after epochs, and tests the best one."""
+    """Check that a run without anything to learn ends after stop_after epochs, and tests the best one."""
     settings = replace(QUICK, epochs=40, stop_after=2, rate=0.0)
     part = train.run(cached_job(cache, settings), settings, tmp_path)["parts"][0]
     assert (part["best_epoch"], len(part["losses"])) == (0, 3)
 
 
 def test_of_equal_accuracies_the_lower_loss_is_tested(cache, tmp_path):
-    """Of few examples many epochs get all right: the first of them is hardly trained."""
+    """Check that of equal accuracies the lowest loss decides: on few examples many epochs get all right, and the first
+    of them is hardly trained.
+    """
     settings = replace(QUICK, epochs=12)
     for part in train.run(cached_job(cache, settings), settings, tmp_path)["parts"]:
         scores = list(zip(part["accuracies"], [-loss for loss in part["validation_losses"]], strict=True))
@@ -315,7 +319,7 @@ def test_a_finished_run_is_left_alone(finished, cache, tmp_path):
 
 
 def test_a_run_does_not_depend_on_its_device(finished, cache, tmp_path, monkeypatch):
-    """Nor on threads; earlier versions noted both."""
+    """Check that neither device nor threads are part of a run's settings, which earlier versions noted both."""
     shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
     about = json.loads((tmp_path / "run.json").read_text())
     assert not {"device", "threads"} & about.keys()
@@ -359,7 +363,7 @@ def test_a_loss_that_is_not_finite(settings, advice, cache, tmp_path):
 
 @pytest.mark.parametrize("what", ["loss", "gradients"])
 def test_a_loss_that_no_rate_makes_finite(what, cache, tmp_path):
-    """An example that overflows the model, forward or backward alone, whatever it learns."""
+    """Check an example that overflows the model, forward or backward alone, whatever the model learns."""
 
     class Overflow(torch.autograd.Function):
         @staticmethod
@@ -413,7 +417,9 @@ def test_files_of_something_else_are_named(content, name, finished, cache, tmp_p
 
 @pytest.mark.parametrize("name", ["part-0.json", "results.json"])
 def test_parts_of_other_splits(name, finished, cache, tmp_path):
-    """An earlier version's: two methods would not be compared on the same parts."""
+    """Check that a run with an earlier version's splits is refused: two methods would not be compared on the same
+    parts.
+    """
     shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
     data = json.loads((tmp_path / name).read_text())
     part = data["parts"][0] if name == "results.json" else data
@@ -426,7 +432,7 @@ def test_parts_of_other_splits(name, finished, cache, tmp_path):
 
 
 def test_many_classes(tmp_path):
-    """As many examples validate as there are classes."""
+    """Check that as many examples validate as there are classes."""
     labels = torch.arange(80) % 16
     many = Cache(torch.randn(80, LAYERS, FEATURES), labels, [str(i) for i in range(16)], {})
     settings = replace(QUICK, method="linear", epochs=1)
@@ -477,7 +483,7 @@ def test_output_that_is_no_folder_for_results(module, finished, refused, tmp_pat
 
 @pytest.mark.parametrize("module", [train, compare, explain], ids=lambda module: module.__name__)
 def test_several_processes_are_refused(module, finished, refused, tmp_path, monkeypatch):
-    """As torchrun starts them."""
+    """Check that processes started as torchrun starts them are refused."""
     monkeypatch.setenv("WORLD_SIZE", "2")
     inputs = [finished, "cache"] if module is explain else ["cache"]
     assert "WORLD_SIZE is 2, expected 1" in refused(module, *inputs, "--output", tmp_path / "out")
@@ -497,7 +503,7 @@ def test_bugs_show_their_traceback(command, finished, tmp_path, monkeypatch):
 
 @pytest.fixture
 def holder():
-    """A function from a folder to a process that holds its lock."""
+    """Return a function from a folder to a process that holds its lock."""
     context, processes = multiprocessing.get_context("fork"), []
 
     def hold(folder):
@@ -535,7 +541,9 @@ def test_one_process_at_a_time_works_in_a_folder(ends, holder, cache, tmp_path):
 
 @pytest.mark.skipif(lock.fcntl is None, reason="files are not locked here")
 def test_a_lock_that_was_deleted_while_it_was_taken(tmp_path, monkeypatch):
-    """By the process that held it: what is locked then is another file than the next process finds."""
+    """Check a lock that the process holding it deletes: what is locked then is another file than the next process
+    finds.
+    """
     original, calls = lock.fcntl.flock, []
 
     def flock(file, how):
@@ -568,7 +576,9 @@ def test_file_systems_without_locks(tmp_path, monkeypatch):
 @pytest.mark.parametrize("layers", [1, 2, 3])
 @pytest.mark.parametrize("features", [12, 16])
 def test_sizes_that_a_method_cannot_work_on(layers, features, cache, refused, tmp_path, monkeypatch):
-    """Are refused before anything is trained; on all others a step works, also of one example."""
+    """Check that impossible sizes are refused before anything is trained, and that a step works on all others, also of
+    one example.
+    """
     small = replace(cache, features=cache.features[:, :layers, :features])
     monkeypatch.setattr(compare, "read_cache", lambda path: small)
     for method in METHODS[:-2]:
@@ -744,7 +754,7 @@ def results_named(name):
 
 
 def test_names_are_drawn_as_they_are(tmp_path, monkeypatch, recwarn, capsys):
-    """Mathematics is for the axes alone, and LaTeX for none, whatever a user's style says."""
+    """Check that mathematics is for the axes alone, and LaTeX for none, whatever a user's style says."""
     import matplotlib
     from matplotlib.mathtext import MathTextParser
 
@@ -770,7 +780,7 @@ def test_names_are_drawn_as_they_are(tmp_path, monkeypatch, recwarn, capsys):
 
 @pytest.mark.parametrize("name", ["\udcff.csv", "a\0b", "\x1b[1m", "\r\n"], ids=ascii)
 def test_names_that_are_no_text(name, tmp_path, capsys):
-    """They are drawn, or their picture is told to be missing."""
+    """Check that such names are drawn, or that their picture is reported missing."""
     plots.plot_comparison([results_named(name)], tmp_path / "comparison.png")
     told = capsys.readouterr().err.splitlines()
     assert (tmp_path / "comparison.png").exists() != bool(told) and len(told) <= 1
@@ -796,7 +806,7 @@ def test_a_picture_that_fails_ends_nothing(cache, command, tmp_path, capsys, mon
 
 @pytest.mark.kernel
 def test_kernels_train_as_the_eager_backend_does(device):
-    """The same loss curve, step by step."""
+    """Compare the loss curves of both backends, step by step."""
     torch.manual_seed(0)
     x, labels = torch.randn(12, 4, 8).to(device), torch.arange(12).to(device) % 3
     curves = {}

@@ -79,7 +79,7 @@ def test_half_precision_is_averaged_in_fp32():
 
 
 def test_no_layer_outlives_the_next_one():
-    """Of the layers' outputs only averages are kept: never (batch, layers, positions, features)."""
+    """Check that only averages of the layers' outputs are kept: never (batch, layers, positions, features)."""
     encoder, alive = Encoder(layers=6), []
 
     class Watch(nn.Module):

@@ -61,7 +61,9 @@ def sharded_x(rank):
 
 
 def readme_s_call():
-    """What README says of DTensors, as it stands there, and for the others: gradients are those of one process."""
+    """Check that what README says of DTensors, as it stands there, gives the gradients of one process; so for the other
+    algorithms.
+    """
     (code,) = re.findall(r"```python\n(from torch\.distributed.*?)```", README.read_text(), re.DOTALL)
     mesh = init_device_mesh("cpu", (WORLD,))
     p, q = (torch.rand(2, 8, generator=torch.Generator().manual_seed(seed)) + 0.5 for seed in (2, 3))

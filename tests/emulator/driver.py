@@ -20,7 +20,7 @@ from bench.stub_driver import stub_driver
 
 
 class Device:
-    """A GPU that is emulated.
+    """Stand in for a GPU.
 
     launched: names of the kernels that have run, in order.
     """
@@ -32,7 +32,7 @@ class Device:
         self._error: BaseException | None = None
 
     def loaded(self, module: int, function: int, name: str, files: dict[str, str], key: str) -> None:
-        """Remember the PTX of a kernel that Triton loads (knobs.runtime.kernel_load_end_hook)."""
+        """Keep the PTX of a kernel that Triton loads (knobs.runtime.kernel_load_end_hook)."""
         text = next((path for file, path in files.items() if file.endswith(".ptx")), None)
         if text is None:
             raise FileNotFoundError(f"{name}: Triton's cache has no .ptx of it, which is what is emulated")

@@ -20,7 +20,7 @@ AT_ONCE = 1 << 15  # threads of a batch of programs
 
 
 class Executable:
-    """A program whose instructions have become steps.
+    """Run a program whose instructions have become steps.
 
     executed: instructions of all executables so far, one that threads execute together counting once.
     """
@@ -86,7 +86,7 @@ def executable(text: str) -> Executable:
 
 
 class Threads:
-    """The threads of a batch of programs: registers, by name, and where in the program each thread is.
+    """Hold the threads of a batch of programs: registers, by name, and where in the program each thread is.
 
     A register is an array of bits with one element for each thread, or one element for all of them. mask: who executes
     the instruction at hand, None where all do. programs, warps: each thread's program within the batch, and its warp.

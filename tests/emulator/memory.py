@@ -17,7 +17,7 @@ MANY = 63  # instead of a warp: several
 
 
 class FaultError(RuntimeError):
-    """What would be wrong on a GPU: an access, a race, threads that wait for others in vain."""
+    """Report what would be wrong on a GPU: an access, a race, threads that wait for others in vain."""
 
 
 def _host() -> dict[int, np.ndarray]:
@@ -49,7 +49,7 @@ def _store(memory: np.ndarray, places: np.ndarray, values: list[np.ndarray], pro
 
 
 class Global:
-    """The host's memory, at its own addresses.
+    """Access the host's memory, at its own addresses.
 
     spans: where tensors of the launch begin and end, [start, end).
     """
@@ -81,7 +81,7 @@ class Global:
 
 
 class Shared:
-    """The shared memory of a number of programs that run at once, and who has touched it since they last waited.
+    """Hold the shared memory of a number of programs that run at once, and who has touched it since they last waited.
 
     It holds NaN at first. Of every byte it is known which warp wrote it last and which read it last, and how often
     the program's threads had waited for each other by then: what two warps touch, one of them to write, without a

@@ -17,12 +17,12 @@ KINDS = re.compile(r"([bus](8|16|32|64)|f(16|32|64)|bf16|b?f16x2|pred)")
 
 
 class UnsupportedError(NotImplementedError):
-    """What the emulator does not know: it guesses nothing."""
+    """Report what the emulator does not know: it guesses nothing."""
 
 
 @dataclass(frozen=True, slots=True)
 class Instruction:
-    """One instruction: opcode, what follows it after dots (its types apart), operands, and who executes it.
+    """Hold one instruction: opcode, what follows it after dots (its types apart), operands, and who executes it.
 
     predicate: the register of those who do, or with `negated` of those who do not; None where all do. source: the line
     of the kernel it comes from, as far as the compiler says.
@@ -56,7 +56,7 @@ class Instruction:
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """Instructions in a row, and the jump after them: who takes it goes to `target`, the others to the next block.
+    """Hold instructions in a row, and the jump after them: who takes it goes to `target`, the others to the next block.
 
     jump: None where there is none. target: a number, that of no block for a return.
     """
@@ -67,13 +67,13 @@ class Block:
 
     @property
     def waits(self) -> str | None:
-        """Who waits before the block."""
+        """Return who waits before the block: the threads of its "warp", of its "program", or nobody."""
         return self.instructions[0].waits if self.instructions else None
 
 
 @dataclass(frozen=True, slots=True)
 class Program:
-    """A kernel: name, (name, type) of its parameters, threads of one program of a launch, blocks."""
+    """Hold a kernel: name, (name, type) of its parameters, threads of one program of a launch, blocks."""
 
     name: str
     params: tuple[tuple[str, str], ...]

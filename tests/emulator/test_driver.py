@@ -30,7 +30,7 @@ def test_gcc_is_needed():
 
 @pytest.mark.emulated
 def test_an_error_in_a_launch_is_raised_by_it(emulated):
-    """It passes through Triton's launcher, which is C, and the next launch is as before."""
+    """Check that an error passes through Triton's launcher, which is C, and that the next launch is as before."""
     import torch
     import triton
     import triton.language as tl

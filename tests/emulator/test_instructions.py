@@ -80,14 +80,14 @@ def test_floats(instruction, operands, expected):
 
 
 def is_nearest(value, exact) -> bool:
-    """Whether a number of fp32 is the one nearest to a fraction, the even one of two."""
+    """Tell whether a number of fp32 is the one nearest to a fraction, the even one of two."""
     off = [abs(Fraction(float(other)) - exact) for other in np.nextafter(value, np.array([-INF, INF], F32))]
     own = abs(Fraction(float(value)) - exact)
     return own < min(off) or (own == min(off) and int(value.view(U32)) % 2 == 0)
 
 
 def test_fma_rounds_once():
-    """Also where fp64 would round to halfway between two numbers of fp32, above it and below it, and of tiny ones."""
+    """Check that fma rounds once, also where fp64 rounds to halfway between two numbers of fp32, and for tiny ones."""
     random = np.random.default_rng(0)
     k = F32(2.0**-10)
     halfway = F32(1 + k), F32(1 - k + k * k)  # their product is 1 + 2**-30

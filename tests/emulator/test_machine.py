@@ -33,7 +33,7 @@ def test_shuffles(mode, expected):
 
 
 def test_a_branch_that_splits_a_warp():
-    """Both ways are taken, and threads meet again: the shuffle after them is of whole warps."""
+    """Check that both ways are taken, and that threads meet again: the shuffle after them is of whole warps."""
     code = """
         and.b32 %r3, %r0, 1;
         setp.eq.s32 %p1, %r3, 0;
@@ -79,7 +79,7 @@ def test_predicated_instructions():
 
 
 def test_what_no_thread_wrote_is_nan():
-    """A register that a predicate left out, and shared memory."""
+    """Check a register that a predicate left out, and shared memory."""
     register = result("setp.lt.u32 %p1, %r0, 4; @%p1 mov.u32 %r2, 0;")
     assert register == [0] * 4 + [2**32 - 1] * 28
     shared = result("ld.shared.b32 %r2, [global_smem];", shared=16)
@@ -88,7 +88,7 @@ def test_what_no_thread_wrote_is_nan():
 
 @pytest.mark.parametrize("at_once", [64, 1 << 15])
 def test_programs_run_in_batches(at_once, monkeypatch):
-    """Each has shared memory of its own, and a number along three dimensions."""
+    """Check that each program has shared memory of its own, and a number along three dimensions."""
     monkeypatch.setattr(machine, "AT_ONCE", at_once)
     code = """
         mov.u32 %r3, %tid.x;
@@ -137,7 +137,9 @@ def test_vectors_and_narrow_numbers():
 
 
 def test_matrices_are_spread_over_a_warp():
-    """stmatrix and ldmatrix are each other's inverse; transposed, each finds the other dimension's neighbours."""
+    """Check that stmatrix and ldmatrix are each other's inverse; transposed, each finds the other dimension's
+    neighbours.
+    """
     code = """
         shl.b32 %r3, %r0, 4;
         and.b32 %r3, %r3, 127;
@@ -179,7 +181,7 @@ SAME = "mov.u32 %r6, 0;"
     ],
 )
 def test_races(code, race):
-    """What two warps touch, one of them to write, without a barrier between."""
+    """Check that an access of two warps, one of them a write, without a barrier between is an error."""
     code = f"mov.u32 %r2, 0; {SAME} {SHARED} {code}"
     if race is None:
         result(code, threads=64, shared=256)
@@ -189,7 +191,9 @@ def test_races(code, race):
 
 
 def test_a_barrier_in_every_turn_of_a_loop():
-    """One barrier a turn is too few where a turn both writes and reads: the next one's writes may come early."""
+    """Check that one barrier a turn is too few where a turn both writes and reads: the next one's writes may come
+    early.
+    """
     loop = """
         mov.u32 %r7, 0;
     $loop:
@@ -237,7 +241,7 @@ def test_faults_name_kernel_and_instruction(code, what):
 
 @pytest.mark.parametrize("threads", [32, 64])
 def test_a_barrier_that_not_all_reach(threads):
-    """Half of a warp, or one warp of two."""
+    """Check half of a warp, and one warp of two, at a barrier that others wait at in vain."""
     code = f"setp.lt.u32 %p1, %r0, {threads // 2}; @%p1 bra $end; bar.sync 0;\n$end:\nret;"
     with pytest.raises(FaultError, match=r"kernel: bar\.sync 0: threads wait for others that never come"):
         execute(code, np.zeros(1, U32), threads=threads)

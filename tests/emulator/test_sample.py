@@ -95,7 +95,7 @@ def test_a_narrow_gaussian(shape):
     ],
 )
 def test_a_constant_chunk(shape, params):
-    """Sums of which nothing is left, where a product is rounded alike in all its uses."""
+    """Check sums of which next to nothing is left: they are exact, since a product is rounded alike in all its uses."""
     assert constant_error(shape, params) < 1
 
 
@@ -122,7 +122,7 @@ def test_every_launch_is_emulated(algorithm, emulated):
 @pytest.mark.emulated
 @algorithms
 def test_offsets_beyond_32_bits(algorithm):
-    """A view that spans more than 2**31 elements: memory that is mapped, and never touched but for 48 of them."""
+    """Check a view that spans more than 2**31 elements: memory that is mapped, and never touched but for 48 of them."""
     memory = torch.frombuffer(mmap.mmap(-1, 2 * (2 * (2**30 + 16) + 16)), dtype=torch.float16)
     x = memory.as_strided((3, 16), (2**30 + 16, 1))
     x.copy_(torch.randn(3, 16, generator=torch.Generator().manual_seed(0)))
@@ -145,7 +145,7 @@ def kernel_of(text: str) -> str:
 
 
 class Change:
-    """What leaves something out of the PTX of one kernel, by its number, or all of it."""
+    """Leave something out of the PTX of one kernel, by its number, or all of it."""
 
     def __init__(self, pattern: re.Pattern, kernel: str, number: int | None):
         self.pattern, self.kernel, self.number, self.left_out = pattern, kernel, number, 0
@@ -160,7 +160,7 @@ class Change:
 
 
 def is_noticed(case: Case, dtype: torch.dtype) -> bool:
-    """Whether the sample's test of a case would fail."""
+    """Tell whether the sample's test of a case would fail."""
     try:
         return worst(case, dtype) > LIMIT
     except FaultError:
@@ -171,7 +171,7 @@ def is_noticed(case: Case, dtype: torch.dtype) -> bool:
 @pytest.mark.parametrize("kernel", ["_forward", "_backward"])
 @algorithms
 def test_each_barrier_that_is_left_out_is_noticed(algorithm, kernel):
-    """One after the other; rows of several warps, of which programs take several."""
+    """Leave out each barrier of rows of several warps, where programs take several, and check that it is noticed."""
     case, dtype = ROWS[1]
     case, number = case.but(algorithm=algorithm), 0
     given = inputs(case, dtype)
@@ -195,7 +195,7 @@ def test_each_barrier_that_is_left_out_is_noticed(algorithm, kernel):
 @pytest.mark.parametrize(("case", "dtype"), [ROWS[0], COLUMNS[1]], ids=str)
 @algorithms
 def test_stores_without_their_masks_are_noticed(algorithm, case, dtype, kernel):
-    """The predicates of stores left out: threads that stand outside store, too."""
+    """Leave out the predicates of stores, so that threads outside store too, and check that it is noticed."""
     change = Change(STORED_BY_SOME, kernel, None)
     with mock.patch.object(driver, "executable", change):
         assert is_noticed(case.but(algorithm=algorithm), dtype)
@@ -206,7 +206,7 @@ def test_stores_without_their_masks_are_noticed(algorithm, case, dtype, kernel):
 @pytest.mark.parametrize("side", [0, 1], ids=["rows", "columns"])
 @algorithms
 def test_a_tile_that_is_taken_for_whole_is_noticed(algorithm, side):
-    """RAGGED says that no rows, or no columns, of a tile stand outside."""
+    """Check a RAGGED that wrongly says that no rows, or no columns, of a tile stand outside."""
     original = launch.launch
 
     def wrong(kernel, grid, *args, **meta):
@@ -221,7 +221,9 @@ def test_a_tile_that_is_taken_for_whole_is_noticed(algorithm, side):
 
 @pytest.mark.emulated
 def test_a_product_that_is_fused_is_noticed(tmp_path):
-    """The mixture's distance without the 0 that keeps it apart from the difference it is subtracted in."""
+    """Leave out the 0 that keeps the mixture's distance from being fused with its difference, and check that it is
+    noticed.
+    """
     source, apart = Path(mixture.__file__).read_text(), "rounded_product(from_near, d[i] - far)"
     assert source.count(apart) == 1
     file = tmp_path / "fused_mixture.py"

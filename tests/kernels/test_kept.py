@@ -19,7 +19,7 @@ algorithms = pytest.mark.parametrize("algorithm", ALGORITHMS)
 
 @pytest.fixture(autouse=True)
 def launched():
-    """What reaches the CUDA driver: (function, grid) of every launch; a function is one compiled kernel's."""
+    """Yield the launches that reach the CUDA driver, (function, grid) each; a function is one compiled kernel's."""
     pytest.importorskip("triton")
     if interpreting():
         pytest.skip("the interpreter compiles nothing")
@@ -37,7 +37,7 @@ def launched():
 
 @contextlib.contextmanager
 def asked():
-    """The names of the kernels that Triton is asked for, in order."""
+    """Yield the list of the names of the kernels that Triton is asked for, in order."""
     from triton.runtime import JITFunction
 
     names, original = [], JITFunction.run
@@ -51,14 +51,14 @@ def asked():
 
 
 def unaligned(t):
-    """The same numbers, one element past what is aligned to 16 bytes."""
+    """Return a copy of a tensor, one element past what is aligned to 16 bytes."""
     room = t.new_empty(t.numel() + 1)
     assert room.data_ptr() % 16 == 0
     return room[1:].view(t.shape).copy_(t)
 
 
 def run(case, *, x=lambda t: t, params=lambda t: t, grad=lambda t: t, dtype=torch.bfloat16):
-    """A forward and a backward pass of a case, whose tensors are changed before."""
+    """Run both passes of a case; x, params and grad change its tensors before."""
     given = inputs(case, dtype)
     leaves = [x(given.x), *map(params, given.params)]
     leaves = [t.detach().requires_grad_() for t in leaves]
@@ -153,7 +153,7 @@ def test_another_setting_launches_what_triton_would(change, launched):
 @algorithms
 @pytest.mark.parametrize("n", [12, 1032])
 def test_triton_is_asked_once(n, algorithm, launched):
-    """For every kernel of both passes, chunks on chip and streamed."""
+    """Check that the second run of every kernel of both passes asks Triton for nothing, chunks on chip and streamed."""
     case = BASE.but(algorithm=algorithm, shape=(2, n, 32))
     with asked() as names:
         run(case)
@@ -171,7 +171,7 @@ def test_triton_is_asked_once(n, algorithm, launched):
 )
 @pytest.mark.parametrize("inside", [False, True])
 def test_arguments_that_triton_tells_apart(inside, other):
-    """Alone, and in a tuple."""
+    """Check that arguments of which Triton compiles different kernels have different keys, alone and in a tuple."""
     told = (torch.ones(2), None, 1.0, 1, 16, True, (torch.ones(2),), (1,), ((1,), 1), Strided(torch.ones(2), (1,)))
     wrap = (lambda arg: ((arg,),)) if inside else (lambda arg: (arg,))
     same = [arg for arg in told if launch.traits(wrap(arg)) == launch.traits(wrap(other))]
@@ -195,7 +195,7 @@ def test_a_kept_launch_has_its_own_grid(launched):
 
 
 def test_each_device_has_its_own(launched):
-    """A compiled kernel is loaded on one device."""
+    """Check that every device has kernels of its own: a compiled kernel is loaded on one device."""
     import triton
 
     x, active = torch.ones(2, 12, 32), triton.runtime.driver.active
@@ -288,14 +288,14 @@ def test_what_is_kept_is_bounded():
 
 
 def test_on_amd_gpus_nothing_is_kept(launched):
-    """Triton compiles for the size of a tensor's memory there, too."""
+    """Check that nothing is kept on AMD GPUs, where Triton compiles for the size of a tensor's memory, too."""
     with mock.patch.object(torch.version, "hip", "6.4"):
         run(BASE)
     assert launched and not launch.kept
 
 
 def test_what_was_not_compiled_is_not_kept():
-    """An interpreted kernel, or one that a hook of Triton's keeps from being compiled, comes back as None."""
+    """Check that None is not kept: an interpreted kernel, or one that a hook of Triton's keeps from being compiled."""
     kernel = mock.MagicMock()
     kernel.__getitem__.return_value.return_value = None
     for _ in range(2):

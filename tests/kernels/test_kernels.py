@@ -154,7 +154,7 @@ def test_agrees_with_float64(case, device):
     ids=str,
 )
 def test_agrees_where_programs_take_several_tiles(case, device):
-    """Small tensors have a program for every tile: here programs loop, and share partial sums."""
+    """Check programs that loop and share partial sums, where small tensors would have a program for every tile."""
     with mock.patch.multiple(launch, MAX_PROGRAMS=3, FILL=1):
         check(case, device)
 
@@ -177,7 +177,7 @@ STREAMED = [
 
 @pytest.mark.parametrize("case", STREAMED, ids=str)
 def test_agrees_where_chunks_have_several_strips(case, device):
-    """Strips of one tile, and merged three at a time: many of both."""
+    """Check chunks of many strips of one tile that are merged three at a time, many times."""
     with mock.patch.multiple(launch, STRIP_ROW=1, STRIP_COLUMN=1, STRIPS=4):
         plan.cache_clear()
         check(case, device)
@@ -185,7 +185,9 @@ def test_agrees_where_chunks_have_several_strips(case, device):
 
 
 def paths_of(case, device):
-    """What decides which code of a kernel runs, of every launch of a case: (algorithm, order, kernel, what)."""
+    """Yield what decides which code of a kernel runs, of every launch of a case: (algorithm, order, kernel, regime,
+    fact).
+    """
     given = inputs(case, device=device)
     inner = inner_dim(given.x, case.positive_axis, case.feature_axis)
     order = "rows" if axis_is_fastest(given.x, case.positive_axis, inner) else "columns"
@@ -207,7 +209,7 @@ def paths_of(case, device):
 
 
 def test_every_path_is_taken(device):
-    """By the cases that are compared with float64: no code of a regime that no case runs."""
+    """Check that the cases compared with float64 run the code of every regime."""
     taken = {path for case in CASES for path in paths_of(case, device)}
     more = ("one block", "ragged columns", "eighths", "sixteenths")
     both = ("masked", "not masked", "ragged rows", "whole rows", "several blocks", "whole columns")
@@ -277,7 +279,7 @@ RULED = [
 
 @pytest.mark.parametrize(("case", "dtype"), RULED)
 def test_errors_are_those_of_eager(case, dtype, device):
-    """Within helpers.bound, which has the reason of every constant."""
+    """Check that errors are within helpers.bound, which has the reason of every constant."""
     for name, (ours, eager) in worst_errors(case, dtype, device).items():
         within(ours, bound(case, name, dtype, eager), name)
 
@@ -293,7 +295,7 @@ def test_published_cases(name, device):
     [((2, 24, 33), 1, False), ((3, 1000), 1, False), ((2, 300, 5), 1, True), ((2, 5000), 1, True)],
 )
 def test_path(shape, axis, streamed, algorithm, device):
-    """Which kernels a regime takes: short and long chunks, axis or features fastest."""
+    """Check which kernels a regime takes: short and long chunks, axis or features fastest."""
     case = Case(shape, axis, algorithm=algorithm)
     with recorded_launches() as names:
         run(case, inputs(case, torch.float32, device=device), "triton")
@@ -302,8 +304,8 @@ def test_path(shape, axis, streamed, algorithm, device):
 
 
 def test_chunks_that_only_the_backward_pass_streams(device):
-    """The gate's backward pass holds less on chip and finds the statistics of such chunks itself. Where the last chunk
-    is so long that the forward pass streams it, it streams all.
+    """Check that the gate's backward pass, which holds less on chip, finds the statistics of such chunks itself. Where
+    the last chunk is so long that the forward pass streams it, it streams all.
     """
     for shape, heads, expected in (((2, 600), 1, ["_forward", "_stats"]), ((1, 3071), 3, ["_stats", "_forward"])):
         case = Case(shape, 1, heads=heads, algorithm="gate")
@@ -318,7 +320,7 @@ def test_chunks_that_only_the_backward_pass_streams(device):
 @pytest.mark.parametrize("needs", list(itertools.product([False, True], repeat=3))[1:], ids=str)
 @pytest.mark.parametrize("shape", [(2, 6, 5), (2, 300, 5)], ids=str)
 def test_frozen_inputs(shape, needs, algorithm, device):
-    """All combinations of requires_grad: None for the frozen ones, the same numbers for the others, no idle work."""
+    """Check all combinations of requires_grad: None for frozen inputs, the same numbers for others, no idle work."""
     case = Case(shape, 1, heads=2, algorithm=algorithm)
     given = inputs(case, device=device)
     expected = oracle(case, given)
@@ -337,7 +339,7 @@ def test_frozen_inputs(shape, needs, algorithm, device):
 
 @algorithms
 def test_gradcheck(algorithm, device):
-    """Numerical derivatives of the kernels themselves, and of their double backward."""
+    """Compare gradients of the kernels themselves, and of their double backward, with numerical derivatives."""
     case = Case((2, 5, 2), 1, heads=1 if ALGORITHMS[algorithm].features else 2, residual=True, algorithm=algorithm)
     given = inputs(case, device=device)
     mask = torch.tensor([[True, True, False, True, True], [True] * 5], device=device)
@@ -351,7 +353,7 @@ def test_gradcheck(algorithm, device):
 
 @algorithms
 def test_double_backward_drops_nothing(algorithm, device):
-    """A gradient penalty on a loss linear in y, where once_differentiable would silently drop the second order."""
+    """Check a gradient penalty on a loss linear in y, where once_differentiable would drop the second order."""
     case = Case((2, 6, 3), 1, heads=2, weights=False, algorithm=algorithm)
     given = inputs(case, device=device)
     grads = []
@@ -397,7 +399,7 @@ def test_a_batch_equals_its_rows_bit_for_bit(case, algorithm, device):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("shape", [(24, 40), (20_000,), (20_003,), (96,), (600, 40)], ids=str)
 def test_a_batch_has_the_tiles_of_its_rows(shape, dtype, algorithm):
-    """Long rows and heads of unequal length included: what a chunk is summed in is the same."""
+    """Check that a chunk is summed alike alone and in a batch, long rows and heads of unequal length included."""
     spec, found = ALGORITHMS[algorithm], set()
     heads = 4 if not spec.features or shape[0] % 4 == 0 else 1
     for batch in (1, 2, 7):
@@ -416,7 +418,7 @@ def test_a_batch_has_the_tiles_of_its_rows(shape, dtype, algorithm):
 @pytest.mark.parametrize("dim", [0, -1])
 @algorithms
 def test_x_that_is_expanded(shape, dim, algorithm, device):
-    """Strides of 0 in x itself, along a batch or the features: a stride of 1 may be any dimension's."""
+    """Check strides of 0 in x itself, along a batch or the features: a stride of 1 may be any dimension's."""
     if dim == -1 and len(shape) == 2:
         pytest.skip("the axis is the last dimension")
     case = Case(shape, 1, params="one", algorithm=algorithm)
@@ -451,7 +453,9 @@ def test_nan_and_inf_stay_in_their_chunk(shape, algorithm, device):
 @pytest.mark.parametrize("residual", [False, True])
 @pytest.mark.parametrize("shape", [(2, 6, 5), (2, 301, 5), (3, 13)], ids=str)
 def test_what_is_masked_reaches_nothing(shape, residual, algorithm, device):
-    """NaN in x and in both gradients at masked positions changes no result; there y is 0 or x, dx is 0 or grad_y."""
+    """Check that NaN in x and in both gradients at masked positions changes no result; there y is 0 or x, dx is 0 or
+    grad_y.
+    """
     shape = (*shape[:1], shape[1] // 2 * 2, *shape[2:]) if ALGORITHMS[algorithm].features else shape
     case = Case(shape, 1, heads=2, mask=True, residual=residual, algorithm=algorithm)
     given = inputs(case, torch.float32, device=device)
@@ -499,7 +503,7 @@ def test_empty(shape, algorithm, device):
 @algorithms
 @pytest.mark.parametrize("shape", [(2, 25, 9), (6, 41), (2, 141, 9), (2, 2200)], ids=str)
 def test_nothing_is_written_beside_the_tensors(shape, algorithm, device):
-    """Every tensor of every launch stands between canaries."""
+    """Check that canaries on both sides of every tensor of every launch survive."""
     original, launches = launch.launch, []
 
     def guarded(kernel, grid, *args, **meta):
@@ -546,8 +550,8 @@ def test_nothing_is_written_beside_the_tensors(shape, algorithm, device):
     ],
 )
 def test_saved_for_backward(shape, dtype, backend, algorithm, device):
-    """Beyond x, the parameters and the mask: fp32 statistics of at most 5 % of x's bytes and at most four a chunk;
-    without gradients nothing.
+    """Check that, beyond x, the parameters and the mask, fp32 statistics of at most 5 % of x's bytes and at most four a
+    chunk are saved, and nothing without gradients.
     """
     case = Case(shape, 1, mask=True, algorithm=algorithm)
     given = inputs(case, dtype, device=device)
@@ -570,7 +574,9 @@ def test_saved_for_backward(shape, dtype, backend, algorithm, device):
 
 @pytest.mark.not_emulated("a process of its own; tests/emulator/test_sample.py has such a view")
 def test_offsets_beyond_32_bits(device):
-    """A view that spans more than 2**31 elements, most of which never exist: a 32-bit offset would leave the tensor."""
+    """Check a view that spans more than 2**31 elements, most of which never exist: a 32-bit offset would leave the
+    tensor.
+    """
     code = """if True:
         import torch, sys
         sys.path.insert(0, "TESTS")
@@ -600,7 +606,7 @@ def test_offsets_beyond_32_bits(device):
 @algorithms
 @pytest.mark.parametrize("mean", [1e2, 1e4])
 def test_a_large_mean_costs_no_accuracy(mean, algorithm, device):
-    """The mean in two parts: fp32 results on the chunks that stand far from 0 are as good as x itself."""
+    """Check that fp32 results on chunks far from 0 are as good as x itself, since the mean is in two parts."""
     for shape in ((2, 24, 5), (3, 1000), (2, 600, 5)):
         case = Case(shape, 1, offset=mean, algorithm=algorithm)
         given = inputs(case, torch.float32, device=device)
@@ -614,7 +620,7 @@ def test_a_large_mean_costs_no_accuracy(mean, algorithm, device):
 @algorithms
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
 def test_dtypes_and_autocast(dtype, algorithm, device):
-    """y, weights and dx in x's dtype, gradients of parameters in theirs; autocast changes no bit."""
+    """Check that y, weights and dx have x's dtype, gradients of parameters theirs, and that autocast changes no bit."""
     case = Case((2, 6, 5), 1, heads=2, algorithm=algorithm)
     given = inputs(case, dtype, device=device)
     plain = run(case, given, "triton")
@@ -642,7 +648,7 @@ def test_memory_order_is_kept(layout, algorithm, device):
 
 @algorithms
 def test_the_reference_is_what_runs_where_triton_is_asked_for_and_absent(algorithm, device):
-    """Kernels differ from the reference in their last bits: the recorded launches are not decoration."""
+    """Check that "eager" launches no kernel and that "triton" runs without the reference."""
     case = Case((2, 24, 33), 1, heads=8, algorithm=algorithm)
     given = inputs(case, torch.float32, device=device)
     with recorded_launches() as names:

@@ -14,7 +14,7 @@ PASSES = (launch.FORWARD, launch.FORWARD_MIXTURE, launch.BACKWARD, launch.BACKWA
 
 
 def of(shape, axis, feature_axis, dtype=torch.bfloat16, heads=1):
-    """Of every pass: its tiles, its tile, and whether the chunk is streamed."""
+    """Return (tiles, tile, whether the chunk is streamed) of every pass on x of this shape."""
     x = torch.empty(shape, dtype=dtype, device="meta")
     one = view(x, [], axis, heads, feature_axis)
     along, found = varies(axis, feature_axis), []
@@ -48,7 +48,7 @@ def test_resident_tiles_hold_a_chunk(n, rows, dtype):
 
 @pytest.mark.parametrize("n", [1, 2, 3, 6, 8, 12, 24, 48, 96, 192, 256])
 def test_common_chunks_fill_their_tiles(n):
-    """Columns of common lengths: nothing is computed for rows that are not there."""
+    """Check that columns of common lengths have tiles without rows outside the chunk."""
     one = view(torch.empty(5, n, 1024), [], 1, 1, 2)
     assert launch.tile_for(launch.FORWARD, one, False, "inner", torch.bfloat16).length == n
 
@@ -63,7 +63,9 @@ def test_a_row_is_one_warps(n):
 @pytest.mark.parametrize("rows", [False, True])
 @pytest.mark.parametrize("feature_axis", [1, 2, None])
 def test_strips(n, rows, feature_axis):
-    """Whole tiles, enough of them for their numbers not to count; one where parameters vary along the chunk."""
+    """Check that strips are whole tiles, enough of them for their numbers not to count; one where parameters vary along
+    the chunk.
+    """
     feature_axis = 1 if rows and feature_axis == 2 else feature_axis
     shape = (5, n) if rows else (5, n, 64)
     one, along = view(torch.empty(shape, device="meta"), [], 1, 1, feature_axis), varies(1, feature_axis)
@@ -121,6 +123,6 @@ def test_stats_are_kept_for_long_chunks_only_and_cost_little():
 
 
 def test_stats_of_heads_of_unequal_length():
-    """Room for all heads as soon as the last, the longest, is streamed."""
+    """Check that there is room for all heads as soon as the last, the longest, is streamed."""
     assert launch.stats_shape(launch.FORWARD, torch.empty(2, 513, 9), 1, 2) == (4, 2, 2, 9)
     assert launch.stats_shape(launch.FORWARD, torch.empty(2, 512, 9), 1, 2) is None

@@ -12,7 +12,9 @@ GENERATOR = torch.Generator().manual_seed(0)
 
 
 def addresses(operand, one):
-    """Offsets of all elements that a kernel reaches through an operand, in the order (outer, head, chunk, inner)."""
+    """Return the offsets of all elements that a kernel reaches through an operand, in the order (outer, head, chunk,
+    inner).
+    """
     axis, inner, *outer = operand.strides
     offsets = []
     for place in range(one.places):
@@ -79,7 +81,7 @@ def test_varies():
 
 @pytest.mark.parametrize(("size", "heads"), [(24, 8), (23, 4), (15, 8), (7, 1), (5, 5), (0, 1)])
 def test_parts(size, heads):
-    """Every position and every head once, in order; the last head takes the remainder."""
+    """Check that parts hold every position and head once, in order, and that the last head takes the remainder."""
     pieces = parts(size, heads)
     assert [p.start for p in pieces] == [0, (heads - 1) * (size // heads)][: len(pieces)]
     assert sum(p.length for p in pieces) == size and sum(p.heads for p in pieces) == heads
