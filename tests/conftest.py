@@ -118,7 +118,7 @@ def pytest_collection_modifyitems(config, items):
 
 
 def skipped(item, device, interpreter):
-    """Return why a test cannot run here, None where it can."""
+    """Return the reason why a test cannot run here, None where it can."""
     marks = {mark.name: mark for mark in item.iter_markers()}
     if device == "emulated":
         if "not_emulated" in marks:
@@ -156,8 +156,8 @@ def seeded():
 @pytest.fixture(autouse=True)
 def poisoned_memory():
     """Fill what torch.empty gives with NaN: an element that nobody writes shows."""
-    before = torch.are_deterministic_algorithms_enabled()
+    previous = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
     assert torch.empty(8).isnan().all()
     yield
-    torch.use_deterministic_algorithms(before)
+    torch.use_deterministic_algorithms(previous)

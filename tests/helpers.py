@@ -206,12 +206,12 @@ def inputs(case: Case, dtype=torch.float64, seed: int = 0, device="cpu") -> Inpu
 
 def attend(case: Case, x: Tensor, p: Tensor, q: Tensor, mask: Tensor | None = None, **options):
     """Call the public function of a case's algorithm with the case's arguments; options override them."""
-    own = {"norm_axis": case.axis, "residual": case.residual, "return_weights": case.weights, "mask": mask}
+    arguments = {"norm_axis": case.axis, "residual": case.residual, "return_weights": case.weights, "mask": mask}
     if case.spec.eps is not None:
-        own["eps"] = case.eps_or_default
+        arguments["eps"] = case.eps_or_default
     if case.padding is not None:
-        own["padding_value"] = case.padding
-    return case.spec.call(x, p, q, **{**own, **options})
+        arguments["padding_value"] = case.padding
+    return case.spec.call(x, p, q, **{**arguments, **options})
 
 
 def run(case: Case, given: Inputs, backend: str) -> dict[str, Tensor]:
@@ -230,15 +230,17 @@ def broadcast(mask: Tensor | None, case: Case) -> Tensor | None:
 
 
 def oracle(case: Case, given: Inputs, device: torch.device | str = "cpu") -> dict[str, Tensor]:
-    """Return the same by plain autograd through the formula, in float64 on a device, as tensors on the CPU."""
+    """Return the results and gradients of a case by plain autograd through the formula, in float64 on a device, by
+    name, as tensors on the CPU.
+    """
 
     def exact(t: Tensor) -> Tensor:
         return t.detach().to(device, torch.float64)
 
     leaves = [exact(t).requires_grad_() for t in (given.x, *given.params)]
     mask = None if given.mask is None else broadcast(given.mask.to(device), case)
-    how = (case.positive_axis, *case.spec.settings(case), case.residual)
-    y, weights = case.spec.reference.formula(*leaves, mask, *how)
+    settings = (case.positive_axis, *case.spec.settings(case), case.residual)
+    y, weights = case.spec.reference.formula(*leaves, mask, *settings)
     loss = (y * exact(given.grad_y)).sum()
     if case.weights:
         loss = loss + (weights * exact(given.grad_weights)).sum()
@@ -258,34 +260,34 @@ def error(result: Tensor, expected: Tensor) -> float:
     return ((result.detach().cpu().double() - expected).abs().max() / scale).item()
 
 
-def within(error: float, bound: float, what: str) -> None:
+def within(error: float, bound: float, name: str) -> None:
     """Assert that an error is below its bound, which NaN never is, nor a bound that is none; what names the result.
 
     Where DAAM_MARGINS names a file, a line of JSON is added to it first: tests/margins.py tells which came closest.
     """
-    share = error / bound if error >= 0 and 0 < bound < math.inf else math.inf
+    fraction = error / bound if error >= 0 and 0 < bound < math.inf else math.inf
     if path := os.environ.get("DAAM_MARGINS"):
         test = os.environ.get("PYTEST_CURRENT_TEST", "").rpartition(" (")[0]
-        line = {"test": test, "what": what, "error": error, "bound": bound, "share": share}
+        line = {"test": test, "what": name, "error": error, "bound": bound, "share": fraction}
         with open(path, "a") as file:
             file.write(json.dumps(line) + "\n")
-    assert share < 1, f"{what}: error {error:.3g}, expected below {bound:.3g}"
+    assert fraction < 1, f"{name}: error {error:.3g}, expected below {bound:.3g}"
 
 
 # (relative, absolute), as torch.testing has them: what is computed by another route differs in its last few bits
 TOLERANCES = {torch.bfloat16: (1.6e-2, 1e-5), torch.float32: (1.3e-6, 1e-5), torch.float64: (1e-7, 1e-7)}
 
 
-def close(result: Tensor, expected: Tensor, what: str, tolerances: tuple[float, float] | None = None) -> None:
+def close(result: Tensor, expected: Tensor, name: str, tolerances: tuple[float, float] | None = None) -> None:
     """Assert that shape and dtype are the expected ones and every element differs by less than the tolerances allow.
 
     tolerances: (relative, absolute), added up for each element; its dtype's TOLERANCES by default.
     """
-    assert (result.shape, result.dtype) == (expected.shape, expected.dtype), what
+    assert (result.shape, result.dtype) == (expected.shape, expected.dtype), name
     relative, absolute = tolerances or TOLERANCES[expected.dtype]
     result, expected = result.detach().cpu().double(), expected.detach().cpu().double()
     shares = (result - expected).abs() / (absolute + relative * expected.abs())
-    within(shares.max().item() if shares.numel() else 0.0, 1.0, what)
+    within(shares.max().item() if shares.numel() else 0.0, 1.0, name)
 
 
 # --- The rule by which fp32, fp16 and bf16 are judged: bound(worst of SEEDS draws of eager's errors)
@@ -309,28 +311,28 @@ def worst_errors(case: Case, dtype: torch.dtype, device: torch.device) -> dict[s
         given = inputs(case, dtype, seed, device)
         expected = oracle(case, given)
         results = {backend: run(case, given, backend) for backend in ("triton", "eager")}
-        for name, one in expected.items():
-            scale = one.abs().max().item() or 1.0
+        for name, exact in expected.items():
+            scale = exact.abs().max().item() or 1.0
             largest.setdefault(name, []).append(scale)
             for backend, result in results.items():
-                differences.setdefault((name, backend), []).append(error(result[name], one) * scale)
+                differences.setdefault((name, backend), []).append(error(result[name], exact) * scale)
     found = {}
     for name, scales in largest.items():
         scale = torch.tensor(scales, dtype=torch.float64)
         if name.startswith("d_"):
             scale = scale.max()
-        ours, eager = (torch.tensor(differences[name, backend]) / scale for backend in ("triton", "eager"))
-        found[name] = ours.max().item(), eager.max().item()  # torch's max is NaN where there is one
+        kernels, eager = (torch.tensor(differences[name, backend]) / scale for backend in ("triton", "eager"))
+        found[name] = kernels.max().item(), eager.max().item()  # torch's max is NaN where there is one
     return found
 
 
 def places_summed(case: Case) -> int:
-    """Return how many places a gradient of a parameter sums over."""
+    """Return the number of places that a gradient of a parameter sums over."""
     return math.prod(case.shape) // (case.heads * (case.columns if case.spec.features else 1))
 
 
 def bound(case: Case, name: str, dtype: torch.dtype, eager_error: float, draws: int = SEEDS) -> float:
-    """Return how large a kernel's error may be, the worst of so many draws, where eager's worst is eager_error.
+    """Return the largest error that a kernel may have, the worst of `draws` draws, where eager's worst is eager_error.
 
     It is 2·(eager_error + 2·eps·M). The eager backend is the measure since it has the same inputs, rounds at the same
     places (to the dtype of the result, at its end) and what it computes in between in fp32 suffers from the same

@@ -61,13 +61,13 @@ def configurations() -> dict[str, dict[str, str]]:
     levels = LEVELS[: LEVELS.index(best) + 1] if best in LEVELS else LEVELS[:1]
     found = {}
     for level in levels:
-        without = [
+        disabled = [
             name for name in units.__cpu_dispatch__ if units.__cpu_features__[name] and name.startswith(ABOVE[level])
         ]
-        own = {name: values[LEVELS.index(level)] for name, values in VARIABLES.items()}
-        own |= {"NPY_DISABLE_CPU_FEATURES": " ".join(without)} if without else {}
+        knobs = {name: values[LEVELS.index(level)] for name, values in VARIABLES.items()}
+        knobs |= {"NPY_DISABLE_CPU_FEATURES": " ".join(disabled)} if disabled else {}
         for threads in THREADS:
-            found[f"{level}-{threads}"] = {**own, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+            found[f"{level}-{threads}"] = {**knobs, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
     return found
 
 
@@ -86,9 +86,9 @@ def measure(environment: dict[str, str], arguments: Sequence[str], path: Path) -
     """Run the tests in an environment, their lines into path, and return the commands that failed."""
     path.unlink(missing_ok=True)
     failed = []
-    for own, options in commands(arguments):
+    for knobs, options in commands(arguments):
         command = [sys.executable, "-m", "pytest", "-q", "--no-header", *options]
-        done = subprocess.run(command, cwd=ROOT, env={**os.environ, **environment, **own, "DAAM_MARGINS": str(path)})
+        done = subprocess.run(command, cwd=ROOT, env={**os.environ, **environment, **knobs, "DAAM_MARGINS": str(path)})
         if done.returncode:
             failed.append(f"{path.stem}: pytest ended with {done.returncode}: {' '.join(options)}")
     return failed
@@ -99,16 +99,16 @@ def report(paths: Sequence[Path], failed: Sequence[str] = ()) -> tuple[str, int]
     worst = {}
     for path in paths:
         for line in path.read_text().splitlines() if path.exists() else ():
-            one = json.loads(line) | {"configuration": path.stem}
-            key = one["test"], one["what"]
-            if key not in worst or one["share"] > worst[key]["share"]:
-                worst[key] = one
-    found = sorted(worst.values(), key=lambda one: -one["share"])
-    over = [one for one in found if one["share"] > MOST]
+            entry = json.loads(line) | {"configuration": path.stem}
+            key = entry["test"], entry["what"]
+            if key not in worst or entry["share"] > worst[key]["share"]:
+                worst[key] = entry
+    found = sorted(worst.values(), key=lambda entry: -entry["share"])
+    over = [entry for entry in found if entry["share"] > MOST]
     text = [
-        f"{one['share']:8.3f}  {one['error']:.2e} of {one['bound']:.2e}  {one['configuration']:9}"
-        f" {one['what']}  {one['test']}"
-        for one in found[: max(CLOSEST, len(over))]
+        f"{entry['share']:8.3f}  {entry['error']:.2e} of {entry['bound']:.2e}  {entry['configuration']:9}"
+        f" {entry['what']}  {entry['test']}"
+        for entry in found[: max(CLOSEST, len(over))]
     ]
     text += [f"{len(found)} errors judged, {len(over)} above {MOST} of their bounds", *failed]
     return "\n".join(text), int(bool(over or failed or not found))
@@ -119,13 +119,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", action="append", choices=list(names), help="a configuration; may be repeated")
     parser.add_argument("--output", type=Path, default=ROOT / "build" / "margins", help="folder of the errors found")
-    options, rest = parser.parse_known_args(arguments)
+    options, options_of_pytest = parser.parse_known_args(arguments)
     options.output.mkdir(parents=True, exist_ok=True)
     paths, failed = [], []
     for name in options.only or names:
         print(f"== {name}", flush=True)
         paths.append((options.output / f"{name}.jsonl").absolute())
-        failed += measure(names[name], rest, paths[-1])
+        failed += measure(names[name], options_of_pytest, paths[-1])
     text, code = report(paths, failed)
     print(text)
     return code

@@ -24,8 +24,8 @@ def test_within_writes_a_line(tmp_path, monkeypatch, request):
     with pytest.raises(AssertionError, match="dx: error 2, expected below 1"):
         within(2.0, 1.0, "dx")
     lines = [json.loads(line) for line in path.read_text().splitlines()]
-    assert [(one["what"], one["share"]) for one in lines] == [("y", 0.25), ("dx", 2.0)]
-    assert {one["test"] for one in lines} == {request.node.nodeid}
+    assert [(entry["what"], entry["share"]) for entry in lines] == [("y", 0.25), ("dx", 2.0)]
+    assert {entry["test"] for entry in lines} == {request.node.nodeid}
     monkeypatch.delenv("DAAM_MARGINS")
     within(1e-6, 4e-6, "y")
     assert len(path.read_text().splitlines()) == 2
@@ -47,9 +47,9 @@ def test_nan_in_a_tensor_is_seen():
         assert math.isnan(error(result, expected))
         with pytest.raises(AssertionError):
             close(result, expected, "y")
-    for other in (torch.ones(1), torch.ones(1, 5)):
+    for broadcast in (torch.ones(1), torch.ones(1, 5)):
         with pytest.raises(AssertionError):
-            error(good, other)
+            error(good, broadcast)
     with pytest.raises(AssertionError, match="y"):
         close(good, good.double(), "y")
 
@@ -59,10 +59,10 @@ def test_the_bound_of_a_kernel():
     gradients have the room of fp32.
     """
     case = Case((4, 6, 21), 1, heads=2)
-    one = 2**-24
-    assert bound(case, "y", torch.float32, 0.0) == 4 * one
-    assert bound(case, "y", torch.float32, one) == 6 * one
-    assert bound(case, "d_c", torch.float32, 0.0) == 4 * one * math.log2(12) ** 0.5  # 4 examples, 3 positions a head
+    eps = 2**-24
+    assert bound(case, "y", torch.float32, 0.0) == 4 * eps
+    assert bound(case, "y", torch.float32, eps) == 6 * eps
+    assert bound(case, "d_c", torch.float32, 0.0) == 4 * eps * math.log2(12) ** 0.5  # 4 examples, 3 positions a head
     assert bound(case, "d_c", torch.float32, 0.0) == bound(case, "d_c", torch.bfloat16, 0.0)
     assert bound(case, "dx", torch.float16, 0.0) == 4 * 2**-11
     assert math.isnan(bound(case, "y", torch.float32, math.nan))

@@ -97,15 +97,15 @@ def test_broken_tables(tmp_path, name, content, message):
 
 
 def test_long_texts_in_csv(tmp_path):
-    long, path = "word " * 40_000, tmp_path / "a.csv"
-    path.write_text(f"text,label\n{long},x\nb,y\n")
-    before = csv.field_size_limit()
-    assert len(long) > before and read_examples(path)[1] == [Example(long, "x"), Example("b", "y")]
-    assert csv.field_size_limit() == before
-    path.write_text(f"text,label\n{long},x,\n")
+    text, path = "word " * 40_000, tmp_path / "a.csv"
+    path.write_text(f"text,label\n{text},x\nb,y\n")
+    limit = csv.field_size_limit()
+    assert len(text) > limit and read_examples(path)[1] == [Example(text, "x"), Example("b", "y")]
+    assert csv.field_size_limit() == limit
+    path.write_text(f"text,label\n{text},x,\n")
     with pytest.raises(DataError, match="more than 2 columns"):
         read_examples(path)
-    assert csv.field_size_limit() == before
+    assert csv.field_size_limit() == limit
 
 
 def test_unknown_label():
@@ -547,8 +547,8 @@ def test_truncated_sounds(tmp_path, kind):
     soundfile.write(path, noise, 48000, **({"format": "OGG", "subtype": "OPUS"} if kind == "opus" else KINDS[kind]))
     whole = path.read_bytes()
     assert len(read_sound(path, 48000)) == 48000
-    for share in (0.99, 0.5, 0.02):
-        path.write_bytes(whole[: int(len(whole) * share)])
+    for fraction in (0.99, 0.5, 0.02):
+        path.write_bytes(whole[: int(len(whole) * fraction)])
         with pytest.raises(DataError, match=rf"a\.{kind}: (the file is truncated|no sound that can be read)"):
             read_sound(path, 48000)
 

@@ -52,9 +52,9 @@ def composed(decoder, x):
         q, k, v = (project(x) for project in (grouped.query, grouped.key, grouped.value))
         heads = []
         for h in range(8):  # four query heads share one of keys and values
-            own, shared = slice(64 * h, 64 * h + 64), slice(64 * (h // 4), 64 * (h // 4) + 64)
-            scores = torch.softmax(q[..., own] @ k[..., shared].transpose(1, 2) / 8, -1)
-            heads.append(scores @ v[..., shared])
+            query, key = slice(64 * h, 64 * h + 64), slice(64 * (h // 4), 64 * (h // 4) + 64)
+            scores = torch.softmax(q[..., query] @ k[..., key].transpose(1, 2) / 8, -1)
+            heads.append(scores @ v[..., key])
         x = grouped.out(torch.cat(heads, -1))
     elif attention.startswith("mha"):
         x, _ = decoder.standard(x, x, x)
@@ -76,8 +76,8 @@ def test_attentions(attention):
     expected, weights = composed(decoder, x)
     close(scores, expected, "scores")
     if attention in DENSITIES:
-        again, found = decoder(x, return_weights=True)
-        close(again, scores, "scores with weights")
+        repeated, found = decoder(x, return_weights=True)
+        close(repeated, scores, "scores with weights")
         close(found, weights, "weights")
     else:
         with pytest.raises(ValueError, match="has no densities"):
@@ -134,12 +134,12 @@ RESETS = {
 def test_a_decoder_from_the_meta_device(attention, reset):
     """Check that every parameter and buffer has its distribution, whichever of torch's ways initialises it."""
     sizes = {"num_layers": 12, "num_features": 64, "num_classes": 10}
-    how = {"attention": attention, "num_heads": 6, "num_gaussians": 64, "conv_channels": 48}
+    options = {"attention": attention, "num_heads": 6, "num_gaussians": 64, "conv_channels": 48}
     if reset == "construction":
-        decoder = daam.DATDecoder(**sizes, **how)
+        decoder = daam.DATDecoder(**sizes, **options)
     else:
         with torch.device("meta"):
-            decoder = daam.DATDecoder(**sizes, **how)
+            decoder = daam.DATDecoder(**sizes, **options)
         assert all(t.is_meta for t in decoder.state_dict().values())
         decoder = decoder.to_empty(device="cpu")
         for t in decoder.state_dict().values():
@@ -163,17 +163,17 @@ def test_a_decoder_from_the_meta_device(attention, reset):
 def test_a_reset_draws_what_construction_draws(attention):
     """Check that both draw the same numbers for a seed, as before there was a reset: published results have seeds."""
     sizes = {"num_layers": 6, "num_features": 16, "num_classes": 3}
-    how = {"attention": attention, "num_heads": 3, "num_gaussians": 2, "conv_channels": 4}
+    options = {"attention": attention, "num_heads": 3, "num_gaussians": 2, "conv_channels": 4}
     torch.manual_seed(5)
-    constructed, after = daam.DATDecoder(**sizes, **how).state_dict(), torch.rand(1)
+    constructed, number = daam.DATDecoder(**sizes, **options).state_dict(), torch.rand(1)
     with torch.device("meta"):
-        decoder = daam.DATDecoder(**sizes, **how)
+        decoder = daam.DATDecoder(**sizes, **options)
     decoder = decoder.to_empty(device="cpu")
     torch.manual_seed(5)
     decoder.reset_parameters()
-    assert torch.equal(torch.rand(1), after)
+    assert torch.equal(torch.rand(1), number)
     with FakeTensorMode():
-        daam.DATDecoder(**sizes, **how).reset_parameters()
+        daam.DATDecoder(**sizes, **options).reset_parameters()
     for name, t in decoder.state_dict().items():
         assert torch.equal(t, constructed[name]), name
     torch.manual_seed(5)
@@ -229,9 +229,9 @@ def test_x_of_another_dtype_or_kind_is_named(attention):
     decoder = daam.DATDecoder(6, 16, 3, attention=attention, num_heads=2, conv_channels=2)
     x = torch.randn(2, 6, 16)
     for dtype in (torch.float16, torch.bfloat16, torch.float64):
-        for given, own in ((dtype, torch.float32), (torch.float32, dtype)):
-            with pytest.raises(TypeError, match=f"x has dtype {given}, expected {own}, the dtype of conv1's weight"):
-                decoder.to(own)(x.to(given))
+        for given, wanted in ((dtype, torch.float32), (torch.float32, dtype)):
+            with pytest.raises(TypeError, match=f"x has dtype {given}, expected {wanted}, the dtype of conv1's weight"):
+                decoder.to(wanted)(x.to(given))
     decoder.float()
     with torch.autocast("cpu", torch.bfloat16):
         assert decoder(x.bfloat16()).dtype == torch.bfloat16

@@ -153,7 +153,7 @@ def layers_alone(model, layers, batches):
         model(**batch)
         for hook in hooks:
             hook.remove()
-        found.append(torch.stack([one[0].double().mean(0) for one in outputs]).float())
+        found.append(torch.stack([hidden[0].double().mean(0) for hidden in outputs]).float())
     return torch.stack(found)
 
 
@@ -216,8 +216,8 @@ def test_texts_without_tokens(special, texts, command, tmp_path):
         assert "max_length is 2, expected 3 or more: 2 tokens are special" in line
     else:
         tokenizer = json.loads((model / "tokenizer.json").read_text())
-        without = {"type": "Replace", "pattern": {"String": "rain"}, "content": ""}
-        changed = {**tokenizer, "post_processor": None, "normalizer": without}
+        normalizer = {"type": "Replace", "pattern": {"String": "rain"}, "content": ""}
+        changed = {**tokenizer, "post_processor": None, "normalizer": normalizer}
         (model / "tokenizer.json").write_text(json.dumps(changed))
         assert "text 'rain' has no tokens, expected one or more" in command(texts, model, error=True)
     assert not (tmp_path / "cache").exists()
@@ -249,7 +249,7 @@ def test_texts(family, asks, texts, command, tmp_path):
     assert "calls agree, masks fit" in printed and "beside others" in printed
     if layers is None:
         states = [encoder(**batch, output_hidden_states=True).hidden_states[1:] for batch in text_batches(model)]
-        expected = torch.stack([torch.stack([h[0].mean(0) for h in one]) for one in states]).detach()
+        expected = torch.stack([torch.stack([h[0].mean(0) for h in text]) for text in states]).detach()
     else:
         expected = layers_alone(encoder, encoder.get_submodule(layers), text_batches(model))
     close(cache.features, expected, "features", (1e-5, 1e-5))
@@ -261,8 +261,8 @@ def test_as_many_examples_as_tokens(tmp_path):
     encoder = text_model(tmp_path, "XLNet", d_model=32, n_layer=3, n_head=2, d_inner=37)
     ids = torch.randint(5, 17, (4, 4))
     with torch.no_grad():
-        states = [encoder(one[None], output_hidden_states=True).hidden_states[1:] for one in ids]
-    expected = torch.stack([torch.stack([h[0].mean(0) for h in one]) for one in states])
+        states = [encoder(row[None], output_hidden_states=True).hidden_states[1:] for row in ids]
+    expected = torch.stack([torch.stack([h[0].mean(0) for h in row]) for row in states])
     close(daam.LayerPooling(encoder)(ids), expected, "features", (1e-5, 1e-5))
 
 
@@ -399,8 +399,8 @@ def test_weights_whose_names_do_not_fit(texts, command, tmp_path):
     assert len(kept) < len(tensors)
     save_file(kept, path, metadata={"format": "pt"})
     first, _ = command(texts, model)
-    again, _ = command(texts, model)  # what is drawn at random does not tell one cache from another
-    assert torch.equal(first.features, again.features)
+    repeated, _ = command(texts, model)  # what is drawn at random does not tell one cache from another
+    assert torch.equal(first.features, repeated.features)
 
 
 def test_an_encoder_that_draws(command, tmp_path):
@@ -457,12 +457,12 @@ def test_an_own_encoder_is_known_by_its_weights(tmp_path):
 
     examples = [Example("a" * n, "ab"[n % 2]) for n in range(1, 5)]
     about = {"encoder": "own", "modality": "text"}
-    own = Own()
-    features.extract(daam.LayerPooling(own), collate, examples, tmp_path, about=about)
+    encoder = Own()
+    features.extract(daam.LayerPooling(encoder), collate, examples, tmp_path, about=about)
     with torch.no_grad():
-        own.layers[0].bias += 1
+        encoder.layers[0].bias += 1
     with pytest.raises(ValueError, match="of another cache: its encoder_sha256 is"):
-        features.extract(daam.LayerPooling(own), collate, examples, tmp_path, about=about)
+        features.extract(daam.LayerPooling(encoder), collate, examples, tmp_path, about=about)
 
 
 def test_a_cache_does_not_outlive_what_training_makes_of_its_encoder(texts, tmp_path):
@@ -475,10 +475,10 @@ def test_a_cache_does_not_outlive_what_training_makes_of_its_encoder(texts, tmp_
     features.extract(pooling, collate, examples, tmp_path / "cache", about=about)
     compiled = daam.LayerPooling(torch.compile(pooling.encoder, backend="eager"))
     features.extract(compiled, collate, examples, tmp_path / "cache", about=about)
-    others = "encoder.layer.1,encoder.layer.0,encoder.layer.2"
+    names = "encoder.layer.1,encoder.layer.0,encoder.layer.2"
     with pytest.raises(ValueError, match="of another cache: its encoder_sha256 is"):
-        other = daam.LayerPooling(pooling.encoder, others)
-        features.extract(other, collate, examples, tmp_path / "cache", about=about)
+        reordered = daam.LayerPooling(pooling.encoder, names)
+        features.extract(reordered, collate, examples, tmp_path / "cache", about=about)
     with torch.no_grad():
         pooling.encoder.encoder.layer[0].output.dense.weight.add_(0.1)
     with pytest.raises(ValueError, match="of another cache: its encoder_sha256 is"):
@@ -584,10 +584,10 @@ def test_models_of_two_modalities(name, modality, named, texts, command, tmp_pat
     processor = transformers.CLIPImageProcessor(
         size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}, do_center_crop=True
     )
-    both = save_model(
+    whole = save_model(
         model, name, processor, text_config=TEXT_TOWER, vision_config={**TOWER, "image_size": 16, "patch_size": 4}
     )
-    part = both.text_model if modality == "text" else both.vision_model
+    part = whole.text_model if modality == "text" else whole.vision_model
     options = ["--layers", f"{modality}_model.encoder.layers"] if named else []
     data = texts if modality == "text" else images(tmp_path)
     cache, _ = command(data, model, *options)
@@ -600,20 +600,20 @@ def test_models_of_two_modalities(name, modality, named, texts, command, tmp_pat
 
 def test_a_text_mask_is_not_laid_on_patches(tmp_path):
     """Check a text with as many tokens as there are patches and a class token."""
-    both = save_model(
+    whole = save_model(
         tmp_path, "CLIP", text_config=TEXT_TOWER, vision_config={**TOWER, "image_size": 8, "patch_size": 4}
     )
     ids, pixels, mask = torch.randint(5, 17, (2, 5)), torch.randn(2, 3, 8, 8), torch.tensor([[1] * 5, [1, 1, 1, 0, 0]])
     call = {"input_ids": ids, "pixel_values": pixels, "attention_mask": mask}
-    pooling = daam.LayerPooling(both, "vision_model.encoder.layers")
+    pooling = daam.LayerPooling(whole, "vision_model.encoder.layers")
     with pytest.raises(ValueError, match=r"which positions of vision_model\.encoder\.layers\.0 are valid is not clear"):
         pooling(**call)
-    vision = both.vision_model
-    expected = layers_alone(vision, vision.encoder.layers, [{"pixel_values": one[None]} for one in pixels])
+    vision = whole.vision_model
+    expected = layers_alone(vision, vision.encoder.layers, [{"pixel_values": image[None]} for image in pixels])
     close(pooling(**call, pooling_mask="all"), expected, "patches", (1e-5, 1e-5))
-    text_model = both.text_model
+    text_model = whole.text_model
     expected = layers_alone(text_model, text_model.encoder.layers, [{"input_ids": ids[:1]}, {"input_ids": ids[1:, :3]}])
-    close(daam.LayerPooling(both, "text_model.encoder.layers")(**call), expected, "tokens", (1e-5, 1e-5))
+    close(daam.LayerPooling(whole, "text_model.encoder.layers")(**call), expected, "tokens", (1e-5, 1e-5))
 
 
 def test_pixels_that_are_padding(tmp_path):
@@ -624,7 +624,7 @@ def test_pixels_that_are_padding(tmp_path):
     call = {"pixel_values": pixels, "pixel_attention_mask": mask, "spatial_shapes": shapes}
     layers = "encoder.layers" if hasattr(model, "encoder") else "vision_model.encoder.layers"
     found = daam.LayerPooling(model, layers)(**call)
-    alone = [
+    batches = [
         {
             "pixel_values": pixels[i, None, :n],
             "pixel_attention_mask": mask[i, None, :n],
@@ -632,7 +632,7 @@ def test_pixels_that_are_padding(tmp_path):
         }
         for i, n in enumerate((16, 6))
     ]
-    close(found, layers_alone(model, model.get_submodule(layers), alone), "patches", (1e-4, 1e-4))
+    close(found, layers_alone(model, model.get_submodule(layers), batches), "patches", (1e-4, 1e-4))
 
 
 def test_long_sounds_are_cut_and_counted(command, tmp_path):
@@ -712,9 +712,9 @@ def test_trainer(texts, tmp_path):
         model, arguments, train_dataset=rows, eval_dataset=rows,
         data_collator=transformers.DataCollatorWithPadding(tokenizer),
     )  # fmt: skip
-    before = {name: p.clone() for name, p in model.named_parameters()}
+    initial = {name: p.clone() for name, p in model.named_parameters()}
     trainer.train()
-    changed = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    changed = {name for name, p in model.named_parameters() if not torch.equal(p, initial[name])}
     assert changed and all(name.startswith("decoder.") for name in changed)
     predictions = trainer.predict(rows)
     batch = tokenizer([text for text, _ in TEXTS], padding=True, return_tensors="pt")

@@ -198,12 +198,12 @@ BROKEN = [
 def test_broken_shards(toy, tmp_path, damage, message):
     examples = toy["EXAMPLES"][:20]
     run_toy(toy, tmp_path, examples=examples)
-    before = {name: data for name, data in files(tmp_path).items() if name != "toy.py"}
+    shards = {name: data for name, data in files(tmp_path).items() if name != "toy.py"}
     damage(tmp_path / "00001.safetensors")
     with pytest.raises(CacheError, match=rf"00001\.safetensors.*{message}"):
         read_cache(tmp_path)
     run_toy(toy, tmp_path, examples=examples)
-    assert {name: data for name, data in files(tmp_path).items() if name != "toy.py"} == before
+    assert {name: data for name, data in files(tmp_path).items() if name != "toy.py"} == shards
 
 
 @pytest.mark.parametrize(
@@ -282,18 +282,18 @@ def test_texts_from_csv_to_cache(tmp_path, capsys):
     encoder = transformers.AutoModel.from_pretrained(find_model(MINILM)).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(find_model(MINILM))
     with torch.no_grad():
-        for example, own in zip(read_examples(few)[1], found.features, strict=True):
+        for example, result in zip(read_examples(few)[1], found.features, strict=True):
             hidden = encoder(**tokenizer([example.source], return_tensors="pt"), output_hidden_states=True)
             expected = torch.stack([h[0].mean(0) for h in hidden.hidden_states[1:]])
-            close(own, expected, "features", (1e-5, 1e-5))
+            close(result, expected, "features", (1e-5, 1e-5))
         batch = tokenizer([e.source for e in read_examples(few)[1]], padding=True, return_tensors="pt")
         hidden = torch.stack(encoder(**batch, output_hidden_states=True).hidden_states[1:], 1)
     weights = batch["attention_mask"][:, None, :, None].float()
     close(found.features, (hidden * weights).sum(2) / weights.sum(2), "features of a batch", (1e-5, 1e-5))
 
-    other, few = tmp_path / "other", tmp_path / "other.csv"
+    target, few = tmp_path / "other", tmp_path / "other.csv"
     few.write_text("text,label\nA train to Lisbon,travel\nRain,weather\n")
-    arguments = [str(few), "--output", str(other), "--encoder", MINILM, "--labels", str(cache)]
+    arguments = [str(few), "--output", str(target), "--encoder", MINILM, "--labels", str(cache)]
     capsys.readouterr()
     with pytest.raises(SystemExit) as exit:
         features.main(arguments)
@@ -302,7 +302,7 @@ def test_texts_from_csv_to_cache(tmp_path, capsys):
     assert "label 'travel' of example 0 ('A train to Lisbon') is not among the classes: food, weather" in error
     few.write_text("text,label\nSnow,weather\nSoup,food\n")
     features.main(arguments)
-    assert read_cache(other).names == ["food", "weather"] and read_cache(other).labels.tolist() == [1, 0]
+    assert read_cache(target).names == ["food", "weather"] and read_cache(target).labels.tolist() == [1, 0]
 
 
 class SeesPadding(torch.nn.Module):
@@ -324,20 +324,20 @@ def words(texts):
     return {"input_ids": ids, "attention_mask": (ids > 0).long()}
 
 
-@pytest.mark.parametrize("more", [["abc", "ponmlkjihgfedc"], []], ids=["others come later", "equal lengths"])
-def test_first_examples_of_one_length(more, tmp_path, capsys):
+@pytest.mark.parametrize("additions", [["abc", "ponmlkjihgfedc"], []], ids=["others come later", "equal lengths"])
+def test_first_examples_of_one_length(additions, tmp_path, capsys):
     """Check that the shortest and the longest example are tried where the first ones, of one length, tell nothing of
     padding.
     """
     torch.manual_seed(0)
     pooling = daam.LayerPooling(SeesPadding())
-    texts = ["".join("abcdefghijklmnop"[(i * j) % 16] for j in range(1, 6)) for i in range(1, 17)] + more
+    texts = ["".join("abcdefghijklmnop"[(i * j) % 16] for j in range(1, 6)) for i in range(1, 17)] + additions
     examples = [Example(text, "xy"[i % 2]) for i, text in enumerate(texts)]
     about = {"encoder": "own", "modality": "text"}
     features.extract(pooling, words, examples, tmp_path, about=about)
     expected = torch.cat([pooling(**words([text])) for text in texts])
     close(read_cache(tmp_path).features, expected, "features", (1e-5, 1e-5))
-    assert ("equal lengths share a batch" in capsys.readouterr().out) == bool(more)
+    assert ("equal lengths share a batch" in capsys.readouterr().out) == bool(additions)
 
 
 def test_a_batch_of_a_kind_that_was_not_tried(tmp_path):
@@ -385,10 +385,10 @@ def test_decoder_only_models_pad_on_the_right(tmp_path):
     texts = ["a short one", "one that is longer than the other", "x"]
     batch = collate(texts)
     assert batch["attention_mask"].tolist()[2] == [1] * 3 + [0] * (batch["input_ids"].shape[1] - 3)
-    together = pooling(**{k: v for k, v in batch.items() if k != "token_type_ids"})
-    for text, own in zip(texts, together, strict=True):
-        alone = collate([text])
-        close(own[None], pooling(**alone), "features", (2e-2, 2e-2))
+    batched = pooling(**{k: v for k, v in batch.items() if k != "token_type_ids"})
+    for text, result in zip(texts, batched, strict=True):
+        single = collate([text])
+        close(result[None], pooling(**single), "features", (2e-2, 2e-2))
 
 
 def tiny_vit(folder):
@@ -457,15 +457,15 @@ def test_padded_speech_equals_single_files(tmp_path, capsys):
     pooling, collate = load_encoder(encoder, "speech")
     batch = collate(paths)
     assert batch["attention_mask"].sum(1).tolist() == [4000, 3333, 2500, 700]
-    together = pooling(**batch)
-    alone = torch.cat([pooling(**collate([path])) for path in paths])
-    close(together, alone, "features", (1e-4, 1e-4))
+    batched = pooling(**batch)
+    single = torch.cat([pooling(**collate([path])) for path in paths])
+    close(batched, single, "features", (1e-4, 1e-4))
     # the mask is what does it
     unmasked = pooling(input_values=batch["input_values"])
-    assert (unmasked - alone)[1:].abs().amax((1, 2)).min() > 1e-2
+    assert (unmasked - single)[1:].abs().amax((1, 2)).min() > 1e-2
     features.main([str(tmp_path / "data"), "--output", str(cache), "--encoder", encoder])
     assert "one example at a time" not in capsys.readouterr().out
-    close(read_cache(cache).features, alone, "cached features", (1e-4, 1e-4))
+    close(read_cache(cache).features, single, "cached features", (1e-4, 1e-4))
 
 
 @pytest.mark.filterwarnings("ignore:Support for mismatched key_padding_mask")
@@ -473,11 +473,11 @@ def test_speech_normalised_over_time_runs_one_by_one(tmp_path, capsys):
     paths, cache = speech_files(tmp_path / "data"), tmp_path / "cache"
     encoder = tiny_wavlm(tmp_path / "wavlm", "group")
     pooling, collate = load_encoder(encoder, "speech")
-    alone = torch.cat([pooling(**collate([path])) for path in paths])
-    assert (pooling(**collate(paths)) - alone).abs().max() > 1e-2
+    single = torch.cat([pooling(**collate([path])) for path in paths])
+    assert (pooling(**collate(paths)) - single).abs().max() > 1e-2
     features.main([str(tmp_path / "data"), "--output", str(cache), "--encoder", encoder])
     assert "one example at a time" in capsys.readouterr().out
-    close(read_cache(cache).features, alone, "cached features", (1e-5, 1e-5))
+    close(read_cache(cache).features, single, "cached features", (1e-5, 1e-5))
 
 
 def test_speech_errors(tmp_path):

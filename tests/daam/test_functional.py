@@ -173,7 +173,7 @@ def test_a_real_dtensor_is_refused(tmp_path):
         dist.destroy_process_group()
 
 
-def by_the_paper(algorithm, x, p, q):
+def attend_by_paper(algorithm, x, p, q):
     """Return y of x (batch, positions, features) by nothing but the formula of each head and torch's mean and var."""
     parts = []
     size = x.shape[1] // len(p)
@@ -183,35 +183,35 @@ def by_the_paper(algorithm, x, p, q):
         if algorithm == "density":
             weights = torch.exp(-((d - offsets) ** 2) / (var + 1e-5) / (2 * widths))
         elif algorithm == "mixture":
-            each = [
+            densities = [
                 torch.exp(-((d - o) ** 2) / (var + 1e-8) / (2 * c**2)) / (2 * math.pi * c**2) ** 0.5
                 for o, c in zip(offsets, widths, strict=True)
             ]
-            product = torch.stack(each).prod(0)
+            product = torch.stack(densities).prod(0)
             weights = product / product.sum(1, keepdim=True).clamp(min=1e-8)
         else:
             sigmas = torch.log1p(torch.exp(widths)) + 1e-3
-            each = [
+            densities = [
                 torch.exp(-(((d - o) / (var.sqrt() * s + 1e-8)) ** 2) / 2) / ((2 * math.pi) ** 0.5 * s)
                 for o, s in zip(offsets, sigmas, strict=True)
             ]
-            weights = torch.stack(each).mean(0)
+            weights = torch.stack(densities).mean(0)
         parts.append(chunk * weights)
     return torch.cat(parts, 1)
 
 
 def through_tangents(call, tensors, tangents):
     """Return y, its tangent, and gradients of a function of both, for the tensors and for their tangents."""
-    leaves, along = ([t.clone().requires_grad_() for t in ts] for ts in (tensors, tangents))
+    leaves, directions = ([t.clone().requires_grad_() for t in ts] for ts in (tensors, tangents))
     with forward_ad.dual_level():
-        y, tangent = forward_ad.unpack_dual(call(*map(forward_ad.make_dual, leaves, along)))
-        grads = torch.autograd.grad(tangent.square().sum() + y.sum(), leaves + along)
+        y, tangent = forward_ad.unpack_dual(call(*map(forward_ad.make_dual, leaves, directions)))
+        grads = torch.autograd.grad(tangent.square().sum() + y.sum(), leaves + directions)
     return y, tangent, *grads
 
 
 def derivatives(call, tensors, tangents):
     """Return derivatives of a function of all tensors by forward and reverse mode inside one another."""
-    func, every = torch.func, (0, 1, 2)
+    func, indices = torch.func, (0, 1, 2)
 
     def loss(*args):
         return call(*args).square().sum()
@@ -220,12 +220,12 @@ def derivatives(call, tensors, tangents):
         return func.jvp(loss, args, tangents)[1]
 
     nested = (
-        func.jvp(func.grad(loss, every), tensors, tangents)[1],
-        func.grad(slope, every)(*tensors),
-        *func.hessian(loss, every)(*tensors),
+        func.jvp(func.grad(loss, indices), tensors, tangents)[1],
+        func.grad(slope, indices)(*tensors),
+        *func.hessian(loss, indices)(*tensors),
         *(outer(inner(loss, 2), 2)(*tensors) for outer in (func.jacfwd, func.jacrev) for inner in (func.jacfwd,)),
     )
-    return [t for one in nested for t in (one if isinstance(one, tuple) else (one,))]
+    return [t for item in nested for t in (item if isinstance(item, tuple) else (item,))]
 
 
 def forward_mode_case(algorithm, heads=2):
@@ -244,16 +244,16 @@ def test_backward_through_a_tangent(algorithm, composite):
     spec, (tensors, tangents) = ALGORITHMS[algorithm], forward_mode_case(algorithm)
     case = Case(tuple(tensors[0].shape), 1, heads=2, algorithm=algorithm)
 
-    def ours(*args):
+    def attend(*args):
         if composite:
             return getattr(torch.ops.daam, algorithm)(*args, None, 1, *spec.settings(case), False, True, "eager", "")[0]
         return spec.call(*args, norm_axis=1)
 
-    expected = through_tangents(lambda *args: by_the_paper(algorithm, *args), tensors, tangents)
-    found = through_tangents(ours, tensors, tangents)
+    expected = through_tangents(lambda *args: attend_by_paper(algorithm, *args), tensors, tangents)
+    found = through_tangents(attend, tensors, tangents)
     names = ("y", "tangent", *case.gradients, *(f"{name} of its direction" for name in case.gradients))
-    for name, ours_of, theirs in zip(names, found, expected, strict=True):
-        within(error(ours_of, theirs), 1e-12, name)
+    for name, result, wanted in zip(names, found, expected, strict=True):
+        within(error(result, wanted), 1e-12, name)
 
 
 @no_jit
@@ -264,16 +264,16 @@ def test_backward_through_a_tangent_under_a_mask(algorithm):
     mask = torch.arange(x.shape[1]) < torch.tensor([[5], [0]])
     hidden = x.masked_fill(~mask[..., None], 7.0)
 
-    def ours(*args):
+    def attend(*args):
         return ALGORITHMS[algorithm].call(*args, norm_axis=1, mask=mask)
 
-    found = through_tangents(ours, (hidden, p, q), (dx, dp, dq))
-    alone = through_tangents(lambda *args: by_the_paper(algorithm, *args), (x[:1, :5], p, q), (dx[:1, :5], dp, dq))
-    for place, (ours_of, theirs) in enumerate(zip(found, alone, strict=True)):
-        if ours_of.shape == x.shape:
-            assert (ours_of[~mask] == 0).all(), place
-            ours_of = ours_of[:1, :5]
-        within(error(ours_of, theirs), 1e-12, str(place))
+    found = through_tangents(attend, (hidden, p, q), (dx, dp, dq))
+    exact = through_tangents(lambda *args: attend_by_paper(algorithm, *args), (x[:1, :5], p, q), (dx[:1, :5], dp, dq))
+    for place, (result, wanted) in enumerate(zip(found, exact, strict=True)):
+        if result.shape == x.shape:
+            assert (result[~mask] == 0).all(), place
+            result = result[:1, :5]
+        within(error(result, wanted), 1e-12, str(place))
 
 
 @no_jit
@@ -282,9 +282,9 @@ def test_forward_and_reverse_mode_in_one_another(algorithm):
     """Check jvp of grad, grad of jvp, hessian, forward twice and reverse over forward."""
     spec, given = ALGORITHMS[algorithm], forward_mode_case(algorithm)
     found = derivatives(lambda *args: spec.call(*args, norm_axis=1), *given)
-    expected = derivatives(lambda *args: by_the_paper(algorithm, *args), *given)
-    for place, (ours, theirs) in enumerate(zip(found, expected, strict=True)):
-        within(error(ours, theirs), 1e-11, str(place))
+    expected = derivatives(lambda *args: attend_by_paper(algorithm, *args), *given)
+    for place, (result, wanted) in enumerate(zip(found, expected, strict=True)):
+        within(error(result, wanted), 1e-11, str(place))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

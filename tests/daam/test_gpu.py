@@ -47,15 +47,15 @@ def test_compiled(case, mode, device):
         given = inputs(case, torch.bfloat16, seed=seed, device=device)
         torch.compiler.cudagraph_mark_step_begin()
         found = [t.clone() for t in results(case, given, compiled)]
-        for one, wanted in zip(found, results(case, given, attention), strict=True):
-            assert torch.equal(one, wanted)
+        for result, wanted in zip(found, results(case, given, attention), strict=True):
+            assert torch.equal(result, wanted)
     assert not counters["inductor"]["cudagraph_skips"]
 
 
 @cases
 def test_cuda_graph(case, device):
     """Check forward and backward captured by hand and replayed on other numbers."""
-    given, other = given_on(device, case), inputs(case, torch.bfloat16, seed=1, device=device)
+    given, later = given_on(device, case), inputs(case, torch.bfloat16, seed=1, device=device)
     leaves = given.leaves()
 
     def step():
@@ -71,12 +71,12 @@ def test_cuda_graph(case, device):
     with torch.cuda.graph(graph):
         captured = step()
     with torch.no_grad():
-        for static, fresh in zip(leaves, other.leaves(), strict=True):
+        for static, fresh in zip(leaves, later.leaves(), strict=True):
             static.copy_(fresh)
-        given.grad_y.copy_(other.grad_y)
-        given.grad_weights.copy_(other.grad_weights)
+        given.grad_y.copy_(later.grad_y)
+        given.grad_weights.copy_(later.grad_weights)
     graph.replay()
-    for found, wanted in zip(captured, run(case, other, "triton").values(), strict=True):
+    for found, wanted in zip(captured, run(case, later, "triton").values(), strict=True):
         assert torch.equal(found, wanted)
 
 
@@ -100,14 +100,14 @@ def test_peak_memory(case, device):
     given = given_on(device, case)
     run(case, given, "triton")
     torch.cuda.synchronize()
-    before = torch.cuda.memory_stats()["requested_bytes.all.current"]
+    start = torch.cuda.memory_stats()["requested_bytes.all.current"]
     torch.cuda.reset_peak_memory_stats()
     found = run(case, given, "triton")
     torch.cuda.synchronize()
     outputs = sum(t.nbytes for t in found.values())
     rows = min(2 * launch.FILL, given.x.numel() // given.x.shape[-1])
     partials = 2 * 4 * rows * (given.x.shape[-1] if case.feature_axis is not None else 4 * case.columns)
-    peak = torch.cuda.memory_stats()["requested_bytes.all.peak"] - before
+    peak = torch.cuda.memory_stats()["requested_bytes.all.peak"] - start
     assert peak <= 1.1 * outputs + partials + 2**20
 
 

@@ -44,9 +44,9 @@ def python(code: str, **options) -> None:
     assert done.returncode == 0, done.stderr[-2000:]
 
 
-@pytest.mark.parametrize("how", ["finder", "sys.modules"])
-def test_works_where_triton_cannot_be_imported(how):
-    python(f"HOW = {how!r}\n" + BLOCKED)
+@pytest.mark.parametrize("hindrance", ["finder", "sys.modules"])
+def test_works_where_triton_cannot_be_imported(hindrance):
+    python(f"HOW = {hindrance!r}\n" + BLOCKED)
 
 
 def test_import_needs_torch_alone_and_leaves_triton_alone():

@@ -89,7 +89,7 @@ def test_adapters_learn_and_the_encoder_does_not(method, made, tmp_path):
     assert all(torch.equal(p, frozen[name]) for name, p in trained.named_parameters() if name in frozen)
     assert any("lora_B" in name and p.any() for name, p in trained.named_parameters()), "adapters did learn"
     parts = train.splits(cache.labels, replace(QUICK, method="daam"))
-    assert [one.test.tolist() for one in parts] == [part["test"] for part in results["parts"]], "a decoder's folds"
+    assert [split.test.tolist() for split in parts] == [part["test"] for part in results["parts"]], "a decoder's folds"
 
 
 def test_an_untrained_adapter_changes_nothing(made):
@@ -125,10 +125,10 @@ def test_only_what_learns_is_counted(made):
 
 def test_other_examples_than_the_caches(made, tmp_path):
     data, encoder, cache = made
-    other = tmp_path / "other.csv"
-    other.write_text(data.read_text().replace("soup", "bread"))
+    table = tmp_path / "other.csv"
+    table.write_text(data.read_text().replace("soup", "bread"))
     with pytest.raises(train.RunError, match=r"other.csv through .* is not what the cache was made of: 24 examples"):
-        lora_job(other, encoder, cache, QUICK)
+        lora_job(table, encoder, cache, QUICK)
 
 
 @pytest.mark.parametrize(("dtype", "method"), [(torch.float16, "lora"), (torch.bfloat16, "lora+")], ids=str)
@@ -173,9 +173,9 @@ def test_an_encoder_is_the_same_however_its_folder_is_spelled(made, tmp_path):
         model.encoder.layer[1].output.dense.bias.data[0] += 1e-3
         return model
 
-    _, other, _ = made_again(made, tmp_path, change_a_number)
+    _, changed, _ = made_again(made, tmp_path, change_a_number)
     with pytest.raises(train.RunError, match=r"encoder: its encoder_sha256 is .*, expected the cache's"):
-        lora_job(data, other, cache, QUICK)
+        lora_job(data, changed, cache, QUICK)
 
 
 def test_layers_without_linear_modules(made, tmp_path, capsys):
@@ -202,6 +202,6 @@ def test_the_same_text_in_other_batches_is_found(made, tmp_path):
     _, _, cache = made_again((data, *made[1:]), tmp_path, lambda model: model, batch=7)
     expected = [texts.index(text) for text in texts]
     assert len(set(expected)) < 41 and find_equal(cache.features).tolist() == expected
-    for one in train.splits(cache.labels, QUICK, find_equal(cache.features)):
-        parts = [{texts[i] for i in part} for part in (one.train, one.validation, one.test)]
+    for split in train.splits(cache.labels, QUICK, find_equal(cache.features)):
+        parts = [{texts[i] for i in part} for part in (split.train, split.validation, split.test)]
         assert sum(map(len, parts)) == len(set(texts))

@@ -82,20 +82,20 @@ def test_published_checkpoints_load(heads):
 
 def test_published_checkpoints_load_inside_a_model_and_come_back():
     model = nn.Sequential(nn.Linear(6, 6), nn.ModuleDict({"attention": randomised(6, 3)}))
-    ours = model.state_dict()
-    theirs = daam.to_published_state_dict(model)
-    assert set(theirs) == {
+    state = model.state_dict()
+    published_state = daam.to_published_state_dict(model)
+    assert set(published_state) == {
         "0.weight",
         "0.bias",
         *(f"1.attention.daams.{h}.{n}" for h in range(3) for n in ("c", "mean_offset")),
     }
-    assert theirs["1.attention.daams.2.c"].shape == (1, 6)
+    assert published_state["1.attention.daams.2.c"].shape == (1, 6)
     fresh = nn.Sequential(nn.Linear(6, 6), nn.ModuleDict({"attention": daam.MultiHeadDAAM(6, 3)}))
-    before = dict(theirs)
-    fresh.load_state_dict(theirs)
-    assert theirs.keys() == before.keys(), "the caller's dict was changed"
+    copied = dict(published_state)
+    fresh.load_state_dict(published_state)
+    assert published_state.keys() == copied.keys(), "the caller's dict was changed"
     for key, value in fresh.state_dict().items():
-        assert torch.equal(value, ours[key])
+        assert torch.equal(value, state[key])
     assert daam.to_published_state_dict(randomised(6, 3)).keys() == published(randomised(6, 3)).keys()
 
 
@@ -130,8 +130,8 @@ def test_published_state_dict_of_wrapped_extended_and_tied_layers():
             self.proj = nn.Linear(6, 6)
             self.inner = daam.MultiHeadDAAM(6, 2)
 
-    theirs = daam.to_published_state_dict(Extended())
-    assert {"proj.weight", "proj.bias", "daams.2.c", "inner.daams.1.c"} <= set(theirs) and "c" not in theirs
+    state = daam.to_published_state_dict(Extended())
+    assert {"proj.weight", "proj.bias", "daams.2.c", "inner.daams.1.c"} <= set(state) and "c" not in state
     compiled = daam.to_published_state_dict(torch.compile(randomised(6, 3)))
     assert set(compiled) == {f"_orig_mod.{key}" for key in published(randomised(6, 3))}
     layer = randomised(6, 3)
@@ -146,8 +146,8 @@ def test_meta_device_copies_and_pickles():
     layer.reset_parameters()
     assert (layer.c == 1.5).all() and (layer.mean_offset == 0).all()
     x = torch.randn(2, 6, 6)
-    for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
-        assert torch.equal(other(x), layer(x))
+    for copied in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert torch.equal(copied(x), layer(x))
     assert daam.MultiHeadDAAM(6, 3, dtype=torch.bfloat16).c.dtype == torch.bfloat16
 
 
@@ -161,14 +161,14 @@ def test_published_signatures_and_aliases():
     assert daam.GaussianAdaptiveAttention is daam.DensityAdaptiveAttention
     assert daam.MultiHeadGaussianAdaptiveAttention is daam.MultiHeadDensityAdaptiveAttention
     assert daam.GaussianBlock is daam.DensityBlock
-    one = daam.DensityAdaptiveAttention(1, 2, 3, 0.0, 0.5, 1e-6)
-    assert (one.norm_axis, one.num_heads, one.num_gaussians, one.padding_value, one.eps) == (1, 2, 3, 0.0, 1e-6)
-    assert (one.mean_offsets == 0.5).all() and one.c.shape == (3,)
-    many = daam.MultiHeadDensityAdaptiveAttention(1, 2, 3, None, 1e-6)
-    assert many.eps == 1e-6 and many.mean_offsets.shape == (2, 3) and (many.mean_offsets == 0).all()
+    head = daam.DensityAdaptiveAttention(1, 2, 3, 0.0, 0.5, 1e-6)
+    assert (head.norm_axis, head.num_heads, head.num_gaussians, head.padding_value, head.eps) == (1, 2, 3, 0.0, 1e-6)
+    assert (head.mean_offsets == 0.5).all() and head.c.shape == (3,)
+    heads = daam.MultiHeadDensityAdaptiveAttention(1, 2, 3, None, 1e-6)
+    assert heads.eps == 1e-6 and heads.mean_offsets.shape == (2, 3) and (heads.mean_offsets == 0).all()
     block = daam.DensityBlock([1, 2], [2, 3], [3, 4], 2, 0.0, 1e-6)
     assert [(layer.padding_value, layer.eps) for layer in block.layers] == [(0.0, 1e-6)] * 2
-    assert repr(many) == (
+    assert repr(heads) == (
         "MultiHeadDensityAdaptiveAttention(1, num_heads=2, num_gaussians=3, padding_value=None, eps=1e-06, "
         "backend='auto')"
     )
@@ -286,8 +286,8 @@ def test_a_block_is_its_layers_with_residuals_and_takes_a_mask():
     mask = torch.arange(16).expand(2, 16) < torch.tensor([[16], [9]])
     x = X
     for layer in block.layers:
-        own = mask if layer.norm_axis == 1 else mask[..., None].expand(2, 16, 9)
-        x = layer(x, mask=own) + x
+        layer_mask = mask if layer.norm_axis == 1 else mask[..., None].expand(2, 16, 9)
+        x = layer(x, mask=layer_mask) + x
     y, details = block(X, return_attention_details=True, mask=mask)
     close(y, x, "y")
     assert list(details) == ["layer_0", "layer_1", "layer_2"]
@@ -302,14 +302,14 @@ def test_a_block_is_its_layers_with_residuals_and_takes_a_mask():
 
 def test_mixture_checkpoints_that_do_not_fit():
     layer = daam.MultiHeadDensityAdaptiveAttention(1, 2, 3)
-    theirs = daam.to_published_state_dict(layer)
-    assert {name: t.shape for name, t in theirs.items()} == {
+    state = daam.to_published_state_dict(layer)
+    assert {name: t.shape for name, t in state.items()} == {
         f"attention_heads.{h}.{name}": (3,) for h in range(2) for name in ("mean_offsets", "c")
     }
     with pytest.raises(RuntimeError, match=r"attention_heads has entries for heads \[0\], expected all of 0 to 1"):
-        layer.load_state_dict({key: t for key, t in theirs.items() if ".0." in key})
+        layer.load_state_dict({key: t for key, t in state.items() if ".0." in key})
     with pytest.raises(RuntimeError, match=r"has shape \(3,\), expected \(4,\) or \(1, 4\)"):
-        daam.MultiHeadDensityAdaptiveAttention(1, 2, 4).load_state_dict(theirs)
+        daam.MultiHeadDensityAdaptiveAttention(1, 2, 4).load_state_dict(state)
 
 
 def test_gate():
@@ -337,20 +337,20 @@ def test_gate():
 HALVES = [torch.float16, torch.bfloat16]
 
 
-@pytest.mark.parametrize("theirs", [*HALVES, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("gate_dtype", [*HALVES, torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("dtype", [*HALVES, torch.float32, torch.float64], ids=str)
-def test_a_gate_of_another_dtype_than_x_is_named(dtype, theirs):
-    gate, x = daam.DensityGate(9).to(theirs), X.transpose(1, 2).to(dtype)
-    if dtype == theirs:
+def test_a_gate_of_another_dtype_than_x_is_named(dtype, gate_dtype):
+    gate, x = daam.DensityGate(9).to(gate_dtype), X.transpose(1, 2).to(dtype)
+    if dtype == gate_dtype:
         y, weights = gate(x)
         assert y.dtype == weights.dtype == dtype
         return
-    message = f"x has dtype {dtype}, expected {theirs}, the dtype of to_attn's weight: cast x or the module"
+    message = f"x has dtype {dtype}, expected {gate_dtype}, the dtype of to_attn's weight: cast x or the module"
     for mask in (None, torch.ones(2, 16, dtype=torch.bool)):
         with pytest.raises(TypeError, match=message):
             gate(x, mask=mask)
     with torch.autocast("cpu", torch.bfloat16):
-        if torch.float64 in (dtype, theirs):  # which autocast leaves alone
+        if torch.float64 in (dtype, gate_dtype):  # which autocast leaves alone
             with pytest.raises(TypeError, match=message):
                 gate(x)
         else:
@@ -383,8 +383,8 @@ def test_gate_masks():
         grads.append((valid, weights, *torch.autograd.grad(valid.square().sum(), (hidden, *gate.parameters()))))
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
     assert (weights[~mask[:, None]] == 0).all()
-    alone, _ = gate(x[1:, :, :9])
-    close(gate(x, mask=mask)[0][1:, :, :9], alone, "y under a mask")
+    expected, _ = gate(x[1:, :, :9])
+    close(gate(x, mask=mask)[0][1:, :, :9], expected, "y under a mask")
     assert torch.equal(gate(x, mask=mask)[0][1, :, 9:], x[1, :, 9:])
     with pytest.raises(ValueError, match=r"mask has shape \(2, 1, 16\), expected x's shape up to norm_axis, \(2, 16\)"):
         gate(x, mask=mask[:, None])
@@ -408,8 +408,8 @@ def test_the_others_copy_pickle_and_compile(build):
 
     layer = build()
     y = call(layer)
-    for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
-        assert torch.equal(call(other), y)
+    for copied in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert torch.equal(call(copied), y)
     close(call(torch.compile(layer, fullgraph=True, backend="aot_eager")), y, "y compiled")
 
 
@@ -556,9 +556,9 @@ def test_a_published_checkpoint_loads_into_a_parametrised_layer(kind, inside):
     keys = [key for key in target.state_dict() if f".{key}".endswith(step)]
     assert len(keys) == 1
     target.load_state_dict({**checkpoint, keys[0]: torch.tensor(1.0)})
-    again = daam.to_published_state_dict(target)
-    assert again.keys() == checkpoint.keys()
-    for key, value in again.items():
+    state = daam.to_published_state_dict(target)
+    assert state.keys() == checkpoint.keys()
+    for key, value in state.items():
         close(value, checkpoint[key], key)
     original = owner.parametrizations[name].original
     for key, value in rows(nn.functional.softplus(original.detach() + 1)).items():
@@ -570,11 +570,11 @@ def test_a_parametrisation_that_has_no_way_back_is_named(kind):
     model, owner, name, _ = drawn(kind, True)
     checkpoint = daam.to_published_state_dict(model)
     parametrize.register_parametrization(owner, name, OneWay())
-    before = owner.parametrizations[name].original.clone()
+    original = owner.parametrizations[name].original.clone()
     for strict in (True, False):
         with pytest.raises(RuntimeError, match=f"loaded into a parametrised {name}: OneWay has no right_inverse"):
             model.load_state_dict(checkpoint, strict=strict)
-    assert torch.equal(owner.parametrizations[name].original, before)
+    assert torch.equal(owner.parametrizations[name].original, original)
 
 
 def test_a_value_out_of_reach_of_a_parametrisation_is_named():

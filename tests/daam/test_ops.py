@@ -41,10 +41,10 @@ def leaves(shape=(2, 6, 5), heads=2, dtype=torch.float64, seed=0, device="cpu", 
 def op_arguments(case, backward, device):
     dtype = torch.float64 if case.shape[1] > 100 else torch.float32  # 140 positions are streamed in float64
     given = inputs(case, dtype, device=device)
-    tensors, how = (given.x, *given.params, broadcast(given.mask, case)), (1, *case.spec.settings(case), case.residual)
+    tensors, call = (given.x, *given.params, broadcast(given.mask, case)), (1, *case.spec.settings(case), case.residual)
     if not backward:
-        return (*tensors, *how, case.weights, True)
-    return (given.grad_y, given.grad_weights, *tensors, None, *how, True, True)
+        return (*tensors, *call, case.weights, True)
+    return (given.grad_y, given.grad_weights, *tensors, None, *call, True, True)
 
 
 @algorithms
@@ -91,8 +91,8 @@ def agree(compiled, batch, algorithm, backend, device):
         grads = torch.autograd.grad(compiled(*tensors, mask), tensors)
     assert (backend == "triton") == ("_forward" in names and "_backward" in names)
     expected = torch.autograd.grad(plain(*tensors, mask), tensors)
-    for name, ours, theirs in zip(case.gradients, grads, expected, strict=True):
-        within(error(ours, theirs), 1e-5, name)
+    for name, result, wanted in zip(case.gradients, grads, expected, strict=True):
+        within(error(result, wanted), 1e-5, name)
 
 
 @algorithms
@@ -174,8 +174,8 @@ def test_functorch(backend, compiled, algorithm, device):
     one_case = case.but(axis=0, weights=False)
 
     grads = wrap(torch.func.grad(lambda *args: loss(case, backend, *args), (0, 1, 2)))(x, p, q)
-    for name, ours, theirs in zip(case.gradients, grads, expected, strict=True):
-        within(error(ours, theirs), 1e-12, name)
+    for name, result, wanted in zip(case.gradients, grads, expected, strict=True):
+        within(error(result, wanted), 1e-12, name)
 
     def call(x, p, q):
         return attend(one_case, x, p, q, backend=backend)
@@ -186,11 +186,11 @@ def test_functorch(backend, compiled, algorithm, device):
     y = wrap(torch.func.vmap(call, (None, 0, None)))(x[0], offsets, q)
     within(error(y[1], call(x[0], offsets[1], q)), 1e-12, "y, offsets mapped")
 
-    def one(x, p, q):
+    def example_loss(x, p, q):
         return loss(case, backend, x[None], p, q)
 
-    each = wrap(torch.func.vmap(torch.func.grad(one, 2), (0, None, None)))(x, p, q)
-    within(error(each.sum(0), expected[2]), 1e-12, "gradients mapped")
+    vmapped = wrap(torch.func.vmap(torch.func.grad(example_loss, 2), (0, None, None)))(x, p, q)
+    within(error(vmapped.sum(0), expected[2]), 1e-12, "gradients mapped")
 
     tangent = torch.ones_like(x)
     _, jvp = wrap(lambda x: torch.func.jvp(lambda x: loss(case, backend, x, p, q), (x,), (tangent,)))(x)
@@ -208,8 +208,8 @@ def test_functorch_in_other_orders(backend, algorithm, device):
     mapped = torch.func.vmap(lambda x, mask: attend(one_case, x, p, q, mask, backend=backend))
     grads = torch.autograd.grad(mapped(x, mask).square().sum(), (x, p, q))
     plain = attend(case, x, p, q, mask)[0].square().sum()
-    for name, ours, theirs in zip(case.gradients, grads, torch.autograd.grad(plain, (x, p, q)), strict=True):
-        within(error(ours, theirs), 1e-12, name)
+    for name, result, wanted in zip(case.gradients, grads, torch.autograd.grad(plain, (x, p, q)), strict=True):
+        within(error(result, wanted), 1e-12, name)
     second = torch.func.grad(lambda q: torch.func.grad(lambda q: loss(case, backend, x, p, q))(q).square().sum())(q)
     (first,) = torch.autograd.grad(loss(case, backend, x, p, q), q, create_graph=True)
     within(error(second, torch.autograd.grad(first.square().sum(), q)[0]), 1e-12, "second derivative")
@@ -225,15 +225,15 @@ def test_gradient_penalty_and_checkpointing(backend, algorithm, device):
         (dx,) = torch.autograd.grad(y.sum(), x, create_graph=True)
         return torch.autograd.grad(y.sum() + dx.square().sum(), (x, p, q))
 
-    how = (1, *case.spec.settings(case), False)
-    expected = penalised(lambda *args: case.spec.reference.formula(*args, None, *how)[0])
+    settings = (1, *case.spec.settings(case), False)
+    expected = penalised(lambda *args: case.spec.reference.formula(*args, None, *settings)[0])
     found = penalised(lambda *args: attend(case, *args, backend=backend)[0])
-    for name, ours, theirs in zip(case.gradients, found, expected, strict=True):
-        within(error(ours, theirs), 1e-11, name)
+    for name, result, wanted in zip(case.gradients, found, expected, strict=True):
+        within(error(result, wanted), 1e-11, name)
     plain = torch.autograd.grad(loss(case, backend, x, p, q), (x, q))
-    again = torch.utils.checkpoint.checkpoint(lambda *args: loss(case, backend, *args), x, p, q, use_reentrant=False)
-    for ours, theirs in zip(torch.autograd.grad(again, (x, q)), plain, strict=True):
-        assert torch.equal(ours, theirs)
+    penalty = torch.utils.checkpoint.checkpoint(lambda *args: loss(case, backend, *args), x, p, q, use_reentrant=False)
+    for result, wanted in zip(torch.autograd.grad(penalty, (x, q)), plain, strict=True):
+        assert torch.equal(result, wanted)
 
 
 @algorithms
@@ -260,9 +260,9 @@ def test_compile_of_a_transposed_streamed_input_and_in_place_use(backend, compil
     def attend(x, c):
         return density_attention(x.transpose(1, 2), 0 * c, c + 1, backend=backend).mul_(2)
 
-    (ours,) = torch.autograd.grad(attend(x, c).square().sum(), c)
+    (grad,) = torch.autograd.grad(attend(x, c).square().sum(), c)
     plain = 2 * density_attention(x.transpose(1, 2), 0 * c, c + 1, backend="eager")
-    within(error(ours, torch.autograd.grad(plain.square().sum(), c)[0]), 1e-11, "d_c")
+    within(error(grad, torch.autograd.grad(plain.square().sum(), c)[0]), 1e-11, "d_c")
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
@@ -275,8 +275,8 @@ def test_batched_gradients(backend, algorithm, device):
     batched = torch.autograd.grad(y, tensors, rows, is_grads_batched=True, retain_graph=True)
     for i, row in enumerate(rows):
         expected = torch.autograd.grad(y, tensors, row, retain_graph=True)
-        for name, ours, theirs in zip(case.gradients, batched, expected, strict=True):
-            within(error(ours[i], theirs), 1e-12, f"{name} of row {i}")
+        for name, result, wanted in zip(case.gradients, batched, expected, strict=True):
+            within(error(result[i], wanted), 1e-12, f"{name} of row {i}")
 
 
 @algorithms
@@ -284,15 +284,15 @@ def test_batched_gradients(backend, algorithm, device):
 def test_fake_cuda_tensors(shape, algorithm):
     """Check shapes, dtypes and strides without a GPU, and that long chunks keep statistics."""
     case = Case(shape, 1, heads=2, algorithm=algorithm)
-    how = (1, *case.spec.settings(case), False)
+    settings = (1, *case.spec.settings(case), False)
     forward, backward = (getattr(torch.ops.daam, f"{algorithm}_{name}") for name in ("forward", "backward"))
     with FakeTensorMode():
         x = torch.empty(shape, device="cuda", dtype=torch.bfloat16)
         p = torch.empty(2, case.columns, device="cuda")
-        y, weights, stats = forward(x, p, p, None, *how, True, True)
+        y, weights, stats = forward(x, p, p, None, *settings, True, True)
         assert y.shape == weights.shape == x.shape and y.dtype == weights.dtype == torch.bfloat16
         assert stats.dtype == torch.float32 and stats.shape == ((4, 2, 2, 5) if shape[1] == 3000 else (0,))
-        dx, *grads = backward(y, None, x, p, p, None, None, *how, True, True)
+        dx, *grads = backward(y, None, x, p, p, None, None, *settings, True, True)
         assert dx.shape == x.shape and dx.dtype == x.dtype and dx.is_contiguous()
         assert all(g.shape == p.shape and g.dtype == torch.float32 for g in grads)
         assert attend(case, x, p, p)[0].device.type == "cuda"
@@ -381,14 +381,14 @@ def test_what_is_traced_computes(algorithm, device):
     operators.
     """
     case = Case((2, 24, 9), 1, weights=False, algorithm=algorithm)
-    given, other = (inputs(case, torch.float32, seed, device) for seed in (0, 1))
+    given, later = (inputs(case, torch.float32, seed, device) for seed in (0, 1))
 
     def call(x):
         return attend(case, x, *given.params, backend="triton")
 
     with torch.no_grad():
         traced = torch.jit.trace(call, given.x)
-        assert torch.equal(traced(other.x), call(other.x))
+        assert torch.equal(traced(later.x), call(later.x))
 
 
 @pytest.mark.kernel

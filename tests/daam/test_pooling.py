@@ -55,7 +55,7 @@ class MasklessEncoder(Encoder):
 
 
 class OtherNames(Encoder):
-    def forward(self, input_ids, head_mask=None, **others):
+    def forward(self, input_ids, head_mask=None, **kwargs):
         return super().forward(input_ids)
 
 
@@ -73,7 +73,7 @@ IDS = torch.tensor([[3, 4, 5, 6, 7], [8, 9, 0, 0, 0], [1, 2, 3, 0, 0]])
 MASK = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0], [1, 1, 1, 0, 0]])
 
 
-def alone(encoder, ids=IDS, mask=MASK):
+def average_alone(encoder, ids=IDS, mask=MASK):
     """Return (batch, layers, features): each example without its padding, through layers that are called here."""
     found = []
     for row, valid in zip(ids, mask.bool(), strict=True):
@@ -90,7 +90,7 @@ def alone(encoder, ids=IDS, mask=MASK):
 
 def test_a_mask_is_found_wherever_it_stands():
     encoder = Encoder()
-    pooling, expected = daam.LayerPooling(encoder), alone(encoder)
+    pooling, expected = daam.LayerPooling(encoder), average_alone(encoder)
     close(pooling(IDS, attention_mask=MASK), expected, "by keyword")
     close(pooling(IDS, MASK), expected, "by position")
     close(pooling(input_ids=IDS, attention_mask=MASK.bool()), expected, "of bool")
@@ -102,7 +102,7 @@ def test_a_mask_is_found_wherever_it_stands():
 
 def test_an_encoder_without_a_mask_is_pooled_with_one():
     encoder = MasklessEncoder()
-    close(daam.LayerPooling(encoder)(input_ids=IDS, attention_mask=MASK), alone(encoder), "averages")
+    close(daam.LayerPooling(encoder)(input_ids=IDS, attention_mask=MASK), average_alone(encoder), "averages")
     with pytest.raises(TypeError, match="unexpected keyword argument 'nothing'"):
         daam.LayerPooling(encoder)(IDS, nothing=MASK)
 
@@ -117,12 +117,12 @@ def test_a_batch_in_a_dict(by_keyword):
     pooling = daam.LayerPooling(encoder)
     with pytest.raises(ValueError, match=r"batch goes to the encoder.*by keyword, as in pooling\(\*\*batch"):
         pooling(batch=batch) if by_keyword else pooling(batch)
-    close(pooling(batch, pooling_mask=MASK), alone(encoder), "with a mask for pooling")
+    close(pooling(batch, pooling_mask=MASK), average_alone(encoder), "with a mask for pooling")
 
 
 def test_masks_under_other_names():
     encoder = OtherNames()
-    pooling, expected = daam.LayerPooling(encoder), alone(encoder)
+    pooling, expected = daam.LayerPooling(encoder), average_alone(encoder)
     with pytest.raises(ValueError, match="mask goes to the encoder, and which positions it leaves valid is not clear"):
         pooling(IDS, mask=MASK)
     close(pooling(IDS, mask=1 - MASK, pooling_mask=MASK), expected, "a mask of padding, and one for pooling")
@@ -148,10 +148,10 @@ def test_masks_that_are_not_understood(name):
 @pytest.mark.parametrize("name", ["lengths", "ilens", "xs_lens", "seqlens", "n_tokens", "num_frames", "sizes"])
 def test_lengths_by_other_names(name):
     encoder = OtherNames()
-    close(daam.LayerPooling(encoder)(IDS, **{name: LENGTHS}), alone(encoder), "averages")
-    for other in (LENGTHS / 5, LENGTHS.unsqueeze(1), LENGTHS.tolist()):
+    close(daam.LayerPooling(encoder)(IDS, **{name: LENGTHS}), average_alone(encoder), "averages")
+    for lengths in (LENGTHS / 5, LENGTHS.unsqueeze(1), LENGTHS.tolist()):
         with pytest.raises(ValueError, match=f"{name} goes to the encoder, and which positions it leaves valid"):
-            daam.LayerPooling(encoder)(IDS, **{name: other})
+            daam.LayerPooling(encoder)(IDS, **{name: lengths})
 
 
 def test_lengths_that_do_not_tell():
@@ -174,7 +174,7 @@ def test_batches_in_containers():
     for batch in ((IDS, MASK), {"ids": IDS, "padding": MASK}, {"ids": IDS, "lens": LENGTHS}):
         with pytest.raises(ValueError, match="batch goes to the encoder, and which positions it leaves valid"):
             daam.LayerPooling(encoder)(batch)
-        close(daam.LayerPooling(encoder)(batch, pooling_mask=MASK), alone(encoder), "averages")
+        close(daam.LayerPooling(encoder)(batch, pooling_mask=MASK), average_alone(encoder), "averages")
     with pytest.raises(ValueError, match=r"\(5, 3, 16\) for a batch of 3, expected \(3, positions, features\)"):
         daam.LayerPooling(First())({"ids": IDS})
 
@@ -191,8 +191,8 @@ def test_a_decoders_own_mask():
 
     model, mask = Both(), MASK.flip(0)
     call = {"input_ids": IDS, "attention_mask": MASK, "decoder_input_ids": IDS, "decoder_attention_mask": mask}
-    close(daam.LayerPooling(model, "encoder.layers")(**call), alone(model.encoder), "encoder")
-    close(daam.LayerPooling(model, "decoder.layers")(**call), alone(model.decoder, IDS, mask), "decoder")
+    close(daam.LayerPooling(model, "encoder.layers")(**call), average_alone(model.encoder), "encoder")
+    close(daam.LayerPooling(model, "decoder.layers")(**call), average_alone(model.decoder, IDS, mask), "decoder")
 
 
 def test_two_towers_share_no_mask():
@@ -208,10 +208,10 @@ def test_two_towers_share_no_mask():
     encoder, patches = Towers(), IDS + 1  # as many patches as tokens
     call = {"input_ids": IDS, "pixel_values": patches, "attention_mask": MASK}
     text, vision = (daam.LayerPooling(encoder, f"{part}_model.layers") for part in ("text", "vision"))
-    close(text(**call), alone(encoder.text_model), "the text")
+    close(text(**call), average_alone(encoder.text_model), "the text")
     with pytest.raises(ValueError, match=r"attention_mask: which positions of vision_model.layers.0 are valid"):
         vision(**call)
-    expected = alone(encoder.vision_model, patches, torch.ones_like(MASK))
+    expected = average_alone(encoder.vision_model, patches, torch.ones_like(MASK))
     close(vision(**call, pooling_mask="all"), expected, "the picture")
 
 
@@ -222,7 +222,7 @@ def test_pixel_attention_mask():
 
     encoder = Patches()
     found = daam.LayerPooling(encoder)(pixel_values=IDS, pixel_attention_mask=MASK)
-    close(found, alone(encoder), "averages")
+    close(found, average_alone(encoder), "averages")
 
 
 @pytest.mark.parametrize(
@@ -253,9 +253,9 @@ def test_what_an_encoder_pads_inside_does_not_count():
             return super().forward(self._pad_to_window_size(input_ids))
 
     encoder = Windows()
-    close(daam.LayerPooling(encoder)(IDS, MASK), alone(encoder), "with a mask")
+    close(daam.LayerPooling(encoder)(IDS, MASK), average_alone(encoder), "with a mask")
     everything = torch.ones_like(MASK)
-    close(daam.LayerPooling(encoder)(IDS), alone(encoder, IDS, everything), "without one")
+    close(daam.LayerPooling(encoder)(IDS), average_alone(encoder, IDS, everything), "without one")
 
 
 # A4: frames
@@ -282,14 +282,14 @@ class Frames(Encoder):
 def test_frames_are_counted_as_layers_have_them(squeeze):
     pooling = daam.LayerPooling(Frames(squeeze, squeeze))
     sounds = [torch.randn(1, n) for n in (80, 41, 17)]
-    padded = torch.cat([nn.functional.pad(one, (0, 80 - one.shape[1])) for one in sounds])
+    padded = torch.cat([nn.functional.pad(sound, (0, 80 - sound.shape[1])) for sound in sounds])
     mask = (torch.arange(80) < torch.tensor([[80], [41], [17]])).long()
-    expected = torch.cat([pooling(one, attention_mask=torch.ones_like(one)) for one in sounds])
+    expected = torch.cat([pooling(sound, attention_mask=torch.ones_like(sound)) for sound in sounds])
     close(pooling(padded, attention_mask=mask), expected, "frames", (1e-6, 1e-6))
-    whole = torch.arange(41 // (4 * squeeze))
+    frames = torch.arange(41 // (4 * squeeze))
     x = (
         pooling.encoder.embed.weight[0]
-        * torch.stack([sounds[1][0, 4 * squeeze * i :][: 4 * squeeze].mean() for i in whole])[:, None]
+        * torch.stack([sounds[1][0, 4 * squeeze * i :][: 4 * squeeze].mean() for i in frames])[:, None]
     )
     first = pooling.encoder.layers[0](x).mean(0)
     close(expected[1, 0], first.detach(), "frames of one", (1e-6, 1e-6))
@@ -309,7 +309,7 @@ def test_frames_that_do_not_end_with_the_positions():
 
 def test_positions_first():
     encoder = PositionsFirst()
-    expected = alone(encoder)
+    expected = average_alone(encoder)
     close(daam.LayerPooling(encoder, batch_first=False)(IDS, MASK), expected, "said to be")
     with pytest.raises(ValueError, match=r"\(5, 3, 16\) for a batch of 3, expected \(3, positions, features\): pass"):
         daam.LayerPooling(encoder)(IDS, MASK)
@@ -317,9 +317,9 @@ def test_positions_first():
     ids, mask = IDS[:, :3], torch.ones(3, 3)
     for batch_first in (None, False):
         found = daam.LayerPooling(encoder, batch_first=batch_first)(ids)
-        close(found, alone(encoder, ids, mask), f"batch_first={batch_first}")
+        close(found, average_alone(encoder, ids, mask), f"batch_first={batch_first}")
     plain = Encoder()
-    close(daam.LayerPooling(plain)(ids, mask), alone(plain, ids, mask), "the batch first")
+    close(daam.LayerPooling(plain)(ids, mask), average_alone(plain, ids, mask), "the batch first")
 
 
 def test_torchs_transformer_encoder():
@@ -336,8 +336,8 @@ def test_torchs_transformer_encoder():
         daam.LayerPooling(first)
     expected = []
     with torch.no_grad():
-        for one, valid in zip(x, MASK.bool(), strict=True):
-            hidden, layers = one[valid][None], []
+        for row, valid in zip(x, MASK.bool(), strict=True):
+            hidden, layers = row[valid][None], []
             for layer in batched.layers:
                 hidden = layer(hidden)
                 layers.append(hidden[0].mean(0))
@@ -384,7 +384,7 @@ def test_a_layer_that_runs_repeatedly():
             x = encoder.layers[0](x)
 
     encoder.forward = forward
-    expected = alone(type("E", (), {"embed": encoder.embed, "layers": [encoder.layers[0]] * 3}))
+    expected = average_alone(type("E", (), {"embed": encoder.embed, "layers": [encoder.layers[0]] * 3}))
     close(daam.LayerPooling(encoder, [encoder.layers[0]] * 3)(IDS, MASK), expected, "averages")
     with pytest.raises(ValueError, match=r"layers \[0\] ran \[3\] times in one call, expected \[1\]"):
         daam.LayerPooling(encoder, list(encoder.layers))(IDS, MASK)
@@ -395,7 +395,7 @@ def test_an_encoder_of_one_layer():
     with pytest.raises(ValueError, match=r"pass layers=: its module lists are 'layers' \(1\)"):
         daam.LayerPooling(encoder)
     encoder.config = type("Config", (), {"num_hidden_layers": 1})()
-    close(daam.LayerPooling(encoder)(IDS, MASK), alone(encoder), "averages")
+    close(daam.LayerPooling(encoder)(IDS, MASK), average_alone(encoder), "averages")
 
 
 def test_layers_whose_forward_is_called_directly():
@@ -406,8 +406,8 @@ def test_layers_whose_forward_is_called_directly():
                 x = layer.forward(x)
 
     encoder = Direct()
-    close(daam.LayerPooling(encoder)(IDS, MASK), alone(encoder), "averages")
-    close(daam.LayerPooling(encoder)(IDS[:, :3]), alone(encoder, IDS[:, :3], torch.ones(3, 3)), "a square")
+    close(daam.LayerPooling(encoder)(IDS, MASK), average_alone(encoder), "averages")
+    close(daam.LayerPooling(encoder)(IDS[:, :3]), average_alone(encoder, IDS[:, :3], torch.ones(3, 3)), "a square")
     assert all("forward" not in layer.__dict__ for layer in encoder.layers), "stand-ins stay behind"
 
 
@@ -459,11 +459,11 @@ def test_one_encoder_in_several_threads():
     encoder = Encoder()
     poolings = [daam.LayerPooling(encoder), daam.LayerPooling(encoder, "layers")]
     batches = [torch.randint(30, (3, n)) for n in range(1, 9)] * 10
-    expected = [alone(encoder, ids, torch.ones_like(ids)) for ids in batches]
+    expected = [average_alone(encoder, ids, torch.ones_like(ids)) for ids in batches]
     with ThreadPoolExecutor(8) as pool:
         found = list(pool.map(lambda i: poolings[i % 2](batches[i]), range(len(batches))))
-    for one, other in zip(found, expected, strict=True):
-        close(one, other, "averages")
+    for result, wanted in zip(found, expected, strict=True):
+        close(result, wanted, "averages")
 
 
 class Wrapper(nn.Module):
@@ -520,15 +520,15 @@ def test_a_compiled_model():
     for _ in range(2):
         out = fast(IDS, attention_mask=MASK, labels=labels)
         close(out.logits, expected.logits, "logits")
-        close(out.features, alone(model.encoder), "features")
+        close(out.features, average_alone(model.encoder), "features")
 
 
 def test_copies():
     pooling = daam.LayerPooling(Encoder())
     expected = pooling(IDS, MASK)
-    for other in (copy.deepcopy(pooling), pickle.loads(pickle.dumps(pooling))):
-        close(other(IDS, MASK), expected, "averages")
-        assert other.layers[0] is other.encoder.layers[0] and other.layers[0] is not pooling.layers[0]
+    for copied in (copy.deepcopy(pooling), pickle.loads(pickle.dumps(pooling))):
+        close(copied(IDS, MASK), expected, "averages")
+        assert copied.layers[0] is copied.encoder.layers[0] and copied.layers[0] is not pooling.layers[0]
 
 
 # B7, B8: outputs, dtypes
@@ -542,8 +542,8 @@ def test_outputs_are_read_as_dicts_tuples_and_attributes():
     assert list(out) == ["loss", "logits", "weights", "features"]
     assert out[0] is out.loss is out["loss"] and out[1:] == (out.logits, out.weights, out.features)
     assert isinstance(out, dict) and out.to_tuple()[1] is out.logits
-    again = pickle.loads(pickle.dumps(out))
-    assert type(again) is type(out) and torch.equal(again.logits, out.logits)
+    restored = pickle.loads(pickle.dumps(out))
+    assert type(restored) is type(out) and torch.equal(restored.logits, out.logits)
     with pytest.raises(AttributeError, match="an Output has no 'hidden'; it has: loss, logits, weights, features"):
         out.hidden  # noqa: B018
 
@@ -666,7 +666,7 @@ def test_layers_that_give_positions_first_are_found():
     pooling = daam.LayerPooling(PositionsFirst())
     assert pooling.check(collate, TEXTS).batches == "any" and pooling.batch_first is False
     batch = collate(TEXTS)
-    close(pooling(**batch), alone(pooling.encoder, batch["input_ids"], batch["attention_mask"]), "averages")
+    close(pooling(**batch), average_alone(pooling.encoder, batch["input_ids"], batch["attention_mask"]), "averages")
 
 
 class Draws(Encoder):

@@ -16,33 +16,33 @@ BACKENDS = ["eager", pytest.param("triton", marks=pytest.mark.kernel)]
 def pair(axis, heads, gaussians, padding=None, seed=0):
     """Return the published module and ours with the same random parameters, which went through their state_dict."""
     torch.manual_seed(seed)
-    theirs = published.MultiHeadGaussianAdaptiveAttention(axis, heads, gaussians, padding).double()
-    ours = daam.MultiHeadGaussianAdaptiveAttention(axis, heads, gaussians, padding).double()
-    for p in theirs.parameters():
+    original = published.MultiHeadGaussianAdaptiveAttention(axis, heads, gaussians, padding).double()
+    module = daam.MultiHeadGaussianAdaptiveAttention(axis, heads, gaussians, padding).double()
+    for p in original.parameters():
         nn.init.uniform_(p, 0.4, 1.6)
-    ours.load_state_dict(theirs.state_dict())
-    return theirs, ours
+    module.load_state_dict(original.state_dict())
+    return original, module
 
 
-def agree(theirs, ours, x, backend, device="cpu"):
+def agree(original, module, x, backend, device="cpu"):
     """Check that outputs, details and all gradients of two modules agree. The published one stays on the CPU, as x
     does.
     """
-    grad, ours = torch.randn_like(x), ours.to(device)
+    grad, module = torch.randn_like(x), module.to(device)
     leaves = [x.to(device, copy=True).requires_grad_(), x.clone().requires_grad_()]
     with daam.use_backend(backend):
-        y, weights = ours(leaves[0], return_attention_details=True)
+        y, weights = module(leaves[0], return_attention_details=True)
         y.backward(grad.to(device))
-        assert torch.equal(ours(leaves[0]), y)
-    z, details = theirs(leaves[1], return_attention_details=True)
+        assert torch.equal(module(leaves[0]), y)
+    z, details = original(leaves[1], return_attention_details=True)
     z.backward(grad)
     assert not weights.requires_grad
     within(error(y, z), 1e-9, "y")
     within(error(weights, details), 1e-9, "weights")
     within(error(leaves[0].grad, leaves[1].grad), 1e-9, "dx")
     for name in ("mean_offsets", "c"):
-        expected = torch.stack([getattr(head, name).grad for head in theirs.attention_heads])
-        within(error(getattr(ours, name).grad, expected), 1e-9, f"d_{name}")
+        expected = torch.stack([getattr(head, name).grad for head in original.attention_heads])
+        within(error(getattr(module, name).grad, expected), 1e-9, f"d_{name}")
 
 
 SHAPES = [((9, 14), 0), ((5, 33), -1), ((2, 23, 6), 1), ((3, 7, 17), 2), ((2, 16, 5, 3), 1), ((2, 3, 13, 4), -2)]
@@ -71,15 +71,15 @@ def test_every_number_of_gaussians(gaussians):
 @pytest.mark.parametrize("axis", [1, -1])
 def test_one_head(axis):
     """Check the package's single head, with parameters of shape (num_gaussians,)."""
-    theirs = published.GaussianAdaptiveAttention(axis, 1, 3, None).double()
-    ours = daam.GaussianAdaptiveAttention(axis, 1, 3, None).double()
-    nn.init.uniform_(theirs.mean_offsets)
-    ours.load_state_dict(theirs.state_dict())
-    theirs.load_state_dict(ours.state_dict())
-    theirs.load_state_dict(daam.to_published_state_dict(ours))
+    original = published.GaussianAdaptiveAttention(axis, 1, 3, None).double()
+    copied = daam.GaussianAdaptiveAttention(axis, 1, 3, None).double()
+    nn.init.uniform_(original.mean_offsets)
+    copied.load_state_dict(original.state_dict())
+    original.load_state_dict(copied.state_dict())
+    original.load_state_dict(daam.to_published_state_dict(copied))
     x = torch.randn(2, 9, 7, dtype=torch.float64)
     grads = []
-    for module in (theirs, ours):
+    for module in (original, copied):
         leaf = x.clone().requires_grad_()
         y, weights = module(leaf, return_attention_details=True)
         y.square().sum().backward()
@@ -91,31 +91,31 @@ def test_one_head(axis):
 def test_blocks_agree_and_state_dicts_travel_both_ways():
     sizes = ([1, 2, -1], [2, 3, 4], [2, 3, 1], 3)
     torch.manual_seed(0)
-    theirs = published.GaussianBlock(*sizes).double()
-    ours = daam.GaussianBlock(*sizes).double()
-    ours.load_state_dict(theirs.state_dict())
-    again = published.GaussianBlock(*sizes).double()
-    again.load_state_dict(daam.to_published_state_dict(ours))
-    for (name, p), q in zip(theirs.named_parameters(), again.parameters(), strict=True):
+    original = published.GaussianBlock(*sizes).double()
+    module = daam.GaussianBlock(*sizes).double()
+    module.load_state_dict(original.state_dict())
+    restored = published.GaussianBlock(*sizes).double()
+    restored.load_state_dict(daam.to_published_state_dict(module))
+    for (name, p), q in zip(original.named_parameters(), restored.parameters(), strict=True):
         assert torch.equal(p, q), name
     x = torch.randn(2, 16, 9, dtype=torch.float64)
-    y, details = ours(x, return_attention_details=True)
-    z, expected = theirs(x, return_attention_details=True)
+    y, details = module(x, return_attention_details=True)
+    z, expected = original(x, return_attention_details=True)
     within(error(y, z), 1e-9, "y")
     assert details.keys() == expected.keys()
     for name in expected:
         within(error(details[name], expected[name]), 1e-9, name)
-    assert torch.equal(ours(x), y)
+    assert torch.equal(module(x), y)
 
 
 def test_initialisation_is_the_published_one():
     """Check that the same seed gives the same numbers."""
     for gaussians in (1, 4, 40):
         torch.manual_seed(0)
-        theirs = published.MultiHeadGaussianAdaptiveAttention(1, 8, gaussians)
+        original = published.MultiHeadGaussianAdaptiveAttention(1, 8, gaussians)
         torch.manual_seed(0)
-        ours = daam.to_published_state_dict(daam.MultiHeadGaussianAdaptiveAttention(1, 8, gaussians))
-        assert all(torch.equal(ours[name], p) for name, p in theirs.state_dict().items())
+        state = daam.to_published_state_dict(daam.MultiHeadGaussianAdaptiveAttention(1, 8, gaussians))
+        assert all(torch.equal(state[name], p) for name, p in original.state_dict().items())
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -139,31 +139,29 @@ def test_golden_gate(backend, device):
     gate = daam.DensityGate(8).to(device)
     names = {"to_attn.weight": "conv_weight", "to_attn.bias": "conv_bias", "alpha": "alpha"}
     names |= {f"gaa.{name}": name for name in ("mean_offsets", "log_sigma")}
-    gate.load_state_dict({ours: data[theirs] for ours, theirs in names.items()})
+    gate.load_state_dict({entry: data[key] for entry, key in names.items()})
     x = data["x"].to(device).requires_grad_()
     with daam.use_backend(backend):
         y, weights = gate(x)
         y.backward(data["grad_out"].to(device))
-    grads = {
-        f"grad_{theirs}": gate.get_parameter(ours).grad for ours, theirs in names.items() if ours != "to_attn.bias"
-    }
+    grads = {f"grad_{key}": gate.get_parameter(entry).grad for entry, key in names.items() if entry != "to_attn.bias"}
     for name, result in {"y": y, "gate": weights, "grad_x": x.grad, **grads}.items():
         within(error(result, data[name]), 1e-5, name)
 
 
 @pytest.mark.parametrize(
-    ("c", "theirs"), [([1e12] * 4 + [1e-12] * 4, 0.0), ([1e-12] * 4, float("nan"))], ids=["underflow", "overflow"]
+    ("c", "outcome"), [([1e12] * 4 + [1e-12] * 4, 0.0), ([1e-12] * 4, float("nan"))], ids=["underflow", "overflow"]
 )
-def test_where_the_package_underflows_we_do_not(c, theirs):
+def test_where_the_package_underflows_we_do_not(c, outcome):
     """Check that a constant chunk has equal weights, though the product of its Gaussians underflows on the way."""
     x = torch.full((1, 7, 2), 0.5)
     module = published.MultiHeadGaussianAdaptiveAttention(1, 1, len(c))
     module.attention_heads[0].c.data = torch.tensor(c)
     _, details = module(x, return_attention_details=True)
-    torch.testing.assert_close(details, torch.full_like(x, theirs), rtol=0, atol=0, equal_nan=True)
-    ours = daam.MultiHeadGaussianAdaptiveAttention(1, 1, len(c))
-    ours.load_state_dict(module.state_dict())
-    _, details = ours(x, return_attention_details=True)
+    torch.testing.assert_close(details, torch.full_like(x, outcome), rtol=0, atol=0, equal_nan=True)
+    copied = daam.MultiHeadGaussianAdaptiveAttention(1, 1, len(c))
+    copied.load_state_dict(module.state_dict())
+    _, details = copied(x, return_attention_details=True)
     close(details, torch.full_like(x, 1 / 7), "weights")
 
 

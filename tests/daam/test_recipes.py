@@ -37,8 +37,8 @@ def test_digits(tmp_path, capsys):
         assert about["backend"] == "eager" and about["torch"] == torch.__version__ and "CPU" in about["device"]
         assert [len(part["losses"]) for part in row["parts"]] == [2, 2] and 0 < row["accuracy"]["mean"] <= 1
         assert f"| {row['method']} |" in printed
-    last, every = rows[3]["trainable_parameters"], rows[2]["trainable_parameters"]
-    assert (last, every) == (64 * 5 + 5, 12 * 64 * 5 + 5)
+    head, total = rows[3]["trainable_parameters"], rows[2]["trainable_parameters"]
+    assert (head, total) == (64 * 5 + 5, 12 * 64 * 5 + 5)
     assert str(out) in printed
 
 

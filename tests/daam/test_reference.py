@@ -43,8 +43,8 @@ CASES = [
 
 def arguments(case, given):
     """Return the arguments of a function of the reference that follow the gradients."""
-    how = (case.positive_axis, *case.spec.settings(case), case.residual)
-    return given.x, *given.params, broadcast(given.mask, case), *how
+    settings = (case.positive_axis, *case.spec.settings(case), case.residual)
+    return given.x, *given.params, broadcast(given.mask, case), *settings
 
 
 @pytest.mark.parametrize("name", GOLDEN)
@@ -94,9 +94,9 @@ def test_only_what_is_needed(need_x, need_params, given_grads, algorithm):
     args = (*grads, *arguments(case, given))
     full, lean = case.spec.reference.gradient(*args), case.spec.reference.backward(*args, need_x, need_params)
     assert [g is not None for g in lean] == [need_x, need_params, need_params]
-    for name, ours, theirs in zip(case.gradients, lean, full, strict=True):
-        if ours is not None:
-            within(error(ours, theirs), 1e-12, name)
+    for name, result, exact in zip(case.gradients, lean, full, strict=True):
+        if result is not None:
+            within(error(result, exact), 1e-12, name)
 
 
 @pytest.mark.parametrize(
@@ -132,17 +132,17 @@ def check_gradients(spec, shape, axis, columns, settings, q, mask=True):
     x.requires_grad_(mask)
     p, q = torch.randn(2, columns, dtype=torch.float64, requires_grad=True), q.double().requires_grad_()
     valid = torch.rand([size if d <= axis else 1 for d, size in enumerate(shape)]) > 0.2 if mask else None
-    how = (valid, axis, *settings, True)
+    options = (valid, axis, *settings, True)
 
     def attend(*args):
-        return spec.reference.formula(*args, *how)
+        return spec.reference.formula(*args, *options)
 
     assert torch.autograd.gradcheck(attend, (x, p, q))
     assert torch.autograd.gradgradcheck(attend, (x, p, q), fast_mode=True)
     grads = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for _ in range(2)]
 
     def differentiate(*args):
-        return spec.reference.gradient(*args, *how)
+        return spec.reference.gradient(*args, *options)
 
     assert torch.autograd.gradcheck(differentiate, (*grads, x, p, q))
 

@@ -86,8 +86,8 @@ def finished(cache, tmp_path_factory):
 
 
 def test_the_papers_settings_are_the_defaults():
-    one = Settings("daam")
-    assert (one.epochs, one.batch, one.rate, one.loss, one.folds) == (35, 8, 1e-4, "focal", 5)
+    settings = Settings("daam")
+    assert (settings.epochs, settings.batch, settings.rate, settings.loss, settings.folds) == (35, 8, 1e-4, "focal", 5)
 
 
 @pytest.mark.parametrize(
@@ -112,16 +112,16 @@ def check_splits(found, labels, folds=None, seeds=None, groups=None):
     """Check that parts do not overlap and have all classes, that folds test every example once, and that groups stay
     together.
     """
-    every, classes = torch.arange(len(labels)), set(labels.tolist())
-    for one in found:
-        parts = [one.train, one.validation, one.test]
-        assert torch.cat(parts).sort().values.equal(every)
+    indices, classes = torch.arange(len(labels)), set(labels.tolist())
+    for split in found:
+        parts = [split.train, split.validation, split.test]
+        assert torch.cat(parts).sort().values.equal(indices)
         assert all(set(labels[part].tolist()) == classes for part in parts)
         if groups is not None:
             owners = [set(groups[part].tolist()) for part in parts]
             assert sum(map(len, owners)) == len(set(groups.tolist())), "a group is in two parts"
     if folds:
-        assert len(found) == folds and torch.cat([one.test for one in found]).sort().values.equal(every)
+        assert len(found) == folds and torch.cat([split.test for split in found]).sort().values.equal(indices)
     else:
         assert len(found) == seeds and not torch.equal(found[0].test, found[1].test)
 
@@ -134,27 +134,27 @@ def draw_labels(generator, least):
     return torch.tensor(labels)
 
 
-@pytest.mark.parametrize("how", SPLITTINGS, ids=str)
-def test_every_class_is_in_every_part(how):
+@pytest.mark.parametrize("options", SPLITTINGS, ids=str)
+def test_every_class_is_in_every_part(options):
     generator = random.Random(0)
     for _ in range(40):
-        labels = draw_labels(generator, needed(**how))
-        settings = replace(QUICK, **how)
+        labels = draw_labels(generator, needed(**options))
+        settings = replace(QUICK, **options)
         found = splits(labels, settings)
-        check_splits(found, labels, **how)
-        for one, again in zip(found, splits(labels, settings), strict=True):
-            assert one.train.equal(again.train) and one.test.equal(again.test), "drawn anew"
+        check_splits(found, labels, **options)
+        for split, repeated in zip(found, splits(labels, settings), strict=True):
+            assert split.train.equal(repeated.train) and split.test.equal(repeated.test), "drawn anew"
 
 
-@pytest.mark.parametrize("how", SPLITTINGS, ids=str)
-def test_equal_examples_stay_together(how):
+@pytest.mark.parametrize("plan", SPLITTINGS, ids=str)
+def test_equal_examples_stay_together(plan):
     generator = random.Random(1)
     for _ in range(20):
-        labels = draw_labels(generator, needed(**how))
+        labels = draw_labels(generator, needed(**plan))
         copies = torch.tensor([i for i in range(len(labels)) for _ in range(generator.choice([1, 1, 2, 7]))])
         copies = copies[torch.randperm(len(copies), generator=torch.Generator().manual_seed(0))]
         groups = torch.tensor([(copies == original).nonzero()[0].item() for original in copies])
-        check_splits(splits(labels[copies], replace(QUICK, **how), groups), labels[copies], **how, groups=groups)
+        check_splits(splits(labels[copies], replace(QUICK, **plan), groups), labels[copies], **plan, groups=groups)
 
 
 def test_classes_of_too_few_different_examples_are_split_by_example(tmp_path):
@@ -163,21 +163,21 @@ def test_classes_of_too_few_different_examples_are_split_by_example(tmp_path):
     groups = torch.cat([torch.arange(10).repeat(2), torch.arange(20, 23).repeat(7)[:20]])
     found = splits(labels, QUICK, groups)
     check_splits(found, labels, folds=2)
-    for one in found:
-        parts = [set(groups[part[part < 20]].tolist()) for part in (one.train, one.validation, one.test)]
+    for split in found:
+        parts = [set(groups[part[part < 20]].tolist()) for part in (split.train, split.validation, split.test)]
         assert sum(map(len, parts)) == 10
 
 
-@pytest.mark.parametrize("how", SPLITTINGS, ids=str)
-def test_fewer_examples_than_needed(how):
+@pytest.mark.parametrize("options", SPLITTINGS, ids=str)
+def test_fewer_examples_than_needed(options):
     """Check that the message says the number that is enough, in our words, and proposes folds that are possible."""
-    least = needed(**how)
+    least = needed(**options)
     labels = torch.tensor([0] * 30 + [1] * (least - 1))
     with pytest.raises(train.RunError) as refused:
-        splits(labels, replace(QUICK, **how))
+        splits(labels, replace(QUICK, **options))
     message = str(refused.value)
     assert f"class 1 has {least - 1} examples, expected {least} or more to split by label: add examples" in message
-    assert ("take --folds" in message) == ("folds" in how and least > 3)
+    assert ("take --folds" in message) == ("folds" in options and least > 3)
     if "take --folds" in message:
         folds = int(message.rpartition(" ")[2])
         check_splits(splits(labels, replace(QUICK, folds=folds)), labels, folds=folds)
@@ -190,8 +190,8 @@ def test_splits_are_those_of_the_committed_comparison():
     rows = json.loads((HISTORY / "digits-cpu" / "comparison.json").read_text())
     found = splits(labels, replace(QUICK, seeds=3), torch.arange(len(labels)))
     for row in rows:
-        assert [part["test"] for part in row["parts"]] == [one.test.tolist() for one in found]
-        assert [part["validation"] for part in row["parts"]] == [one.validation.tolist() for one in found]
+        assert [part["test"] for part in row["parts"]] == [split.test.tolist() for split in found]
+        assert [part["validation"] for part in row["parts"]] == [split.validation.tolist() for split in found]
 
 
 def test_equal_examples_are_found():
@@ -237,7 +237,7 @@ def test_equal_examples_are_told(copies, line, cache, command, tmp_path, capsys,
     options = ["--folds", 5, "--epochs", 1, "--method", "linear", "--batch", 60]
     command(train, "cache", "--output", tmp_path, *options)
     printed = capsys.readouterr().out.splitlines()
-    assert [one for one in printed if "examples equal" in one] == ([line] if line else [])
+    assert [text for text in printed if "examples equal" in text] == ([line] if line else [])
 
 
 @pytest.mark.parametrize("method", [method for method in METHODS if not method.startswith("lora")])
@@ -313,9 +313,9 @@ def test_of_equal_accuracies_the_lower_loss_is_tested(cache, tmp_path):
 def test_a_finished_run_is_left_alone(finished, cache, tmp_path):
     shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
     expected = json.loads((finished / "results.json").read_text())
-    before = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    times = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
     assert train.run(cached_job(cache, QUICK), QUICK, tmp_path) == expected
-    assert {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == before
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == times
 
 
 def test_a_run_does_not_depend_on_its_device(finished, cache, tmp_path, monkeypatch):
@@ -333,12 +333,12 @@ def test_a_run_does_not_depend_on_its_device(finished, cache, tmp_path, monkeypa
         train.run(cached_job(cache, QUICK), replace(QUICK, epochs=4), tmp_path)
 
 
-@pytest.mark.parametrize("other", ["settings", "features"])
-def test_a_folder_of_another_run(other, finished, cache, tmp_path):
+@pytest.mark.parametrize("changes", ["settings", "features"])
+def test_a_folder_of_another_run(changes, finished, cache, tmp_path):
     shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
-    settings = replace(QUICK, epochs=4) if other == "settings" else QUICK
-    features = cache.features if other == "settings" else cache.features.flip(0)
-    message = {"settings": "epochs 3 and 4", "features": "examples .* and "}[other]
+    settings = replace(QUICK, epochs=4) if changes == "settings" else QUICK
+    features = cache.features if changes == "settings" else cache.features.flip(0)
+    message = {"settings": "epochs 3 and 4", "features": "examples .* and "}[changes]
     with pytest.raises(train.RunError, match=f"another run, choose another folder: {message}"):
         train.run(cached_job(replace(cache, features=features), settings), settings, tmp_path)
 
@@ -361,14 +361,14 @@ def test_a_loss_that_is_not_finite(settings, advice, cache, tmp_path):
         train.run(cached_job(cache, settings), settings, tmp_path)
 
 
-@pytest.mark.parametrize("what", ["loss", "gradients"])
-def test_a_loss_that_no_rate_makes_finite(what, cache, tmp_path):
+@pytest.mark.parametrize("place", ["loss", "gradients"])
+def test_a_loss_that_no_rate_makes_finite(place, cache, tmp_path):
     """Check an example that overflows the model, forward or backward alone, whatever the model learns."""
 
     class Overflow(torch.autograd.Function):
         @staticmethod
         def forward(x, wrong):
-            return x + torch.where(wrong & (what == "loss"), math.inf, 0.0)
+            return x + torch.where(wrong & (place == "loss"), math.inf, 0.0)
 
         @staticmethod
         def setup_context(ctx, inputs, output):
@@ -434,16 +434,16 @@ def test_parts_of_other_splits(name, finished, cache, tmp_path):
 def test_many_classes(tmp_path):
     """Check that as many examples validate as there are classes."""
     labels = torch.arange(80) % 16
-    many = Cache(torch.randn(80, LAYERS, FEATURES), labels, [str(i) for i in range(16)], {})
+    large = Cache(torch.randn(80, LAYERS, FEATURES), labels, [str(i) for i in range(16)], {})
     settings = replace(QUICK, method="linear", epochs=1)
-    part = train.run(cached_job(many, settings), settings, tmp_path)["parts"][0]
+    part = train.run(cached_job(large, settings), settings, tmp_path)["parts"][0]
     assert sorted(labels[part["validation"]].tolist()) == list(range(16))
 
 
 def test_too_few_examples(tmp_path):
-    few = Cache(torch.randn(4, LAYERS, FEATURES), torch.tensor([0, 0, 0, 1]), ["a", "b"], {})
+    small = Cache(torch.randn(4, LAYERS, FEATURES), torch.tensor([0, 0, 0, 1]), ["a", "b"], {})
     with pytest.raises(train.RunError, match="class 1 has 1 examples, expected 4 or more to split by label"):
-        train.run(cached_job(few, QUICK), QUICK, tmp_path)
+        train.run(cached_job(small, QUICK), QUICK, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -529,12 +529,12 @@ def _hold(folder, held, end):
 @pytest.mark.parametrize("ends", ["by itself", "killed"])
 def test_one_process_at_a_time_works_in_a_folder(ends, holder, cache, tmp_path):
     folder, settings = tmp_path / "run", replace(QUICK, method="linear", epochs=1)
-    other = holder(folder)
+    owner = holder(folder)
     with pytest.raises(UserError, match=r"another process works in .*run: wait for its end, or choose another folder"):
         train.run(cached_job(cache, settings), settings, folder)
     assert [path.name for path in folder.iterdir()] == [lock.NAME]
-    other.process.kill() if ends == "killed" else other.end.set()
-    other.process.join()
+    owner.process.kill() if ends == "killed" else owner.end.set()
+    owner.process.join()
     train.run(cached_job(cache, settings), settings, folder)
     assert not (folder / lock.NAME).exists()
 
@@ -546,11 +546,11 @@ def test_a_lock_that_was_deleted_while_it_was_taken(tmp_path, monkeypatch):
     """
     original, calls = lock.fcntl.flock, []
 
-    def flock(file, how):
-        calls.append(how)
+    def flock(file, operation):
+        calls.append(operation)
         if len(calls) == 1:
             (tmp_path / lock.NAME).unlink()
-        original(file, how)
+        original(file, operation)
 
     monkeypatch.setattr(lock.fcntl, "flock", flock)
     with lock.exclusive(tmp_path):
@@ -561,7 +561,7 @@ def test_a_lock_that_was_deleted_while_it_was_taken(tmp_path, monkeypatch):
 
 
 def test_file_systems_without_locks(tmp_path, monkeypatch):
-    def flock(file, how):
+    def flock(file, operation):
         raise OSError("no locks available")
 
     if lock.fcntl is not None:
@@ -633,9 +633,9 @@ def test_compare(command, tmp_path, capsys):
     assert accuracies == sorted(accuracies, reverse=True)
     assert (tmp_path / "comparison.png").stat().st_size > 10_000
     assert lines[2] in capsys.readouterr().out
-    before = (tmp_path / "daam" / "part-0.json").stat().st_mtime_ns
+    time = (tmp_path / "daam" / "part-0.json").stat().st_mtime_ns
     command(compare, "cache", "--methods", *methods, "mixture", *options)
-    assert (tmp_path / "daam" / "part-0.json").stat().st_mtime_ns == before, "trained again"
+    assert (tmp_path / "daam" / "part-0.json").stat().st_mtime_ns == time, "trained again"
 
 
 @pytest.mark.parametrize("method", ["daam", "mixture", "gqdaam"])
@@ -668,7 +668,7 @@ def test_layers_keep_their_numbers(command, cache, tmp_path):
     train.run(cached_job(cache, settings), settings, tmp_path / "run")
     command(explain, tmp_path / "run", "cache", "--output", tmp_path)
     report = json.loads((tmp_path / "importance.json").read_text())
-    assert report["layers"] == [2, 3, 5] and {one["layer"] for one in report["most_important"]} <= {2, 3, 5}
+    assert report["layers"] == [2, 3, 5] and {entry["layer"] for entry in report["most_important"]} <= {2, 3, 5}
 
 
 @pytest.mark.parametrize("count", [1, 4])
@@ -692,9 +692,9 @@ def test_what_cannot_be_explained(command, tmp_path, capsys, cache, monkeypatch)
     settings = replace(QUICK, method="linear", epochs=1)
     train.run(cached_job(cache, settings), settings, tmp_path)
     assert "'linear', which has no densities" in refused()
-    other = replace(cache, features=cache.features + 1)
+    changed = replace(cache, features=cache.features + 1)
     settings = replace(QUICK, epochs=1)
-    train.run(cached_job(other, settings), settings, tmp_path / "other")
+    train.run(cached_job(changed, settings), settings, tmp_path / "other")
     tmp_path = tmp_path / "other"
     assert "was trained on another cache" in refused()
 
@@ -730,15 +730,15 @@ def test_results_that_are_broken(change, finished, refused, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("what", ["missing", "broken", "of other sizes", "of another method"])
-def test_decoders_that_are_broken(what, finished, refused, tmp_path):
+@pytest.mark.parametrize("content", ["missing", "broken", "of other sizes", "of another method"])
+def test_decoders_that_are_broken(content, finished, refused, tmp_path):
     shutil.copytree(finished, tmp_path / "run")
     path = tmp_path / "run" / "part-1.safetensors"
     path.unlink()
-    if what == "broken":
+    if content == "broken":
         path.write_text("{}")
-    elif what != "missing":
-        method, layers = ("mha", LAYERS) if what == "of another method" else ("daam", LAYERS + 1)
+    elif content != "missing":
+        method, layers = ("mha", LAYERS) if content == "of another method" else ("daam", LAYERS + 1)
         daam.save_decoder(decoder_for(method, layers, FEATURES, 3), path)
     assert str(path) in refused(explain, tmp_path / "run", "cache", "--output", tmp_path / "out")
 
@@ -822,5 +822,5 @@ def test_kernels_train_as_the_eager_backend_does(device):
             optimizer.step()
             curves[backend].append(loss.item())
     assert curves["eager"][-1] < curves["eager"][0]
-    for step, (ours, theirs) in enumerate(zip(curves["triton"], curves["eager"], strict=True)):
-        within(abs(ours - theirs), 1e-4 * theirs, f"loss of step {step}")
+    for step, (result, wanted) in enumerate(zip(curves["triton"], curves["eager"], strict=True)):
+        within(abs(result - wanted), 1e-4 * wanted, f"loss of step {step}")

@@ -53,7 +53,7 @@ def test_layers_are_averaged(as_tuple, masked):
     found = pooling(ids, attention_mask=mask)
     hidden = torch.stack(encoder.hidden(ids), 1)
     lengths = [7, 4, 1] if masked else [7, 7, 7]
-    expected = torch.stack([one[:, :n].mean(1) for one, n in zip(hidden, lengths, strict=True)])
+    expected = torch.stack([h[:, :n].mean(1) for h, n in zip(hidden, lengths, strict=True)])
     close(found, expected, "averages")
     assert found.shape == (3, 4, 16) and not found.requires_grad
     assert not any(layer._forward_hooks for layer in encoder.layers), "hooks stay behind"
@@ -114,7 +114,7 @@ def test_frozen_and_eval_whatever_train_says():
     assert model.decoder.training and not any(m.training for m in encoder.modules())
     ids, labels = torch.randint(30, (6, 5)), torch.randint(3, (6,))
     assert torch.equal(model(ids).features, model(ids).features), "dropout is on"
-    before = copy.deepcopy(encoder.state_dict())
+    state = copy.deepcopy(encoder.state_dict())
     parameters = model.trainable_parameters()
     assert {id(p) for p in parameters} == {id(p) for p in model.decoder.parameters()}
     optimizer = torch.optim.AdamW(parameters, lr=1e-2)
@@ -126,7 +126,7 @@ def test_frozen_and_eval_whatever_train_says():
         optimizer.step()
         losses.append(loss.item())
     within(losses[-1], 0.5 * losses[0], "loss")
-    assert all(torch.equal(t, before[name]) for name, t in encoder.state_dict().items())
+    assert all(torch.equal(t, state[name]) for name, t in encoder.state_dict().items())
 
 
 def test_outputs():
@@ -151,9 +151,9 @@ def test_save_and_load(attention, tmp_path):
     daam.DensityAdaptiveTransformer(encoder, decoder).save_decoder(path)
     x = torch.randn(5, 4, 16)
     assert torch.equal(daam.load_decoder(path).eval()(x), decoder(x))
-    other = daam.DATDecoder(4, 16, 3, attention=attention, num_heads=2, conv_channels=4).eval()
-    daam.DensityAdaptiveTransformer(encoder, other).load_decoder(path)
-    assert torch.equal(other(x), decoder(x))
+    restored = daam.DATDecoder(4, 16, 3, attention=attention, num_heads=2, conv_channels=4).eval()
+    daam.DensityAdaptiveTransformer(encoder, restored).load_decoder(path)
+    assert torch.equal(restored(x), decoder(x))
     with pytest.raises(RuntimeError, match="size mismatch"):
         daam.load_decoder(path, num_classes=4)
 

@@ -72,13 +72,13 @@ def readme_s_call():
         y = getattr(daam, name)(*plain)
         y.square().sum().backward()
         pairs = ((data(), Shard(0)), (p, Replicate()), (q, Replicate()))
-        given = [distribute_tensor(t, mesh, [how]).requires_grad_() for t, how in pairs]
+        given = [distribute_tensor(t, mesh, [placement]).requires_grad_() for t, placement in pairs]
         names = {"daam": daam, "mesh": mesh} | dict(zip(("x", "mean_offset", "c"), given, strict=True))
         exec(code.replace("daam.density_attention", f"daam.{name}"), names)
         names["y"].square().sum().backward()
         close(names["y"].full_tensor(), y, f"y of {name}", TOLERANCES)
-        for ours, theirs in zip(given, plain, strict=True):
-            close(ours.grad.full_tensor(), theirs.grad, f"gradients of {name}", TOLERANCES)
+        for result, wanted in zip(given, plain, strict=True):
+            close(result.grad.full_tensor(), wanted.grad, f"gradients of {name}", TOLERANCES)
 
 
 def main(setup, rank, store):

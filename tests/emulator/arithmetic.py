@@ -36,7 +36,7 @@ def step_of(instruction: Instruction, function: Callable, kinds: list[str], resu
 
 
 def elementwise(function: Callable, count: int) -> Builder:
-    """Return the builder of instructions with so many operands, all of the type of the result."""
+    """Return the builder of instructions of a number of operands, all of the type of the result."""
 
     def build(instruction: Instruction) -> Step:
         kind = instruction.kind
@@ -160,10 +160,10 @@ def shift(left: bool) -> Builder:
         kind, bits = instruction.kind, bits_of(instruction.kind)
         number, signed = integer(kind), instruction.kind[0] == "s"
 
-        def shifted(x, by):
-            few = np.minimum(by, bits - 1).astype(number)
-            moved = x << few if left else x >> few
-            return moved if signed and not left else np.where(by >= bits, number(0), moved)
+        def shifted(x, distance):
+            clamped = np.minimum(distance, bits - 1).astype(number)
+            moved = x << clamped if left else x >> clamped
+            return moved if signed and not left else np.where(distance >= bits, number(0), moved)
 
         return step_of(instruction, shifted, [kind, "u32"], kind)
 
@@ -174,23 +174,23 @@ def funnel_shift(instruction: Instruction) -> Step:
     """Build shf: 32 bits of two registers side by side, shifted."""
     left, wraps = "l" in instruction.modifiers, "wrap" in instruction.modifiers
 
-    def shifted(low, high, by):
-        by = by & np.uint64(31) if wraps else np.minimum(by, np.uint64(32))
-        both = (high.astype(np.uint64) << np.uint64(32)) | low
-        return ((both << by) >> np.uint64(32) if left else both >> by).astype(np.uint32)
+    def shifted(low, high, distance):
+        distance = distance & np.uint64(31) if wraps else np.minimum(distance, np.uint64(32))
+        joined = (high.astype(np.uint64) << np.uint64(32)) | low
+        return ((joined << distance) >> np.uint64(32) if left else joined >> distance).astype(np.uint32)
 
     return step_of(instruction, shifted, ["u32", "u32", "u64"], "b32")
 
 
 def extract_bits(instruction: Instruction) -> Step:
-    """Build bfe: so many bits of a number from a position on, the last of them being the sign of a signed one."""
-    kind, one = instruction.kind, np.uint64(1)
+    """Build bfe: a number of bits from a position on, the last of them being the sign of a signed number."""
+    kind, unit = instruction.kind, np.uint64(1)
 
     def extracted(x, position, count):
-        mask = (one << count) - one
+        mask = (unit << count) - unit
         bits = (x >> position) & mask
         if kind[0] == "s":
-            negative = (bits >> (count - one)) & one
+            negative = (bits >> (count - unit)) & unit
             bits = np.where(negative, bits | ~mask, bits)
         return bits.astype(UNSIGNED[bits_of(kind)])
 
@@ -198,11 +198,11 @@ def extract_bits(instruction: Instruction) -> Step:
 
 
 def insert_bits(instruction: Instruction) -> Step:
-    """Build bfi: the second number, so many of its bits from a position on being the first number's."""
-    one = np.uint64(1)
+    """Build bfi: the second number, with the first number's lowest bits in a field of a given position and length."""
+    unit = np.uint64(1)
 
     def inserted(x, into, position, count):
-        mask = ((one << count) - one) << position
+        mask = ((unit << count) - unit) << position
         return ((into & ~mask) | ((x << position) & mask)).astype(UNSIGNED[bits_of(instruction.kind)])
 
     return step_of(instruction, inserted, ["u64"] * 4, instruction.kind)
@@ -212,10 +212,10 @@ def permute_bytes(instruction: Instruction) -> Step:
     """Build prmt: four bytes of two registers, chosen by a hex digit each; with its upper bit the sign of one."""
 
     def permuted(a, b, choice):
-        both, result = (b << np.uint64(32)) | a, np.uint64(0)
+        joined, result = (b << np.uint64(32)) | a, np.uint64(0)
         for i in range(4):
             digit = (choice >> np.uint64(4 * i)) & np.uint64(15)
-            byte = (both >> ((digit & np.uint64(7)) * np.uint64(8))) & np.uint64(255)
+            byte = (joined >> ((digit & np.uint64(7)) * np.uint64(8))) & np.uint64(255)
             sign = np.where(byte & np.uint64(128), np.uint64(255), np.uint64(0))
             result = result | (np.where(digit & np.uint64(8), sign, byte) << np.uint64(8 * i))
         return result.astype(np.uint32)
@@ -254,8 +254,8 @@ def compare(instruction: Instruction) -> Step:
     return step_of(instruction, lambda a, b, c: logic(function(a, b), c), kinds, "pred")
 
 
-def _comparison(name: str, of_floats: bool) -> Callable:
-    if not of_floats:
+def _comparison(name: str, floating: bool) -> Callable:
+    if not floating:
         return COMPARISONS[name]
     if name == "nan":
         return lambda a, b: np.isnan(a) | np.isnan(b)
@@ -301,18 +301,18 @@ def _conversion(source: str, result: str, rounding: Callable | None) -> Callable
         return lambda x: x.astype(number)
     if rounding is None:
         raise UnsupportedError("a conversion to an integer that does not say how it rounds")
-    least, most = np.iinfo(number).min, np.iinfo(number).max
+    smallest, largest = np.iinfo(number).min, np.iinfo(number).max
 
     def to_integer(x):
         whole = rounding(np.nan_to_num(x.astype(np.float64), nan=0.0))
-        inside = np.clip(whole, float(least), np.nextafter(float(most) + 1, 0))
-        return np.where(whole >= float(most) + 1, number(most), inside.astype(number))
+        inside = np.clip(whole, float(smallest), np.nextafter(float(largest) + 1, 0))
+        return np.where(whole >= float(largest) + 1, number(largest), inside.astype(number))
 
     return to_integer
 
 
 def bits_of_half(word: int, bits: int) -> Callable:
-    """Return what takes the word-th part, of so many bits, of a register."""
+    """Return a function that extracts the word-th part, of a number of bits, of a register."""
     number = UNSIGNED[bits]
     return lambda x: (x >> x.dtype.type(word * bits)).astype(number)
 
@@ -323,8 +323,8 @@ def move(instruction: Instruction) -> Step:
     target, source = instruction.operands
     if target.startswith("{"):
         names = registers_in(target)
-        read, each = reader(source, kind), bits_of(kind) // len(names)
-        parts = [(name, bits_of_half(i, each)) for i, name in enumerate(names)]
+        read, width = reader(source, kind), bits_of(kind) // len(names)
+        parts = [(name, bits_of_half(i, width)) for i, name in enumerate(names)]
 
         def unpack(threads) -> None:
             whole = np.asarray(read(threads))
@@ -334,11 +334,11 @@ def move(instruction: Instruction) -> Step:
         return unpack
     if source.startswith("{"):
         names, whole = registers_in(source), UNSIGNED[bits_of(kind)]
-        each = bits_of(kind) // len(names)
-        reads = [reader(name, f"b{each}") for name in names]
+        width = bits_of(kind) // len(names)
+        reads = [reader(name, f"b{width}") for name in names]
 
         def pack(threads) -> None:
-            parts = (np.asarray(read(threads)).astype(whole) << whole(i * each) for i, read in enumerate(reads))
+            parts = (np.asarray(read(threads)).astype(whole) << whole(i * width) for i, read in enumerate(reads))
             threads.write(target, functools.reduce(np.bitwise_or, parts))
 
         return pack

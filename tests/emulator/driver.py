@@ -65,11 +65,11 @@ class Device:
 
 
 def _tensors(arguments) -> Iterator[torch.Tensor]:
-    for one in arguments:
-        if isinstance(one, torch.Tensor):
-            yield one
-        elif isinstance(one, tuple):
-            yield from _tensors(one)
+    for argument in arguments:
+        if isinstance(argument, torch.Tensor):
+            yield argument
+        elif isinstance(argument, tuple):
+            yield from _tensors(argument)
 
 
 @contextlib.contextmanager

@@ -34,12 +34,12 @@ def fma(a, b, c):
 
 def _to_odd(a, b, total):
     """Return total = a + b with its last bit set wherever it was rounded: then halfway is where the sum is, too."""
-    of_b = total - a
-    error = (a - (total - of_b)) + (b - of_b)
+    b_rounded = total - a
+    error = (a - (total - b_rounded)) + (b - b_rounded)
     bits = total.view(np.int64)
-    away = np.where((error > 0) == (total > 0), np.int64(1), np.int64(-1))
+    direction = np.where((error > 0) == (total > 0), np.int64(1), np.int64(-1))
     inexact = ((error > 0) | (error < 0)) & (bits & 1 == 0)
-    return np.where(inexact, bits + away, bits).view(np.float64)
+    return np.where(inexact, bits + direction, bits).view(np.float64)
 
 
 def _fma64(a, b, c):
@@ -85,7 +85,9 @@ def sqrt(x):
 
 
 def divide(a, b, units=2.0):
-    """Return a/b in fp32 to so many units in the last place, half of one being the rounding (div.full, div.approx)."""
+    """Return a/b in fp32, wrong by some units in the last place at most, half of one being the rounding (div.full,
+    div.approx).
+    """
     quotient = a.astype(np.float64) / b
     error = (units - 0.5) * np.abs(np.spacing(quotient.astype(np.float32))) * _noise(a, b)
     return np.where(np.isfinite(quotient), quotient + error, quotient).astype(np.float32)

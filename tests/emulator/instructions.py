@@ -60,7 +60,7 @@ TABLE = {
 
 
 def step(instruction: Instruction) -> Step:
-    """Return what executes an instruction, by the threads whose predicate holds.
+    """Return a function that executes an instruction for the threads whose predicate holds.
 
     Raises:
         UnsupportedError: it is not known, or not this way; the message names it.
@@ -82,13 +82,13 @@ def _guarded(execute: Step, instruction: Instruction) -> Step:
     """Return the step for the threads whose predicate holds; where it does for none, nothing happens."""
 
     def executes(threads) -> None:
-        before = threads.mask
-        chosen = threads.holds(instruction) & (True if before is None else before)
+        mask = threads.mask
+        chosen = threads.holds(instruction) & (True if mask is None else mask)
         if chosen.all():
             execute(threads)
         elif chosen.any():
             threads.mask = chosen
             execute(threads)
-            threads.mask = before
+            threads.mask = mask
 
     return executes

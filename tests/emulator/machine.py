@@ -29,7 +29,7 @@ class Executable:
 
     def __init__(self, text: str):
         self.program = ptx.parse(text)
-        self.steps = [[(step(one), one) for one in block.instructions] for block in self.program.blocks]
+        self.steps = [[(step(i), i) for i in block.instructions] for block in self.program.blocks]
 
     def run(self, grid: tuple[int, int, int], shared: int, params: dict[str, int], memory: Global) -> None:
         """Run a launch.
@@ -65,8 +65,8 @@ class Executable:
         try:
             execute(threads)
         except Exception as error:
-            what = error if isinstance(error, FaultError) else f"{type(error).__name__}: {error}"
-            raise FaultError(f"{instruction}: {what}") from error
+            fault = error if isinstance(error, FaultError) else f"{type(error).__name__}: {error}"
+            raise FaultError(f"{instruction}: {fault}") from error
 
     def _leave(self, threads: Threads, number: int, block: Block) -> None:
         if block.jump is None:
@@ -81,7 +81,7 @@ class Executable:
 
 @functools.lru_cache(maxsize=128)
 def executable(text: str) -> Executable:
-    """Return what runs the kernel of a PTX module, made once for the same text."""
+    """Return the `Executable` of the kernel of a PTX module, made once for the same text."""
     return Executable(text)
 
 
@@ -100,7 +100,7 @@ class Threads:
         self.block, self.blocks = 0, None  # where all are, or, where they are not together, each one
         index = np.tile(np.arange(threads, dtype=np.uint32), len(programs))
         self.programs, self.warps = np.repeat(np.arange(len(programs)), threads), (index // 32).astype(np.int64)
-        x, y, z = (np.repeat(one.astype(np.uint32), threads) for one in np.unravel_index(programs, grid, order="F"))
+        x, y, z = (np.repeat(axis.astype(np.uint32), threads) for axis in np.unravel_index(programs, grid, order="F"))
         self.special = {"%tid.x": index, "%laneid": index % 32, "%ctaid.x": x, "%ctaid.y": y, "%ctaid.z": z}
         sizes = map(np.uint32, (threads, *grid))
         self.special |= dict(zip(("%ntid.x", "%nctaid.x", "%nctaid.y", "%nctaid.z"), sizes, strict=True))
@@ -108,49 +108,51 @@ class Threads:
     # --- registers ---
 
     def write(self, name: str, bits: np.ndarray) -> None:
-        """Write a register of the threads at hand; bits of others are not looked at, of one who never wrote it NaN."""
+        """Write bits, one element a thread, to a register of the active threads; a thread that never wrote it holds
+        NaN.
+        """
         if self.mask is not None:
-            before = self.registers.get(name)
-            bits = np.where(self.mask, bits, _unwritten(bits.dtype) if before is None else before)
+            previous = self.registers.get(name)
+            bits = np.where(self.mask, bits, _unwritten(bits.dtype) if previous is None else previous)
         self.registers[name] = bits
 
     def write_active(self, name: str, bits: np.ndarray) -> None:
-        """Write a register of the threads at hand: bits of these alone."""
+        """Write bits, one element an active thread, to a register of the active threads."""
         if self.mask is not None:
             everybody = np.full(self.count, _unwritten(bits.dtype))
             everybody[self.mask] = bits
             bits = everybody
         self.write(name, bits)
 
-    def all(self, value) -> np.ndarray:
-        """Return a value with an element for each thread."""
+    def spread(self, value) -> np.ndarray:
+        """Return a value broadcast to one element for each thread."""
         return np.broadcast_to(value, (self.count,))
 
     def active(self, value) -> np.ndarray:
-        """Return a value with an element for each thread at hand."""
-        return self.all(value) if self.mask is None else self.all(value)[self.mask]
+        """Return a value with one element for each active thread."""
+        return self.spread(value) if self.mask is None else self.spread(value)[self.mask]
 
-    def whose(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return the programs and the warps of the threads at hand."""
+    def owners(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return the programs and the warps of the active threads."""
         return self.active(self.programs), self.active(self.warps)
 
     def holds(self, instruction: Instruction) -> np.ndarray:
-        """Return for whom an instruction's predicate holds."""
-        predicate = self.all(self.registers[instruction.predicate])
+        """Tell for each thread, as an array, whether an instruction's predicate holds."""
+        predicate = self.spread(self.registers[instruction.predicate])
         return ~predicate if instruction.negated else predicate
 
     # --- who is there ---
 
-    def need_whole_warps(self, what: str) -> None:
-        """Raise an error where a warp's threads do not all take part, or none of them."""
-        self._whole(32, f"{what} without some threads of a warp")
+    def need_whole_warps(self, waits: str) -> None:
+        """Raise FaultError where only some threads of a warp are active."""
+        self._whole(32, f"{waits} without some threads of a warp")
 
-    def need_whole_programs(self, what: str) -> np.ndarray:
-        """Return the programs whose threads take part; raise an error where only some of one do."""
-        return np.flatnonzero(self._whole(self.threads, f"{what} without some threads of a program"))
+    def need_whole_programs(self, waits: str) -> np.ndarray:
+        """Return the programs whose threads are active; raise FaultError where only some threads of one are."""
+        return np.flatnonzero(self._whole(self.threads, f"{waits} without some threads of a program"))
 
     def _whole(self, size: int, problem: str) -> np.ndarray:
-        groups = self.all(True if self.mask is None else self.mask).reshape(-1, size)
+        groups = self.spread(True if self.mask is None else self.mask).reshape(-1, size)
         whole = groups.all(1)
         if (groups.any(1) != whole).any():
             raise FaultError(problem)
@@ -159,7 +161,7 @@ class Threads:
     # --- where they are ---
 
     def next_block(self, blocks: tuple[Block, ...]) -> int | None:
-        """Return the block to execute and choose the threads that do; None where all have returned."""
+        """Return the number of the block to execute, and choose its threads; None where all threads have returned."""
         if self.blocks is not None:
             lowest = self.blocks.min()
             self.mask = self.blocks == lowest
@@ -169,7 +171,7 @@ class Threads:
         return self.block if self.block < len(blocks) else None
 
     def _first_ready(self, blocks: tuple[Block, ...]) -> int:
-        """Return the first block that some threads can begin, and choose them."""
+        """Return the number of the first block that some threads can begin, and choose them."""
         for number in np.unique(self.blocks):
             if number == len(blocks):
                 break
@@ -183,22 +185,22 @@ class Threads:
         raise FaultError(f"{waiting}: threads wait for others that never come")
 
     def go(self, target: int) -> None:
-        """Send the threads at hand to a block."""
+        """Send the active threads to a block."""
         if self.blocks is None:
             self.block = target
         else:
             self.blocks[self.mask] = target
 
-    def part(self, chosen: np.ndarray, target: int, other: int) -> None:
-        """Send those of the threads at hand that are chosen to one block, and those that are not to another."""
+    def part(self, chosen: np.ndarray, target: int, alternative: int) -> None:
+        """Send the chosen ones of the active threads to the block `target`, and the others to `alternative`."""
         if self.blocks is not None:
-            self.blocks = np.where(self.mask, np.where(chosen, target, other), self.blocks)
+            self.blocks = np.where(self.mask, np.where(chosen, target, alternative), self.blocks)
         elif chosen.all():
             self.block = target
         elif not chosen.any():
-            self.block = other
+            self.block = alternative
         else:
-            self.blocks = np.where(chosen, target, other)
+            self.blocks = np.where(chosen, target, alternative)
 
 
 def _unwritten(dtype: np.dtype):

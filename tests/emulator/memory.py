@@ -42,8 +42,8 @@ def _store(memory: np.ndarray, places: np.ndarray, values: list[np.ndarray], pro
         memory[places + i] = value
         lost = memory[places + i] != value
         if lost.any():
-            whose = np.stack([places, programs, warps], 1)[::-1]
-            last = len(places) - 1 - np.unique(whose, axis=0, return_index=True)[1]
+            keys = np.stack([places, programs, warps], 1)[::-1]
+            last = len(places) - 1 - np.unique(keys, axis=0, return_index=True)[1]
             if lost[last].any():
                 raise FaultError("a race: two warps store different values at one address at once")
 
@@ -68,7 +68,7 @@ class Global:
         """Store values, an array for each number of a thread."""
         _store(HOST[size], self._places(addresses, size, len(values), "a store"), values, programs, warps)
 
-    def _places(self, addresses: np.ndarray, size: int, count: int, what: str) -> np.ndarray:
+    def _places(self, addresses: np.ndarray, size: int, count: int, access: str) -> np.ndarray:
         _aligned(addresses, size, count)
         tensor = np.searchsorted(self.starts, addresses, side="right") - 1
         outside = tensor < 0
@@ -76,7 +76,7 @@ class Global:
             outside |= addresses + size * count > self.ends[tensor]
         if outside.any():
             first = int(addresses[outside.argmax()])
-            raise FaultError(f"{what} of {outside.sum()} threads outside every tensor, at {first:#x} first")
+            raise FaultError(f"{access} of {outside.sum()} threads outside every tensor, at {first:#x} first")
         return (addresses - FIRST) // size
 
 
@@ -104,22 +104,22 @@ class Shared:
     def load(self, addresses: np.ndarray, size: int, count: int, programs, warps) -> list[np.ndarray]:
         """Return the numbers at the addresses within their programs' memory, an array for each of the count."""
         places = self._places(addresses, size, count, programs)
-        touched, since, own = self._touched(places, size * count, programs, warps)
-        self._check("reads", "wrote", _others(self.writers[touched], since, own), self.writers[touched], own)
-        self._mark(self.readers, touched, since, own)
+        touched, since, mark = self._touched(places, size * count, programs, warps)
+        self._check("reads", "wrote", _other_warps(self.writers[touched], since, mark), self.writers[touched], mark)
+        self._mark(self.readers, touched, since, mark)
         memory = self.bytes.view(UNSIGNED[8 * size])
         return [memory[places // size + i] for i in range(count)]
 
     def store(self, addresses: np.ndarray, size: int, values: list[np.ndarray], programs, warps) -> None:
         """Store values, an array for each number of a thread, within the memory of their programs."""
         places = self._places(addresses, size, len(values), programs)
-        touched, since, own = self._touched(places, size * len(values), programs, warps)
-        self._check("writes", "read", _others(self.readers[touched], since, own), self.readers[touched], own)
-        before = _others(self.writers[touched], since, own)
-        if before.any():
-            before &= self.bytes[touched] != np.stack(values, 1).view(np.uint8)
-            self._check("writes", "wrote", before, self.writers[touched], own)
-        self._mark(self.writers, touched, since, own)
+        touched, since, mark = self._touched(places, size * len(values), programs, warps)
+        self._check("writes", "read", _other_warps(self.readers[touched], since, mark), self.readers[touched], mark)
+        races = _other_warps(self.writers[touched], since, mark)
+        if races.any():
+            races &= self.bytes[touched] != np.stack(values, 1).view(np.uint8)
+            self._check("writes", "wrote", races, self.writers[touched], mark)
+        self._mark(self.writers, touched, since, mark)
         _store(self.bytes.view(UNSIGNED[8 * size]), places // size, values, programs, warps)
 
     def _places(self, addresses, size: int, count: int, programs):
@@ -133,25 +133,25 @@ class Shared:
         thread's mark.
         """
         since = 64 * self.barriers[programs][:, None]
-        own = np.broadcast_to(since + warps[:, None], (len(places), length))
-        return places[:, None] + np.arange(length), since, own
+        mark = np.broadcast_to(since + warps[:, None], (len(places), length))
+        return places[:, None] + np.arange(length), since, mark
 
     @staticmethod
-    def _mark(marks, touched, since, own) -> None:
+    def _mark(marks, touched, since, mark) -> None:
         """Mark bytes with the warps that touch them, or with MANY."""
-        new = np.where(_others(marks[touched], since, own), since + MANY, own)
+        new = np.where(_other_warps(marks[touched], since, mark), since + MANY, mark)
         marks[touched] = new
         several = marks[touched] != new  # of the warps that touch them now, the last one's mark stands there
         marks[touched[several]] = np.broadcast_to(since + MANY, touched.shape)[several]
 
     @staticmethod
-    def _check(does: str, did: str, race, marks, own) -> None:
+    def _check(does: str, did: str, race, marks, mark) -> None:
         if race.any():
-            warp, other = int(own[race][0]) % 64, int(marks[race][0]) % 64
-            other = "several warps" if other == MANY else f"warp {other}"
-            raise FaultError(f"a race: warp {warp} {does} shared memory that {other} {did} with no barrier between")
+            warp, writer = int(mark[race][0]) % 64, int(marks[race][0]) % 64
+            writer = "several warps" if writer == MANY else f"warp {writer}"
+            raise FaultError(f"a race: warp {warp} {does} shared memory that {writer} {did} with no barrier between")
 
 
-def _others(marks, since, own):
-    """Return which marks other warps left since the last barrier."""
-    return (marks >= since) & (marks != own)
+def _other_warps(marks, since, mark):
+    """Tell for each mark whether another warp left it since the last barrier."""
+    return (marks >= since) & (marks != mark)

@@ -14,7 +14,7 @@ LANES = np.arange(32)
 
 
 def _count(instruction: Instruction) -> int:
-    """Return how many numbers a thread loads or stores."""
+    """Return the number of values that a thread loads or stores."""
     return next((int(word[1:]) for word in instruction.modifiers if re.fullmatch(r"v\d", word)), 1)
 
 
@@ -27,7 +27,7 @@ def _address(operand: str) -> tuple[str, int]:
 
 
 def _space(instruction: Instruction) -> str:
-    """Return which memory an instruction means: global, shared or param, named right after its opcode."""
+    """Return the memory that an instruction accesses: global, shared or param, named right after its opcode."""
     space = next(iter(instruction.modifiers), "")
     if space not in ("global", "shared", "param"):
         raise UnsupportedError(f"memory that is {space or 'not named'}")
@@ -51,7 +51,7 @@ def load(instruction: Instruction) -> Step:
         if space == "global":
             found = threads.memory.load(addresses, size, count)
         else:
-            found = threads.shared.load(addresses, size, count, *threads.whose())
+            found = threads.shared.load(addresses, size, count, *threads.owners())
         for name, widen, value in zip(names, extend, found, strict=True):
             threads.write_active(name, widen(value))
 
@@ -72,7 +72,7 @@ def _load_param(name: str, offset: int, targets: list[str], kind: str) -> Step:
 
 
 def _extender(kind: str, register: str):
-    """Return what makes the bits of a register out of those of a number, which may be fewer."""
+    """Return a function that makes the bits of a register out of those of a number, which may be fewer."""
     if register == "_" or register_bits(register) == bits_of(kind):
         return lambda bits: bits
     wide = register_bits(register)
@@ -101,7 +101,7 @@ def store(instruction: Instruction) -> Step:
         addresses = _addresses(threads, base, offset)
         values = [threads.active(read(threads)) for read in reads]
         memory = threads.memory if space == "global" else threads.shared
-        memory.store(addresses, size, values, *threads.whose())
+        memory.store(addresses, size, values, *threads.owners())
 
     return stores
 
@@ -136,7 +136,7 @@ def load_matrix(instruction: Instruction) -> Step:
     def loads(threads) -> None:
         for matrix, name in enumerate(names):
             low, high = (
-                threads.shared.load(addresses, 2, 1, *threads.whose())[0].astype(np.uint32)
+                threads.shared.load(addresses, 2, 1, *threads.owners())[0].astype(np.uint32)
                 for addresses in _halves(threads, base, offset, matrix, transposed)
             )
             threads.write_active(name, low | (high << np.uint32(16)))
@@ -154,31 +154,31 @@ def store_matrix(instruction: Instruction) -> Step:
             pairs = threads.active(read(threads))
             halves = (pairs & np.uint32(0xFFFF), pairs >> np.uint32(16))
             for addresses, half in zip(_halves(threads, base, offset, matrix, transposed), halves, strict=True):
-                threads.shared.store(addresses, 2, [half.astype(np.uint16)], *threads.whose())
+                threads.shared.store(addresses, 2, [half.astype(np.uint16)], *threads.owners())
 
     return stores
 
 
 SOURCES = {
-    "bfly": lambda lane, by: lane ^ by,
-    "idx": lambda lane, by: by & 31,
-    "down": lambda lane, by: np.where(lane + by > 31, lane, lane + by),
-    "up": lambda lane, by: np.where(lane - by < 0, lane, lane - by),
+    "bfly": lambda lane, distance: lane ^ distance,
+    "idx": lambda lane, distance: distance & 31,
+    "down": lambda lane, distance: np.where(lane + distance > 31, lane, lane + distance),
+    "up": lambda lane, distance: np.where(lane - distance < 0, lane, lane - distance),
 }
 
 
 def shuffle(instruction: Instruction) -> Step:
     """Build shfl.sync: each thread gets another one's number, of the whole warp."""
-    target, value, by, clamp, members = instruction.operands
+    target, value, distance, clamp, members = instruction.operands
     mode = instruction.modifiers[1]
     if "|" in target or int(clamp, 0) != (0 if mode == "up" else 31) or int(members, 0) not in (-1, 2**32 - 1):
         raise UnsupportedError("a shuffle of a part of a warp")
-    read, read_by, source = reader(value, "b32"), reader(by, "u32"), SOURCES[mode]
+    read, read_by, source = reader(value, "b32"), reader(distance, "u32"), SOURCES[mode]
 
     def shuffles(threads) -> None:
         threads.need_whole_warps("a shuffle")
-        numbers = threads.all(read(threads)).reshape(-1, 32)
-        lanes = source(LANES, threads.all(read_by(threads)).astype(np.int64).reshape(-1, 32))
+        numbers = threads.spread(read(threads)).reshape(-1, 32)
+        lanes = source(LANES, threads.spread(read_by(threads)).astype(np.int64).reshape(-1, 32))
         threads.write(target, np.take_along_axis(numbers, lanes, 1).ravel())
 
     return shuffles

@@ -24,15 +24,15 @@ def execute(code: str, *arrays: np.ndarray, threads: int = 32, programs: int = 1
 
 
 def compute(instruction: str, dtype, *operands) -> np.ndarray:
-    """Return what an instruction makes of operands, arrays of equal length, one element a thread."""
-    operands = [np.asarray(one) for one in operands]
+    """Return the result of an instruction on operands, arrays of equal length, one element a thread."""
+    operands = [np.asarray(array) for array in operands]
     count = len(operands[0])
     threads = -(-count // 32) * 32
-    padded = [np.resize(one, threads) for one in operands]
+    padded = [np.resize(array, threads) for array in operands]
     out = np.zeros(threads, dtype)
     lines, names = [], []
-    for i, one in enumerate((out, *padded)):
-        size = one.itemsize
+    for i, array in enumerate((out, *padded)):
+        size = array.itemsize
         lines.append(f"mul.wide.u32 %rd9{i}, %r0, {size};\nadd.s64 %rd9{i}, %rd9{i}, %rd{i};")
         names.append(f"{REGISTERS[size]}5{i}")
         if i:

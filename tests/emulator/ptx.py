@@ -146,10 +146,10 @@ def _blocks(body: str) -> tuple[Block, ...]:
 def _block(group: list[Instruction], labels: dict[str, int], count: int) -> Block:
     if not group or group[-1].opcode not in JUMPS:
         return Block(tuple(group), None, count)
-    *before, jump = group
+    *instructions, jump = group
     if jump.opcode == "bra" and jump.operands[0] not in labels:
         raise UnsupportedError(f"{jump}: no such label")
-    return Block(tuple(before), jump, labels[jump.operands[0]] if jump.opcode == "bra" else count)
+    return Block(tuple(instructions), jump, labels[jump.operands[0]] if jump.opcode == "bra" else count)
 
 
 def _instruction(text: str, source: str = "") -> Instruction:
@@ -157,14 +157,14 @@ def _instruction(text: str, source: str = "") -> Instruction:
     if found is None:
         raise UnsupportedError(f"{text}: no instruction")
     negated, predicate, name, operands = found.groups()
-    opcode, *rest = [word for word in name.split(".") if word]
-    kinds = tuple(word for word in rest if KINDS.fullmatch(word))
-    modifiers = tuple(word for word in rest if word not in kinds)
+    opcode, *words = [word for word in name.split(".") if word]
+    kinds = tuple(word for word in words if KINDS.fullmatch(word))
+    modifiers = tuple(word for word in words if word not in kinds)
     return Instruction(
         " ".join(text.split()), opcode, modifiers, kinds, _operands(operands), predicate, bool(negated), source
     )
 
 
 def _operands(text: str) -> tuple[str, ...]:
-    """Return what stands between commas, but for those in braces and brackets."""
-    return tuple(one.strip() for one in re.findall(r"(?:\{[^}]*\}|\[[^\]]*\]|[^,{\[])+", text) if one.strip())
+    """Return the operands of an instruction's text: split at commas, but for those in braces and brackets."""
+    return tuple(word.strip() for word in re.findall(r"(?:\{[^}]*\}|\[[^\]]*\]|[^,{\[])+", text) if word.strip())

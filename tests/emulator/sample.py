@@ -47,11 +47,11 @@ def crowded() -> Iterator[None]:
 
 
 def regimes(case: Case, dtype: torch.dtype) -> set[tuple[str, str, bool, str]]:
-    """Return what a case runs: (algorithm, order, whether its chunks are streamed, kernel)."""
+    """Return the kernels that a case runs: (algorithm, order, whether its chunks are streamed, kernel) each."""
     order = "columns" if len(case.shape) == 3 else "rows"
     with crowded(), taking_any_tensor(), recording() as launches:
         run(case, inputs(case, dtype), "triton")
-    names = {one.name for one in launches}
+    names = {call.name for call in launches}
     return {(case.algorithm, order, "_stats" in names, name) for name in names}
 
 
@@ -63,10 +63,10 @@ def worst(case: Case, dtype: torch.dtype) -> float:
         result, eager = run(case, given, "triton"), run(case, given, "eager")
     assert result.keys() == expected.keys()
     found = []
-    for name, one in expected.items():
-        allowed = bound(case, name, dtype, error(eager[name], one), draws=1)
-        found.append(error(result[name], one) / allowed)
-    return max(math.inf if math.isnan(one) else one for one in found)
+    for name, exact in expected.items():
+        allowed = bound(case, name, dtype, error(eager[name], exact), draws=1)
+        found.append(error(result[name], exact) / allowed)
+    return max(math.inf if math.isnan(ratio) else ratio for ratio in found)
 
 
 def narrow_errors(shape: tuple[int, ...]) -> list[float]:
@@ -93,5 +93,5 @@ def constant_error(shape: tuple[int, ...], params: str) -> float:
             setattr(given, name, getattr(given, name)[:, :1].expand(shape).contiguous())
         wanted = oracle(case, given)["dx"]
         found.append([error(run(case, given, backend)["dx"], wanted) for backend in ("triton", "eager")])
-    ours, eager = torch.tensor(found, dtype=torch.float64).amax(0).tolist()  # NaN wins
-    return ours / bound(case, "dx", FP32, eager)
+    kernels, eager = torch.tensor(found, dtype=torch.float64).amax(0).tolist()  # NaN wins
+    return kernels / bound(case, "dx", FP32, eager)

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def refusal(**environment) -> str:
-    """Return what pytest says where it cannot emulate."""
+    """Return the text that pytest ends with where it cannot emulate."""
     command = [sys.executable, "-m", "pytest", "--device", "emulated", "--collect-only", "-q", "tests/emulator"]
     env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"} | environment
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
@@ -39,9 +39,9 @@ def test_an_error_in_a_launch_is_raised_by_it(emulated):
     def _number(x, n, BLOCK: tl.constexpr):
         tl.store(x + tl.arange(0, BLOCK), tl.arange(0, BLOCK), tl.arange(0, BLOCK) < n)
 
-    x, before = torch.empty(20, dtype=torch.int32), len(emulated.launched)
+    x, launches = torch.empty(20, dtype=torch.int32), len(emulated.launched)
     with pytest.raises(FaultError, match=r"_number: @%p\d+ st\.global.*test_driver\.py.* outside every tensor"):
         _number[(1,)](x, 21, BLOCK=32, enable_fp_fusion=True)
     _number[(1,)](x, 20, BLOCK=32, enable_fp_fusion=True)
     assert x.tolist() == list(range(20))
-    assert emulated.launched[before:] == ["_number"]
+    assert emulated.launched[launches:] == ["_number"]

@@ -49,10 +49,10 @@ INF, NAN = np.inf, np.nan
         ("clz.b32", U32, [[1, 0, 2**31]], [31, 32, 0]),
         ("popc.b32", U32, [[0xFF, 0]], [8, 0]),
     ],
-    ids=lambda one: one if isinstance(one, str) else "",
+    ids=lambda operand: operand if isinstance(operand, str) else "",
 )  # fmt: skip
 def test_integers(instruction, dtype, operands, expected):
-    given = [one if isinstance(one, np.ndarray) else np.array(one, dtype) for one in operands]
+    given = [operand if isinstance(operand, np.ndarray) else np.array(operand, dtype) for operand in operands]
     assert compute(instruction, dtype, *given).tolist() == expected
 
 
@@ -74,16 +74,16 @@ def test_integers(instruction, dtype, operands, expected):
     ],
 )
 def test_floats(instruction, operands, expected):
-    found = compute(instruction, F32, *(np.array(one, F32) for one in operands))
+    found = compute(instruction, F32, *(np.array(operand, F32) for operand in operands))
     assert np.array_equal(found, np.array(expected, F32), equal_nan=True)
     assert np.array_equal(np.signbit(found), np.signbit(np.array(expected, F32))) or np.isnan(found).any()
 
 
 def is_nearest(value, exact) -> bool:
     """Tell whether a number of fp32 is the one nearest to a fraction, the even one of two."""
-    off = [abs(Fraction(float(other)) - exact) for other in np.nextafter(value, np.array([-INF, INF], F32))]
-    own = abs(Fraction(float(value)) - exact)
-    return own < min(off) or (own == min(off) and int(value.view(U32)) % 2 == 0)
+    errors = [abs(Fraction(float(near)) - exact) for near in np.nextafter(value, np.array([-INF, INF], F32))]
+    error = abs(Fraction(float(value)) - exact)
+    return error < min(errors) or (error == min(errors) and int(value.view(U32)) % 2 == 0)
 
 
 def test_fma_rounds_once():
@@ -155,8 +155,8 @@ def test_bf16_is_rounded_to_nearest_even():
     assert compute("cvt.rn.bf16.f32", U16, np.array([NAN], F32)) == [0x7FFF]
     wide = np.array([1 + 2.0**-8, 1 + 2.0**-8 + 2.0**-40, -1 - 2.0**-8 - 2.0**-40, 1 + 3 * 2.0**-8 - 2.0**-40], F64)
     assert compute("cvt.rn.bf16.f64", U16, wide).tolist() == [0x3F80, 0x3F81, 0xBF81, 0x3F81]
-    back = compute("cvt.f32.bf16", F32, expected)
-    assert (back == torch.from_numpy(expected.view(np.int16)).view(torch.bfloat16).float().numpy()).all()
+    restored = compute("cvt.f32.bf16", F32, expected)
+    assert (restored == torch.from_numpy(expected.view(np.int16)).view(torch.bfloat16).float().numpy()).all()
     pairs = compute("cvt.rn.bf16x2.f32", U32, x, x[::-1].copy())
     assert (pairs == (expected.astype(U32) << 16 | expected[::-1])).all()
 
@@ -247,7 +247,7 @@ def test_registers_are_packed_and_unpacked():
 
 
 @pytest.mark.parametrize(
-    ("instruction", "why"),
+    ("instruction", "message"),
     [
         ("sin.approx.f32 %r2, %r3", "sin"),
         ("add.sat.s32 %r2, %r3, %r4", r"add\.sat"),
@@ -263,8 +263,8 @@ def test_registers_are_packed_and_unpacked():
         ("ld.b32 %r2, [%rd0]", "memory that is not named"),
     ],
 )
-def test_what_is_not_known_is_named(instruction, why):
-    with pytest.raises(UnsupportedError, match=why):
+def test_what_is_not_known_is_named(instruction, message):
+    with pytest.raises(UnsupportedError, match=message):
         execute(instruction + ";", np.zeros(1, U32))
 
 

@@ -13,7 +13,7 @@ KEEP = f"{OWN} st.global.b32 [%rd9], %r2;"
 
 
 def result(code: str, threads: int = 32, programs: int = 1, shared: int = 0) -> list[int]:
-    """Return what each thread leaves in %r2."""
+    """Return the number that each thread leaves in %r2."""
     out = np.zeros(threads * programs, U32)
     execute(f"{code}\n{KEEP}", out, threads=threads, programs=programs, shared=shared)
     return out.tolist()
@@ -150,8 +150,8 @@ def test_matrices_are_spread_over_a_warp():
         bar.sync 0;
         ldmatrix.sync.aligned.m8n8.x1.OPTION.b16 {%r2}, [%r3];
     """
-    own = [2 * i | (2 * i + 1) << 16 for i in range(32)]
-    assert result(code.replace("OPTION", "shared"), shared=128) == own
+    numbers = [2 * i | (2 * i + 1) << 16 for i in range(32)]
+    assert result(code.replace("OPTION", "shared"), shared=128) == numbers
     matrix = np.arange(64).reshape(8, 8).T.ravel()
     assert result(code.replace("OPTION", "trans.shared"), shared=128) == [
         int(matrix[2 * i] | matrix[2 * i + 1] << 16) for i in range(32)
@@ -218,7 +218,7 @@ def test_different_values_at_one_global_address():
 
 
 @pytest.mark.parametrize(
-    ("code", "what"),
+    ("code", "message"),
     [
         (f"{OWN} ld.global.b32 %r2, [%rd9+4];", "a load of 1 threads outside every tensor"),
         (f"{OWN} st.global.b32 [%rd9+-4], %r0;", "a store of 1 threads outside every tensor"),
@@ -231,11 +231,11 @@ def test_different_values_at_one_global_address():
         ("mov.u32 %r2, %r77;", "KeyError: '%r77'"),
     ],
 )
-def test_faults_name_kernel_and_instruction(code, what):
+def test_faults_name_kernel_and_instruction(code, message):
     around = np.zeros(72, U32)  # other memory on both sides, which is no tensor
     out = around[16 - around.ctypes.data % 16 // 4 :][:32]
     name = code.split(";")[-2].strip().split()[0].replace(".", r"\.")
-    with pytest.raises(FaultError, match=f"kernel: {name}.*{what}"):
+    with pytest.raises(FaultError, match=f"kernel: {name}.*{message}"):
         execute(code, out)
 
 
@@ -261,7 +261,7 @@ def test_the_line_of_the_kernel_is_named():
 
 
 @pytest.mark.parametrize(
-    ("text", "why"),
+    ("text", "message"),
     [
         (".visible .func f() { ret; }", "0 kernels"),
         (".entry f() { ret; }", "how many threads"),
@@ -269,12 +269,12 @@ def test_the_line_of_the_kernel_is_named():
         (".entry f() .reqntid 32 { bra $nowhere; }", "no such label"),
     ],
 )
-def test_modules_that_are_not_understood(text, why):
-    with pytest.raises(UnsupportedError, match=why):
+def test_modules_that_are_not_understood(text, message):
+    with pytest.raises(UnsupportedError, match=message):
         parse(text)
 
 
 def test_instructions_are_counted():
-    before = machine.Executable.executed
+    start = machine.Executable.executed
     result("mov.u32 %r2, 0;")
-    assert machine.Executable.executed - before == 7
+    assert machine.Executable.executed - start == 7

@@ -79,7 +79,7 @@ def test_agrees_with_float64(case, dtype):
     ids=str,
 )
 def test_a_narrow_gaussian(shape):
-    assert all(one < 1e-5 for one in narrow_errors(shape))
+    assert all(error < 1e-5 for error in narrow_errors(shape))
 
 
 @pytest.mark.emulated
@@ -109,10 +109,10 @@ def test_a_constant_chunk_of_many_strips():
 @algorithms
 def test_every_launch_is_emulated(algorithm, emulated):
     case = ROWS[1][0].but(algorithm=algorithm)
-    before, executed = len(emulated.launched), Executable.executed
+    launches, executed = len(emulated.launched), Executable.executed
     with recorded_launches() as names, crowded():
         run(case, inputs(case, FP32), "triton")
-    assert names == emulated.launched[before:] and names
+    assert names == emulated.launched[launches:] and names
     assert Executable.executed - executed > 100 * len(names)
     with recorded_launches() as names:
         run(case, inputs(case, FP32), "eager")
@@ -133,7 +133,7 @@ def test_offsets_beyond_32_bits(algorithm):
         for backend in ("triton", "eager"):
             y = attend(case, leaf, 0 * p, p, backend=backend)
             found.append((y.detach(), *torch.autograd.grad(y, leaf, torch.ones_like(y))))
-        assert all((own - other).abs().max() < 2e-3 for own, other in zip(*found, strict=True))
+        assert all((result - wanted).abs().max() < 2e-3 for result, wanted in zip(*found, strict=True))
 
 
 # --- wrong kernels ---
@@ -153,8 +153,8 @@ class Change:
     def __call__(self, text: str) -> Executable:
         found = list(self.pattern.finditer(text)) if kernel_of(text) == self.kernel else []
         chosen = found if self.number is None else found[self.number : self.number + 1]
-        for one in reversed(chosen):
-            text = text[: one.start()] + text[one.end() :]
+        for match in reversed(chosen):
+            text = text[: match.start()] + text[match.end() :]
         self.left_out += len(chosen)
         return executable(text)
 
@@ -224,12 +224,12 @@ def test_a_product_that_is_fused_is_noticed(tmp_path):
     """Leave out the 0 that keeps the mixture's distance from being fused with its difference, and check that it is
     noticed.
     """
-    source, apart = Path(mixture.__file__).read_text(), "rounded_product(from_near, d[i] - far)"
-    assert source.count(apart) == 1
+    source, product = Path(mixture.__file__).read_text(), "rounded_product(from_near, d[i] - far)"
+    assert source.count(product) == 1
     file = tmp_path / "fused_mixture.py"
-    file.write_text(source.replace(apart, "from_near * (d[i] - far)"))
+    file.write_text(source.replace(product, "from_near * (d[i] - far)"))
     spec = importlib.util.spec_from_file_location(file.stem, file)
     fused = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(fused)
     with mock.patch.multiple(mixture, forward=fused.forward, backward=fused.backward):
-        assert not all(one < 1e-5 for one in narrow_errors(WHOLE))
+        assert not all(error < 1e-5 for error in narrow_errors(WHOLE))

@@ -23,12 +23,12 @@ SHARED_MEMORY = "global_smem"  # where Triton's shared memory begins: at 0
 
 @functools.cache
 def bits_of(kind: str) -> int:
-    """Return how many bits a type has."""
+    """Return the number of bits of a type."""
     return 32 if kind.endswith("x2") else int(re.search(r"\d+$", kind)[0])
 
 
 def is_float(kind: str) -> bool:
-    """Return whether numbers of a type are floating point."""
+    """Tell whether numbers of a type are floating point."""
     return kind[0] == "f" or kind == "bf16"
 
 
@@ -44,7 +44,7 @@ def register_bits(name: str) -> int:
 
 
 def decoder(kind: str) -> Callable[[Any], Any]:
-    """Return what makes numbers of a type out of bits; more bits than the type has are dropped."""
+    """Return a function that makes numbers of a type out of bits; more bits than the type has are dropped."""
     if kind == "pred":
         return lambda bits: bits
     if kind == "bf16":
@@ -60,7 +60,7 @@ def decoder(kind: str) -> Callable[[Any], Any]:
 
 
 def encoder(kind: str) -> Callable[[Any], Any]:
-    """Return what makes bits out of numbers, rounded to the type if need be."""
+    """Return a function that makes bits out of numbers, rounded to the type if need be."""
     if kind == "pred":
         return np.asarray
     if kind == "bf16":
@@ -83,8 +83,8 @@ def bf16_bits(value):
     if (
         exact.dtype == np.float64
     ):  # with the last bit of fp32 set where it is inexact, no tie comes of the first rounding
-        off = np.where(np.abs(value) < np.abs(exact), np.uint32(1), np.uint32(2**32 - 1))
-        bits = np.where((value != exact) & np.isfinite(value) & (bits & np.uint32(1) == 0), bits + off, bits)
+        correction = np.where(np.abs(value) < np.abs(exact), np.uint32(1), np.uint32(2**32 - 1))
+        bits = np.where((value != exact) & np.isfinite(value) & (bits & np.uint32(1) == 0), bits + correction, bits)
     even = (bits >> np.uint32(16)) & np.uint32(1)
     rounded = ((bits + np.uint32(0x7FFF) + even) >> np.uint32(16)).astype(np.uint16)
     return np.where(np.isnan(value), np.uint16(0x7FFF), rounded)
@@ -106,7 +106,7 @@ def immediate(text: str, kind: str):
 
 
 def reader(operand: str, kind: str) -> Callable[[Any], Any]:
-    """Return what reads an operand, a register or a number, as a type: a function of the `machine.Threads`."""
+    """Return a function of the `machine.Threads` that reads an operand, a register or a number, as a type."""
     decode = decoder(kind)
     if operand in SPECIAL:
         return lambda threads: decode(threads.special[operand])

@@ -118,14 +118,14 @@ def same_kernels(launched, base, changed):
     for keeps in (True, False):
         launch.kept.clear()
         found[keeps] = []
-        for one in turns:
+        for turn in turns:
             if not keeps:
                 launch.kept.clear()
             launched.clear()
-            one()
+            turn()
             found[keeps].append(list(launched))
-    first, other = ({function for function, _grid in found[False][i]} for i in (0, 2))
-    return found[True] == found[False], first != other
+    first, last = ({function for function, _grid in found[False][i]} for i in (0, 2))
+    return found[True] == found[False], first != last
 
 
 @pytest.mark.parametrize(
@@ -133,21 +133,21 @@ def same_kernels(launched, base, changed):
     [*(("density", change) for change in CHANGES), *(("mixture", change) for change in OF_A_TUPLE)],
 )
 def test_one_change_launches_what_triton_would(algorithm, change, launched):
-    of_case, of_run, others = CHANGES[change]
+    case_changes, run_changes, expected = CHANGES[change]
     base = BASE.but(algorithm=algorithm)
-    same, differ = same_kernels(launched, lambda: run(base), lambda: run(base.but(**of_case), **of_run))
+    same, differ = same_kernels(launched, lambda: run(base), lambda: run(base.but(**case_changes), **run_changes))
     assert same
-    assert differ == others
+    assert differ == expected
 
 
 @pytest.mark.parametrize("change", OF_SETTINGS)
 def test_another_setting_launches_what_triton_would(change, launched):
-    algorithm, of_case, others = OF_SETTINGS[change]
-    dtype = torch.float64 if "padding" in of_case else torch.bfloat16
-    base = BASE.but(algorithm=algorithm, padding=1e-322 if "padding" in of_case else None)  # of the integer 20
-    same, differ = same_kernels(launched, lambda: run(base, dtype=dtype), lambda: run(base.but(**of_case), dtype=dtype))
+    algorithm, changes, expected = OF_SETTINGS[change]
+    dtype = torch.float64 if "padding" in changes else torch.bfloat16
+    base = BASE.but(algorithm=algorithm, padding=1e-322 if "padding" in changes else None)  # of the integer 20
+    same, differ = same_kernels(launched, lambda: run(base, dtype=dtype), lambda: run(base.but(**changes), dtype=dtype))
     assert same
-    assert differ == others
+    assert differ == expected
 
 
 @algorithms
@@ -165,17 +165,17 @@ def test_triton_is_asked_once(n, algorithm, launched):
 
 
 @pytest.mark.parametrize(
-    "other",
+    "changed",
     [unaligned(torch.ones(2)), torch.ones(2).double(), None, 1.0, 1, 16, True, (torch.ones(2),), (1,), ((1,), 1)],
     ids=str,
 )
 @pytest.mark.parametrize("inside", [False, True])
-def test_arguments_that_triton_tells_apart(inside, other):
+def test_arguments_that_triton_tells_apart(inside, changed):
     """Check that arguments of which Triton compiles different kernels have different keys, alone and in a tuple."""
     told = (torch.ones(2), None, 1.0, 1, 16, True, (torch.ones(2),), (1,), ((1,), 1), Strided(torch.ones(2), (1,)))
     wrap = (lambda arg: ((arg,),)) if inside else (lambda arg: (arg,))
-    same = [arg for arg in told if launch.traits(wrap(arg)) == launch.traits(wrap(other))]
-    assert [repr(arg) for arg in same] == [repr(other)] * (not isinstance(other, torch.Tensor))
+    same = [arg for arg in told if launch.traits(wrap(arg)) == launch.traits(wrap(changed))]
+    assert [repr(arg) for arg in same] == [repr(changed)] * (not isinstance(changed, torch.Tensor))
 
 
 def test_floats_and_the_numbers_in_tensors_are_not_told_apart():
@@ -186,8 +186,8 @@ def test_a_kept_launch_has_its_own_grid(launched):
     x, original = torch.ones(2, 12, 32), launch.launch
 
     def on_grids(kernel, grid, *args, **meta):
-        for one in ((1, 2), (2, 2), (1, 2), (2, 2)):
-            original(kernel, one, *args, **meta)
+        for size in ((1, 2), (2, 2), (1, 2), (2, 2)):
+            original(kernel, size, *args, **meta)
 
     with mock.patch.object(launch, "launch", on_grids):
         attend(BASE, x, x[0, :2], x[0, :2], backend="triton")
@@ -212,8 +212,8 @@ def test_each_device_has_its_own(launched):
 
     with mock.patch.object(launch, "launch", on_both):
         attend(BASE, x, x[0, :2], x[0, :2], backend="triton")
-    (a, _), (b, _), *again = launched
-    assert a != b and [function for function, _ in again] == [a, b]
+    (a, _), (b, _), *repeated = launched
+    assert a != b and [function for function, _ in repeated] == [a, b]
 
 
 def test_profilers_see_every_launch():
@@ -261,9 +261,9 @@ def test_triton_is_asked_again_where_its_settings_change(group, knob, value, lau
     ):
         run(BASE)
     launched.clear()
-    with asked() as again:
+    with asked() as repeated:
         run(BASE)
-    assert names == ["_forward", "_backward", "_chain"] and not again and len(launched) == 3
+    assert names == ["_forward", "_backward", "_chain"] and not repeated and len(launched) == 3
 
 
 def test_hooks_of_a_kernel_are_called():

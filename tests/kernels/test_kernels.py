@@ -191,39 +191,39 @@ def paths_of(case, device):
     given = inputs(case, device=device)
     inner = inner_dim(given.x, case.positive_axis, case.feature_axis)
     order = "rows" if axis_is_fastest(given.x, case.positive_axis, inner) else "columns"
-    along = varies(case.positive_axis, case.feature_axis)
+    direction = varies(case.positive_axis, case.feature_axis)
     with recording() as launches:
         run(case, given, "triton")
-    for one in launches:
-        if "PARTS" not in one.meta:
+    for call in launches:
+        if "PARTS" not in call.meta:
             continue
-        extent, (rows, columns) = one.args[-1], one.meta["RAGGED"]
-        streamed = extent.chunk > one.meta["BLOCK_CHUNK"] * one.meta["PARTS"]
-        for what in (
-            f"parameters along {along}", "masked" if case.mask else "not masked",
-            "several blocks" if one.meta["PARTS"] > 1 else "one block", "ragged rows" if rows else "whole rows",
+        extent, (rows, columns) = call.args[-1], call.meta["RAGGED"]
+        streamed = extent.chunk > call.meta["BLOCK_CHUNK"] * call.meta["PARTS"]
+        for fact in (
+            f"parameters along {direction}", "masked" if case.mask else "not masked",
+            "several blocks" if call.meta["PARTS"] > 1 else "one block", "ragged rows" if rows else "whole rows",
             "ragged columns" if columns else "whole columns",
             "sixteenths" if extent.chunk_eighths is extent.inner_eighths is None else "eighths",
         ):  # fmt: skip
-            yield case.algorithm, order, one.name, "streamed" if streamed else "resident", what
+            yield case.algorithm, order, call.name, "streamed" if streamed else "resident", fact
 
 
 def test_every_path_is_taken(device):
     """Check that the cases compared with float64 run the code of every regime."""
     taken = {path for case in CASES for path in paths_of(case, device)}
-    more = ("one block", "ragged columns", "eighths", "sixteenths")
-    both = ("masked", "not masked", "ragged rows", "whole rows", "several blocks", "whole columns")
+    resident_facts = ("one block", "ragged columns", "eighths", "sixteenths")
+    facts = ("masked", "not masked", "ragged rows", "whole rows", "several blocks", "whole columns")
     missing = []
     for name, spec in ALGORITHMS.items():
         for order in ("rows", "columns"):
             for streamed in (False, True):
-                where, whats = ("streamed", both) if streamed else ("resident", (*both, *more))
+                regime, wanted = ("streamed", facts) if streamed else ("resident", (*facts, *resident_facts))
                 missing += [
-                    (name, order, kernel, where, what)
+                    (name, order, kernel, regime, fact)
                     for kernel in spec.kernels[streamed]
                     if kernel in TENSORS
-                    for what in whats
-                    if (name, order, kernel, where, what) not in taken
+                    for fact in wanted
+                    if (name, order, kernel, regime, fact) not in taken
                 ]
     assert not missing, "\n".join(map(str, missing))
 
@@ -280,8 +280,8 @@ RULED = [
 @pytest.mark.parametrize(("case", "dtype"), RULED)
 def test_errors_are_those_of_eager(case, dtype, device):
     """Check that errors are within helpers.bound, which has the reason of every constant."""
-    for name, (ours, eager) in worst_errors(case, dtype, device).items():
-        within(ours, bound(case, name, dtype, eager), name)
+    for name, (kernels, eager) in worst_errors(case, dtype, device).items():
+        within(kernels, bound(case, name, dtype, eager), name)
 
 
 @pytest.mark.parametrize("name", GOLDEN)
@@ -362,8 +362,8 @@ def test_double_backward_drops_nothing(algorithm, device):
         y = attend(case, *leaves, backend=backend)
         (dx,) = torch.autograd.grad(y.sum(), leaves[0], create_graph=True)
         grads.append(torch.autograd.grad(y.sum() + dx.square().sum(), leaves))
-    for name, ours, theirs in zip(case.gradients, *grads, strict=True):
-        within(error(ours, theirs), 1e-11, name)
+    for name, result, wanted in zip(case.gradients, *grads, strict=True):
+        within(error(result, wanted), 1e-11, name)
 
 
 @pytest.mark.not_interpreted("one program after another, in the same order")
@@ -386,11 +386,11 @@ def test_a_batch_equals_its_rows_bit_for_bit(case, algorithm, device):
     given = inputs(case, torch.float32, device=device)
     whole = run(case, given, "triton")
     for i in range(case.shape[0]):
-        one = case.but(shape=(1, *case.shape[1:]))
+        single = case.but(shape=(1, *case.shape[1:]))
         part = type(given)(
             given.x[i : i + 1], given.params, None, given.grad_y[i : i + 1], given.grad_weights[i : i + 1]
         )
-        row = run(one, part, "triton")
+        row = run(single, part, "triton")
         for name in ("y", "weights", "dx"):
             assert torch.equal(row[name], whole[name][i : i + 1]), name
 
@@ -406,9 +406,9 @@ def test_a_batch_has_the_tiles_of_its_rows(shape, dtype, algorithm):
         x = torch.empty(batch, *shape, dtype=dtype, device="meta")
         p = torch.empty(heads, 1 if spec.features else 3, device="meta")
         tiles = [
-            (one.name, one.meta["BLOCK_CHUNK"], one.meta["PARTS"], one.meta["num_warps"], one.args[-1].strip)
-            for one in launches(algorithm, x, p, None, 1, None, False)
-            if one.name in TENSORS
+            (call.name, call.meta["BLOCK_CHUNK"], call.meta["PARTS"], call.meta["num_warps"], call.args[-1].strip)
+            for call in launches(algorithm, x, p, None, 1, None, False)
+            if call.name in TENSORS
         ]
         found.add(str(tiles))
     assert len(found) == 1, found
@@ -443,9 +443,9 @@ def test_nan_and_inf_stay_in_their_chunk(shape, algorithm, device):
         reach = (0, slice(0, half)) if len(shape) == 2 else (0, slice(0, half), 2)
         for name in ("y", "dx"):
             assert result[name][reach].isnan().all(), name
-            rest = torch.ones(shape, dtype=torch.bool)
-            rest[reach] = False
-            assert torch.equal(result[name].cpu()[rest], clean[name].cpu()[rest]), name
+            unaffected = torch.ones(shape, dtype=torch.bool)
+            unaffected[reach] = False
+            assert torch.equal(result[name].cpu()[unaffected], clean[name].cpu()[unaffected]), name
         within(error(result["y"].nan_to_num(), run(case, given, "eager")["y"].nan_to_num()), 1e-6, "y")
 
 

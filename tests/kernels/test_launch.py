@@ -13,33 +13,33 @@ GATE = [tiles(k) for tiles in (launch.gate_forward, launch.gate_backward) for k 
 PASSES = (launch.FORWARD, launch.FORWARD_MIXTURE, launch.BACKWARD, launch.BACKWARD_MIXTURE, *GATE)
 
 
-def of(shape, axis, feature_axis, dtype=torch.bfloat16, heads=1):
+def tiles_of_passes(shape, axis, feature_axis, dtype=torch.bfloat16, heads=1):
     """Return (tiles, tile, whether the chunk is streamed) of every pass on x of this shape."""
     x = torch.empty(shape, dtype=dtype, device="meta")
-    one = view(x, [], axis, heads, feature_axis)
-    along, found = varies(axis, feature_axis), []
+    plan = view(x, [], axis, heads, feature_axis)
+    dimension, found = varies(axis, feature_axis), []
     for tiles in PASSES:
         streamed = launch.streams(tiles, x, axis, heads, feature_axis)
-        for more in itertools.product((False, True), repeat=2):
-            found.append((tiles, launch.tile_for(tiles, one, streamed, along, dtype, *more), streamed))
+        for flags in itertools.product((False, True), repeat=2):
+            found.append((tiles, launch.tile_for(tiles, plan, streamed, dimension, dtype, *flags), streamed))
     return found
 
 
 @pytest.mark.parametrize(("n", "feature_axis"), [(3, 2), (40, 2), (600, None)])
 def test_no_batch_size_changes_a_tile(n, feature_axis):
-    assert len({str(of((batch, n, 100), 1, feature_axis)) for batch in (1, 2, 7, 1000)}) == 1
+    assert len({str(tiles_of_passes((batch, n, 100), 1, feature_axis)) for batch in (1, 2, 7, 1000)}) == 1
 
 
 @pytest.mark.parametrize("n", [2, 5, 500, 4096, 5000])
 def test_no_number_of_rows_changes_a_tile(n):
-    assert len({str(of((rows, n), 1, 1)) for rows in (1, 2, 7, 100_000)}) == 1
+    assert len({str(tiles_of_passes((rows, n), 1, 1)) for rows in (1, 2, 7, 100_000)}) == 1
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("n", [1, 2, 3, 64, 65, 255, 256, 257, 1024, 1025, 4096, 4097, 100_000])
 @pytest.mark.parametrize("rows", [False, True])
 def test_resident_tiles_hold_a_chunk(n, rows, dtype):
-    for tiles, tile, streamed in of((5, n) if rows else (5, n, 100), 1, 1 if rows else 2, dtype):
+    for tiles, tile, streamed in tiles_of_passes((5, n) if rows else (5, n, 100), 1, 1 if rows else 2, dtype):
         longest = tiles.longest_row if rows else tiles.longest_column
         assert streamed == (n > longest // (4 if dtype == torch.float64 else 1))
         assert streamed or n <= tile.length < n + tile.chunk, "a chunk, and no block that holds nothing of it"
@@ -49,8 +49,8 @@ def test_resident_tiles_hold_a_chunk(n, rows, dtype):
 @pytest.mark.parametrize("n", [1, 2, 3, 6, 8, 12, 24, 48, 96, 192, 256])
 def test_common_chunks_fill_their_tiles(n):
     """Check that columns of common lengths have tiles without rows outside the chunk."""
-    one = view(torch.empty(5, n, 1024), [], 1, 1, 2)
-    assert launch.tile_for(launch.FORWARD, one, False, "inner", torch.bfloat16).length == n
+    plan = view(torch.empty(5, n, 1024), [], 1, 1, 2)
+    assert launch.tile_for(launch.FORWARD, plan, False, "inner", torch.bfloat16).length == n
 
 
 @pytest.mark.parametrize("n", [64, 512, 768, 1024])
@@ -68,12 +68,12 @@ def test_strips(n, rows, feature_axis):
     """
     feature_axis = 1 if rows and feature_axis == 2 else feature_axis
     shape = (5, n) if rows else (5, n, 64)
-    one, along = view(torch.empty(shape, device="meta"), [], 1, 1, feature_axis), varies(1, feature_axis)
+    plan, dimension = view(torch.empty(shape, device="meta"), [], 1, 1, feature_axis), varies(1, feature_axis)
     for tiles in PASSES:
-        tile = launch.tile_for(tiles, one, True, along, torch.bfloat16)
-        strip = launch.strip_of(tile, one, along)
+        tile = launch.tile_for(tiles, plan, True, dimension, torch.bfloat16)
+        strip = launch.strip_of(tile, plan, dimension)
         assert strip % tile.length == 0
-        assert strip == tile.length if along == "chunk" else strip >= 512
+        assert strip == tile.length if dimension == "chunk" else strip >= 512
 
 
 @pytest.mark.parametrize("tiles", [1, 3, 100, 5000, 10**6, 2**33])
@@ -92,17 +92,17 @@ def test_programs(tiles, heads, multiple, tiles_each, num_warps):
 
 def test_index_bits():
     x = torch.empty(1, device="meta").as_strided((3, 16), (2**30 + 16, 1))
-    one = view(x, [], 0, 1, 1)
-    assert launch.index_bits(one, launch.Tile(4, 16, 1)) == 64
-    assert launch.index_bits(one, launch.Tile(2, 16, 1)) == 32
+    plan = view(x, [], 0, 1, 1)
+    assert launch.index_bits(plan, launch.Tile(4, 16, 1)) == 64
+    assert launch.index_bits(plan, launch.Tile(2, 16, 1)) == 32
     assert launch.index_bits(view(torch.empty(3, 16), [], 0, 1, 1), launch.Tile(4, 16, 1)) == 32
 
 
 @pytest.mark.parametrize("value", [1e-5, 1e-5 + 1e-8, 0.1, 0.0, 1.0, 1e-30])
 def test_split_float(value):
-    high, rest = launch.split_float(value)
+    high, low = launch.split_float(value)
     assert torch.tensor(high, dtype=torch.float32).item() == high
-    assert abs(high + torch.tensor(rest, dtype=torch.float32).double().item() - value) <= 2**-46 * value
+    assert abs(high + torch.tensor(low, dtype=torch.float32).double().item() - value) <= 2**-46 * value
 
 
 def test_more_heads_than_the_grid_takes():

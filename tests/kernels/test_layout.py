@@ -11,42 +11,42 @@ from daam.kernels.layout import parts, varies, view
 GENERATOR = torch.Generator().manual_seed(0)
 
 
-def addresses(operand, one):
+def addresses(operand, plan):
     """Return the offsets of all elements that a kernel reaches through an operand, in the order (outer, head, chunk,
     inner).
     """
     axis, inner, *outer = operand.strides
     offsets = []
-    for place in range(one.places):
+    for place in range(plan.places):
         base = 0
-        for size, stride in zip(one.sizes, outer, strict=True):
+        for size, stride in zip(plan.sizes, outer, strict=True):
             base, place = base + place % size * stride, place // size
-        for row, col in itertools.product(range(one.length), range(one.inner)):
+        for row, col in itertools.product(range(plan.length), range(plan.inner)):
             offsets.append(base + row * axis + col * inner)
     return offsets
 
 
-@pytest.mark.parametrize("along", ["inner", "chunk", "nothing"])
+@pytest.mark.parametrize("dimension", ["inner", "chunk", "nothing"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("grads", GRADS)
 @pytest.mark.parametrize(
     ("shape", "axis"), [((4, 6), 0), ((4, 6), 1), ((2, 4, 3), 1), ((2, 3, 4, 5), 2), ((1, 4, 1, 3), 1)]
 )
-def test_every_element_is_addressed_once_in_every_tensor(shape, axis, layout, grads, along):
-    feature_axis = {"chunk": axis, "inner": (axis + 1) % len(shape), "nothing": None}[along]
-    if along == "inner" and shape[feature_axis] == 1:
+def test_every_element_is_addressed_once_in_every_tensor(shape, axis, layout, grads, dimension):
+    feature_axis = {"chunk": axis, "inner": (axis + 1) % len(shape), "nothing": None}[dimension]
+    if dimension == "inner" and shape[feature_axis] == 1:
         pytest.skip("a parameter of one feature varies along nothing")
     x, grad = (strided(shape, name, torch.float32, GENERATOR) for name in (layout, grads))
-    one = view(x, [None, grad], axis, 2, feature_axis)
-    assert one.places * one.length * one.inner == x.numel()
-    assert one.chunk == shape[axis] // 2 and one.operands[1] is None
-    of_x, of_grad = (addresses(one.operands[i], one) for i in (0, 2))
-    assert len(set(of_x)) == x.numel()
+    plan = view(x, [None, grad], axis, 2, feature_axis)
+    assert plan.places * plan.length * plan.inner == x.numel()
+    assert plan.chunk == shape[axis] // 2 and plan.operands[1] is None
+    x_offsets, grad_offsets = (addresses(plan.operands[i], plan) for i in (0, 2))
+    assert len(set(x_offsets)) == x.numel()
     # read in x's order, the memory of both gives every element its own gradient
-    order = torch.full([max(of_x) + 1], -1)
+    order = torch.full([max(x_offsets) + 1], -1)
     order.as_strided(shape, x.stride()).copy_(torch.arange(x.numel()).reshape(shape))
-    memory = grad.as_strided([max(of_grad) + 1], [1])
-    assert torch.equal(memory[of_grad], grad.reshape(-1)[order[of_x]])
+    memory = grad.as_strided([max(grad_offsets) + 1], [1])
+    assert torch.equal(memory[grad_offsets], grad.reshape(-1)[order[x_offsets]])
 
 
 @pytest.mark.parametrize(
@@ -64,9 +64,9 @@ def test_every_element_is_addressed_once_in_every_tensor(shape, axis, layout, gr
     ],
 )
 def test_what_merges(shape, axis, feature_axis, sizes, inner):
-    one = view(torch.empty(shape), [], axis, 1, feature_axis)
-    assert (one.sizes, one.inner) == (sizes, inner)
-    assert one.by_axis == (axis == len(shape) - 1 or inner == 1)
+    plan = view(torch.empty(shape), [], axis, 1, feature_axis)
+    assert (plan.sizes, plan.inner) == (sizes, inner)
+    assert plan.by_axis == (axis == len(shape) - 1 or inner == 1)
 
 
 def test_what_does_not_merge_in_one_tensor_merges_in_none():
