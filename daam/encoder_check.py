@@ -169,7 +169,7 @@ def _check_repeats(repeated: Tensor, features: Tensor, scale: Tensor, agree: flo
 
 
 def _check_differ(examples: list, features: Tensor, scale: Tensor) -> int:
-    """Return how many examples, though different, have the features of an earlier one; raise where most do."""
+    """Return the number of different examples that have the features of an earlier one; raise where most do."""
     different = [i for i, example in enumerate(examples) if not any(_are_equal(example, e) for e in examples[:i])]
     distinct: list[int] = []
     for i in different:

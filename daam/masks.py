@@ -23,7 +23,7 @@ OTHERS = ("head_mask", "bool_masked_pos", "mask_time_indices", "decoder", "cross
 
 
 def unwrap(encoder: nn.Module) -> nn.Module:
-    """Return the module that torch.compile, DistributedDataParallel and the like hold: what has a signature."""
+    """Return the module with a signature that torch.compile, DistributedDataParallel and the like wrap."""
     while True:
         if (child := encoder._modules.get("_orig_mod")) is None:
             child = encoder._modules.get("module")
@@ -81,8 +81,8 @@ def find_mask(
 def as_valid(
     mask: tuple[str, Tensor] | None, named: dict[str, Any], encoder: nn.Module, hidden: Tensor
 ) -> Tensor | None:
-    """Return which positions of a layer's output (batch, positions, features) are valid, (batch, positions) of bool,
-    or None where all are.
+    """Return a mask of the valid positions of a layer's output (batch, positions, features), (batch, positions) of
+    bool, or None where all are valid.
 
     Raises:
         ValueError: the mask does not fit the positions.
@@ -144,7 +144,7 @@ def parts_of(value: Any) -> list[Any]:
 
 
 def _frames(name: str, valid: Tensor, encoder: nn.Module, positions: int) -> Tensor | None:
-    """Return which frames are valid, (batch, positions), by a mask of samples; None where the encoder does not say."""
+    """Return a mask of valid frames, (batch, positions), by one of samples; None where the encoder does not say."""
     owner = next((m for m in encoder.modules() for n in LENGTHS if hasattr(type(m), n)), None)
     if owner is None:
         return None

@@ -67,7 +67,7 @@ class LayerPooling(nn.Module):
 
     @torch.no_grad()
     def forward(self, *inputs: Any, **kwargs: Any) -> Tensor:
-        """Return what `average` does, without gradients."""
+        """Return means (batch, layers, features) as `average` does, without gradients."""
         return self.average(*inputs, **kwargs)
 
     def average(
@@ -94,7 +94,7 @@ class LayerPooling(nn.Module):
         self, *inputs: Any, attention_mask: Tensor | None = None, pooling_mask: Tensor | Literal["all"] | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """Return what `average` does, and how many positions of each example it is of: (batch,) of int64."""
+        """Return the means of `average`, and the number of positions of each example, (batch,) of int64."""
         run = LayerPooling._average
         if torch.compiler.is_compiling():  # hooks that come and go are not for graphs: only what follows is compiled
             run = torch.compiler.disable(run)
@@ -338,7 +338,7 @@ def _lock(encoder: nn.Module) -> threading.RLock:
 
 @contextlib.contextmanager
 def _uncompiled(encoder: nn.Module) -> Iterator[None]:
-    """Run what is compiled of an encoder as it is written, since graphs do not see hooks that come and go."""
+    """Run compiled parts of an encoder as they are written, since graphs do not see hooks that come and go."""
     compiled = any(
         module._compiled_call_impl is not None or "_orig_mod" in module._modules for module in encoder.modules()
     )
