@@ -24,14 +24,14 @@ from torch._subclasses.fake_tensor import FakeTensor
 BACKENDS = ("auto", "triton", "eager")
 
 
-def _installed(name: str) -> bool:
+def _is_installed(name: str) -> bool:
     try:
         return importlib.util.find_spec(name) is not None
     except (ImportError, ValueError):  # an import hook may refuse it
         return False
 
 
-_TRITON_INSTALLED = _installed("triton")
+_TRITON_INSTALLED = _is_installed("triton")
 _NOT_INSTALLED = "Triton is not installed (pip install 'daam-triton[triton]')"
 
 # Not a ContextVar: Dynamo cannot trace one, and fullgraph is part of the contract.
@@ -52,7 +52,7 @@ def backend_for(x: Tensor, backend: str = "auto") -> tuple[str, str]:
         ValueError: the backend, or DAAM_BACKEND, is none of the three.
         RuntimeError: "triton" is asked for and cannot run on x; the message says why.
     """
-    name, source = _requested(backend)
+    name, source = _find_request(backend)
     if name == "eager":
         return "eager", f"requested by {source}"
     problem = _problem(x)
@@ -94,7 +94,7 @@ def interpreting() -> bool:
     return _TRITON_INSTALLED and os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "y", "yes")
 
 
-def _requested(backend: str) -> tuple[str, str]:
+def _find_request(backend: str) -> tuple[str, str]:
     _check(backend, "backend")
     if backend != "auto":
         return backend, "the argument backend"

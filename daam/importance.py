@@ -18,7 +18,7 @@ def importance_factor(weights: Tensor) -> Tensor:
     Raises:
         ValueError: weights is empty, or not finite.
     """
-    weights = _checked(weights)
+    weights = _check_weights(weights)
     low, high = weights.aminmax()
     # a constant map: 0/1
     return (weights - low) / torch.where(high > low, high - low, 1)
@@ -28,7 +28,7 @@ def layer_contribution(weights: Tensor) -> Tensor:
     """Return the percentage of a map's weights in each of its layers, (layers, features) to (layers,), with a sum of
     100; equal percentages where all weights are 0.
     """
-    weights = _checked(weights)
+    weights = _check_weights(weights)
     if weights.dim() != 2:
         raise ValueError(f"weights has shape {tuple(weights.shape)}, expected (layers, features)")
     total = weights.sum()
@@ -62,7 +62,7 @@ class WeightMap:
         return (self._sum / self.count).float()
 
 
-def _checked(weights: Tensor) -> Tensor:
+def _check_weights(weights: Tensor) -> Tensor:
     if not weights.numel() or not weights.isfinite().all():
         raise ValueError(f"weights of shape {tuple(weights.shape)} are empty or not finite")
     return weights.detach().to(torch.promote_types(weights.dtype, torch.float32))

@@ -51,11 +51,11 @@ def find_mask(
     if pooling_mask is not None:
         if isinstance(pooling_mask, str) and pooling_mask == "all":
             return None
-        return _checked("pooling_mask", pooling_mask)
+        return _check_mask("pooling_mask", pooling_mask)
     named = {**named} if attention_mask is None else {**named, "attention_mask": attention_mask}
     if "decoder" in layers.split(".") and named.get("decoder_input_ids") is not None:
         mask = named.get("decoder_attention_mask")
-        return None if mask is None else _checked("decoder_attention_mask", mask)
+        return None if mask is None else _check_mask("decoder_attention_mask", mask)
     given = [name for name in MASKS if named.get(name) is not None]
     towers = sum(named.get(name) is not None for name in INPUTS) > 1
     if len(given) > 1 or (given and towers and not any(part.startswith("text") for part in layers.split("."))):
@@ -64,12 +64,12 @@ def find_mask(
             'pooling_mask=, (batch, positions), or "all"'
         )
     if given:
-        return _checked(given[0], named[given[0]])
-    doubtful = [name for name, value in named.items() if _says_something(name, value)]
+        return _check_mask(given[0], named[given[0]])
+    doubtful = [name for name, value in named.items() if _is_doubtful(name, value)]
     if len(doubtful) == 1 and _are_lengths(named[doubtful[0]]):
         counts = named[doubtful[0]]
         positions = torch.arange(int(counts.max()), device=counts.device)
-        return _checked(doubtful[0], positions < counts.unsqueeze(1))
+        return _check_mask(doubtful[0], positions < counts.unsqueeze(1))
     if doubtful:
         raise ValueError(
             f"{doubtful[0]} goes to the encoder, and which positions it leaves valid is not clear: pass inputs by "
@@ -104,7 +104,7 @@ def as_valid(
     return valid
 
 
-def _checked(name: str, mask: Any) -> tuple[str, Tensor]:
+def _check_mask(name: str, mask: Any) -> tuple[str, Tensor]:
     if not isinstance(mask, Tensor) or mask.dim() != 2:
         came = f"shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else f"a {type(mask).__name__}"
         remedy = "" if name == "pooling_mask" else "; pass what is valid as pooling_mask="
@@ -122,7 +122,7 @@ def _are_lengths(value: Any) -> bool:
     )
 
 
-def _says_something(name: str, value: Any) -> bool:
+def _is_doubtful(name: str, value: Any) -> bool:
     """Tell whether an argument seems to say which positions are valid."""
     if isinstance(value, Mapping | tuple) or dataclasses.is_dataclass(value):
         return sum(isinstance(item, Tensor) for item in parts_of(value)) > 1

@@ -113,7 +113,7 @@ class LayerPooling(nn.Module):
         parameters, takes_all = _signature(encoder)
         if attention_mask is not None and (takes_all or "attention_mask" in parameters):
             kwargs = {**kwargs, "attention_mask": attention_mask}
-        named = _named(encoder, inputs, kwargs)
+        named = _name_arguments(encoder, inputs, kwargs)
         mask = find_mask(named, attention_mask, pooling_mask, _path(encoder, self._layers[0]))
         call = _Call(self.encoder, inputs, kwargs, named, mask, self.batch_first)
         with _lock(encoder):
@@ -126,7 +126,7 @@ class LayerPooling(nn.Module):
     def _find_layout(self, call: _Call) -> bool:
         """Tell whether layers give the batch first, by a call on its first example alone."""
         try:
-            return _single(call).tells_batch_first(self._layers)
+            return _cut_to_first(call).tells_batch_first(self._layers)
         except Exception as error:  # inputs may be of other kinds than one row an example
             raise ValueError(
                 f"as many examples as positions, and one alone does not tell the layout ({error}): pass batch_first="
@@ -194,7 +194,7 @@ class _Call:
         raise ValueError("layers did not run, expected once each")
 
     def _watch(self, layers: list[nn.Module], keep: Callable, direct: bool = False) -> None:
-        with _uncompiled(self.encoder), _watched(layers, keep, direct):
+        with _run_uncompiled(self.encoder), _watch_layers(layers, keep, direct):
             self.encoder(*self.inputs, **self.kwargs)
 
     def _as_batch_first(self, hidden: Tensor) -> Tensor:
@@ -241,7 +241,7 @@ class _Call:
         return self.valid[hidden.shape[:2]]
 
 
-def _single(call: _Call) -> _Call:
+def _cut_to_first(call: _Call) -> _Call:
     """Return the call on its first example alone."""
     batch = call._batch()
 
@@ -294,7 +294,7 @@ def _stack(averages: list[Tensor]) -> Tensor:
 
 
 @contextlib.contextmanager
-def _watched(layers: list[nn.Module], keep: Callable, direct: bool) -> Iterator[None]:
+def _watch_layers(layers: list[nn.Module], keep: Callable, direct: bool) -> Iterator[None]:
     """Call keep(layer, output) whenever a layer ran in the block, in this thread: by hooks, or, where an encoder calls
     `layer.forward`, by a forward that stands in for it.
     """
@@ -337,7 +337,7 @@ def _lock(encoder: nn.Module) -> threading.RLock:
 
 
 @contextlib.contextmanager
-def _uncompiled(encoder: nn.Module) -> Iterator[None]:
+def _run_uncompiled(encoder: nn.Module) -> Iterator[None]:
     """Run compiled parts of an encoder as they are written, since graphs do not see hooks that come and go."""
     compiled = any(
         module._compiled_call_impl is not None or "_orig_mod" in module._modules for module in encoder.modules()
@@ -355,7 +355,7 @@ def _signature(encoder: nn.Module) -> tuple[Mapping[str, inspect.Parameter], boo
     return parameters, any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
 
-def _named(encoder: nn.Module, inputs: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+def _name_arguments(encoder: nn.Module, inputs: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
     """Return an encoder's arguments by name, in the order of its signature."""
     signature = inspect.signature(encoder.forward)
     try:

@@ -135,7 +135,7 @@ class Chunks:
 # or the gradients of (x, both parameters).
 
 
-def in_parts(function: Callable) -> Callable:
+def cut_into_parts(function: Callable) -> Callable:
     """Let a function of heads of equal length take any: the last head takes the remainder, in a call of its own."""
     x_index = _find_x(function)
 
@@ -156,7 +156,7 @@ def in_parts(function: Callable) -> Callable:
     return run
 
 
-def in_slices(function: Callable) -> Callable:
+def cut_into_slices(function: Callable) -> Callable:
     """Let a function take a large x on the CPU in slices of another axis, whose temporaries stay in the cache."""
     x_index = _find_x(function)
     feature_axis = [i for i, name in enumerate(signature(function).parameters) if name == "feature_axis"]

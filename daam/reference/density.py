@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from daam.reference.chunks import Chunks, in_slices
+from daam.reference.chunks import Chunks, cut_into_slices
 
 LOG2_E = 1.4426950408889634
 
@@ -57,7 +57,7 @@ def gradient(
     )
 
 
-@in_slices
+@cut_into_slices
 def forward(
     x: Tensor, mean_offset: Tensor, c: Tensor, mask: Tensor | None, axis: int, feature_axis: int | None, eps: float,
     residual: bool, return_weights: bool,
@@ -70,7 +70,7 @@ def forward(
     return chunks.outputs(weights, residual, return_weights)
 
 
-@in_slices
+@cut_into_slices
 def backward(
     grad_y: Tensor | None, grad_weights: Tensor | None, x: Tensor, mean_offset: Tensor, c: Tensor, mask: Tensor | None,
     axis: int, feature_axis: int | None, eps: float, residual: bool, need_x: bool, need_params: bool,

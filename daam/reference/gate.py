@@ -16,14 +16,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from daam.reference.chunks import Chunks, in_parts, in_slices
+from daam.reference.chunks import Chunks, cut_into_parts, cut_into_slices
 
 LOG2_E = 1.4426950408889634
 DENSITY_AT_0 = 0.3989422804014327  # 1/sqrt(2π)
 VARIANCE_FLOOR, SIGMA_FLOOR, WIDTH_FLOOR = 1e-6, 1e-3, 1e-8  # as published
 
 
-@in_parts
+@cut_into_parts
 def formula(
     x: Tensor, mean_offsets: Tensor, log_sigma: Tensor, mask: Tensor | None, axis: int, residual: bool
 ) -> tuple[Tensor, Tensor]:
@@ -42,7 +42,7 @@ def formula(
     return chunks.merge(y), chunks.merge(weights)
 
 
-@in_parts
+@cut_into_parts
 def gradient(
     grad_y: Tensor | None, grad_weights: Tensor | None, x: Tensor, mean_offsets: Tensor, log_sigma: Tensor,
     mask: Tensor | None, axis: int, residual: bool,
@@ -71,8 +71,8 @@ def gradient(
     return chunks.merge(dx), torch.cat(d_offsets, 1), torch.cat(d_sigmas, 1) * sigmoid
 
 
-@in_parts
-@in_slices
+@cut_into_parts
+@cut_into_slices
 def forward(
     x: Tensor, mean_offsets: Tensor, log_sigma: Tensor, mask: Tensor | None, axis: int, residual: bool,
     return_weights: bool,
@@ -87,8 +87,8 @@ def forward(
     return chunks.outputs(chunks.valid(weights), residual, return_weights)
 
 
-@in_parts
-@in_slices
+@cut_into_parts
+@cut_into_slices
 def backward(
     grad_y: Tensor | None, grad_weights: Tensor | None, x: Tensor, mean_offsets: Tensor, log_sigma: Tensor,
     mask: Tensor | None, axis: int, residual: bool, need_x: bool, need_params: bool,

@@ -19,13 +19,13 @@ import math
 import torch
 from torch import Tensor
 
-from daam.reference.chunks import Chunks, in_parts, in_slices
+from daam.reference.chunks import Chunks, cut_into_parts, cut_into_slices
 
 LOG2_E = 1.4426950408889634
 HALF_LOG_2PI = 0.9189385332046727
 
 
-@in_parts
+@cut_into_parts
 def formula(
     x: Tensor, mean_offsets: Tensor, c: Tensor, mask: Tensor | None, axis: int, eps: float, padding: float | None,
     residual: bool,
@@ -55,7 +55,7 @@ def formula(
     return chunks.merge(y), chunks.merge(weights)
 
 
-@in_parts
+@cut_into_parts
 def gradient(
     grad_y: Tensor | None, grad_weights: Tensor | None, x: Tensor, mean_offsets: Tensor, c: Tensor, mask: Tensor | None,
     axis: int, eps: float, padding: float | None, residual: bool,
@@ -87,8 +87,8 @@ def gradient(
     return chunks.merge(dx), *fit.chain(mean_offsets, c, sum_ke, sum_kee, clamped)
 
 
-@in_parts
-@in_slices
+@cut_into_parts
+@cut_into_slices
 def forward(
     x: Tensor, mean_offsets: Tensor, c: Tensor, mask: Tensor | None, axis: int, eps: float, padding: float | None,
     residual: bool, return_weights: bool,
@@ -101,8 +101,8 @@ def forward(
     return chunks.outputs(fit.weights(s)[0], residual, return_weights)
 
 
-@in_parts
-@in_slices
+@cut_into_parts
+@cut_into_slices
 def backward(
     grad_y: Tensor | None, grad_weights: Tensor | None, x: Tensor, mean_offsets: Tensor, c: Tensor, mask: Tensor | None,
     axis: int, eps: float, padding: float | None, residual: bool, need_x: bool, need_params: bool,
