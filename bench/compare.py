@@ -20,14 +20,13 @@ import math
 import statistics
 import sys
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from bench import plot
-from bench.results import OWN, YARDSTICKS, Run, UnusableError, read, short
+from bench.results import LEAST, OWN, YARDSTICKS, Change, Run, UnusableError, read, short
 
-LEAST, OF_IQR, CPU = 0.05, 3, 0.25
+OF_IQR, CPU = 3, 0.25
 BYTES = ("bytes", "kernel_bytes", "saved_bytes", "peak_bytes")
 COUNTED = ("stack", "shared", "loads", "stores", "instructions", "special")
 WIDTHS = ("load_bits", "store_bits")
@@ -35,30 +34,6 @@ REGISTERS, WARPS = 128, 16
 # what a case must tell
 TIMES = ("seconds.p50", "of_copy.p50")
 AUDITED = ("registers", *WIDTHS, *COUNTED)
-
-
-@dataclass(frozen=True)
-class Change:
-    """One figure of one case. worse: by how much, relative to base unless that is 0. limit: what it may be. why: what
-    makes a case unusable.
-    """
-
-    name: str
-    figure: str
-    base: float
-    new: float
-    worse: float
-    limit: float = 0.0
-    judged: bool = True
-    why: str = ""
-
-    @property
-    def failed(self) -> bool:
-        return self.judged and not self.worse <= self.limit  # as NaN fails, too
-
-    @property
-    def improved(self) -> bool:
-        return -self.worse > max(self.limit, LEAST if self.figure == "time" else 0)
 
 
 def compare(base: Run, new: Run, whole: bool = True, files: tuple[str, str] = ("base", "new")) -> list[Change]:

@@ -15,7 +15,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -26,10 +26,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from bench.results import OWN, PASSES, YARDSTICKS, Run, UnusableError, history, read, short
-
-if TYPE_CHECKING:
-    from bench.compare import Change
+from bench.results import OWN, PASSES, YARDSTICKS, Change, Run, UnusableError, history, read, short
 
 Case = dict[str, Any]
 COLOURS = {

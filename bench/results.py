@@ -12,6 +12,7 @@ from typing import Any
 
 PASSES = ("forward", "backward", "forward+backward")
 OWN, YARDSTICKS = ("triton", "eager", "compile"), ("layer_norm", "copy")  # providers; the others are foreign
+LEAST = 0.05  # a change of a time that noise does not explain, relative to it
 
 
 class UnusableError(ValueError):
@@ -29,6 +30,34 @@ class Run:
     versions: dict[str, str]
     title: str
     rows: dict[str, dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Change:
+    """Describe how one figure of one case differs between two results.
+
+    worse: by how much it became worse, relative to base unless that is 0; negative where it became better. limit: the
+    most that worse may be. judged: whether it can fail. why: what makes the case unusable, in words.
+    """
+
+    name: str
+    figure: str
+    base: float
+    new: float
+    worse: float
+    limit: float = 0.0
+    judged: bool = True
+    why: str = ""
+
+    @property
+    def failed(self) -> bool:
+        """Tell whether it is judged and past its limit."""
+        return self.judged and not self.worse <= self.limit  # as NaN fails, too
+
+    @property
+    def improved(self) -> bool:
+        """Tell whether it became better by more than its limit; a time also by more than LEAST."""
+        return -self.worse > max(self.limit, LEAST if self.figure == "time" else 0)
 
 
 def read(path: Path) -> Run:

@@ -1,4 +1,4 @@
-"""The machine that a plan runs on: what it lacks, what it has, and how kernels run where there is no GPU."""
+"""The machine that a plan runs on: what it lacks, what is taken along to it, and how kernels run without a GPU."""
 
 from __future__ import annotations
 
@@ -10,21 +10,17 @@ import json
 import os
 import platform
 import shutil
-import subprocess
 import sys
 import tarfile
 import tempfile
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 
-from bench.device.session import ROOT, Job, Session
+from bench.device.session import ROOT
 
 PREPARED = ROOT / ".gpu"  # what `python -m bench.device.prepare` makes, to be taken to the GPU's machine
 CACHE, SITE, ABOUT = PREPARED / "cache.tar.xz", PREPARED / "site", PREPARED / "prepared.json"
 UNPACKED = "unpacked"  # a file in Triton's folder that says which kernels were put there
-PACKAGES = ("pytest", "pytest_benchmark", "numpy", "matplotlib", "gaussian_adaptive_attention")
-TOOLS = ("gcc", "make", "git", "file", "ncu", "nvidia-smi")  # of `file` hangs which launchers Triton finds
 
 
 def find_missing() -> str | None:
@@ -109,41 +105,6 @@ def fingerprint() -> str:
     sources = "".join(path.read_text() for path in sorted((ROOT / "kernels").glob("*.py")))
     text = f"{sources}{triton.__version__}{platform.python_version_tuple()[:2]}"
     return hashlib.sha256(text.encode()).hexdigest()[:12]
-
-
-def jobs(session: Session) -> list[Job]:
-    """Return the jobs of the part `info`: versions and tools, then the bandwidth of a copy by size."""
-    found = [Job("machine", partial(describe, session))]
-    if session.device == "cuda":
-        from bench.device.times import copy_jobs
-
-        found += copy_jobs(session)
-    return found
-
-
-def describe(session: Session) -> Iterator[dict]:
-    """Yield versions, tools, the prepared kernels, and on a GPU the device and its clocks."""
-    from bench import core
-
-    found = importlib.util.find_spec
-    yield {
-        **core.about(),
-        "packages": {name: found(name) is not None for name in PACKAGES},
-        "tools": {name: shutil.which(name) for name in TOOLS},
-        "prepared": read_prepared(),
-        "prepared is of these sources": is_prepared(),
-        "environment": {k: v for k, v in os.environ.items() if k.startswith(("TRITON", "TORCH", "CUDA", "PYTORCH"))},
-    }
-    if session.device != "cuda":
-        return
-    import torch
-
-    device = torch.cuda.get_device_properties(0)
-    yield {"sms": device.multi_processor_count, "l2": device.L2_cache_size, "memory": device.total_memory}
-    query = "clocks.sm,clocks.max.sm,clocks.mem,power.draw,power.limit,temperature.gpu,driver_version"
-    if shutil.which("nvidia-smi"):
-        command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv"]
-        yield {"nvidia-smi": subprocess.run(command, capture_output=True, text=True, check=False).stdout.splitlines()}
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ from bench.device.session import Job, Session, run_jobs
 
 # the module of each part, and the function there that lists its jobs: a process imports no more than it needs
 PARTS = {
-    "info": ("machine", "jobs"),
+    "info": ("info", "jobs"),
     "correct": ("correct", "jobs"),
     "bits": ("bits", "jobs"),
     "warm": ("times", "warm_jobs"),
