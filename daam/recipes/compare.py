@@ -13,7 +13,8 @@ from daam.recipes.errors import Parser, guarded
 from daam.recipes.lock import exclusive
 from daam.recipes.plots import plot_comparison
 from daam.recipes.runs import write_json
-from daam.recipes.train import METHODS, add_settings, check_methods, train
+from daam.recipes.train import add_settings, check_methods, train
+from daam.recipes.training import METHODS
 
 EXAMPLE = """example: seven methods on 1,000 short texts, six and a half minutes on two cores:
   python -m daam.recipes.compare cache --methods daam daamv2 mixture gqdaam mha linear lora --output comparison \\

@@ -32,7 +32,7 @@ from daam.recipes.errors import Parser, UserError, guarded
 from daam.recipes.explain import explain
 from daam.recipes.lock import exclusive
 from daam.recipes.runs import Settings, check_output
-from daam.recipes.train import cached_job, run
+from daam.recipes.training import cached_job, run
 
 LAYERS, FEATURES = 12, 64
 # by the folder of its run: the method, the layers it sees (all where none are named), its learning rate

@@ -23,7 +23,7 @@ from daam.recipes.errors import Parser, guarded
 from daam.recipes.lock import exclusive
 from daam.recipes.plots import describe, plot_gaussians, plot_importance
 from daam.recipes.runs import RunError, Settings, check_output, read_results, write_json
-from daam.recipes.train import cached_job, run
+from daam.recipes.training import cached_job, run
 
 EXAMPLE = """example:
   python -m daam.recipes.explain comparison/daam cache --output explained --ablate 3"""

@@ -15,7 +15,7 @@ from daam.recipes.encoders import identify, load_encoder
 from daam.recipes.features import check
 from daam.recipes.runs import RunError, Settings
 from daam.recipes.splits import find_equal
-from daam.recipes.train import Job, trainable
+from daam.recipes.training import Job, trainable
 
 RANK, ALPHA = 8, 16
 B_RATE = 16  # LoRA+: the rate of the B matrices, in rates of the others (arXiv 2402.12354)

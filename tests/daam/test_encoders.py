@@ -350,7 +350,7 @@ def test_sounds(family, sounds, command, tmp_path):
 def test_lora_is_refused_where_padding_counts(texts, command, tmp_path):
     pytest.importorskip("peft")
     from daam.recipes.lora import lora_job
-    from daam.recipes.train import RunError, Settings
+    from daam.recipes.runs import RunError, Settings
 
     model = tmp_path / "model"
     text_model(model, "FNet")

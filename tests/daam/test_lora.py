@@ -18,11 +18,11 @@ pytest.importorskip("matplotlib")
 import transformers
 from helpers import close
 
-from daam.recipes import features, train
+from daam.recipes import features, train, training
 from daam.recipes.cache import read_cache
 from daam.recipes.lora import lora_job, rates_plus
-from daam.recipes.splits import find_equal
-from daam.recipes.train import Settings
+from daam.recipes.runs import RunError, Settings
+from daam.recipes.splits import find_equal, splits
 
 WORDS = {"weather": ["rain", "snow", "wind"], "food": ["bread", "soup", "cheese"]}
 QUICK = Settings("lora", epochs=6, folds=2, rate=1e-2, batch=8)
@@ -81,14 +81,14 @@ def test_adapters_learn_and_the_encoder_does_not(method, made, tmp_path):
     trainable = {name for name, p in model.named_parameters() if p.requires_grad}
     assert trainable and all("lora_" in name or name.startswith("classify.") for name in trainable)
     frozen = {name: p.clone() for name, p in model.named_parameters() if name not in trainable}
-    results = train.run(job, settings, tmp_path)
+    results = training.run(job, settings, tmp_path)
     assert results["accuracy"]["mean"] > 0.8
     assert results["trainable_parameters"] == sum(p.numel() for p in model.parameters() if p.requires_grad)
     trained = built[-1]
     assert trained is not model and not torch.equal(trained.classify.weight, model.classify.weight)
     assert all(torch.equal(p, frozen[name]) for name, p in trained.named_parameters() if name in frozen)
     assert any("lora_B" in name and p.any() for name, p in trained.named_parameters()), "adapters did learn"
-    parts = train.splits(cache.labels, replace(QUICK, method="daam"))
+    parts = splits(cache.labels, replace(QUICK, method="daam"))
     assert [split.test.tolist() for split in parts] == [part["test"] for part in results["parts"]], "a decoder's folds"
 
 
@@ -127,7 +127,7 @@ def test_other_examples_than_the_caches(made, tmp_path):
     data, encoder, cache = made
     table = tmp_path / "other.csv"
     table.write_text(data.read_text().replace("soup", "bread"))
-    with pytest.raises(train.RunError, match=r"other.csv through .* is not what the cache was made of: 24 examples"):
+    with pytest.raises(RunError, match=r"other.csv through .* is not what the cache was made of: 24 examples"):
         lora_job(table, encoder, cache, QUICK)
 
 
@@ -148,7 +148,7 @@ def test_encoders_in_half_precision(dtype, method, made, tmp_path):
     torch.manual_seed(1)  # of the last part's model
     start = {name: p.clone() for name, p in build().named_parameters()}
 
-    results = train.run(job, settings, tmp_path / "run")
+    results = training.run(job, settings, tmp_path / "run")
     assert results["accuracy"]["mean"] > 0.8
     for part in results["parts"]:
         losses = torch.tensor(part["losses"])
@@ -174,7 +174,7 @@ def test_an_encoder_is_the_same_however_its_folder_is_spelled(made, tmp_path):
         return model
 
     _, changed, _ = made_again(made, tmp_path, change_a_number)
-    with pytest.raises(train.RunError, match=r"encoder: its encoder_sha256 is .*, expected the cache's"):
+    with pytest.raises(RunError, match=r"encoder: its encoder_sha256 is .*, expected the cache's"):
         lora_job(data, changed, cache, QUICK)
 
 
@@ -202,6 +202,6 @@ def test_the_same_text_in_other_batches_is_found(made, tmp_path):
     _, _, cache = made_again((data, *made[1:]), tmp_path, lambda model: model, batch=7)
     expected = [texts.index(text) for text in texts]
     assert len(set(expected)) < 41 and find_equal(cache.features).tolist() == expected
-    for split in train.splits(cache.labels, QUICK, find_equal(cache.features)):
+    for split in splits(cache.labels, QUICK, find_equal(cache.features)):
         parts = [{texts[i] for i in part} for part in (split.train, split.validation, split.test)]
         assert sum(map(len, parts)) == len(set(texts))

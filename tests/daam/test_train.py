@@ -20,11 +20,12 @@ pytest.importorskip("safetensors")
 from helpers import close, within
 
 import daam
-from daam.recipes import compare, explain, lock, plots, train
+from daam.recipes import compare, explain, lock, plots, train, training
 from daam.recipes.cache import Cache
 from daam.recipes.errors import UserError
-from daam.recipes.splits import find_equal
-from daam.recipes.train import METHODS, Settings, cached_job, decoder_for, heads_for, splits
+from daam.recipes.runs import RunError, Settings
+from daam.recipes.splits import find_equal, splits
+from daam.recipes.training import METHODS, cached_job, decoder_for, heads_for
 
 HISTORY = Path(__file__).parents[2] / "bench" / "history"
 LAYERS, FEATURES = 6, 16
@@ -81,7 +82,7 @@ def refused(command, capsys):
 def finished(cache, tmp_path_factory):
     """Return the folder of a finished run, to be copied."""
     folder = tmp_path_factory.mktemp("finished")
-    train.run(cached_job(cache, QUICK), QUICK, folder)
+    training.run(cached_job(cache, QUICK), QUICK, folder)
     return folder
 
 
@@ -173,7 +174,7 @@ def test_fewer_examples_than_needed(options):
     """Check that the message says the number that is enough, in our words, and proposes folds that are possible."""
     least = needed(**options)
     labels = torch.tensor([0] * 30 + [1] * (least - 1))
-    with pytest.raises(train.RunError) as refused:
+    with pytest.raises(RunError) as refused:
         splits(labels, replace(QUICK, **options))
     message = str(refused.value)
     assert f"class 1 has {least - 1} examples, expected {least} or more to split by label: add examples" in message
@@ -214,7 +215,7 @@ def test_equal_examples_are_found():
 def test_a_run_keeps_equal_examples_together(cache, tmp_path):
     double = Cache(cache.features[:30].repeat(2, 1, 1), cache.labels[:30].repeat(2), cache.names, {})
     settings = replace(QUICK, method="linear", epochs=1, layers=(1,))
-    part = train.run(cached_job(double, settings), settings, tmp_path)["parts"][0]
+    part = training.run(cached_job(double, settings), settings, tmp_path)["parts"][0]
     assert sorted({i % 30 for i in part["test"]} | {i % 30 + 30 for i in part["test"]}) == part["test"]
 
 
@@ -244,7 +245,7 @@ def test_equal_examples_are_told(copies, line, cache, command, tmp_path, capsys,
 def test_methods(method, cache, tmp_path):
     """Check that each method learns what is plain to see, and that its results say what they are."""
     settings = replace(QUICK, method=method, epochs=8, rate=3e-2 if method == "linear" else 3e-3)
-    results = train.run(cached_job(cache, settings), settings, tmp_path)
+    results = training.run(cached_job(cache, settings), settings, tmp_path)
     assert results["accuracy"]["mean"] > 0.6 > 1 / 3
     decoder = decoder_for(method, LAYERS, FEATURES, 3)
     assert results["trainable_parameters"] == sum(p.numel() for p in decoder.parameters())
@@ -273,8 +274,8 @@ def test_an_interrupted_run_ends_with_the_same_numbers(stops, method, cache, tmp
     """
     settings = replace(QUICK, method=method)
     job = cached_job(cache, settings)
-    expected = train.run(job, settings, tmp_path / "undisturbed")
-    original, calls = train._loss, []
+    expected = training.run(job, settings, tmp_path / "undisturbed")
+    original, calls = training._loss, []
 
     def interrupted(*args):
         calls.append(args)
@@ -282,12 +283,12 @@ def test_an_interrupted_run_ends_with_the_same_numbers(stops, method, cache, tmp
             raise KeyboardInterrupt
         return original(*args)
 
-    monkeypatch.setattr(train, "_loss", interrupted)
+    monkeypatch.setattr(training, "_loss", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        train.run(job, settings, tmp_path / "run")
-    monkeypatch.setattr(train, "_loss", original)
+        training.run(job, settings, tmp_path / "run")
+    monkeypatch.setattr(training, "_loss", original)
     assert list((tmp_path / "run").glob("*.pt"))
-    assert numbers(train.run(job, settings, tmp_path / "run")) == numbers(expected)
+    assert numbers(training.run(job, settings, tmp_path / "run")) == numbers(expected)
     finished = (tmp_path / "run" / "part-0.safetensors").read_bytes()
     assert finished == (tmp_path / "undisturbed" / "part-0.safetensors").read_bytes()
 
@@ -295,7 +296,7 @@ def test_an_interrupted_run_ends_with_the_same_numbers(stops, method, cache, tmp
 def test_stops_early(cache, tmp_path):
     """Check that a run without anything to learn ends after stop_after epochs, and tests the best one."""
     settings = replace(QUICK, epochs=40, stop_after=2, rate=0.0)
-    part = train.run(cached_job(cache, settings), settings, tmp_path)["parts"][0]
+    part = training.run(cached_job(cache, settings), settings, tmp_path)["parts"][0]
     assert (part["best_epoch"], len(part["losses"])) == (0, 3)
 
 
@@ -304,7 +305,7 @@ def test_of_equal_accuracies_the_lower_loss_is_tested(cache, tmp_path):
     of them is hardly trained.
     """
     settings = replace(QUICK, epochs=12)
-    for part in train.run(cached_job(cache, settings), settings, tmp_path)["parts"]:
+    for part in training.run(cached_job(cache, settings), settings, tmp_path)["parts"]:
         scores = list(zip(part["accuracies"], [-loss for loss in part["validation_losses"]], strict=True))
         assert scores[part["best_epoch"]] == max(scores)
         assert part["best_epoch"] > part["accuracies"].index(max(part["accuracies"]))
@@ -314,7 +315,7 @@ def test_a_finished_run_is_left_alone(finished, cache, tmp_path):
     shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
     expected = json.loads((finished / "results.json").read_text())
     times = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
-    assert train.run(cached_job(cache, QUICK), QUICK, tmp_path) == expected
+    assert training.run(cached_job(cache, QUICK), QUICK, tmp_path) == expected
     assert {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == times
 
 
@@ -324,13 +325,13 @@ def test_a_run_does_not_depend_on_its_device(finished, cache, tmp_path, monkeypa
     about = json.loads((tmp_path / "run.json").read_text())
     assert not {"device", "threads"} & about.keys()
     (tmp_path / "run.json").write_text(json.dumps({**about, "device": "another"}))
-    monkeypatch.setattr(train, "device_name", lambda device: "a third")
-    results = train.run(cached_job(cache, QUICK), QUICK, tmp_path)
+    monkeypatch.setattr(training, "device_name", lambda device: "a third")
+    results = training.run(cached_job(cache, QUICK), QUICK, tmp_path)
     assert results == json.loads((finished / "results.json").read_text())
     (tmp_path / "results.json").unlink()
-    assert train.run(cached_job(cache, QUICK), QUICK, tmp_path)["about"]["device"] == "a third"
-    with pytest.raises(train.RunError, match=r"another run, choose another folder: epochs 3 and 4$"):
-        train.run(cached_job(cache, QUICK), replace(QUICK, epochs=4), tmp_path)
+    assert training.run(cached_job(cache, QUICK), QUICK, tmp_path)["about"]["device"] == "a third"
+    with pytest.raises(RunError, match=r"another run, choose another folder: epochs 3 and 4$"):
+        training.run(cached_job(cache, QUICK), replace(QUICK, epochs=4), tmp_path)
 
 
 @pytest.mark.parametrize("changes", ["settings", "features"])
@@ -339,15 +340,15 @@ def test_a_folder_of_another_run(changes, finished, cache, tmp_path):
     settings = replace(QUICK, epochs=4) if changes == "settings" else QUICK
     features = cache.features if changes == "settings" else cache.features.flip(0)
     message = {"settings": "epochs 3 and 4", "features": "examples .* and "}[changes]
-    with pytest.raises(train.RunError, match=f"another run, choose another folder: {message}"):
-        train.run(cached_job(replace(cache, features=features), settings), settings, tmp_path)
+    with pytest.raises(RunError, match=f"another run, choose another folder: {message}"):
+        training.run(cached_job(replace(cache, features=features), settings), settings, tmp_path)
 
 
 def test_a_start_that_fails_leaves_the_folder_free(cache, tmp_path):
     wrong = replace(QUICK, folds=1)
-    with pytest.raises(train.RunError, match="--folds is 1, expected 2 or more"):
-        train.run(cached_job(cache, wrong), wrong, tmp_path)
-    train.run(cached_job(cache, QUICK), QUICK, tmp_path)
+    with pytest.raises(RunError, match="--folds is 1, expected 2 or more"):
+        training.run(cached_job(cache, wrong), wrong, tmp_path)
+    training.run(cached_job(cache, QUICK), QUICK, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -357,8 +358,8 @@ def test_a_start_that_fails_leaves_the_folder_free(cache, tmp_path):
 )
 def test_a_loss_that_is_not_finite(settings, advice, cache, tmp_path):
     settings = replace(QUICK, **settings)
-    with pytest.raises(train.RunError, match=rf"training loss is (nan|inf) in epoch .*: {advice}$"):
-        train.run(cached_job(cache, settings), settings, tmp_path)
+    with pytest.raises(RunError, match=rf"training loss is (nan|inf) in epoch .*: {advice}$"):
+        training.run(cached_job(cache, settings), settings, tmp_path)
 
 
 @pytest.mark.parametrize("place", ["loss", "gradients"])
@@ -384,8 +385,8 @@ def test_a_loss_that_no_rate_makes_finite(place, cache, tmp_path):
 
     job = cached_job(cache, QUICK)
     job.build = lambda: Model(LAYERS * FEATURES, 3)
-    with pytest.raises(train.RunError, match=r"untrained model .* No --rate helps: look at these examples.*float32"):
-        train.run(job, QUICK, tmp_path)
+    with pytest.raises(RunError, match=r"untrained model .* No --rate helps: look at these examples.*float32"):
+        training.run(job, QUICK, tmp_path)
 
 
 @pytest.mark.parametrize("name", ["part-0.json", "part-1.pt", "run.json"])
@@ -394,8 +395,8 @@ def test_broken_files_are_named(name, finished, cache, tmp_path):
     for done in ("results.json", "part-1.json"):
         (tmp_path / done).unlink()
     (tmp_path / name).write_text("")
-    with pytest.raises(train.RunError, match=rf"{name} is broken \(.*\), or of another version: delete it"):
-        train.run(cached_job(cache, QUICK), QUICK, tmp_path)
+    with pytest.raises(RunError, match=rf"{name} is broken \(.*\), or of another version: delete it"):
+        training.run(cached_job(cache, QUICK), QUICK, tmp_path)
 
 
 @pytest.mark.parametrize("name", ["part-0.json", "part-1.pt", "run.json", "results.json"])
@@ -411,8 +412,8 @@ def test_files_of_something_else_are_named(content, name, finished, cache, tmp_p
         (tmp_path / name).write_text(json.dumps(content))
     if name != "results.json":
         (tmp_path / "results.json").unlink()
-    with pytest.raises(train.RunError, match=f"{name} (is broken|holds no results|is of other splits)|another run"):
-        train.run(cached_job(cache, QUICK), QUICK, tmp_path)
+    with pytest.raises(RunError, match=f"{name} (is broken|holds no results|is of other splits)|another run"):
+        training.run(cached_job(cache, QUICK), QUICK, tmp_path)
 
 
 @pytest.mark.parametrize("name", ["part-0.json", "results.json"])
@@ -427,8 +428,8 @@ def test_parts_of_other_splits(name, finished, cache, tmp_path):
     (tmp_path / name).write_text(json.dumps(data))
     if name == "part-0.json":
         (tmp_path / "results.json").unlink()
-    with pytest.raises(train.RunError, match=f"{name} is of other splits of the examples"):
-        train.run(cached_job(cache, QUICK), QUICK, tmp_path)
+    with pytest.raises(RunError, match=f"{name} is of other splits of the examples"):
+        training.run(cached_job(cache, QUICK), QUICK, tmp_path)
 
 
 def test_many_classes(tmp_path):
@@ -436,14 +437,14 @@ def test_many_classes(tmp_path):
     labels = torch.arange(80) % 16
     large = Cache(torch.randn(80, LAYERS, FEATURES), labels, [str(i) for i in range(16)], {})
     settings = replace(QUICK, method="linear", epochs=1)
-    part = train.run(cached_job(large, settings), settings, tmp_path)["parts"][0]
+    part = training.run(cached_job(large, settings), settings, tmp_path)["parts"][0]
     assert sorted(labels[part["validation"]].tolist()) == list(range(16))
 
 
 def test_too_few_examples(tmp_path):
     small = Cache(torch.randn(4, LAYERS, FEATURES), torch.tensor([0, 0, 0, 1]), ["a", "b"], {})
-    with pytest.raises(train.RunError, match="class 1 has 1 examples, expected 4 or more to split by label"):
-        train.run(cached_job(small, QUICK), QUICK, tmp_path)
+    with pytest.raises(RunError, match="class 1 has 1 examples, expected 4 or more to split by label"):
+        training.run(cached_job(small, QUICK), QUICK, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -531,11 +532,11 @@ def test_one_process_at_a_time_works_in_a_folder(ends, holder, cache, tmp_path):
     folder, settings = tmp_path / "run", replace(QUICK, method="linear", epochs=1)
     owner = holder(folder)
     with pytest.raises(UserError, match=r"another process works in .*run: wait for its end, or choose another folder"):
-        train.run(cached_job(cache, settings), settings, folder)
+        training.run(cached_job(cache, settings), settings, folder)
     assert [path.name for path in folder.iterdir()] == [lock.NAME]
     owner.process.kill() if ends == "killed" else owner.end.set()
     owner.process.join()
-    train.run(cached_job(cache, settings), settings, folder)
+    training.run(cached_job(cache, settings), settings, folder)
     assert not (folder / lock.NAME).exists()
 
 
@@ -586,7 +587,7 @@ def test_sizes_that_a_method_cannot_work_on(layers, features, cache, refused, tm
         if (layers == 1 and compares_layers) or (features == 12 and method.startswith("mha")):
             line = refused(compare, "cache", "--methods", "linear", method, "--output", tmp_path / "out")
             assert f"--method {method} " in line and "expected" in line and not (tmp_path / "out").exists()
-            with pytest.raises(train.RunError):
+            with pytest.raises(RunError):
                 decoder_for(method, layers, features, 3)
         else:
             decoder_for(method, layers, features, 3).train()(torch.randn(1, layers, features)).sum().backward()
@@ -642,7 +643,7 @@ def test_compare(command, tmp_path, capsys):
 def test_explain(method, command, cache, tmp_path, capsys):
     run, out = tmp_path / "run", tmp_path / "out"
     settings = replace(QUICK, method=method)
-    results = train.run(cached_job(cache, settings), settings, run)
+    results = training.run(cached_job(cache, settings), settings, run)
     command(explain, run, "cache", "--output", out, "--ablate", 2)
     report = json.loads((out / "importance.json").read_text())
     total, count = torch.zeros(LAYERS, FEATURES), 0
@@ -665,7 +666,7 @@ def test_explain(method, command, cache, tmp_path, capsys):
 
 def test_layers_keep_their_numbers(command, cache, tmp_path):
     settings = replace(QUICK, layers=(1, 2, 4))
-    train.run(cached_job(cache, settings), settings, tmp_path / "run")
+    training.run(cached_job(cache, settings), settings, tmp_path / "run")
     command(explain, tmp_path / "run", "cache", "--output", tmp_path)
     report = json.loads((tmp_path / "importance.json").read_text())
     assert report["layers"] == [2, 3, 5] and {entry["layer"] for entry in report["most_important"]} <= {2, 3, 5}
@@ -690,11 +691,11 @@ def test_what_cannot_be_explained(command, tmp_path, capsys, cache, monkeypatch)
     assert "holds no results" in refused()
     (tmp_path / "results.json").unlink()
     settings = replace(QUICK, method="linear", epochs=1)
-    train.run(cached_job(cache, settings), settings, tmp_path)
+    training.run(cached_job(cache, settings), settings, tmp_path)
     assert "'linear', which has no densities" in refused()
     changed = replace(cache, features=cache.features + 1)
     settings = replace(QUICK, epochs=1)
-    train.run(cached_job(changed, settings), settings, tmp_path / "other")
+    training.run(cached_job(changed, settings), settings, tmp_path / "other")
     tmp_path = tmp_path / "other"
     assert "was trained on another cache" in refused()
 
