@@ -20,7 +20,6 @@ from torch.nn.functional import cross_entropy
 
 try:
     from sklearn.datasets import load_digits
-    from tqdm import trange
 except ImportError as error:
     raise ImportError(f"{error}. The recipes need their extra: pip install 'daam-triton[recipes]'") from error
 
@@ -31,6 +30,7 @@ from daam.recipes.compare import write_comparison
 from daam.recipes.errors import Parser, UserError, guarded
 from daam.recipes.explain import explain
 from daam.recipes.lock import exclusive
+from daam.recipes.progress import Progress
 from daam.recipes.runs import Settings, check_output
 from daam.recipes.training import cached_job, run
 
@@ -72,7 +72,7 @@ def train_encoder(images: Tensor, labels: Tensor, epochs: int) -> Encoder:
     encoder, classify = Encoder().to(images.device), nn.Linear(FEATURES, 5).to(images.device)
     optimizer = torch.optim.AdamW([*encoder.parameters(), *classify.parameters()], lr=3e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
-    for _ in trange(epochs, desc="encoder on digits 0-4"):
+    for _ in Progress(range(epochs), desc="encoder on digits 0-4"):
         for batch in torch.randperm(len(images), device=images.device).split(64):
             optimizer.zero_grad()
             cross_entropy(classify(encoder(images[batch]).mean(1)), labels[batch]).backward()

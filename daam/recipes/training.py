@@ -17,11 +17,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-try:
-    from tqdm import tqdm
-except ImportError as error:
-    raise ImportError(f"{error}. The recipes need their extra: pip install 'daam-triton[recipes]'") from error
-
 import daam
 from daam.decoder import ATTENTIONS, DENSITIES, QUERY_HEADS
 from daam.recipes import runs
@@ -29,6 +24,7 @@ from daam.recipes.cache import Cache, fingerprint
 from daam.recipes.lock import exclusive
 from daam.recipes.memory import saved_bytes
 from daam.recipes.plots import plot_curves
+from daam.recipes.progress import Progress
 from daam.recipes.runs import Part, RunError, Settings, Split
 from daam.recipes.splits import find_equal, splits
 from daam.transformer import LOSSES
@@ -175,7 +171,7 @@ def train_part(model: nn.Module, job: Job, split: Split, settings: Settings, ste
         first = split.train[: settings.batch]
         part.memory = saved_bytes(lambda: _loss(model, job, first, settings, device), model.parameters())
     epochs = range(len(part.losses), settings.epochs)
-    bar = tqdm(epochs, desc=f"{settings.method} {stem.name}", initial=epochs.start, total=epochs.stop)
+    bar = Progress(epochs, desc=f"{settings.method} {stem.name}", initial=epochs.start, total=epochs.stop)
     for epoch in bar:
         if epoch - part.best_epoch > settings.stop_after:
             break

@@ -1,5 +1,7 @@
 """The demo runs end to end, and its figures are what they say; importing a recipe changes nothing."""
 
+import contextlib
+import io
 import json
 import subprocess
 import sys
@@ -14,8 +16,11 @@ pytest.importorskip("safetensors")
 from helpers import close
 
 import daam
-from daam.recipes import digits
+from daam.recipes import digits, features, training
+from daam.recipes.cache import Cache
+from daam.recipes.data import Example
 from daam.recipes.lock import exclusive
+from daam.recipes.runs import Settings
 
 
 def test_digits(tmp_path, capsys):
@@ -83,6 +88,48 @@ def test_two_demos_in_one_folder_and_a_folder_of_a_cache(tmp_path, capsys, monke
     with pytest.raises(SystemExit):
         digits.main(["--output", str(tmp_path)])
     assert "WORLD_SIZE is 2" in capsys.readouterr().err and (tmp_path / "digits-runs" / "kept").exists()
+
+
+class Pooled(torch.nn.Module):
+    """Give random features of an example, (batch, 4, 6), that depend on its number alone."""
+
+    def forward(self, numbers):
+        return torch.stack([torch.randn(4, 6, generator=torch.Generator().manual_seed(n)) for n in numbers.tolist()])
+
+
+def encode(folder):
+    digits.train_encoder(torch.rand(64, 8, 8), torch.arange(64) % 5, 2)
+
+
+def extract(folder):
+    examples = [Example(f"{i}", "ab"[i % 2]) for i in range(24)]
+    about = {"encoder": "made up", "modality": "text"}
+
+    def collate(texts):
+        return {"numbers": torch.tensor([int(text) for text in texts])}
+
+    features.extract(Pooled(), collate, examples, folder, about=about, batch=2, shard=6)
+
+
+def train(folder):
+    x = torch.randn(24, 4, 6, generator=torch.Generator().manual_seed(0))
+    settings = Settings("linear", epochs=6, folds=2)
+    training.run(training.cached_job(Cache(x, torch.arange(24) % 2, ["a", "b"], {}), settings), settings, folder)
+
+
+@pytest.mark.parametrize(("work", "bars"), [(encode, 1), (extract, 1), (train, 2)])
+def test_a_file_gets_a_line_of_progress_for_each_bar(work, bars, tmp_path):
+    path = tmp_path / "stderr.txt"
+    with path.open("w", newline="") as file, contextlib.redirect_stderr(file):
+        work(tmp_path / "file")
+    text = path.read_bytes().decode()
+    assert text.count("\n") == bars and "\r" not in text
+    assert all("100%" in line for line in text.splitlines())
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    with contextlib.redirect_stderr(terminal):
+        work(tmp_path / "terminal")
+    assert terminal.getvalue().count("\r") > bars
 
 
 IMPORT_ALL = """
