@@ -12,7 +12,7 @@ MOST_SEEDS = 1000  # their splits are all drawn before the first one trains
 
 
 def positive(text: str, largest: int = LARGEST) -> int:
-    """Return a whole number of 1 or more."""
+    """Return the whole number, 1 to largest, that a text says; raise ArgumentTypeError where it says none."""
     try:
         value = int(text)
     except ValueError:
@@ -25,12 +25,12 @@ def positive(text: str, largest: int = LARGEST) -> int:
 
 
 def seeds(text: str) -> int:
-    """Return a number of seeds."""
+    """Return the number of seeds, 1 to MOST_SEEDS, that a text says; raise ArgumentTypeError where it says none."""
     return positive(text, MOST_SEEDS)
 
 
 def number(text: str) -> float:
-    """Return a finite number of 0 or more."""
+    """Return the finite number, 0 or more, that a text says; raise ArgumentTypeError where it says none."""
     try:
         value = float(text)
     except ValueError:
@@ -41,7 +41,7 @@ def number(text: str) -> float:
 
 
 def device(text: str) -> str:
-    """Return the name of a device that is there."""
+    """Return a text that names a device of this machine; raise ArgumentTypeError where it does not."""
     try:
         kind, index = torch.device(text).type, torch.device(text).index
     except RuntimeError:

@@ -23,13 +23,13 @@ SIZES = ("examples", "shard", "layers", "features")
 
 
 class CacheError(UserError):
-    """A cache is incomplete, broken or of something else; the message says which file, and what to do."""
+    """Tell that a cache is incomplete, broken or of something else; the message says which file, and what to do."""
 
 
 @dataclass
 class Cache:
-    """features: (examples, layers, features) in fp32. labels: (examples,) in int64. names: of the classes. about:
-    cache.json, so encoder, modality, source, sizes and a hash of the examples.
+    """Hold features, (examples, layers, features) in fp32, labels, (examples,) in int64, the names of the classes, and
+    what cache.json says about them: encoder, modality, source, sizes, a hash of the examples.
     """
 
     features: Tensor
@@ -39,10 +39,10 @@ class Cache:
 
 
 def read_about(folder: str | Path) -> dict:
-    """What a cache's cache.json says, also of one that is not complete.
+    """Return what the cache.json in a cache's folder says, even if the cache is not complete.
 
     Raises:
-        CacheError: there is none, or it is none of ours.
+        CacheError: there is no cache.json, or it is not a cache's.
     """
     path = Path(folder) / "cache.json"
     try:
@@ -62,33 +62,34 @@ def read_about(folder: str | Path) -> dict:
 
 
 def read_cache(folder: str | Path) -> Cache:
-    """A complete cache, all in memory.
+    """Read all of a complete cache into memory and return it.
 
     Raises:
         CacheError: no cache; shards are missing, truncated or changed; a shape or dtype is not what cache.json says;
             features are NaN or infinite.
     """
     folder, about = Path(folder), read_about(folder)
-    there = [_path(folder, index).exists() for index in range(_shards(about))]
-    if not all(there):
-        raise CacheError(f"{folder} holds {sum(there)} of {len(there)} shards: run the command that made it again")
+    count = _shards(about)
+    present = sum(_path(folder, index).exists() for index in range(count))
+    if present < count:
+        raise CacheError(f"{folder} holds {present} of {count} shards: run the command that made it again")
     features = torch.empty(about["examples"], about["layers"], about["features"])
     labels = torch.empty(about["examples"], dtype=torch.int64)
-    for index in range(len(there)):
+    for index in range(count):
         rows = _rows(about, index)
         features[rows.start : rows.stop], labels[rows.start : rows.stop] = _read_shard(folder, about, index)
     return Cache(features, labels, about["names"], about)
 
 
 class Writer:
-    """Writes a cache shard by shard; the shards that an earlier run completed stay as they are.
+    """Write a cache shard by shard; the shards that an earlier run completed stay as they are.
 
     Args:
-        folder: made where there is none.
-        about: goes into cache.json: examples, shard (examples of each file but the last), layers, features, names of
-            the classes, and whatever else tells this cache from others.
+        folder: the cache's, made where there is none.
+        about: the content of cache.json: examples, shard (examples of each file but the last), layers, features, names
+            of the classes, and whatever else tells this cache from others.
 
-    `missing` are the indices of the shards to be written, broken ones included. `about` is the cache.json there is.
+    `missing` are the indices of the shards to be written, broken ones included. `about` is what cache.json says.
 
     Raises:
         CacheError: the folder holds a cache of something else.
@@ -121,14 +122,15 @@ class Writer:
         return True
 
     def rows(self, index: int) -> range:
-        """The examples of a shard."""
+        """Return the places of a shard's examples among all."""
         return _rows(self.about, index)
 
     def write(self, index: int, features: Tensor, labels: Tensor) -> None:
-        """A shard: features (rows, layers, features) in fp32, labels (rows,) in int64. It is there as a whole, or not.
+        """Write shard index, as a whole or not at all: features (rows, layers, features) in fp32, labels (rows,) in
+        int64.
 
         Raises:
-            CacheError: wrong shape or dtype, NaN or infinite features.
+            CacheError: a shape or dtype is wrong; features are NaN or infinite; labels are of no class.
         """
         path = _path(self.folder, index)
         tensors = {"features": features.contiguous(), "labels": labels.contiguous()}
@@ -149,7 +151,7 @@ def _path(folder: Path, index: int) -> Path:
 
 
 def write_whole(path: Path, data: bytes) -> None:
-    """A whole file or none, whenever the process dies; a half-written one is overwritten by the next attempt."""
+    """Write data into a file as a whole or not at all, whenever the process dies; the next attempt begins anew."""
     part = path.with_name(path.name + ".part")
     with part.open("wb") as file:
         file.write(data)
@@ -159,13 +161,13 @@ def write_whole(path: Path, data: bytes) -> None:
 
 
 def fingerprint(cache: Cache) -> str:
-    """Of features, labels and names: what a training run depends on."""
+    """Return the SHA-256 of what a training run depends on: features, labels and the names of the classes."""
     names = json.dumps(cache.names).encode()
     return hashlib.sha256(names + _digest({"features": cache.features, "labels": cache.labels}).encode()).hexdigest()
 
 
 def _digest(tensors: dict[str, Tensor]) -> str:
-    """Of the bytes: safetensors sees that a file is truncated, not that its numbers changed."""
+    """Return the SHA-256 of the bytes of tensors, since safetensors does not see that numbers of a file changed."""
     total = hashlib.sha256()
     for name in sorted(tensors):
         total.update(tensors[name].contiguous().numpy())
@@ -210,6 +212,6 @@ def _shown(tensors: dict[str, tuple[tuple[int, ...], torch.dtype]]) -> str:
 
 
 def first_not_finite(features: Tensor) -> int | None:
-    """The first row with a NaN or an infinity."""
+    """Return the first row of features, (rows, …), that holds NaN or infinity; None where all are finite."""
     rows = (~features.isfinite().flatten(1).all(1)).nonzero()
     return rows[0].item() if len(rows) else None

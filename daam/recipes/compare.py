@@ -24,7 +24,7 @@ Interrupted, run the same command again: it goes on where it stopped."""
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Return results as Markdown, the most accurate first."""
+    """Return a table of the results of runs as Markdown, the most accurate first."""
     parts, memory = len(rows[0]["parts"]), rows[0]["memory"]["what"]
     lines = [
         f"| method | test accuracy, mean ± std of {parts} | trainable parameters | seconds an epoch | MB {memory} |",
@@ -40,7 +40,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def write_comparison(rows: list[dict[str, Any]], output: Path) -> str:
-    """Write the table, the results of all methods and their plot; return the table."""
+    """Write table.md, comparison.json and comparison.png of the results of runs into a folder; return the table."""
     write_json(output / "comparison.json", rows)
     write_whole(output / "table.md", (table(rows) + "\n").encode())
     plot_comparison(rows, output / "comparison.png")
@@ -49,7 +49,7 @@ def write_comparison(rows: list[dict[str, Any]], output: Path) -> str:
 
 @guarded
 def main(argv: list[str] | None = None) -> None:
-    """Train several methods on a cache and compare them."""
+    """Run the command line: train several methods on a cache and compare them."""
     parser = Parser(description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_settings(parser)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=["daam", "daamv2", "mixture", "mha", "linear"])

@@ -38,7 +38,7 @@ CELL_LIMIT = threading.Lock()
 
 
 class DataError(UserError):
-    """Data cannot be used; the message says which file, line or example, and what was expected."""
+    """Tell that data cannot be used; the message says which file, line or example, and what was expected."""
 
 
 @dataclass
@@ -290,7 +290,7 @@ def _read_folder(root: Path) -> tuple[str, list[Example]]:
 
 
 def _walk(folder: Path, outer: tuple[str, ...]) -> Iterator[Path]:
-    """Yield the files in a folder and below it, through links; outer are the folders that it is in."""
+    """Yield the files in a folder and below it, through links; outer are the real paths of the folders around it."""
     outer = (*outer, os.path.realpath(folder))
     for path in folder.iterdir():
         if _is_litter(path):
@@ -298,8 +298,8 @@ def _walk(folder: Path, outer: tuple[str, ...]) -> Iterator[Path]:
         if path.is_file():
             yield path
         elif not path.is_dir():
-            what = f"a link to {os.readlink(path)}, which does not exist" if path.is_symlink() else "no file"
-            raise DataError(f"{path} is {what}, expected a file or a folder")
+            problem = f"a link to {os.readlink(path)}, which does not exist" if path.is_symlink() else "no file"
+            raise DataError(f"{path} is {problem}, expected a file or a folder")
         elif os.path.realpath(path) in outer:
             raise DataError(f"{path} is a link to {os.readlink(path)}, a folder that it is in itself")
         else:
@@ -309,13 +309,16 @@ def _walk(folder: Path, outer: tuple[str, ...]) -> Iterator[Path]:
 def _check_classes(root: Path, files: list[Path]) -> None:
     """Raise a DataError where first-level folders are not the classes, but hold them."""
     files = [file for file in files if _kind(file)]
-    inner, own = defaultdict(set), set()
+    inner: dict[str, set[str]] = {}  # by first-level folder: the names of the folders in it
+    with_files = set()  # the first-level folders that hold files themselves
     for first, *rest in (file.relative_to(root).parts for file in files):
-        inner[first].update(rest[:1] if len(rest) > 1 else ())
-        if len(rest) == 1:
-            own.add(first)
+        folders = inner.setdefault(first, set())
+        if len(rest) > 1:
+            folders.add(rest[0])
+        else:
+            with_files.add(first)
     advice = "expected one subfolder for each class: give the path of one of them"
-    parts = {name: part for name in inner if (part := _part(name, name in own))}
+    parts = {name: part for name in inner if (part := _part(name, name in with_files))}
     if len(set(parts.values())) > 1:
         raise DataError(f"{root} holds {', '.join(parts)}, which are parts of a data set and no classes; {advice}")
     if len(inner) == 1:
@@ -323,7 +326,7 @@ def _check_classes(root: Path, files: list[Path]) -> None:
         if all(file.parent != folder for file in files):
             names = _some({file.relative_to(folder).parts[0] for file in files})
             raise DataError(f"{root}: expected one subfolder for each class; give {folder}, which holds {names}")
-    nested = {name: folders for name, folders in inner.items() if name not in own}
+    nested = {name: folders for name, folders in inner.items() if name not in with_files}
     counts = Counter(folder for folders in nested.values() for folder in folders)
     if same := {folder for folder, count in counts.items() if count > 1}:
         holders = [name for name, folders in nested.items() if folders & same]
@@ -334,7 +337,7 @@ def _check_classes(root: Path, files: list[Path]) -> None:
 
 
 def _part(name: str, has_files: bool) -> str | None:
-    """Return the word for the part of a data set that a folder is. Of one with files the name must be no more."""
+    """Return the word, like "train", that names a folder as a part of a data set; of one with files it is the name."""
     match = PART.search(name)
     if match and has_files and (match.start() or not PART_END.fullmatch(name, match.end())):
         return None

@@ -35,7 +35,7 @@ from daam.recipes.runs import Settings, check_output
 from daam.recipes.training import cached_job, run
 
 LAYERS, FEATURES = 12, 64
-# by the folder of its run: the method, the layers it sees (all where none are named), its learning rate
+# by the folder of a run: its method, the layers it sees (all where none are named), its learning rate
 DECODERS = {
     "daam": ("daam", (), 1e-3),
     "mha": ("mha", (), 1e-3),
@@ -45,7 +45,7 @@ DECODERS = {
 
 
 class Encoder(nn.Module):
-    """A pre-norm transformer over the 16 patches of 2 x 2 pixels of an image."""
+    """Encode images, (batch, 8, 8), by a pre-norm transformer over their 16 patches of 2 x 2 pixels."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -57,7 +57,7 @@ class Encoder(nn.Module):
         )
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return the last layer's hidden states, (batch, 16, features)."""
+        """Return the last layer's hidden states, (batch, 16, FEATURES), of images, (batch, 8, 8)."""
         patches = images.reshape(-1, 4, 2, 4, 2).transpose(2, 3).reshape(-1, 16, 4)
         hidden = self.embed(patches) + self.position
         for layer in self.layers:
@@ -66,8 +66,8 @@ class Encoder(nn.Module):
 
 
 def train_encoder(images: Tensor, labels: Tensor, epochs: int) -> Encoder:
-    """Return an encoder that has learned the given digits: its last layer, pooled, under a linear classifier that is
-    thrown away.
+    """Return an encoder that has learned to tell the digits 0-4 apart, from images, (examples, 8, 8), and labels,
+    (examples,): by its last layer, pooled, and a linear classifier that is thrown away.
     """
     encoder, classify = Encoder().to(images.device), nn.Linear(FEATURES, 5).to(images.device)
     optimizer = torch.optim.AdamW([*encoder.parameters(), *classify.parameters()], lr=3e-3)
@@ -83,7 +83,7 @@ def train_encoder(images: Tensor, labels: Tensor, epochs: int) -> Encoder:
 
 @guarded
 def main(argv: list[str] | None = None) -> None:
-    """Run the demo."""
+    """Run the command line: the demo, from the training of its encoder to its pictures."""
     parser = Parser(description=__doc__.partition("\n")[0])
     parser.add_argument("--device", type=device, default="cpu", help='where to train; "cuda" uses the kernels')
     parser.add_argument("--backend", default="auto", choices=("auto", "triton", "eager"))
@@ -105,7 +105,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _make_cache(args: argparse.Namespace) -> Cache:
-    """Return the features of the digits 5-9, of an encoder that is trained here on the digits 0-4."""
+    """Train an encoder on the digits 0-4, and return its features of the digits 5-9."""
     torch.manual_seed(0)
     data = load_digits()
     images = torch.tensor(data.images, dtype=torch.float32, device=args.device) / 16

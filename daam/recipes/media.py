@@ -79,9 +79,8 @@ def read_image(path: str | Path) -> Image:
         )
     if key_scale and "transparency" in image.info:
         key = image.info["transparency"]
-        image.info["transparency"] = (
-            tuple(int(k * key_scale) for k in key) if isinstance(key, tuple) else int(key * key_scale)
-        )
+        scaled = [int(value * key_scale) for value in (key if isinstance(key, tuple) else [key])]
+        image.info["transparency"] = tuple(scaled) if isinstance(key, tuple) else scaled[0]
     return _convert_profile(_flatten(image), profile)
 
 
@@ -160,7 +159,7 @@ def _scale_grey(image: Any, tags: dict) -> Image:
 
 
 def _flatten(image: Any) -> Image:
-    """Return an image without transparency, in RGB or CMYK."""
+    """Return an image on white where it was transparent, in RGB or CMYK."""
     if image.mode == "La":
         image = image.convert("LA")  # there is no direct way
     if image.has_transparency_data:
@@ -172,7 +171,7 @@ def _flatten(image: Any) -> Image:
 
 
 def _convert_profile(image: Any, profile: bytes | None) -> Image:
-    """Return an image in sRGB, of one in the colours of an ICC profile."""
+    """Return an image in RGB, from the colours of its ICC profile converted to sRGB where there is a valid one."""
     if profile:
         cms = import_extra("PIL.ImageCms")
         # viewers leave out a profile that is broken, or of other channels than the image has
@@ -228,8 +227,8 @@ def _read_blocks(path: str | Path, file: Any, frames: int | None = None) -> Iter
         if not len(block):
             break
         if not (finite := np.isfinite(block).all(1)).all():
-            at = int(finite.argmin())
-            raise DataError(f"{path}: sample {done + at} is {block[at].sum()}, expected finite numbers")
+            index = int(finite.argmin())
+            raise DataError(f"{path}: sample {done + index} is {block[index].sum()}, expected finite numbers")
         yield block.mean(1, dtype=np.float64).astype(np.float32)
         left, done = left - len(block), done + len(block)
     if SLACK < left < ENDLESS_FRAMES - done:
@@ -239,13 +238,13 @@ def _read_blocks(path: str | Path, file: Any, frames: int | None = None) -> Iter
 def _check_complete(path: str | Path, kind: str) -> None:
     """Raise a DataError where a file is shorter than it promises: libsndfile then reads what is there."""
     with open(path, "rb") as file:
-        there, promised = _ogg_bytes(file) if kind == "OGG" else _chunk_bytes(file)
-    if there < promised < ENDLESS_BYTES:
-        raise DataError(f"{path}: the file is truncated, it holds {there} bytes of sound of {promised}")
+        present, promised = _ogg_bytes(file) if kind == "OGG" else _chunk_bytes(file)
+    if present < promised < ENDLESS_BYTES:
+        raise DataError(f"{path}: the file is truncated, it holds {present} bytes of sound of {promised}")
 
 
 def _chunk_bytes(file: Any) -> tuple[int, int]:
-    """Return how many bytes there are behind the header of the samples of WAV or AIFF, and how many it promises."""
+    """Return how many bytes stand behind the header of the samples, and how many it promises: of WAV or AIFF."""
     size = file.seek(0, os.SEEK_END)
     file.seek(0)
     order = {b"RIFF": "<", b"RF64": "<", b"RIFX": ">", b"FORM": ">"}.get(file.read(12)[:4])
@@ -258,7 +257,7 @@ def _chunk_bytes(file: Any) -> tuple[int, int]:
 
 
 def _ogg_bytes(file: Any) -> tuple[int, int]:
-    """Return how many bytes of the last page of an Ogg file there are, and how many its table promises."""
+    """Return how many bytes the last page of an Ogg file has, and how many its table promises."""
     size = file.seek(0, os.SEEK_END)
     file.seek(max(0, size - OGG_PAGE))
     tail = file.read()

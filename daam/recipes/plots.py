@@ -25,7 +25,7 @@ except ImportError as error:
 
 
 def plot_curves(results: dict[str, Any], path: Path) -> None:
-    """Draw training loss and validation accuracy of every part against the epoch."""
+    """Draw training loss and validation accuracy of every part of a run against the epoch, into a file."""
     with _picture(path, (10, 3.8)) as figure:
         left, right = figure.subplots(1, 2)
         for i, part in enumerate(results["parts"]):
@@ -43,7 +43,7 @@ def plot_curves(results: dict[str, Any], path: Path) -> None:
 
 
 def plot_comparison(rows: list[dict[str, Any]], path: Path) -> None:
-    """Draw test accuracy against trainable parameters, mean and spread over parts."""
+    """Draw test accuracy of several runs against trainable parameters, mean and spread over parts, into a file."""
     with _picture(path, (8, 4.5)) as figure:
         axes = figure.subplots()
         for i, row in enumerate(sorted(rows, key=lambda row: row["trainable_parameters"])):
@@ -60,8 +60,8 @@ def plot_comparison(rows: list[dict[str, Any]], path: Path) -> None:
 def plot_importance(
     importance: np.ndarray, contribution: np.ndarray, names: list[int], heads: int, about: str, path: Path
 ) -> None:
-    """Draw the importance factor of every layer and feature, (layers, features), and the percent of each layer. names:
-    the layers' numbers.
+    """Draw the importance factor of every layer and feature, (layers, features), and the contribution of each layer in
+    percent, (layers,), into a file. names: the layers' numbers. about: the title.
     """
     layers, features = importance.shape
     with _picture(path, (11, 1.5 + max(3, 0.22 * layers))) as figure:
@@ -82,8 +82,8 @@ def plot_importance(
 
 
 def plot_gaussians(mean_offset: np.ndarray, c: np.ndarray, about: str, path: Path) -> None:
-    """Draw what every head learned, (heads, P) each: its Gaussians, as their mean and middle half, and ranges of both
-    parameters.
+    """Draw what every head learned, mean offsets and scaled variances of (heads, P), into a file: its Gaussians, as
+    their mean and middle half, and ranges of both parameters. about: the title.
     """
     heads, z = len(c), np.linspace(-4, 4, 161)
     with _picture(path, (13, 4)) as figure:
@@ -105,7 +105,7 @@ def plot_gaussians(mean_offset: np.ndarray, c: np.ndarray, about: str, path: Pat
 
 
 def describe(results: dict[str, Any]) -> str:
-    """Return data, encoder, device and version of a run in a line."""
+    """Return encoder, data, device and version of torch of a run, from its results, in a line."""
     about = results["about"]
     cache = about.get("cache") or {}
     torch = about.get("torch")
@@ -115,7 +115,7 @@ def describe(results: dict[str, Any]) -> str:
 
 @contextlib.contextmanager
 def _picture(path: Path, size: tuple[float, float]) -> Iterator[Figure]:
-    """Give an empty figure, and write what was drawn on it; tell of an exception in a line, and go on."""
+    """Give an empty figure of a size in inches, and write what was drawn on it; tell of an exception, and go on."""
     try:
         # a user's style may have LaTeX set all text, and fail at the _ of a name
         with rc_context({"text.usetex": False}), warnings.catch_warnings():
@@ -131,11 +131,11 @@ def _picture(path: Path, size: tuple[float, float]) -> Iterator[Figure]:
 
 
 def _add_title(figure: Figure, text: str) -> None:
-    """Put text over a figure as it is: two $ of a name are no mathematics."""
+    """Put text over a figure as it stands: two $ of a name are no mathematics."""
     figure.suptitle(text, fontsize=10, parse_math=False)
 
 
 def _add_legend(axes: Axes, **options: Any) -> None:
-    """Put a legend whose names stand as they are."""
+    """Add a legend whose names stand as they are, without mathematics."""
     for text in axes.legend(**options).get_texts():
         text.set_parse_math(False)

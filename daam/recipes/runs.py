@@ -16,12 +16,12 @@ from daam.recipes.errors import UserError
 
 
 class RunError(UserError):
-    """A run cannot start or go on: its folder is another's, a class has too few examples, sizes do not fit a method."""
+    """Tell why a run cannot start or go on: the folder is another's, a class has too few examples, sizes do not fit."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What a run's numbers depend on, beside the examples."""
+    """Hold what a run's numbers depend on, beside the examples."""
 
     method: str
     epochs: int = 35
@@ -37,7 +37,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Split:
-    """Places of examples."""
+    """Hold the places of the examples that train, validate and test, (places,) of int64 each."""
 
     train: Tensor
     validation: Tensor
@@ -46,9 +46,9 @@ class Split:
 
 @dataclass
 class Part:
-    """What one fold or seed gave. losses of training, accuracies and validation_losses: one an epoch. memory: bytes of
-    training, the peak on a GPU, elsewhere what the forward pass of a step saves for its backward pass. validation,
-    test: places of examples.
+    """Hold what one fold or seed gave. accuracy: on test, of the best epoch. losses of training, accuracies and
+    validation_losses of validation, seconds: one an epoch. memory: bytes of training, the peak on a GPU, elsewhere what
+    the forward pass of a step saves for its backward pass. validation, test: places of examples.
     """
 
     accuracy: float = 0.0
@@ -63,25 +63,25 @@ class Part:
 
 
 def check_output(output: Path) -> None:
-    """Raise a RunError where a folder is not one to write results into."""
+    """Raise a RunError where an --output is a file, or the folder of a cache."""
     if output.exists() and not output.is_dir():
         raise RunError(f"--output {output} is a file, expected a folder")
     if (output / "cache.json").exists():
         raise RunError(f"--output {output} is a cache, expected another folder: its files would be taken for features")
 
 
-def claim(output: Path, own: dict[str, Any]) -> None:
-    """Note what a folder's run is, or find that it is another one."""
-    path, own = output / "run.json", json.loads(json.dumps(own))
+def claim(output: Path, identity: dict[str, Any]) -> None:
+    """Write what a folder's run is into run.json; raise a RunError where that says that the run is another one."""
+    path, new = output / "run.json", json.loads(json.dumps(identity))  # as it will be read: JSON has no tuples
     if not path.exists():
-        write_json(path, own)
+        write_json(path, new)
         return
-    there = read_json(path)
-    if not isinstance(there, dict):
+    old = read_json(path)
+    if not isinstance(old, dict):
         raise RunError(_broken(path, "no settings"))
-    keys = dict.fromkeys([*own, *there])
+    keys = dict.fromkeys([*new, *old])
     keys.pop("device", None)  # earlier versions noted it
-    if differ := [f"{key} {there.get(key)} and {own.get(key)}" for key in keys if there.get(key) != own.get(key)]:
+    if differ := [f"{key} {old.get(key)} and {new.get(key)}" for key in keys if old.get(key) != new.get(key)]:
         raise RunError(f"{output} holds another run, choose another folder: {', '.join(differ)}")
 
 
@@ -111,7 +111,7 @@ RESULTS = {
 
 
 def _details(results: dict[str, Any]) -> dict[str, bool]:
-    """Return for the entries of results that have entries of their own whether these are there."""
+    """Return whether the entries of some results are complete, by the name of each that has entries itself."""
     accuracy, memory, layers = results["accuracy"], results["memory"], results["settings"].get("layers")
     fields = Settings.__dataclass_fields__.keys()
     return {
@@ -123,7 +123,7 @@ def _details(results: dict[str, Any]) -> dict[str, bool]:
 
 
 def read_part(data: Any, split: Split | None, path: Path) -> Part:
-    """Return a part that a file holds, of a split where one is given."""
+    """Return the part that a file at path holds as data; raise a RunError where it is none, or of another split."""
     try:
         part = Part(**data)
         numbers = [part.accuracy, part.best_epoch, part.memory]
@@ -146,21 +146,17 @@ def _are_places(values: list[Any]) -> bool:
     return all(isinstance(value, int) and value >= 0 for value in values)
 
 
-def _broken(path: Path, what: object) -> str:
-    return f"{path} is broken ({what}), or of another version: delete it and run again"
+def _broken(path: Path, reason: object) -> str:
+    return f"{path} is broken ({reason}), or of another version: delete it and run again"
 
 
 def write_json(path: Path, data: Any) -> None:
-    """Write data as a whole file, or none."""
+    """Write data as JSON into a file as a whole, or not at all."""
     write_whole(path, (json.dumps(data, indent=1) + "\n").encode())
 
 
 def read_json(path: Path) -> Any:
-    """Return what a file holds.
-
-    Raises:
-        RunError: it is no JSON.
-    """
+    """Return what a file of JSON holds; raise a RunError where it is none."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -168,18 +164,14 @@ def read_json(path: Path) -> Any:
 
 
 def save_state(path: Path, state: dict[str, Any]) -> None:
-    """Write a checkpoint as a whole file, or none."""
+    """Write a checkpoint into a file as a whole, or not at all."""
     data = io.BytesIO()
     torch.save(state, data)
     write_whole(path, data.getvalue())
 
 
 def load_state(path: Path, device: str) -> dict[str, Any]:
-    """Return a checkpoint.
-
-    Raises:
-        RunError: it is broken.
-    """
+    """Return the checkpoint that a file holds, on a device; raise a RunError where it is broken."""
     try:
         state = torch.load(path, map_location=device)
     except Exception as error:  # zip, pickle and end of file each fail in a way of their own

@@ -23,10 +23,11 @@ REACH = 6  # a projection on a direction of unit variance is apart by six standa
 
 
 def splits(labels: Tensor, settings: Settings, groups: Tensor | None = None) -> list[Split]:
-    """Return folds or seeds, stratified by label; a tenth of what does not test validates, an example a class at least.
+    """Return a split for each fold or seed, stratified by labels, (examples,). A tenth of what does not test validates,
+    one example of each class at least.
 
-    Every class is in all three parts of each. Examples of one group are in one part, but for those of a class that has
-    too few different ones.
+    Every class is in all three parts of each split. Examples of one group, see `find_equal`, are in one part, but for
+    those of a class that has too few different ones. Raises a RunError where a class has too few examples.
     """
     check_counts(labels, settings)
     if groups is not None:
@@ -35,7 +36,7 @@ def splits(labels: Tensor, settings: Settings, groups: Tensor | None = None) -> 
 
 
 def check_counts(labels: Tensor, settings: Settings, names: list[str] | None = None) -> None:
-    """Raise a RunError where there are not enough examples of each class to split them."""
+    """Raise a RunError where there are too few examples of a class to split them. names: of the classes, to be told."""
     if not len(labels):
         raise RunError("there are no examples, expected some of each class")
     if not settings.seeds and settings.folds < 2:
@@ -54,37 +55,47 @@ def check_counts(labels: Tensor, settings: Settings, names: list[str] | None = N
 
 def needed(folds: int, seeds: int | None) -> int:
     """Return how many examples of a class it takes for each part of each split to have one."""
+    if seeds:
+        return 3
     # two folds test half of a class each, and the other half must be two examples, to train and to validate on
-    return 3 if seeds else 4 if folds == 2 else folds
+    return 4 if folds == 2 else folds
 
 
 def find_equal(features: Tensor) -> Tensor:
     """Return for every example the place of the first one with its features: (examples, …) to (examples,) in int64.
 
-    Features count as equal that differ by no more than an encoder's rounding does.
+    Features count as equal that differ by no more than an encoder's rounding does. To compare all pairs would take too
+    long. Projections of equal examples on a random direction are nearly the same, so neighbours in their order are
+    compared alone; others that lie between two equal examples along one direction do so hardly along all of them.
     """
     rows = features.flatten(1)
+    limits = EQUAL * rows.norm(dim=1).double()  # of the distance to an equal example
     directions = torch.randn(rows.shape[1], DIRECTIONS, generator=torch.Generator().manual_seed(0)).double()
-    projections = torch.cat([some.double() @ directions for some in rows.split(1024)])
-    bounds = EQUAL * rows.norm(dim=1).double()
-    pairs = torch.cat([_equal_neighbours(rows, bounds, p) for p in projections.T], 1).numpy()
-    graph = coo_array((np.ones(pairs.shape[1]), (pairs[0], pairs[1])), shape=(len(rows), len(rows)))
-    _, group = connected_components(graph, directed=False)
-    _, first, inverse = np.unique(group, return_index=True, return_inverse=True)
-    return torch.from_numpy(first[inverse])
+    # some rows at a time: all of them in double precision may have no room
+    projections = torch.cat([block.double() @ directions for block in rows.split(1024)])
+    pairs = torch.cat([_equal_neighbours(rows, limits, projection) for projection in projections.T], 1)
+    return _first_connected(pairs, len(rows))
 
 
-def _equal_neighbours(rows: Tensor, bounds: Tensor, projection: Tensor) -> Tensor:
-    """Return the pairs of equal rows among those that a projection puts side by side, (2, pairs)."""
-    along, order = projection.sort()
-    near = (along.diff() <= REACH * bounds[order[1:]]).nonzero().flatten()
-    pairs = torch.stack([order[near], order[near + 1]])
+def _first_connected(pairs: Tensor, count: int) -> Tensor:
+    """Return for each of count places the first one that pairs, (2, pairs), connect it with, also over others."""
+    edges = (np.ones(pairs.shape[1]), tuple(pairs.numpy()))
+    _, component = connected_components(coo_array(edges, shape=(count, count)), directed=False)
+    _, first = np.unique(component, return_index=True)  # components are numbered from 0
+    return torch.from_numpy(first[component])
+
+
+def _equal_neighbours(rows: Tensor, limits: Tensor, projection: Tensor) -> Tensor:
+    """Return the pairs of places, (2, pairs), of equal rows that are neighbours by a projection, (rows,)."""
+    values, order = projection.sort()
+    places = (values.diff() <= REACH * limits[order[1:]]).nonzero().flatten()
+    pairs = torch.stack([order[places], order[places + 1]])
     distances = torch.cat([(rows[first] - rows[second]).norm(dim=1) for first, second in pairs.split(1024, 1)])
-    return pairs[:, (distances <= bounds[pairs[1]]) & distances.isfinite()]
+    return pairs[:, (distances <= limits[pairs[1]]) & distances.isfinite()]
 
 
 def keep_together(labels: Tensor, groups: Tensor, folds: int, seeds: int | None) -> Tensor:
-    """Return groups, taken apart for classes that have too few different examples to be in every part."""
+    """Return groups, (examples,), in which each example of a class with too few different ones is a group itself."""
     first = groups.unique()
     different = labels[first].bincount(minlength=int(labels.max()) + 1)
     return torch.where(different[labels] < needed(folds, seeds), torch.arange(len(labels)), groups)
@@ -117,9 +128,8 @@ def _random_tests(y: np.ndarray, seeds: int):
 
 
 def _hold_out(places: np.ndarray, y: np.ndarray, size: int, seed: int, spare: int) -> tuple[np.ndarray, np.ndarray]:
-    """Draw size of the places, or a few more or less, so that every class is among them and spare ones of it are not.
-
-    Returns (those not drawn, those drawn).
+    """Return (rest, drawn): places cut in two at random. About size of them are drawn, so that of every class in y at
+    least one is drawn, and at least spare are left.
     """
     rest, drawn = train_test_split(places, test_size=size, random_state=seed, stratify=y[places])
     for label in np.unique(y[places]):
@@ -130,7 +140,7 @@ def _hold_out(places: np.ndarray, y: np.ndarray, size: int, seed: int, spare: in
 
 
 def _move(source: np.ndarray, target: np.ndarray, y: np.ndarray, label: int, count: int):
-    """Move examples of a class until the target has count of it; return both."""
+    """Move examples of a class from source to target until the target has count of it; return both."""
     missing = count - np.count_nonzero(y[target] == label)
     if missing <= 0:
         return source, target

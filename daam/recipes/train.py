@@ -55,15 +55,14 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
 
 
 def settings_from(args: argparse.Namespace, method: str) -> Settings:
-    """Return the settings of a command line."""
+    """Return the settings of a method that the options of a command line give."""
     names = ("epochs", "batch", "rate", "weight_decay", "loss", "folds", "seeds", "stop_after")
     return Settings(method, **{name: getattr(args, name) for name in names})
 
 
 def check_methods(args: argparse.Namespace, methods: list[str], cache: Cache) -> dict[str, Job]:
-    """Make what would fail later fail before anything is trained, and tell what is not to be seen in the results.
-
-    Returns the jobs of LoRA, for which the examples are read and the encoder is loaded.
+    """Check what would fail later before anything is trained, and print what is not to be seen in the results. Return
+    the jobs of LoRA by method, for which the examples are read and the encoder is loaded.
     """
     check_output(args.output)
     check_counts(cache.labels, settings_from(args, methods[0]), cache.names)
@@ -84,24 +83,24 @@ def check_methods(args: argparse.Namespace, methods: list[str], cache: Cache) ->
 
 
 def _tell_equal(cache: Cache, settings: Settings) -> None:
-    """Print in a line how many examples equal another, and which of them can train where it tests."""
+    """Print in a line how many examples equal another, and of which classes equal ones can train and test at once."""
     groups, places = find_equal(cache.features), torch.arange(len(cache.labels))
     repeated = int((groups != places).sum())
     if not repeated:
         return
-    apart = groups != keep_together(cache.labels, groups, settings.folds, settings.seeds)
+    parted = groups != keep_together(cache.labels, groups, settings.folds, settings.seeds)
     line = f"{repeated} of {len(places)} examples equal an earlier one, and are in one part with it"
-    if apart.any():
-        names = ", ".join(repr(cache.names[i]) for i in cache.labels[apart].unique().tolist())
-        line += f", but for {int(apart.sum())} of {names}: these have too few different examples, and can train on the "
-        line += "one that tests"
+    if parted.any():
+        names = ", ".join(repr(cache.names[i]) for i in cache.labels[parted].unique().tolist())
+        line += f", but for {int(parted.sum())} of {names}: these have too few different examples, and can train on "
+        line += "the one that tests"
     if other := int((cache.labels != cache.labels[groups]).sum()):
         line += f"; {other} are labelled otherwise than the first that they equal"
     print(line)
 
 
 def job_for(args: argparse.Namespace, cache: Cache, method: str) -> Job:
-    """Return the job of a method with the options of a command line."""
+    """Return the job of a method on a cache, with the options of a command line."""
     settings = settings_from(args, method)
     if not method.startswith("lora"):
         return cached_job(cache, settings, args.device)
@@ -109,14 +108,14 @@ def job_for(args: argparse.Namespace, cache: Cache, method: str) -> Job:
 
 
 def train(args: argparse.Namespace, cache: Cache, method: str, output: Path, job: Job | None) -> dict:
-    """Train one method with the options of a command line. job: where `check_methods` has made it."""
+    """Train a method with the options of a command line; return its results. job: where `check_methods` has made it."""
     job = job_for(args, cache, method) if job is None else job
     return run(job, settings_from(args, method), output, args.device, {"cache": cache.about})
 
 
 @guarded
 def main(argv: list[str] | None = None) -> None:
-    """Train one method on a cache."""
+    """Run the command line: train one method on a cache."""
     parser = Parser(description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_settings(parser)
     parser.add_argument("--method", choices=METHODS, default="daam", help="(default %(default)s)")

@@ -35,8 +35,9 @@ METHODS = ("daam", "daamv2", *ATTENTIONS[1:], "linear", "lora", "lora+")
 
 @dataclass
 class Job:
-    """A model to train: build() makes it, inputs(places) are those of its forward pass. identity: of the examples.
-    groups: for every example the place of the first that equals it, where some do; see `splits.find_equal`.
+    """Describe a model to train and its examples: build() makes the model, inputs(places) the arguments of its forward
+    pass. labels: (examples,). identity: a hash of the examples. rates: makes of a model and a rate AdamW's groups of
+    parameters. groups: for every example the first that equals it, see `splits.find_equal`; None where none do.
     """
 
     build: Callable[[], nn.Module]
@@ -48,12 +49,12 @@ class Job:
 
 
 def heads_for(layers: int, method: str) -> int:
-    """Return the largest of 8, 6, 5, 4, 3, 2, 1 that divides the layers and leaves each head three or more, as the
-    paper's 8 of 24; one where none does, and for DAAMv2. Of two layers each is one standard deviation from their mean:
-    density attention would weigh them alike.
+    """Return the number of heads of a method on so many layers: the largest of HEADS that divides them and leaves each
+    head three or more, as the paper's 8 of 24; 1 where none does, and for DAAMv2.
     """
     if method == "daamv2":
         return 1
+    # of two layers each is one standard deviation from their mean: density attention would weigh them alike
     return next((h for h in HEADS if layers % h == 0 and layers // h >= 3), 1)
 
 
@@ -80,14 +81,14 @@ def decoder_for(method: str, layers: int, features: int, classes: int) -> nn.Mod
 
 
 class _Linear(nn.Linear):
-    """A linear classifier on all layers."""
+    """Classify by a linear map of all layers, (batch, layers, features)."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.flatten(1))
 
 
 def cached_job(cache: Cache, settings: Settings, device: str = "cpu") -> Job:
-    """Return the job of a decoder on features, which go to the device at once; settings.layers chooses among them."""
+    """Return the job of a decoder on cached features, which go to the device at once, of settings.layers or all."""
     features = (cache.features[:, list(settings.layers)] if settings.layers else cache.features).to(device)
 
     def build() -> nn.Module:
@@ -101,7 +102,8 @@ def cached_job(cache: Cache, settings: Settings, device: str = "cpu") -> Job:
 
 
 def run(job: Job, settings: Settings, output: Path, device: str = "cpu", about: dict[str, Any] | None = None) -> dict:
-    """Train every part, or what is left of them; write and return the results. A finished run is returned as it is.
+    """Train every part of a job, or what is left of them, in the folder output; write and return the results, as
+    results.json holds them. A finished run is returned as it is.
 
     Raises:
         RunError: the folder holds something else, a file of it is broken, there are too few examples, the loss is not
@@ -110,13 +112,13 @@ def run(job: Job, settings: Settings, output: Path, device: str = "cpu", about: 
     all_splits = splits(job.labels, settings, job.groups)
     runs.check_output(output)
     # not the device and its threads: they are how a run was made, not what it is
-    own = {**asdict(settings), "examples": job.identity}
+    identity = {**asdict(settings), "examples": job.identity}
     if (output / "results.json").exists():
-        runs.claim(output, own)
+        runs.claim(output, identity)
         return runs.read_results(output, all_splits)
     model = job.build()  # what cannot be built does not claim the folder
     with exclusive(output):
-        runs.claim(output, own)
+        runs.claim(output, identity)
         parts = [_finish_part(job, split, settings, output, i, device) for i, split in enumerate(all_splits)]
         results = _results(job, settings, model, parts, device, about or {})
         runs.write_json(output / "results.json", results)
@@ -125,7 +127,7 @@ def run(job: Job, settings: Settings, output: Path, device: str = "cpu", about: 
 
 
 def _finish_part(job: Job, split: Split, settings: Settings, output: Path, i: int, device: str) -> Part:
-    """Return what part i gave, after training what is left of it."""
+    """Train what is left of part i, and return what the part gave."""
     stem = output / f"part-{i}"
     done = stem.with_suffix(".json")
     if not done.exists():
@@ -138,7 +140,7 @@ def _finish_part(job: Job, split: Split, settings: Settings, output: Path, i: in
 def _results(
     job: Job, settings: Settings, model: nn.Module, parts: list[Part], device: str, about: dict[str, Any]
 ) -> dict[str, Any]:
-    """Return what results.json says."""
+    """Return what results.json says of a job whose parts are trained."""
     accuracy = torch.tensor([part.accuracy for part in parts], dtype=torch.float64)
     on_gpu = torch.device(device).type == "cuda"
     return {
@@ -155,7 +157,7 @@ def _results(
 
 
 def train_part(model: nn.Module, job: Job, split: Split, settings: Settings, stem: Path, device: str) -> Part:
-    """Train on one split. A checkpoint after every epoch; the best epoch's decoder stays as safetensors."""
+    """Train on one split and return what it gave; stem begins the names of the checkpoint and of the best decoder."""
     optimizer = torch.optim.AdamW(job.rates(model, settings.rate), weight_decay=settings.weight_decay)
     schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, "max", factor=0.1, patience=10)
     part, best = Part(validation=split.validation.tolist(), test=split.test.tolist()), None
@@ -179,9 +181,9 @@ def train_part(model: nn.Module, job: Job, split: Split, settings: Settings, ste
         schedule.step(part.accuracies[-1])
         if part.best_epoch < 0 or _score(part, epoch) > _score(part, part.best_epoch):
             part.best_epoch = epoch
-            best = {name: t.clone() for name, t in _own_state(model).items()}
+            best = {name: t.clone() for name, t in _trained_state(model).items()}
         bar.set_postfix(loss=f"{part.losses[-1]:.4f}", accuracy=f"{part.accuracies[-1]:.3f}")
-        state = {"model": _own_state(model), "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}
+        state = {"model": _trained_state(model), "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}
         runs.save_state(checkpoint, {**state, "part": asdict(part), "best": best})
     model.load_state_dict(best, strict=False)
     part.accuracy, _ = evaluate(model, job, split.test, settings, device)
@@ -194,7 +196,7 @@ def _train_epoch(
     model: nn.Module, job: Job, split: Split, settings: Settings, optimizer: torch.optim.Optimizer, epoch: int,
     part: Part, device: str,
 ) -> None:  # fmt: skip
-    """Pass over the examples once, in an order that only the epoch decides; what it gave goes into part."""
+    """Train on the examples of a split once, in an order that only the epoch decides, and add what it gave to part."""
     on_gpu = torch.device(device).type == "cuda"
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(device)
@@ -221,7 +223,7 @@ def _train_epoch(
 
 
 def _advice(job: Job, split: Split, settings: Settings, device: str) -> str:
-    """Return what to do about a loss that is not finite: only where the first steps are finite it is the rate."""
+    """Return in words what to do about a loss that is not finite: take a lower rate, or look at the examples."""
     model = job.build().to(device)
     for batch in split.train.split(settings.batch):
         loss, _ = _loss(model, job, batch, settings, device)
@@ -239,14 +241,13 @@ def _advice(job: Job, split: Split, settings: Settings, device: str) -> str:
 
 
 def _score(part: Part, epoch: int) -> tuple[float, float]:
-    """Return what the better of two epochs has more of: of few examples many epochs get all right, and of these the one
-    of lower loss is better.
-    """
+    """Return the score of an epoch, by which the best is chosen: its accuracy, then its loss."""
+    # of few examples many epochs get all right
     return part.accuracies[epoch], -part.validation_losses[epoch]
 
 
 def _loss(model: nn.Module, job: Job, places: Tensor, settings: Settings, device: str) -> tuple[Tensor, Tensor]:
-    """Return the loss, and the scores it is of."""
+    """Return the loss of the examples at some places, a scalar, and the scores of the classes, (places, classes)."""
     with _autocast(device):
         scores = model(**{name: t.to(device) for name, t in job.inputs(places).items()})
     return LOSSES[settings.loss](scores.float(), job.labels[places].to(device)), scores
@@ -254,7 +255,7 @@ def _loss(model: nn.Module, job: Job, places: Tensor, settings: Settings, device
 
 @torch.no_grad()
 def evaluate(model: nn.Module, job: Job, places: Tensor, settings: Settings, device: str) -> tuple[float, float]:
-    """Return accuracy and mean loss."""
+    """Return accuracy and mean loss of a model on the examples at some places."""
     model.eval()
     right = total = 0.0
     for batch in places.split(64):
@@ -265,25 +266,25 @@ def evaluate(model: nn.Module, job: Job, places: Tensor, settings: Settings, dev
 
 
 def _autocast(device: str):
-    """Compute in bf16 on a GPU that has it."""
+    """Return a context in which models compute in bf16, on a GPU that has it; elsewhere it does nothing."""
     kind = torch.device(device).type
-    has = kind == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.autocast(kind, torch.bfloat16, enabled=has)
+    enabled = kind == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.autocast(kind, torch.bfloat16, enabled=enabled)
 
 
 def trainable(model: nn.Module) -> list[nn.Parameter]:
-    """Return the parameters that training changes."""
+    """Return the parameters of a model that training changes."""
     return [p for p in model.parameters() if p.requires_grad]
 
 
-def _own_state(model: nn.Module) -> dict[str, Tensor]:
-    """Return what training changes: all but frozen parameters."""
+def _trained_state(model: nn.Module) -> dict[str, Tensor]:
+    """Return what training changes of a model's state, by name: all but frozen parameters."""
     frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
     return {name: t for name, t in model.state_dict().items() if name not in frozen}
 
 
 def device_name(device: str) -> str:
-    """Return a device in words."""
+    """Return a device in words: a GPU's name, or a CPU's architecture and threads."""
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
