@@ -124,7 +124,8 @@ def test_killed_and_run_again(toy, tmp_path):
     assert files(folder) == files(tmp_path / "undisturbed")
 
 
-def test_goes_on_after_an_error_in_the_middle(toy, tmp_path, capsys):
+def test_goes_on_after_an_error_in_the_middle(toy, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)  # where a bar shows what it begins with
     run_toy(toy, tmp_path / "undisturbed")
 
     def breaks(texts):
