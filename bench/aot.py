@@ -34,7 +34,7 @@ TARGETS = {
 
 @dataclass(frozen=True)
 class Launch:
-    """A kernel and the arguments it was launched with; tensors among them may be on the meta device."""
+    """Hold a kernel and the arguments it was launched with; tensors among them may be on the meta device."""
 
     kernel: Any
     args: tuple
@@ -42,14 +42,15 @@ class Launch:
 
     @property
     def name(self) -> str:
+        """Return the name of the kernel's function."""
         return self.kernel.fn.__name__
 
 
 @dataclass(frozen=True)
 class Compiled:
-    """What a launch needs on a target: registers a thread, stack and shared memory in bytes; and its assembly text.
+    """Hold what a launch needs on a target: registers a thread, stack and shared memory in bytes; and its assembly.
 
-    stack is what spilled: 0 on a kernel that fits. On AMD GPUs it is the private segment, and there is no cubin.
+    stack is what spilled: 0 of a kernel that fits. On AMD GPUs it is the private segment, and there is no cubin.
     """
 
     registers: int
@@ -60,12 +61,12 @@ class Compiled:
 
     @property
     def code(self) -> str:
-        """Machine code as text: SASS on NVIDIA GPUs, the assembly on others."""
+        """Return the machine code as text: SASS for NVIDIA GPUs, the assembly for others."""
         return self.assembly if self.cubin is None else read_cubin(self.cubin, "nvdisasm", "-c")
 
     @property
     def load_bits(self) -> int:
-        """Width in bits of the widest load from global memory; 0 where there is none."""
+        """Return the width in bits of the widest load from global memory; 0 where there is none."""
         widths = [32 * int(n) for n in re.findall(r"(?:global|buffer)_load_dwordx(\d)", self.assembly)]
         for vector, bits in re.findall(r"ld\.global(?:\.\w+::\w+)*(?:\.v(\d))?\.b(\d+)", self.assembly):
             widths.append(int(vector or 1) * int(bits))
@@ -73,7 +74,7 @@ class Compiled:
 
 
 class _Offline:
-    """A driver that answers which target to compile for, and nothing else."""
+    """Answer as a driver which target to compile for, and nothing else."""
 
     def __init__(self, name: str):
         self.name = name
@@ -90,7 +91,7 @@ class _Offline:
 
 @contextlib.contextmanager
 def recording() -> Iterator[list[Launch]]:
-    """Record launches instead of running them."""
+    """Record launches in the list that is given, instead of running them, until the block ends."""
     launches: list[Launch] = []
 
     def record(kernel, grid, *args, device, **meta):
@@ -101,23 +102,23 @@ def recording() -> Iterator[list[Launch]]:
 
 
 def compile_for(target: str, recorded: Launch) -> Compiled:
-    """Compile a recorded launch for one of TARGETS."""
+    """Compile a recorded launch for the target of that name in TARGETS, and return what the compiler made of it."""
     options = launch.options(recorded.meta["num_warps"], nvidia=TARGETS[target].backend == "cuda")
     with mock.patch.object(triton.runtime.driver, "_active", _Offline(target)):
         kernel = recorded.kernel.warmup(*recorded.args, **recorded.meta, **options, grid=(1,))
     cubin = None
     if TARGETS[target].backend == "hip":
         assembly = kernel.asm["amdgcn"]
-        registers, stack = (
-            int(re.search(rf"\.{key}:\s+(\d+)", assembly)[1]) for key in ("vgpr_count", "private_segment_fixed_size")
-        )
+        registers = _number(r"\.vgpr_count:\s+(\d+)", assembly)
+        stack = _number(r"\.private_segment_fixed_size:\s+(\d+)", assembly)
     else:
         assembly = kernel.asm["ptx"]
         cubin = kernel.asm["cubin"]
-        registers, stack = _resource_usage(cubin)
+        usage = read_cubin(cubin, "cuobjdump", "-res-usage")
+        registers, stack = _number(r"REG:(\d+)", usage), _number(r"STACK:(\d+)", usage)
     return Compiled(registers, stack, kernel.metadata.shared, assembly, cubin)
 
 
-def _resource_usage(cubin: bytes) -> tuple[int, int]:
-    text = read_cubin(cubin, "cuobjdump", "-res-usage")
-    return int(re.search(r"REG:(\d+)", text)[1]), int(re.search(r"STACK:(\d+)", text)[1])
+def _number(pattern: str, text: str) -> int:
+    """Return the number that the first match of a pattern holds in its group."""
+    return int(re.search(pattern, text)[1])

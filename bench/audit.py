@@ -43,7 +43,7 @@ ISSUE, SPECIAL, BYTE = 0.0299, 0.239, 0.2325
 
 @dataclass(frozen=True)
 class Configuration:
-    """A forward and a backward pass of one regime.
+    """Describe a forward and a backward pass of one regime.
 
     order: "rows" where the axis is the fastest dimension, "columns" where another one is. along: what parameters vary
     along, "chunk", "inner" or "nothing". full: with mask, weights, their gradient and residual.
@@ -61,7 +61,7 @@ class Configuration:
         return "-".join(map(str, parts))
 
     def launches(self) -> list[Launch]:
-        """Of a forward and a backward pass, with gradients of everything."""
+        """Return the launches of a forward and a backward pass, with gradients of everything."""
         shape, axis = ((64, self.chunk), 1) if self.order == "rows" else ((8, self.chunk, FEATURES), 1)
         if (self.order, self.along) == ("rows", "inner"):
             shape, axis = (8, FEATURES, self.chunk), 2
@@ -84,7 +84,9 @@ def launches(
     algorithm: str, x: torch.Tensor, p: torch.Tensor, mask: torch.Tensor | None, axis: int, feature_axis: int | None,
     full: bool, padding: float | None = None,
 ) -> list[Launch]:  # fmt: skip
-    """Launches of a forward and a backward pass. full: with weights, their gradient and residual."""
+    """Return the launches of a forward and a backward pass of an algorithm, x and p on the meta device. full: with
+    weights, their gradient and residual.
+    """
     kernels = importlib.import_module(f"daam.kernels.{algorithm}")
     args, how = (x, p, p, mask), (axis, *SETTINGS[algorithm](feature_axis, padding), full)
     with recording() as recorded:
@@ -119,7 +121,7 @@ ONE_A_REGIME = [
 
 @dataclass(frozen=True)
 class Figures:
-    """What one kernel of a configuration needs on a target; see the module."""
+    """Hold what one kernel of a configuration needs on a target, in the units that the module names."""
 
     registers: int
     stack: int
@@ -135,7 +137,9 @@ class Figures:
 
 
 def figures(target: str, recorded: Launch, compiled: Compiled) -> Figures:
-    """Of one launch; its tile, less what of it stands outside the chunk, is what the main loop handles in one turn."""
+    """Return the figures of a launch that was compiled for a target. In one turn the main loop handles the elements of
+    the tile that are inside the chunk.
+    """
     code = instructions(compiled.code)
     loop, meta, extent = main_loop(code), recorded.meta, recorded.args[-1]
     rows = min(extent.chunk, meta["BLOCK_CHUNK"] * meta["PARTS"])
@@ -163,14 +167,16 @@ def figures(target: str, recorded: Launch, compiled: Compiled) -> Figures:
 
 
 def _resident_warps(compiled: Compiled, num_warps: int) -> int:
-    """Warps that 65,536 registers and 227 KB of shared memory hold, in whole programs, 64 at most (NVIDIA's rules)."""
+    """Return how many warps, in whole programs, a multiprocessor holds at once: NVIDIA's have 65,536 registers, 227 KB
+    of shared memory and room for 64 warps.
+    """
     by_registers = 65_536 // (-(-compiled.registers // 8) * 8 * 32 * num_warps)
     by_memory = 227 * 1024 // (compiled.shared + 1024)
     return num_warps * min(by_registers, by_memory, 32, 64 // num_warps)
 
 
 def audit(target: str, configurations: list[Configuration]) -> Iterator[tuple[str, Figures]]:
-    """(name of the configuration and the kernel, its figures)."""
+    """Yield (the configuration's and the kernel's name, the figures) of every kernel of some configurations."""
     for configuration in configurations:
         for recorded in configuration.launches():
             if recorded.name in TENSORS:  # all but what sums partial sums
@@ -178,6 +184,7 @@ def audit(target: str, configurations: list[Configuration]) -> Iterator[tuple[st
 
 
 def main() -> None:
+    """Run the command line: print the figures, and write them as JSON where --output says."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=AUDITED)

@@ -12,14 +12,15 @@ from daam.kernels import launch
 
 
 def least_bytes(workload: Workload, which: str) -> int:
-    """Bytes of a pass; which is one of results.PASSES."""
+    """Return the bytes that a pass must move; which: one of results.PASSES."""
     tensors = {"forward": (2, 2), "backward": (3, 4)}  # of x's size, of the parameters'
     return sum(_bytes(workload, *tensors[part]) for part in which.split("+"))
 
 
 def kernel_bytes(workload: Workload, which: str) -> int:
-    """Bytes that our kernels move: chunks too long for the chip are read again. Without their statistics, and without
-    partial sums of the parameters' gradients, which are a few percent of a large x, and as much as x for a small one.
+    """Return the bytes that our kernels move in a pass, one of results.PASSES: chunks too long for the chip are read
+    again. Statistics and partial sums of the parameters' gradients are left out: a few percent of a large x, as much as
+    x for a small one.
     """
     moved = {"forward": _forward, "backward": _backward}
     return sum(moved[part](workload) for part in which.split("+"))

@@ -37,8 +37,14 @@ AUDITED = ("registers", *WIDTHS, *COUNTED)
 
 
 def compare(base: Run, new: Run, whole: bool = True, files: tuple[str, str] = ("base", "new")) -> list[Change]:
-    """Return changes of every figure of the cases that both have, the worst first. whole: what new lacks is a change
-    too. files: what base and new are called where a case is unusable. UnusableError where nothing is in both.
+    """Return the changes of every figure of the cases that both runs have, the worst first.
+
+    Args:
+        whole: whether cases that new lacks are changes too.
+        files: what base and new are called where a case is unusable.
+
+    Raises:
+        UnusableError: the runs differ in kind, device or compiler, or have no case in common.
     """
     if base.kind != new.kind:
         raise UnusableError(f"one is the result of the {base.kind}, the other of the {new.kind}")
@@ -52,16 +58,22 @@ def compare(base: Run, new: Run, whole: bool = True, files: tuple[str, str] = ("
     found = [*_unusable(base, common, files[0]), *_unusable(new, new.rows, files[1])]
     unusable = {change.name for change in found}
     common = [name for name in common if name not in unusable]
-    changes = functools.partial(_speed, _yardstick(base, new, common)) if base.kind == "speed" else _audit
-    found += [change for name in common for change in changes(name, base.rows[name], new.rows[name])]
-    gone = (name for name in base.rows if name not in new.rows) if whole else ()
-    found += [Change(name, "missing", 1, 0, 1, judged=_ours(base.rows[name])) for name in gone]
+    if base.kind == "speed":
+        yardstick = _yardstick(base, new, common)
+        compare_case = functools.partial(_speed, yardstick)
+    else:
+        compare_case = _audit
+    for name in common:
+        found += compare_case(name, base.rows[name], new.rows[name])
+    if whole:
+        missing = [name for name in base.rows if name not in new.rows]
+        found += [Change(name, "missing", 1, 0, 1, judged=_ours(base.rows[name])) for name in missing]
     return sorted(found, key=lambda change: (change.failed, change.worse - change.limit), reverse=True)
 
 
 def _unusable(run: Run, names: Iterable[str], file: str) -> list[Change]:
-    """Return a failure for every case that holds a figure that is none, whoever's it is: such figures compare as
-    neither better nor worse, and the rest of a file that has them is not to be trusted.
+    """Return a failure for every named case that holds a figure that is none, whoever's it is: such figures compare as
+    neither better nor worse, and other figures of a file that has them are not to be trusted.
     """
     found = []
     for name in names:
@@ -72,7 +84,7 @@ def _unusable(run: Run, names: Iterable[str], file: str) -> list[Change]:
 
 
 def _faults(kind: str, case: Any) -> Iterator[str]:
-    """Yield what is wrong with the figures of a case, in words."""
+    """Yield in words what is wrong with the figures of a case, of a run of a kind."""
     if not isinstance(case, dict):
         yield f"the case is {case!r}, expected its figures by name"
         return
@@ -93,22 +105,25 @@ def _faults(kind: str, case: Any) -> Iterator[str]:
 
 
 def _flat(case: dict[str, Any]) -> dict[str, Any]:
-    """Return the entries of a case, those of its dicts by names like seconds.p50."""
+    """Return the figures of a case by name, those in its dicts by names like seconds.p50."""
     flat = {}
     for name, value in case.items():
-        flat |= {f"{name}.{key}": one for key, one in value.items()} if isinstance(value, dict) else {name: value}
+        if isinstance(value, dict):
+            flat |= {f"{name}.{key}": figure for key, figure in value.items()}
+        else:
+            flat[name] = value
     return flat
 
 
 def _is_counted(name: str, value: Any, required: tuple[str, ...]) -> bool:
-    """Return whether a figure is one of those that count something or spread about a time."""
+    """Tell whether a figure is one of those that count something or spread about a time, and so must be 0 or more."""
     if name == "warps":
         return value is not None  # as gfx942's are
     return name in required or name in BYTES or name.partition(".")[0] in ("seconds", "of_copy")
 
 
 def _is_finite(value: Any) -> bool:
-    """Return whether a value is a number that a float can hold."""
+    """Tell whether a value is a finite number that a float can hold."""
     try:
         return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     except OverflowError:  # an int of hundreds of digits
@@ -116,7 +131,7 @@ def _is_finite(value: Any) -> bool:
 
 
 def _yardstick(base: Run, new: Run, common: list[str]) -> float:
-    """Return how many times as long the yardsticks took in the new run."""
+    """Return how many times as long layer_norms and copies took in the new run, by the median of the common cases."""
     names = [name for name in common if new.rows[name].get("provider") in YARDSTICKS]
     times = [new.rows[name]["seconds"]["p50"] / base.rows[name]["seconds"]["p50"] for name in names]
     yardstick = statistics.median(times) if times else 1.0
@@ -126,15 +141,16 @@ def _yardstick(base: Run, new: Run, common: list[str]) -> float:
 
 
 def _ours(case: dict) -> bool:
-    """Return whether a case, which may be of an audit, is this project's; one that does not tell is."""
+    """Tell whether a case, which may be of an audit, is this project's; one that names no provider is."""
     return not isinstance(case, dict) or case.get("provider", OWN[0]) in OWN
 
 
 def _speed(yardstick: float, name: str, base: dict, new: dict) -> list[Change]:
+    """Return the changes of a timed case; yardstick: how many times as long the yardsticks took."""
     if new.get("provider") == "copy":
         return []
     before, after, judged = base["of_copy"], new["of_copy"], _ours(new)
-    seconds = [one["seconds"]["p50"] for one in (base, new)]
+    seconds = [case["seconds"]["p50"] for case in (base, new)]
     # an erratic new run does not raise its own limit
     worse, limit = after["p50"] / before["p50"], max(LEAST, OF_IQR * before.get("iqr", 0) / before["p50"])
     if "peak_bytes" not in new:  # on a CPU, or of the host
@@ -146,7 +162,8 @@ def _speed(yardstick: float, name: str, base: dict, new: dict) -> list[Change]:
 
 
 def _audit(name: str, base: dict, new: dict) -> list[Change]:
-    base, new = (one | {"warps": one.get("warps") or 0} for one in (base, new))  # 0 where the compiler does not tell
+    """Return the changes of an audited kernel."""
+    base, new = (case | {"warps": case.get("warps") or 0} for case in (base, new))  # 0 where the compiler does not tell
     fewer = [_fewer(name, key, base, new) for key in WIDTHS]
     fewer.append(_fewer(name, "warps", base, new, new["warps"] < WARPS))
     registers = _counted(name, "registers", base, new, new["registers"] > REGISTERS)
@@ -154,39 +171,41 @@ def _audit(name: str, base: dict, new: dict) -> list[Change]:
 
 
 def _fewer(name: str, key: str, base: dict, new: dict, judged: bool = True) -> Change:
+    """Return the change of a figure of which less is worse."""
     return Change(name, key, base[key], new[key], (base[key] - new[key]) / (base[key] or 1), judged=judged)
 
 
 def _counted(name: str, key: str, base: dict, new: dict, judged: bool = True) -> Change:
+    """Return the change of a figure of which more is worse."""
     after = new.get(key, math.inf)  # what is no longer counted has not become better
     return Change(name, key, base[key], after, (after - base[key]) / (base[key] or 1), judged=judged)
 
 
 def table(changes: list[Change], base: Run, new: Run) -> str:
-    """Return as text every change that failed, those past what noise explains, and how many did not."""
+    """Return as text every change that failed or is past what noise explains, and how many there are of each kind."""
     lines = [f"base: {base.title}", f"new:  {new.title}", ""]
-    shown = [one for one in changes if one.worse > min(one.limit, LEAST) or one.improved]
-    width = max((len(short(one.name)) for one in shown), default=0)
-    for one in shown:
-        verdict = "FAILED" if one.failed else "worse" if one.worse > 0 else "better"
-        if one.why:
-            lines.append(f"{short(one.name):{width}}  {one.figure:12} {one.why}  {verdict}")
+    shown = [change for change in changes if change.worse > min(change.limit, LEAST) or change.improved]
+    width = max((len(short(change.name)) for change in shown), default=0)
+    for change in shown:
+        verdict = "FAILED" if change.failed else "worse" if change.worse > 0 else "better"
+        if change.why:
+            lines.append(f"{short(change.name):{width}}  {change.figure:12} {change.why}  {verdict}")
             continue
         lines.append(
-            f"{short(one.name):{width}}  {one.figure:12} {one.base:12.6g} -> {one.new:12.6g}  "
-            f"{100 * one.worse:+8.1f} % (limit {100 * one.limit:.0f} %)  {verdict}"
+            f"{short(change.name):{width}}  {change.figure:12} {change.base:12.6g} -> {change.new:12.6g}  "
+            f"{100 * change.worse:+8.1f} % (limit {100 * change.limit:.0f} %)  {verdict}"
         )
-    for which, here, there in (("missing", base.rows, new.rows), ("new", new.rows, base.rows)):
-        if count := len(set(here) - set(there)):
-            lines.append(f"{count} cases {which}")
-    cases = len({one.name for one in changes})
-    failed = sum(one.failed for one in changes)
+    for kind, names in (("missing", set(base.rows) - set(new.rows)), ("new", set(new.rows) - set(base.rows))):
+        if names:
+            lines.append(f"{len(names)} cases {kind}")
+    cases = len({change.name for change in changes})
+    failed = sum(change.failed for change in changes)
     lines.append(f"{cases} cases, {len(changes)} figures: {failed} failed, {len(changes) - len(shown)} unchanged")
     return "\n".join(lines)
 
 
 def _read(path: Path) -> Run:
-    """Return a result file. UnusableError where it is none: JSON may be anything."""
+    """Return the run that a result file holds; raise an UnusableError where it holds none: JSON may be anything."""
     try:
         run = read(path)
     except (AttributeError, KeyError, TypeError, RecursionError) as error:
@@ -197,6 +216,7 @@ def _read(path: Path) -> Run:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; return 1 where a change failed, 2 where there is nothing to compare."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("base", type=Path)
     parser.add_argument("new", type=Path)

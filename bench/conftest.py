@@ -16,7 +16,7 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    """A missing folder would show only after everything has been measured."""
+    """Make the folders of what is written: a missing one would show only after everything has been measured."""
     for name in ("--benchmark-json", "--cases"):
         if path := config.getoption(name, None):
             Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -27,20 +27,20 @@ def pytest_benchmark_generate_machine_info(config):
 
 
 def pytest_benchmark_update_json(config, benchmarks, output_json):
-    """Summaries stay, of six digits, and the single times go: a run is kept in the repository."""
+    """Cut summaries to six digits and leave single times out: a run is kept in the repository."""
     output_json["commit_info"] = {"id": core.about()["commit"]}
-    for one in output_json["benchmarks"]:
-        del one["params"], one["options"]
-        one["stats"] = {
+    for benchmark in output_json["benchmarks"]:
+        del benchmark["params"], benchmark["options"]
+        benchmark["stats"] = {
             key: core.rounded(value) if isinstance(value, float) else value
-            for key, value in one["stats"].items()
+            for key, value in benchmark["stats"].items()
             if key != "data"
         }
 
 
 @pytest.fixture
 def names(request):
-    """Providers of this case's workload among those selected, and the copy, which is the roof."""
+    """Return the providers of this case's workload among those selected, and the copy, which is the roof."""
     found = {"copy"}
     for item in request.session.items:
         params = getattr(item, "callspec", request.node.callspec).params
@@ -51,7 +51,7 @@ def names(request):
 
 @pytest.fixture
 def write_case(request):
-    """Append one case to the file of --cases."""
+    """Return a function that appends what a case tells, a dict, to the file of --cases."""
 
     def write(extra_info: dict) -> None:
         if path := request.config.getoption("--cases"):

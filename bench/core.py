@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import os
 import platform
 import statistics
@@ -35,24 +36,24 @@ LEAST_ROUNDS, MOST_ROUNDS = 7, 100
 
 @dataclass(frozen=True)
 class Step:
-    """One turn: run(prepare()), of which run is timed."""
+    """Hold one turn, run(prepare()), of which run is timed."""
 
     prepare: Callable[[], Any]
     run: Callable[[Any], object]
 
 
-def step(candidate: Candidate, which: str) -> Step:
-    """A pass of a provider; one that has nothing to differentiate does the same in every pass."""
-    if which == "forward" or not candidate.leaves:
+def step(candidate: Candidate, pass_name: str) -> Step:
+    """Return the step of a provider's pass; one that has nothing to differentiate does the same in every pass."""
+    if pass_name == "forward" or not candidate.leaves:
         return Step(lambda: None, lambda _: candidate.forward())
-    if which == "backward":
+    if pass_name == "backward":
         return Step(candidate.forward, candidate.backward)
     return Step(lambda: None, lambda _: candidate.backward(candidate.forward()))
 
 
 def error(candidate: Candidate) -> float:
-    """The largest difference from what is expected, of the largest value expected; over y and every gradient. NaN where
-    anything is NaN, which is under no tolerance.
+    """Return the largest difference from what is expected, relative to the largest value expected, over y and every
+    gradient; NaN where anything is NaN, which is under no tolerance.
     """
     y = candidate.forward()
     results = [y, *(candidate.backward(y) if candidate.leaves else ())]
@@ -60,19 +61,20 @@ def error(candidate: Candidate) -> float:
         ((result.detach() - expected).abs().max() / expected.abs().max().clamp(min=1e-30)).item()
         for result, expected in zip(results, candidate.expected, strict=True)
     ]
-    return max(errors, key=lambda one: float("inf") if one != one else one)
+    return max(errors, key=lambda difference: math.inf if math.isnan(difference) else difference)
 
 
 class WrongResultError(AssertionError):
-    """A provider's result is not the reference's."""
+    """Tell that a provider's result is not the reference's."""
 
 
 def checked(name: str, candidate: Candidate, workload: Workload) -> float:
-    """The error of a result; raises WrongResultError where it is too large."""
-    off, most = error(candidate), PROVIDERS[name].half if workload.dtype == "bfloat16" else 1e-4
-    if not off <= most:
-        raise WrongResultError(f"{name}: error {off:.1e} against the reference, at most {most:.0e}")
-    return off
+    """Return the error of a provider's result; raise a WrongResultError where it is too large."""
+    difference = error(candidate)
+    tolerance = PROVIDERS[name].half if workload.dtype == "bfloat16" else 1e-4
+    if not difference <= tolerance:
+        raise WrongResultError(f"{name}: error {difference:.1e} against the reference, at most {tolerance:.0e}")
+    return difference
 
 
 @functools.lru_cache(maxsize=1)
@@ -87,32 +89,36 @@ def _candidates(workload: Workload, names: tuple[str, ...]) -> dict[str, tuple[C
     return found
 
 
-_of: list[Workload] = []  # whose candidates are in memory
+_in_memory: set[Workload] = set()  # the workload whose candidates are kept; none at first
 
 
 def candidates(workload: Workload, names: tuple[str, ...]) -> dict[str, tuple[Candidate, float] | Exception]:
-    """Providers by name: each with the error of its result, or why it is not timed. Those of one workload at a time."""
-    if _of != [workload]:
+    """Return the candidates by name, each with the error of its result, or else the exception that says why it is not
+    timed. Those of one workload are kept.
+    """
+    if workload not in _in_memory:
+        # before those of another are built: both may have no room
         _candidates.cache_clear()
-        _of[:] = [workload]
+        _in_memory.clear()
+        _in_memory.add(workload)
     return _candidates(workload, names)
 
 
 @functools.lru_cache(maxsize=1)
-def samples(workload: Workload, which: str, names: tuple[str, ...]) -> dict[str, list[float]]:
-    """Seconds of every provider that is right, in rounds: the nth of each is from the same moment. What was timed is
-    checked once more.
+def samples(workload: Workload, pass_name: str, names: tuple[str, ...]) -> dict[str, list[float]]:
+    """Return the seconds of every provider that is right, a number a round: the nth of each is from the same moment.
+    Check once more what was timed.
     """
-    right = {name: one[0] for name, one in candidates(workload, names).items() if not isinstance(one, Exception)}
-    times = interleave({name: step(candidate, which) for name, candidate in right.items()}, turns(DEVICE))
+    right = {name: found[0] for name, found in candidates(workload, names).items() if not isinstance(found, Exception)}
+    times = interleave({name: step(candidate, pass_name) for name, candidate in right.items()}, turns(DEVICE))
     for name, candidate in right.items():
         checked(name, candidate, workload)
     return times
 
 
 def interleave(steps: dict[str, Step], turn: Callable[[list[Step]], list[float]]) -> dict[str, list[float]]:
-    """Take turns, in rounds that begin with another step each time. Two rounds warm up, and tell how many there will
-    be.
+    """Return the seconds of steps that take turns, by name, in rounds that begin with another step each time. Two
+    rounds warm up, and tell how many there will be. turn: what times a round.
     """
     names = list(steps)
     turn(list(steps.values()))
@@ -128,33 +134,35 @@ def interleave(steps: dict[str, Step], turn: Callable[[list[Step]], list[float]]
 
 
 def turns(device: str) -> Callable[[list[Step]], list[float]]:
-    """What times one round of steps on a device."""
+    """Return a function that times one round of steps on a device: it takes the steps and returns their seconds."""
     return _turns_cpu if device == "cpu" else functools.partial(_turns_cuda, _flush_buffer())
 
 
 def _turns_cpu(steps: list[Step]) -> list[float]:
+    """Return the seconds that each step takes by the wall clock."""
     times = []
-    for one in steps:
-        state = one.prepare()
+    for step in steps:
+        state = step.prepare()
         start = time.perf_counter()
-        one.run(state)
+        step.run(state)
         times.append(time.perf_counter() - start)
     return times
 
 
 def _turns_cuda(flush: Tensor, steps: list[Step]) -> list[float]:
+    """Return the seconds that each step takes on the GPU, with a cold cache; flush: what is read to empty it."""
     events = []
-    for one in steps:
-        state = one.prepare()
+    for step in steps:
+        state = step.prepare()
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         # a write would leave lines that what is timed must write back first: some 15 us of a cache of 50 MB
         flush.sum()
         # the device waits twice as long as the host took to launch last time, or gaps between kernels would be timed
-        torch.cuda._sleep(int(min(2 * HOST_SECONDS.get(one, 1e-3), 0.01) * CYCLES))
+        torch.cuda._sleep(int(min(2 * HOST_SECONDS.get(step, 1e-3), 0.01) * CYCLES))
         start.record()
         began = time.perf_counter()
-        one.run(state)
-        HOST_SECONDS[one] = time.perf_counter() - began
+        step.run(state)
+        HOST_SECONDS[step] = time.perf_counter() - began
         end.record()
         events.append((start, end))
     torch.cuda.synchronize()
@@ -168,24 +176,24 @@ CYCLES = 2e9  # of a GPU, a second
 
 @functools.cache
 def _flush_buffer() -> Tensor:
-    """Return what is read to empty the L2 cache: four times its size, and 256 MB at least."""
+    """Return a tensor that is read to empty the L2 cache: of four times its size, and of 256 MB at least."""
     size = max(2**28, 4 * torch.cuda.get_device_properties(DEVICE).L2_cache_size)
     return torch.zeros(size // 4, device=DEVICE)
 
 
-def peak_bytes(one: Step) -> int:
-    """Bytes that the timed part of a turn asks for at most, on a GPU."""
-    state = one.prepare()
+def peak_bytes(step: Step) -> int:
+    """Return the bytes that the timed part of a turn asks for at most, on a GPU."""
+    state = step.prepare()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_stats()["requested_bytes.all.current"]
-    one.run(state)
+    step.run(state)
     torch.cuda.synchronize()
     return torch.cuda.memory_stats()["requested_bytes.all.peak"] - before
 
 
 def summary(values: Iterable[float]) -> dict[str, float]:
-    """Percentiles, interpolated, and the range between the quartiles."""
+    """Return three percentiles of values, interpolated, and iqr, the range between their quartiles."""
     values = list(values)
     if len(values) == 1:
         values *= 2
@@ -196,41 +204,40 @@ def summary(values: Iterable[float]) -> dict[str, float]:
 
 
 def rounded(value: float) -> float:
-    """To six digits: more say nothing, and runs are kept."""
+    """Return a value of six digits: more say nothing, and runs are kept."""
     return float(f"{value:.6g}")
 
 
-def figures(workload: Workload, which: str, name: str, names: tuple[str, ...]) -> dict[str, Any]:
-    """What a benchmark tells beside its times, as JSON takes it."""
-    candidate, off = candidates(workload, names)[name]
-    times = samples(workload, which, names)
+def figures(workload: Workload, pass_name: str, name: str, names: tuple[str, ...]) -> dict[str, Any]:
+    """Return what a benchmark tells about a provider's pass, as JSON takes it: what ran, error, times and memory."""
+    candidate, difference = candidates(workload, names)[name]
+    times = samples(workload, pass_name, names)
     if "copy" not in times:
         raise WrongResultError(f"the copy is not right: {candidates(workload, names)['copy']}")
-    own, copy = times[name], times["copy"]
-    duration = timed(own, copy)
-    seconds = duration["seconds"]["p50"]
-    moved = least_bytes(workload, which) if name != "copy" else 2 * workload.x.nbytes
+    seconds, copy = times[name], times["copy"]
+    duration = timed(seconds, copy)
+    median = duration["seconds"]["p50"]
+    moved = least_bytes(workload, pass_name) if name != "copy" else 2 * workload.x.nbytes
     roof = 2 * workload.x.nbytes / summary(copy)["p50"]
-    memory = (
-        {"saved_bytes": saved_bytes(candidate.forward, candidate.leaves[candidate.inputs :])}
-        if DEVICE == "cpu"
-        else {"peak_bytes": peak_bytes(step(candidate, which))}
-    )
+    if DEVICE == "cpu":
+        memory = {"saved_bytes": saved_bytes(candidate.forward, candidate.leaves[candidate.inputs :])}
+    else:
+        memory = {"peak_bytes": peak_bytes(step(candidate, pass_name))}
     if candidate.backend == "triton":
-        memory["kernel_bytes"] = kernel_bytes(workload, which)
+        memory["kernel_bytes"] = kernel_bytes(workload, pass_name)
     return {
-        **described(workload, which, name, candidate.backend),
-        "error": rounded(off),
+        **described(workload, pass_name, name, candidate.backend),
+        "error": rounded(difference),
         **duration,
         "bytes": moved,
-        "gb_per_s": rounded(moved / seconds / 1e9),
-        "percent_of_roof": rounded(100 * moved / seconds / roof),
+        "gb_per_s": rounded(moved / median / 1e9),
+        "percent_of_roof": rounded(100 * moved / median / roof),
         **memory,
     }
 
 
-def described(workload: Workload, which: str, name: str, backend: str) -> dict[str, Any]:
-    """What was timed, and on what."""
+def described(workload: Workload, pass_name: str, name: str, backend: str) -> dict[str, Any]:
+    """Return what was timed, and on what, by name."""
     return {
         "workload": str(workload),
         "family": workload.family,
@@ -240,16 +247,16 @@ def described(workload: Workload, which: str, name: str, backend: str) -> dict[s
         "heads": workload.heads,
         "gaussians": workload.gaussians,
         "dtype": workload.dtype,
-        "pass": which,
+        "pass": pass_name,
         "provider": name,
         "backend": backend,
         **about(),
     }
 
 
-def timed(own: list[float], copy: list[float]) -> dict[str, dict[str, float]]:
-    """Seconds, and multiples of the copy that took turns."""
-    return {"seconds": summary(own), "of_copy": summary(a / b for a, b in zip(own, copy, strict=True))}
+def timed(seconds: list[float], copy: list[float]) -> dict[str, dict[str, float]]:
+    """Return summaries of seconds, and of their multiples of the copy's, which took turns."""
+    return {"seconds": summary(seconds), "of_copy": summary(a / b for a, b in zip(seconds, copy, strict=True))}
 
 
 @functools.cache
@@ -281,13 +288,15 @@ def _commit() -> str:
 
 
 class Replay:
-    """A timer for pytest-benchmark whose time only passes by the durations that were measured."""
+    """Stand for pytest-benchmark's timer: time passes only by the durations that were measured."""
 
     def __init__(self) -> None:
         self.now = 0.0
 
     def __call__(self) -> float:
+        """Return the seconds that have passed."""
         return self.now
 
     def pass_by(self, seconds: float) -> None:
+        """Let seconds pass."""
         self.now += seconds

@@ -132,11 +132,11 @@ def make_tokenizer(kind: Any) -> Any:
 def _configure(kind: Any, ids: dict[str, int], changes: dict[str, Any]) -> Any:
     """Return a configuration of tiny sizes; of `SIZES` and of the tokenizer's ids it gets what it knows."""
     known = set(getattr(kind, "__dataclass_fields__", ())) | set(kind.attribute_map)
-    own = {k: v for k, v in changes.items() if not isinstance(v, dict)}
-    taken = {kind.attribute_map.get(k, k) for k in own}
+    values = {k: v for k, v in changes.items() if not isinstance(v, dict)}
+    taken = {kind.attribute_map.get(k, k) for k in values}
     sizes = {k: v for k, v in (SIZES | ids).items() if k in known and kind.attribute_map.get(k, k) not in taken}
     parts = {k: _configure(kind.sub_configs[k], ids, v).to_dict() for k, v in changes.items() if isinstance(v, dict)}
-    return kind(**sizes | own | parts)
+    return kind(**sizes | values | parts)
 
 
 def _randomise(encoder: nn.Module) -> None:
@@ -241,17 +241,17 @@ def verdict(entry: Entry, modality: str, folder: Path, sources: Sources) -> dict
     """
     want = expected(entry, modality, folder, sources)
     found: dict[str, Any] = {"layers": want.shape[1], "features": want.shape[2]}
-    for how, load in _ways(entry, modality, folder).items():
+    for way, load in _ways(entry, modality, folder).items():
         try:
             measured = _measure(load, sources, want)
         except Exception as error:  # any kind: the table names it
             measured = {"reason": _one_line(error)}
-        found.setdefault("tried", {})[how] = measured
+        found.setdefault("tried", {})[way] = measured
         if measured.get("alone", np.inf) <= 1:
             batches = _batches(measured)
             if {"works": "any"}.get(batches, batches) != measured["check"]:
                 found["reason"] = f"the check says: {measured['check']}"
-            return found | {"verdict": ": ".join(filter(None, (how, batches)))}
+            return found | {"verdict": ": ".join(filter(None, (way, batches)))}
     last = list(found["tried"].values())[-1]
     return found | {"verdict": "not", "reason": last.get("reason") or f"alone {last['alone_sd']:.1g} sd off"}
 
@@ -288,8 +288,9 @@ def _measure(load: Callable, sources: Sources, want: Tensor) -> dict[str, Any]:
         if isinstance(pair, str):
             measured[f"{name}_reason"] = pair
             continue
-        off = (pair[0].double() - pair[1]).abs()
-        measured |= {name: (off / (TOLERANCE * (1 + std))).max().item(), f"{name}_sd": (off / std).max().item()}
+        difference = (pair[0].double() - pair[1]).abs()
+        measured[name] = (difference / (TOLERANCE * (1 + std))).max().item()
+        measured[f"{name}_sd"] = (difference / std).max().item()
     return measured
 
 
@@ -326,9 +327,9 @@ def run(entry: Entry, modality: str, sources: Sources) -> dict[str, Any]:
             row |= verdict(entry, modality, Path(folder), sources)
         except Exception as error:  # of the independent average
             row |= {"verdict": "not", "reason": _one_line(error)}
-    for one in (row, *row.get("tried", {}).values()):
-        if "reason" in one:
-            one["reason"] = one["reason"].replace(f"{folder}: ", "")
+    for result in (row, *row.get("tried", {}).values()):
+        if "reason" in result:
+            result["reason"] = result["reason"].replace(f"{folder}: ", "")
     return row | {"seconds": round(time.perf_counter() - start, 2)}
 
 

@@ -32,7 +32,7 @@ WARM_UP, ROUNDS = 500, 2000
 
 
 class _Found(dict):
-    """Kept launches, all of them, that do nothing."""
+    """Hold kept launches, for every key one that does nothing."""
 
     def get(self, key: tuple) -> tuple:
         return lambda *args: None, ()
@@ -72,20 +72,22 @@ def taking_any_tensor() -> Iterator[None]:
 LAUNCHERS = {"nothing": launching_nothing, "driver": launching}
 
 
-def samples(workload: Workload, which: str, launcher: str) -> tuple[list[float], list[float]]:
-    """Seconds of a pass on the host, and of the call that copies x, which takes turns with it."""
+def samples(workload: Workload, pass_name: str, launcher: str) -> tuple[list[float], list[float]]:
+    """Return the seconds of a pass on the host, and of a copy of x that takes turns with it, a number a round."""
     turn = core.turns("cpu")  # the wall clock's, whatever the device
     with LAUNCHERS[launcher]():
         task = Task(workload, core.DEVICE)
-        steps = [core.step(PROVIDERS[name].build(task), which) for name in ("triton", "copy")]
+        steps = [core.step(PROVIDERS[name].build(task), pass_name) for name in ("triton", "copy")]
         rounds = [turn(steps) for _ in range(WARM_UP + ROUNDS)][WARM_UP:]
-    own, copy = map(list, zip(*rounds, strict=True))
-    return own, copy
+    seconds, copy = map(list, zip(*rounds, strict=True))
+    return seconds, copy
 
 
-def figures(workload: Workload, which: str, launcher: str, own: list[float], copy: list[float]) -> dict[str, Any]:
-    """What a benchmark tells beside its times, as JSON takes it."""
+def figures(
+    workload: Workload, pass_name: str, launcher: str, seconds: list[float], copy: list[float]
+) -> dict[str, Any]:
+    """Return what a benchmark tells about a pass, as JSON takes it: what ran, the launcher, and its times."""
     driver = "launching" if core.DEVICE == "cuda" else "launching into a stub"
     launches = {"nothing": "launching nothing", "driver": driver}
-    described = core.described(workload, which, "triton", f"triton, {launches[launcher]}")
-    return {**described, "launcher": launcher, **core.timed(own, copy)}
+    described = core.described(workload, pass_name, "triton", f"triton, {launches[launcher]}")
+    return {**described, "launcher": launcher, **core.timed(seconds, copy)}

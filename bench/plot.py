@@ -36,70 +36,81 @@ COLOURS = {
 
 
 def _length(case: Case) -> int:
+    """Return the length of the axis that a case cuts."""
     return case["shape"][case["axis"]]
 
 
 def curves(cases: Iterable[Case]) -> dict[str, list[Case]]:
-    """Cases of workloads that differ in nothing but the length of the axis, three lengths or more, by a title."""
+    """Return the cases of workloads that differ in nothing but the length of the axis, where there are three lengths or
+    more, by a title.
+    """
     found = defaultdict(list)
     for case in cases:
         others = {key: case[key] for key in ("family", "algorithm", "heads", "gaussians", "dtype")}
         found[tuple(others.values())].append(case)
-    return {_title(own): own for own in found.values() if len(set(map(_length, own))) >= 3}
+    return {_title(members): members for members in found.values() if len(set(map(_length, members))) >= 3}
 
 
 def _title(cases: list[Case]) -> str:
-    """A family in words; the sizes that its members have in common."""
-    one, shapes = cases[0], {tuple(case["shape"]) for case in cases}
-    sizes = ["length" if d == one["axis"] else next(iter(n)) if len(n) == 1 else "rows"
-             for d, n in enumerate(map(set, zip(*shapes, strict=True)))]  # fmt: skip
-    return f"{one['algorithm']}, {' x '.join(map(str, sizes))}\n{_numbers(one)}"
+    """Return a title of workloads that differ in length: the algorithm, and the sizes that they have in common."""
+    first, sizes = cases[0], []
+    for dimension, lengths in enumerate(zip(*(case["shape"] for case in cases), strict=True)):
+        if dimension == first["axis"]:
+            sizes.append("length")
+        else:
+            sizes.append(str(lengths[0]) if len(set(lengths)) == 1 else "rows")
+    return f"{first['algorithm']}, {' x '.join(sizes)}\n{_numbers(first)}"
 
 
 def _numbers(case: Case) -> str:
-    """Heads, Gaussians and dtype in words."""
+    """Return a case's heads, Gaussians and dtype in words."""
     counts = {"head": case["heads"], "Gaussian": case["gaussians"]}
     return ", ".join(f"{n} {name}{'s' * (n > 1)}" for name, n in counts.items()) + f", {case['dtype']}"
 
 
 def _by_provider(cases: Iterable[Case]) -> dict[str, list[Case]]:
+    """Return cases by provider, in the order of COLOURS, from the shortest to the longest."""
     found = defaultdict(list)
     for case in sorted(cases, key=_length):
         found[case["provider"]].append(case)
     return {name: found[name] for name in COLOURS if name in found}
 
 
-def _line(axes: Axes, name: str, own: list[Case], low: list[float], middle: list[float], high: list[float]) -> None:
-    """A provider's medians against the length, with a band from p20 to p80."""
-    lengths = list(map(_length, own))
+def _line(axes: Axes, name: str, cases: list[Case], low: list[float], middle: list[float], high: list[float]) -> None:
+    """Draw a provider's medians, middle, against the length of its cases, with a band from low to high."""
+    lengths = list(map(_length, cases))
     style = "--" if name in YARDSTICKS else "-"
     axes.plot(lengths, middle, style, color=COLOURS[name], label=name, marker=".", linewidth=1.2)
     axes.fill_between(lengths, low, high, color=COLOURS[name], alpha=0.2, linewidth=0)
 
 
 def _grid(rows: int, columns: int, title: str) -> tuple[Figure, list[list[Axes]]]:
+    """Return an empty figure with a title, and its panels row by row."""
     figure, axes = plt.subplots(rows, columns, figsize=(4.2 * columns + 1, 3.1 * rows + 0.8), squeeze=False,
                                 layout="constrained")  # fmt: skip
     figure.suptitle(title, fontsize=10)
     return figure, axes.tolist()
 
 
-def _sweep(run: Run, what: str, unit: str, values) -> Figure | None:
-    """A row a curve, a column a pass; values(case) gives p20, p50 and p80."""
+def _sweep(run: Run, quantity: str, unit: str, values) -> Figure | None:
+    """Draw a quantity against length, a row of panels a curve, a column a pass; None where the run has no curves.
+    values(case) gives the quantity's p20, p50 and p80.
+    """
     found = curves(run.rows.values())
     if not found:
         return None
-    figure, grid = _grid(len(found), len(PASSES), f"{what}: median, band from p20 to p80\n{run.title}")
+    figure, grid = _grid(len(found), len(PASSES), f"{quantity}: median, band from p20 to p80\n{run.title}")
     for (title, cases), row in zip(found.items(), grid, strict=True):
-        for which, axes in zip(PASSES, row, strict=True):
-            for name, own in _by_provider(case for case in cases if case["pass"] == which).items():
-                _line(axes, name, own, *zip(*map(values, own), strict=True))
-            _axes(axes, f"{title}\n{which}", "length (positions)", unit, log=True)
+        for pass_name, axes in zip(PASSES, row, strict=True):
+            for name, line in _by_provider(case for case in cases if case["pass"] == pass_name).items():
+                _line(axes, name, line, *zip(*map(values, line), strict=True))
+            _axes(axes, f"{title}\n{pass_name}", "length (positions)", unit, log=True)
     _legend(figure, grid)
     return figure
 
 
 def _axes(axes: Axes, title: str, x: str, y: str, log: bool = False) -> None:
+    """Write title and labels on a panel, and scale both axes logarithmically where log says so."""
     axes.set_title(title, fontsize=8)
     axes.set_xlabel(x, fontsize=8)
     axes.set_ylabel(y, fontsize=8)
@@ -111,7 +122,7 @@ def _axes(axes: Axes, title: str, x: str, y: str, log: bool = False) -> None:
 
 
 def _log(axes: Axes) -> None:
-    """A logarithmic y of a decade at least, with plain numbers."""
+    """Scale y logarithmically, over a decade at least, with plain numbers."""
     axes.set_yscale("log")
     low, high = axes.get_ylim()
     missing = max(1.0, (10 * low / high) ** 0.5)
@@ -122,7 +133,7 @@ def _log(axes: Axes) -> None:
 
 
 def _legend(figure: Figure, grid: list[list[Axes]]) -> None:
-    """One for the whole figure."""
+    """Put one legend below the whole figure."""
     found = {}
     for axes in itertools.chain(*grid):
         found |= dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
@@ -130,11 +141,12 @@ def _legend(figure: Figure, grid: list[list[Axes]]) -> None:
 
 
 def latency(run: Run) -> Figure | None:
+    """Draw milliseconds against length; None where the run has no curves."""
     return _sweep(run, "Latency", "ms", lambda case: [1e3 * case["seconds"][p] for p in ("p20", "p50", "p80")])
 
 
 def throughput(run: Run) -> Figure | None:
-    """Of the bytes that the pass must move; the copy is the roof."""
+    """Draw GB/s of the bytes that the pass must move against length; None where the run has no curves."""
     return _sweep(
         run, "Bytes that the pass must move, per second; the copy is the roof", "GB/s",
         lambda case: [case["bytes"] / case["seconds"][p] / 1e9 for p in ("p80", "p50", "p20")],
@@ -142,62 +154,67 @@ def throughput(run: Run) -> Figure | None:
 
 
 def memory(run: Run) -> Figure | None:
-    """What the forward pass keeps on a CPU, what both passes allocate at most on a GPU."""
+    """Draw memory against length: what the forward pass keeps on a CPU, what both passes allocate at most on a GPU;
+    None where the run has no curves.
+    """
     found = curves(
         case for case in run.rows.values() if case["pass"] == "forward+backward" and case["provider"] != "copy"
     )
     if not found:
         return None
     key = "saved_bytes" if "saved_bytes" in next(iter(found.values()))[0] else "peak_bytes"
-    what = {"saved_bytes": "Bytes saved for backward", "peak_bytes": "Peak of allocated bytes, forward and backward"}
-    figure, grid = _grid(1, len(found), f"{what[key]}\n{run.title}")
+    titles = {"saved_bytes": "Bytes saved for backward", "peak_bytes": "Peak of allocated bytes, forward and backward"}
+    figure, grid = _grid(1, len(found), f"{titles[key]}\n{run.title}")
     for (title, cases), axes in zip(found.items(), grid[0], strict=True):
-        for name, own in _by_provider(cases).items():
-            values = [case[key] / 2**20 for case in own]
-            _line(axes, name, own, values, values, values)
+        for name, line in _by_provider(cases).items():
+            values = [case[key] / 2**20 for case in line]
+            _line(axes, name, line, values, values, values)
         _axes(axes, title, "length (positions)", "MiB", log=True)
     _legend(figure, grid)
     return figure
 
 
 def speedup(run: Run) -> Figure | None:
-    """Of the backend that "auto" takes, against the fastest of the others."""
-    own = "triton" if any(case["backend"] == "triton" for case in run.rows.values()) else "eager"
+    """Draw how many times as fast as the fastest other provider ours is; None where a run does not have both."""
+    backend = "triton" if any(case["backend"] == "triton" for case in run.rows.values()) else "eager"
     groups = defaultdict(dict)
     for case in run.rows.values():
         if case["provider"] not in YARDSTICKS:
             groups[case["pass"], case["workload"]][case["provider"]] = case
     bars = defaultdict(list)
     for cases in groups.values():
-        others = [case for name, case in cases.items() if name != own]
-        if own in cases and others:
+        others = [case for name, case in cases.items() if name != backend]
+        if backend in cases and others:
             best = min(others, key=lambda case: case["seconds"]["p50"])
-            bars[best["pass"]].append((cases[own], best))
+            bars[best["pass"]].append((cases[backend], best))
     if not bars:
         return None
-    figure, grid = _grid(1, len(bars), f"{own}: times as fast as the fastest other provider\n{run.title}")
+    figure, grid = _grid(1, len(bars), f"{backend}: times as fast as the fastest other provider\n{run.title}")
     figure.set_size_inches(4.6 * len(bars) + 2, 0.32 * max(map(len, bars.values())) + 1.8)
-    for (which, pairs), axes in zip(bars.items(), grid[0], strict=True):
-        _bars(axes, which, pairs)
+    for (pass_name, pairs), axes in zip(bars.items(), grid[0], strict=True):
+        _bars(axes, pass_name, pairs)
     for axes in grid[0][1:]:
         axes.set_yticklabels([])
     return figure
 
 
-def _bars(axes: Axes, which: str, pairs: list[tuple[Case, Case]]) -> None:
-    for i, (own, best) in enumerate(pairs):
-        times = best["seconds"]["p50"] / own["seconds"]["p50"]
-        axes.barh(i, times, color=COLOURS[best["provider"]], alpha=0.8)
-        axes.text(times, i, f" {times:.2g}, {best['provider']}", va="center", fontsize=7)
-    axes.set_yticks(range(len(pairs)), [_workload(own) for own, _ in pairs])
+def _bars(axes: Axes, pass_name: str, pairs: list[tuple[Case, Case]]) -> None:
+    """Draw a bar a pair: how many times as fast as the second case the first one is."""
+    for i, (case, rival) in enumerate(pairs):
+        times = rival["seconds"]["p50"] / case["seconds"]["p50"]
+        axes.barh(i, times, color=COLOURS[rival["provider"]], alpha=0.8)
+        axes.text(times, i, f" {times:.2g}, {rival['provider']}", va="center", fontsize=7)
+    axes.set_yticks(range(len(pairs)), [_workload(case) for case, _ in pairs])
     axes.axvline(1, color="black", linewidth=0.8)
     axes.margins(x=0.35)
     axes.invert_yaxis()
-    _axes(axes, which, "times as fast", "")
+    _axes(axes, pass_name, "times as fast", "")
 
 
 def over_time(runs: list[tuple[str, Run]]) -> Figure | None:
-    """Forward and backward of ours as multiples of the copy that took turns with them, relative to the first run."""
+    """Draw forward and backward of ours, in multiples of the copy that took turns with them and relative to the first
+    run, against the date. runs: (date, run) pairs, oldest first. None where no run has cases of ours.
+    """
     lines = defaultdict(list)
     for date, run in runs:
         for name, case in run.rows.items():
@@ -210,8 +227,8 @@ def over_time(runs: list[tuple[str, Run]]) -> Figure | None:
     figure, grid = _grid(1, len(providers), f"{title}\n{runs[-1][1].title}")
     figure.set_size_inches(6.4 * len(providers) + 1, 5)
     for provider, axes in zip(providers, grid[0], strict=True):
-        own = [points for (name, _), points in lines.items() if name == provider]
-        for colour, points in zip(matplotlib.colormaps["turbo"](np.linspace(0, 1, len(own))), own, strict=True):
+        curves = [points for (name, _), points in lines.items() if name == provider]
+        for colour, points in zip(matplotlib.colormaps["turbo"](np.linspace(0, 1, len(curves))), curves, strict=True):
             first = points[0][1]["of_copy"]["p50"]
             low, middle, high = ([case["of_copy"][p] / first for _, case in points] for p in ("p20", "p50", "p80"))
             dates = [date for date, _ in points]
@@ -224,34 +241,41 @@ def over_time(runs: list[tuple[str, Run]]) -> Figure | None:
 
 
 def _workload(case: Case) -> str:
+    """Return a case's workload in words."""
     return f"{case['algorithm']} {'x'.join(map(str, case['shape']))}, {_numbers(case)}"
 
 
 def audit(run: Run) -> Figure | None:
-    """Instructions an element and, where it is modelled, the share of the roof; bf16, a panel a kind of chunk."""
+    """Draw an audit in bf16, a panel a kind of chunk: instructions an element and, where it is modelled, the share of
+    the roof; None where it holds no bf16.
+    """
     panels = defaultdict(dict)
-    for name, one in run.rows.items():
+    for name, figures in run.rows.items():
         if found := re.fullmatch(r"[^/]+/(\w+-\w+-\w+)-(\d+)-bf16/(_forward|_backward)", name):
-            panels[found[1]][int(found[2]), found[3]] = one
+            panels[found[1]][int(found[2]), found[3]] = figures
     if not panels:
         return None
-    modelled = any(one["roof"] is not None for one in run.rows.values())
+    modelled = any(figures["roof"] is not None for figures in run.rows.values())
     columns = -(-len(panels) // 2)
-    figure, grid = _grid(2 * (1 + modelled), columns, f"Static audit, bf16\n{run.title}")
-    figure.set_size_inches(3 * columns + 1, 5 * (1 + modelled) + 0.8)
-    instructions, roofs = grid[:: 1 + modelled], grid[1::2] if modelled else []
+    quantities = 2 if modelled else 1  # of each kind of chunk, below each other
+    figure, grid = _grid(2 * quantities, columns, f"Static audit, bf16\n{run.title}")
+    figure.set_size_inches(3 * columns + 1, 5 * quantities + 0.8)
+    instructions = grid[::quantities]
+    roofs = grid[1::quantities] if modelled else []
     for (title, found), axes in zip(panels.items(), itertools.chain(*instructions), strict=False):
         _audit_bars(axes, title, found, "instructions", "instructions an element")
     for (title, found), axes in zip(panels.items(), itertools.chain(*roofs), strict=False):
         _audit_bars(axes, title, found, "roof", "modelled share of the roof")
         axes.set_ylim(0, 1.05)
-    for axes in (one for one in itertools.chain(*grid) if not one.has_data()):
-        axes.set_axis_off()
+    for axes in itertools.chain(*grid):
+        if not axes.has_data():
+            axes.set_axis_off()
     _legend(figure, grid)
     return figure
 
 
 def _audit_bars(axes: Axes, title: str, found: dict[tuple[int, str], dict], key: str, unit: str) -> None:
+    """Draw a figure of the kernels found, by chunk and kernel, as two bars a chunk."""
     chunks = sorted({chunk for chunk, _ in found})
     for shift, kernel, colour in ((-0.2, "_forward", "tab:blue"), (0.2, "_backward", "tab:red")):
         places = [i + shift for i, chunk in enumerate(chunks) if (chunk, kernel) in found]
@@ -263,31 +287,33 @@ def _audit_bars(axes: Axes, title: str, found: dict[tuple[int, str], dict], key:
 
 
 def regression(changes: list[Change], title: str, path: Path) -> None:
-    """Every change of times, or of every counted figure where there are none, in order, with its limit."""
-    times = [one for one in changes if one.figure == "time"]
-    shown = sorted(times or changes, key=lambda one: one.worse)
+    """Draw all changes of times in order, or of counted figures where there are none, with their limits; save it."""
+    times = [change for change in changes if change.figure == "time"]
+    shown = sorted(times or changes, key=lambda change: change.worse)
     figure, [[axes]] = _grid(1, 1, title)
     figure.set_size_inches(9, 4.5)
-    colours = ["tab:red" if one.failed else "tab:blue" if one.judged else "0.6" for one in shown]
-    axes.scatter(range(len(shown)), [100 * one.worse for one in shown], c=colours, s=10, zorder=3)
-    axes.plot([100 * one.limit for one in shown], color="black", linewidth=0.8, label="limit")
-    for i, one in enumerate(shown):
-        if one.failed and i >= len(shown) - 8:
-            axes.annotate(f"{short(one.name)} {one.figure}", (i, 100 * one.worse),
+    colours = ["tab:red" if change.failed else "tab:blue" if change.judged else "0.6" for change in shown]
+    axes.scatter(range(len(shown)), [100 * change.worse for change in shown], c=colours, s=10, zorder=3)
+    axes.plot([100 * change.limit for change in shown], color="black", linewidth=0.8, label="limit")
+    for i, change in enumerate(shown):
+        if change.failed and i >= len(shown) - 8:
+            axes.annotate(f"{short(change.name)} {change.figure}", (i, 100 * change.worse),
                           fontsize=6, ha="right", xytext=(-4, 2), textcoords="offset points")  # fmt: skip
-    what = "time, in multiples of the yardsticks" if times else "counted figures"
-    _axes(axes, f"red: failed, grey: not ours ({what})", "cases, by their change", "worse by (%)")
+    quantity = "time, in multiples of the yardsticks" if times else "counted figures"
+    _axes(axes, f"red: failed, grey: not ours ({quantity})", "cases, by their change", "worse by (%)")
     axes.legend(fontsize=8)
     _save(figure, path)
 
 
 def _save(figure: Figure, path: Path) -> None:
+    """Write a figure into a file, and close it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Run the command line: draw all plots; return 2 where a file is no result."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("results", type=Path)
     parser.add_argument("--history", type=Path, default=Path(__file__).parent / "history")
@@ -302,9 +328,9 @@ def main(arguments: list[str] | None = None) -> int:
     except UnusableError as problem:
         print(problem, file=sys.stderr)
         return 2
-    figures = {one.__name__: one(run) for one in (latency, throughput, memory, speedup)}
+    figures = {draw.__name__: draw(run) for draw in (latency, throughput, memory, speedup)}
     figures["history"] = over_time([*earlier, ("this run", run)])
-    figures |= {f"audit-{target}": audit(one) for target, one in audits.items()}
+    figures |= {f"audit-{target}": audit(audited) for target, audited in audits.items()}
     for name, figure in figures.items():
         if figure is None:
             print(f"{name}: the results hold nothing to plot", file=sys.stderr)

@@ -24,8 +24,8 @@ from daam.backend import interpreting
 
 @dataclass(frozen=True)
 class Candidate:
-    """A provider on one workload: makes y, is differentiated with respect to leaves, and should give expected, y and
-    the gradients of the leaves. backend: what ran. inputs: how many of the leaves are no parameters.
+    """Hold a provider on one workload: forward() makes y, which is differentiated with respect to leaves. expected: y
+    and the gradients of the leaves as they should be. backend: what ran. inputs: how many leaves are no parameters.
     """
 
     forward: Callable[[], Tensor]
@@ -36,11 +36,12 @@ class Candidate:
     inputs: int = 1
 
     def backward(self, y: Tensor) -> tuple[Tensor, ...]:
+        """Return the gradients of the leaves."""
         return torch.autograd.grad(y, self.leaves, self.grad_y)
 
 
 class Task:
-    """A workload with memory: x and the parameters, which require grad, grad_y, and the reference's result."""
+    """Hold a workload's tensors: x and the parameters, which require grad, grad_y, and the reference's result."""
 
     def __init__(self, workload: Workload, device: str):
         torch.manual_seed(0)  # of modules that draw parameters
@@ -50,18 +51,20 @@ class Task:
 
     @property
     def x(self) -> Tensor:
+        """Return the first leaf."""
         return self.leaves[0]
 
     @functools.cached_property
     def expected(self) -> tuple[Tensor, ...]:
+        """Return y and the gradients of the leaves by the reference, in float64; computed once."""
         return reference(functools.partial(self.workload.call, backend="eager"), self.leaves, self.grad_y)
 
 
 @dataclass(frozen=True)
 class Provider:
-    """missing: why it cannot run on a device, None where it can. serves: the workloads it has an answer to. half: the
-    largest error of its results in bf16, of the largest value expected; infinite where they are timed whatever it is,
-    which stands beside their times.
+    """Describe what is timed: build makes the candidate of a task. missing: why it cannot run on a device, or None.
+    serves: whether it has an answer to a workload. half: the largest error of its results in bf16, relative to the
+    largest value expected; infinite where they are timed whatever it is, which stands beside their times.
     """
 
     build: Callable[[Task], Candidate]
@@ -73,7 +76,7 @@ class Provider:
 def reference(
     forward: Callable[..., Tensor], leaves: tuple[Tensor, ...], grad_y: Tensor, dtype: torch.dtype = torch.float64
 ) -> tuple[Tensor, ...]:
-    """y and the gradients of the leaves, by autograd in dtype."""
+    """Return y = forward(*leaves) and the gradients of the leaves, computed by autograd in dtype."""
     leaves = tuple(t.detach().to(dtype).requires_grad_() for t in leaves)
     y = forward(*leaves)
     return y.detach(), *torch.autograd.grad(y, leaves, grad_y.to(dtype))
@@ -131,12 +134,12 @@ def _multihead_attention(task: Task) -> Candidate:
 
 
 def _heads(t: Tensor, heads: int) -> Tensor:
-    """(batch, length, width) seen as (batch, heads, length, width // heads)."""
+    """Return a view of t, (batch, length, width), as (batch, heads, length, width // heads)."""
     return t.unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q·kᵀ/√d)·v, some rows at a time: all scores of a long sequence have no room."""
+    """Return softmax(q·kᵀ/√d)·v, computed some rows at a time: all scores of a long sequence have no room."""
 
     def rows(q: Tensor) -> Tensor:
         return torch.softmax(q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1]), -1) @ v
@@ -146,7 +149,7 @@ def _attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def _precise(x: Tensor) -> torch.dtype:
-    """What standard attention is checked in: its formula takes long in float64."""
+    """Return the dtype that standard attention is checked in: its formula takes long in float64."""
     return torch.float64 if x.dtype == torch.float32 else torch.float32
 
 
@@ -159,7 +162,7 @@ def _layer_norm(task: Task) -> Candidate:
 
 
 def _copy(task: Task) -> Candidate:
-    """One read and one write of x, whatever the pass: the roof."""
+    """Return the candidate that reads and writes x once, whatever the pass: the roof."""
     target = torch.empty_like(task.x, requires_grad=False)
     return Candidate(lambda: target.copy_(task.x.detach()), (), task.grad_y, (task.x.detach(),), "copy")
 

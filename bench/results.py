@@ -16,13 +16,13 @@ LEAST = 0.05  # a change of a time that noise does not explain, relative to it
 
 
 class UnusableError(ValueError):
-    """A file that is no result, or results that cannot be compared."""
+    """Tell that a file is no result, or that results cannot be compared."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """Figures by full name. kind: "speed" or "audit". device: what it ran on; of an audit, its targets. title: device,
-    versions and commit.
+    """Hold the figures of a run by the full names of its cases. kind: "speed" or "audit". device: what it ran on; of an
+    audit, its targets. title: device, versions and commit.
     """
 
     kind: str
@@ -61,7 +61,7 @@ class Change:
 
 
 def read(path: Path) -> Run:
-    """A result file. Raises UnusableError where it is none, or holds no case."""
+    """Return the run that a result file holds; raise an UnusableError where it is none, or holds no case."""
     try:
         text = path.read_text()
         data = [json.loads(line) for line in text.splitlines()] if path.suffix == ".jsonl" else json.loads(text)
@@ -70,9 +70,9 @@ def read(path: Path) -> Run:
     if isinstance(data, dict) and "targets" in data:
         return _audit(data)
     cases = data.get("benchmarks") if isinstance(data, dict) else data
-    if not cases or not all(isinstance(one, dict) and "of_copy" in one.get("extra_info", {}) for one in cases):
+    if not cases or not all(isinstance(case, dict) and "of_copy" in case.get("extra_info", {}) for case in cases):
         raise UnusableError(f"{path} holds no cases of this suite")
-    rows = {one["fullname"]: one["extra_info"] for one in cases}
+    rows = {case["fullname"]: case["extra_info"] for case in cases}
     last = cases[-1]["extra_info"]
     versions = ", ".join(f"{name} {last['versions'][name]}" for name in ("torch", "triton") if name in last["versions"])
     title = f"{last['device']} · {versions} · commit {last['commit']}"
@@ -80,21 +80,21 @@ def read(path: Path) -> Run:
 
 
 def _audit(data: dict[str, Any]) -> Run:
-    rows = {f"{target}/{name}": one for target, found in data["targets"].items() for name, one in found.items()}
+    rows = {f"{target}/{name}": figures for target, found in data["targets"].items() for name, figures in found.items()}
     device = ", ".join(data["targets"])
     return Run("audit", device, {"triton": data["triton"]}, f"{device}, compiled by triton {data['triton']}", rows)
 
 
 def short(name: str) -> str:
-    """A case without the test that it is of."""
+    """Return the full name of a case without the test that it is of."""
     return name.partition("[")[2].rstrip("]") or name
 
 
 def slug(device: str) -> str:
-    """A device as the name of its folder."""
+    """Return the name of a device's folder."""
     return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
 
 
 def history(folder: Path, device: str) -> list[Path]:
-    """The dated runs of a device, oldest first."""
+    """Return the files of the dated runs of a device in a folder of histories, oldest first."""
     return sorted((folder / slug(device)).glob("*.json"))

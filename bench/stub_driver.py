@@ -29,7 +29,7 @@ HOOK = ctypes.CFUNCTYPE(None, ctypes.c_uint64, *[ctypes.c_uint] * 5, ctypes.POIN
 
 
 class UnavailableError(RuntimeError):
-    """Why there is no such driver here, in words."""
+    """Tell why there is no such driver here."""
 
 
 def build() -> Path:
@@ -60,7 +60,7 @@ def build() -> Path:
 
 @contextlib.contextmanager
 def stub_driver(hook: Callable[..., None] | None = None) -> Iterator[Any]:
-    """Let Triton drive a GPU that is not there, whose tensors are those of the CPU; yields Triton's driver.
+    """Let Triton drive a GPU that is not there, whose tensors are those of the CPU, and give its driver.
 
     Args:
         hook: is called for every launch with the function's handle, which is one compiled kernel's, the three sizes of

@@ -11,30 +11,30 @@ from bench.providers import PROVIDERS
 from bench.stub_driver import UnavailableError
 
 CASES = [
-    pytest.param(workload, which, launcher, id=f"{workload}-{which}" + ("-driver" if launcher == "driver" else ""))
+    pytest.param(workload, pass_name, launcher, id=f"{workload}-{pass_name}{suffix}")
     for workload in host.WORKLOADS
-    for which in host.PASSES
-    for launcher in host.LAUNCHERS
+    for pass_name in host.PASSES
+    for launcher, suffix in (("nothing", ""), ("driver", "-driver"))
 ]
 REPLAY = core.Replay()
 
 
 @pytest.mark.benchmark(timer=REPLAY)
-@pytest.mark.parametrize(("workload", "which", "launcher"), CASES)
-def test_host(workload, which, launcher, benchmark, write_case):
-    """A call and the copy take turns. Nothing is right or wrong: what outputs hold nobody wrote."""
+@pytest.mark.parametrize(("workload", "pass_name", "launcher"), CASES)
+def test_host(workload, pass_name, launcher, benchmark, write_case):
+    """Time a call and the copy in turns. Nothing is right or wrong: what outputs hold nobody wrote."""
     pytest.importorskip("triton")
     try:
         with host.LAUNCHERS[launcher]():
-            if why := PROVIDERS["triton"].missing(core.DEVICE):
-                pytest.skip(f"triton: {why}")
-    except UnavailableError as why:
-        pytest.skip(f"launches need a GPU or a stub of its driver: {why}")
+            if reason := PROVIDERS["triton"].missing(core.DEVICE):
+                pytest.skip(f"triton: {reason}")
+    except UnavailableError as reason:
+        pytest.skip(f"launches need a GPU or a stub of its driver: {reason}")
     if benchmark.disabled:
         return
-    times, copy = host.samples(workload, which, launcher)
+    times, copy = host.samples(workload, pass_name, launcher)
     replayed = iter(times)
-    benchmark.group = f"host-{which}"
-    benchmark.extra_info |= host.figures(workload, which, launcher, times, copy)
+    benchmark.group = f"host-{pass_name}"
+    benchmark.extra_info |= host.figures(workload, pass_name, launcher, times, copy)
     benchmark.pedantic(lambda: REPLAY.pass_by(next(replayed)), rounds=len(times))
     write_case(benchmark.extra_info)

@@ -86,7 +86,7 @@ _TWO_TOWERS = {"text_config": {}, "vision_config": {}, "projection_dim": 32}
 
 
 def _stage(layers: str, layout: str = "bpf") -> dict[str, str]:
-    """Return how to read an encoder of several stages that differ in width or length: one of them."""
+    """Return arguments of `Entry` for an encoder whose stages differ in width or length: one stage is read."""
     return {"layers": layers, "hooks": layers, "layout": layout}
 
 

@@ -16,7 +16,7 @@ import daam
 
 @dataclass(frozen=True)
 class Algorithm:
-    """A public function, and its two parameters out of a standard normal and a uniform tensor of their shape."""
+    """Hold a public function, and what makes its two parameters of a standard normal and a uniform tensor."""
 
     call: Callable
     draw: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -33,8 +33,8 @@ ALGORITHMS = {
 
 @dataclass(frozen=True)
 class Workload:
-    """One algorithm on x of a shape, whose axis num_heads heads cut. family: workloads that differ in size and dtype.
-    Density attention has one Gaussian, whose parameters follow x's last axis.
+    """Describe one algorithm on x of a shape, whose axis is cut by heads. family: the name of workloads that differ in
+    size and dtype. Density attention has one Gaussian, whose parameters follow x's last axis.
     """
 
     family: str
@@ -52,22 +52,23 @@ class Workload:
 
     @property
     def x(self) -> Tensor:
-        """x without memory."""
+        """Return x on the meta device, without memory."""
         return torch.empty(self.shape, dtype=getattr(torch, self.dtype), device="meta")
 
     @property
     def feature_axis(self) -> int | None:
-        """The axis that parameters vary along."""
+        """Return the axis that parameters vary along; None where they follow none."""
         return len(self.shape) - 1 if self.algorithm == "density" else None
 
     @property
     def params_shape(self) -> tuple[int, int]:
+        """Return the shape of each parameter: (heads, features or Gaussians)."""
         if self.algorithm != "density":
             return self.heads, self.gaussians
         return self.heads, self.shape[-1] // (self.heads if self.axis == self.feature_axis else 1)
 
     def inputs(self, device: str) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor]:
-        """x, the parameters in fp32, and grad_y: random, the same at every call."""
+        """Return x, the two parameters in fp32, and grad_y on a device: random, the same at every call."""
         generator = torch.Generator(device).manual_seed(0)
         x, grad_y = (torch.randn(self.shape, generator=generator, device=device).to(self.x.dtype) for _ in range(2))
         normal = torch.randn(self.params_shape, generator=generator, device=device)
@@ -75,6 +76,7 @@ class Workload:
         return x, ALGORITHMS[self.algorithm].draw(normal, uniform), grad_y
 
     def call(self, x: Tensor, p: Tensor, q: Tensor, backend: str) -> Tensor:
+        """Return y of the algorithm's public function on x with parameters p and q."""
         return ALGORITHMS[self.algorithm].call(x, p, q, norm_axis=self.axis, backend=backend)
 
 
@@ -105,8 +107,8 @@ _CPU = [
 
 
 def workloads(device: str) -> list[Workload]:
-    """The shapes of a device, what begins a family first: bf16 on a GPU and fp32 on a CPU, and the other one of what
-    begins a family, on a CPU of the first one only.
+    """Return the workloads of a device, those first that begin a family: in bf16 on a GPU, in fp32 on a CPU. Those that
+    begin a family come in the other dtype too, on a CPU only the first of them.
     """
     own, other, shapes = ("float32", "bfloat16", _CPU) if device == "cpu" else ("bfloat16", "float32", _GPU)
     first = {one.family: one for one in reversed(shapes)}

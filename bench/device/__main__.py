@@ -36,8 +36,8 @@ def main() -> int:
     print(format_plan(args.calls), flush=True)
     machine.set_environment(os.cpu_count() or 1)
     print(machine.unpack(), flush=True)
-    well = [run_call(Session(call, out, only=args.only)) for call in args.calls]
-    return int(not all(well))
+    passed = [run_call(Session(call, out, only=args.only)) for call in args.calls]
+    return int(not all(passed))
 
 
 if __name__ == "__main__":

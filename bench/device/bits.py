@@ -26,18 +26,18 @@ def jobs(session: Session) -> list[Job]:
         checks += itertools.product((call_on_stream, replay_graph, call_without_waiting), on_device)
         checks += [(call_in_threads, shared)]
     elif session.compiling:
-        checks += [(repeat, one) for one in (*on_device, shared)]
+        checks += [(repeat, case) for case in (*on_device, shared)]
     # a check after another, so that processes beside each other do not compile the same kernels
     checks += itertools.product((repeat, compare_rows, compare_weights), bit_cases())
     return [
-        Job(f"{check.__name__}-{one}-{str(dtype)[6:]}", partial(run_check, session, check, one, dtype))
-        for check, (one, dtype) in checks
+        Job(f"{check.__name__}-{case}-{str(dtype)[6:]}", partial(run_check, session, check, case, dtype))
+        for check, (case, dtype) in checks
     ]
 
 
-def run_check(session: Session, check: Check, one: Case, dtype: torch.dtype) -> Iterator[dict]:
+def run_check(session: Session, check: Check, case: Case, dtype: torch.dtype) -> Iterator[dict]:
     """Yield whether a check finds nothing that differs, and by how much of the largest value what does."""
-    differs = check(one, draw_inputs(one, dtype, session.tensors))
+    differs = check(case, draw_inputs(case, dtype, session.tensors))
     yield {} if session.compiling else {"ok": not differs, "differs": differs}
 
 
@@ -46,45 +46,47 @@ def find_differences(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> dic
     return {n: helpers.error(t, wanted[n].cpu().double()) for n, t in found.items() if not torch.equal(t, wanted[n])}
 
 
-def repeat(one: Case, inputs: Inputs) -> dict:
-    return find_differences(helpers.run(one, inputs, "triton"), helpers.run(one, inputs, "triton"))
+def repeat(case: Case, inputs: Inputs) -> dict:
+    """Compare two calls with the same inputs."""
+    return find_differences(helpers.run(case, inputs, "triton"), helpers.run(case, inputs, "triton"))
 
 
-def compare_rows(one: Case, inputs: Inputs) -> dict:
+def compare_rows(case: Case, inputs: Inputs) -> dict:
     """Compare a batch with each of its rows."""
-    whole, differs = helpers.run(one, inputs, "triton"), {}
-    for i in range(one.shape[0]):
+    whole, differs = helpers.run(case, inputs, "triton"), {}
+    for i in range(case.shape[0]):
         x, grad_y, grad_weights = (t[i : i + 1] for t in (inputs.x, inputs.grad_y, inputs.grad_weights))
         alone = Inputs(x, inputs.params, None, grad_y, grad_weights)
-        row = helpers.run(one.but(shape=(1, *one.shape[1:])), alone, "triton")
+        row = helpers.run(case.but(shape=(1, *case.shape[1:])), alone, "triton")
         of_row = {name: whole[name][i : i + 1] for name in ("y", "weights", "dx")}
         found = find_differences({name: row[name] for name in of_row}, of_row)
-        differs |= {f"{name} of row {i}": off for name, off in found.items()}
+        differs |= {f"{name} of row {i}": error for name, error in found.items()}
     return differs
 
 
-def compare_weights(one: Case, inputs: Inputs) -> dict:
+def compare_weights(case: Case, inputs: Inputs) -> dict:
     """Compare y that is returned with the weights with y alone."""
-    both, alone = helpers.run(one, inputs, "triton"), helpers.run(one.but(weights=False), inputs, "triton")
+    both, alone = helpers.run(case, inputs, "triton"), helpers.run(case.but(weights=False), inputs, "triton")
     return find_differences({"y": alone["y"]}, {"y": both["y"]})
 
 
-def call_on_stream(one: Case, inputs: Inputs) -> dict:
-    wanted, side = helpers.run(one, inputs, "triton"), torch.cuda.Stream()
+def call_on_stream(case: Case, inputs: Inputs) -> dict:
+    """Compare a call on a stream of its own with one on the current stream."""
+    wanted, side = helpers.run(case, inputs, "triton"), torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        found = helpers.run(one, inputs, "triton")
+        found = helpers.run(case, inputs, "triton")
     torch.cuda.current_stream().wait_stream(side)
     return find_differences(found, wanted)
 
 
-def replay_graph(one: Case, inputs: Inputs) -> dict:
+def replay_graph(case: Case, inputs: Inputs) -> dict:
     """Compare what a captured call writes when it is replayed, over results that are wiped before."""
-    wanted = helpers.run(one, inputs, "triton")
+    wanted = helpers.run(case, inputs, "triton")
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = helpers.run(one, inputs, "triton")
+        captured = helpers.run(case, inputs, "triton")
     for result in captured.values():
         result.detach().fill_(float("nan"))
     graph.replay()
@@ -92,23 +94,23 @@ def replay_graph(one: Case, inputs: Inputs) -> dict:
     return find_differences(captured, wanted)
 
 
-def call_without_waiting(one: Case, inputs: Inputs) -> dict:
+def call_without_waiting(case: Case, inputs: Inputs) -> dict:
     """Fail where a call waits for the device."""
-    helpers.run(one, inputs, "triton")  # compiles
+    helpers.run(case, inputs, "triton")  # compiles
     torch.cuda.set_sync_debug_mode("error")
     try:
-        helpers.run(one, inputs, "triton")
+        helpers.run(case, inputs, "triton")
     finally:
         torch.cuda.set_sync_debug_mode("default")
     return {}
 
 
-def call_in_threads(one: Case, inputs: Inputs) -> dict:
+def call_in_threads(case: Case, inputs: Inputs) -> dict:
     """Compare the results of four threads at once; a thread that fails leaves none."""
-    wanted, found = helpers.run(one, inputs, "triton"), {}
+    wanted, found = helpers.run(case, inputs, "triton"), {}
 
     def work(k: int) -> None:
-        found[k] = find_differences(helpers.run(one, inputs, "triton"), wanted)
+        found[k] = find_differences(helpers.run(case, inputs, "triton"), wanted)
 
     threads = [threading.Thread(target=work, args=(k,)) for k in range(4)]
     for thread in threads:
@@ -116,4 +118,4 @@ def call_in_threads(one: Case, inputs: Inputs) -> dict:
     for thread in threads:
         thread.join()
     absent = {f"thread {k}": "no result" for k in range(4) if k not in found}
-    return absent | dict(itertools.chain.from_iterable(one.items() for one in found.values()))
+    return absent | dict(itertools.chain.from_iterable(differences.items() for differences in found.values()))

@@ -31,26 +31,26 @@ Calls = dict[str, Callable[[], Tensor]]
 def jobs(session: Session) -> list[Job]:
     """Return a job a workload and provider."""
     return [
-        Job(f"{one}-{name}", partial(measure, session, one, name))
-        for one in SMALL
+        Job(f"{workload}-{name}", partial(measure, session, workload, name))
+        for workload in SMALL
         for name in ("triton", "compile", "compile of triton", "eager", "layer_norm")
-        if not name.startswith("compile") or (one in COMPILED and session.device == "cuda")
+        if not name.startswith("compile") or (workload in COMPILED and session.device == "cuda")
     ]
 
 
 def warm_jobs(session: Session) -> list[Job]:
     """Return jobs that only compile."""
     return [
-        Job(f"{one}-{name}", partial(measure, session, one, name, once=True))
-        for one in COMPILED
+        Job(f"{workload}-{name}", partial(measure, session, workload, name, once=True))
+        for workload in COMPILED
         for name in ("compile", "compile of triton")
     ]
 
 
 def measure(session: Session, workload: Workload, name: str, once: bool = False) -> Iterator[dict]:
     """Yield microseconds [host, until the device is done] of a call without grad, of one with, and of both passes."""
-    if name.startswith("compile") and (why := machine.find_no_compiler()):
-        yield {"skipped": why}
+    if name.startswith("compile") and (reason := machine.find_no_compiler()):
+        yield {"skipped": reason}
         return
     x, params, grad_y = workload.inputs(session.tensors)
     leaves = tuple(t.requires_grad_() for t in (x, *params))
@@ -92,6 +92,7 @@ def time_graph(both: Callable) -> list[float] | str:
 
 
 def call_once(call: Callable) -> None:
+    """Call without timing it."""
     call()
 
 

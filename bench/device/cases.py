@@ -86,50 +86,51 @@ def _odd() -> list[Typed]:
 
 def _large() -> list[Typed]:
     """Return programs of several tiles. No larger: a dozen processes hold float64 copies of one each."""
-    sizes = (((512, 24, 1024), 1, 8), ((2**13, 1024), 1, 1), ((8, 2048, 768), 1, 1))
-    found = [(case(name, *one, weights=False), BF16) for name in ALGORITHMS for one in sizes]
+    shapes = (((512, 24, 1024), 1, 8), ((2**13, 1024), 1, 1), ((8, 2048, 768), 1, 1))
+    found = [(case(name, *sizes, weights=False), BF16) for name in ALGORITHMS for sizes in shapes]
     return [*found, (case("gate", (8, 64, 24000), 2, 1, weights=False), BF16)]
 
 
-def is_large(one: Case) -> bool:
-    return math.prod(one.shape) > 2**22
+def is_large(case: Case) -> bool:
+    """Tell whether x has more elements than inputs are drawn of on the host."""
+    return math.prod(case.shape) > 2**22
 
 
 def representative() -> list[Typed]:
-    """Return those that are emulated, in the same order: of each algorithm the first, which is the paper's shape, and
-    of each regime, width and mask the smallest.
+    """Return the cases that are emulated, in the order of all: of each algorithm the first, which is the paper's shape,
+    and of each regime, width and mask the smallest.
     """
     smallest: dict[tuple, Typed] = {}
-    for one, dtype in correct_cases():
-        length = one.shape[one.axis] // one.heads
-        by_row = one.positive_axis == len(one.shape) - 1
+    for case, dtype in correct_cases():
+        length = case.shape[case.axis] // case.heads
+        by_row = case.positive_axis == len(case.shape) - 1
         streamed = length > (LONGEST_ROW if by_row else LONGEST_COLUMN)
-        key = (one.algorithm, by_row, streamed, dtype.itemsize, one.mask)
-        if key not in smallest or math.prod(one.shape) < math.prod(smallest[key][0].shape):
-            smallest[key] = one, dtype
-    first = {one.algorithm: (one, dtype) for one, dtype in reversed(correct_cases())}
+        key = (case.algorithm, by_row, streamed, dtype.itemsize, case.mask)
+        if key not in smallest or math.prod(case.shape) < math.prod(smallest[key][0].shape):
+            smallest[key] = case, dtype
+    first = {case.algorithm: (case, dtype) for case, dtype in reversed(correct_cases())}
     chosen = {*first.values(), *smallest.values()}
     return [typed for typed in correct_cases() if typed in chosen]
 
 
 def bit_cases() -> list[Typed]:
     """Return cases of every regime whose results must not change by a bit."""
-    sizes = (((3, 24, 1024), 1, 8), ((3, 1024), 1, 1), ((3, 600, 64), 1, 1), ((3, 9000), 1, 1), ((3, 24, 40), 1, 1))
-    return [(case(name, *one), dtype) for name in ALGORITHMS for dtype in (BF16, FP32) for one in sizes]
+    shapes = (((3, 24, 1024), 1, 8), ((3, 1024), 1, 1), ((3, 600, 64), 1, 1), ((3, 9000), 1, 1), ((3, 24, 40), 1, 1))
+    return [(case(name, *sizes), dtype) for name in ALGORITHMS for dtype in (BF16, FP32) for sizes in shapes]
 
 
-def draw_inputs(one: Case, dtype: torch.dtype, device: str) -> Inputs:
+def draw_inputs(case: Case, dtype: torch.dtype, device: str) -> Inputs:
     """Return the inputs of a case: the tests', or, where x is large, random ones that are drawn on the device."""
-    if not is_large(one):
-        return helpers.inputs(one, dtype, device=device)
+    if not is_large(case):
+        return helpers.inputs(case, dtype, device=device)
     generator = torch.Generator(device).manual_seed(0)
 
-    def draw(shape: tuple[int, ...], of: Callable = torch.randn) -> torch.Tensor:
-        return of(shape, generator=generator, device=device)
+    def draw(shape: tuple[int, ...], distribution: Callable = torch.randn) -> torch.Tensor:
+        return distribution(shape, generator=generator, device=device)
 
-    params = one.heads, one.columns
-    x, grad_y = ((draw(one.shape) + offset).to(dtype) for offset in (one.offset, 0))
-    return Inputs(x, tuple(one.spec.draw(draw(params), draw(params, torch.rand))), None, grad_y, None)
+    params = case.heads, case.columns
+    x, grad_y = ((draw(case.shape) + offset).to(dtype) for offset in (case.offset, 0))
+    return Inputs(x, tuple(case.spec.draw(draw(params), draw(params, torch.rand))), None, grad_y, None)
 
 
 TIMED = [

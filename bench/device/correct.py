@@ -32,14 +32,16 @@ def judge(session: Session, case: Case, dtype: torch.dtype) -> Iterator[dict]:
         return
     # where the tensors are: a dozen processes share the host's cores
     wanted, eager = helpers.oracle(case, inputs, session.tensors), helpers.run(case, inputs, "eager")
-    errors = {name: (helpers.error(ours[name], one), helpers.error(eager[name], one)) for name, one in wanted.items()}
-    shares = {name: own / helpers.bound(case, name, dtype, beside, draws=1) for name, (own, beside) in errors.items()}
+    errors, shares = {}, {}
+    for name, expected in wanted.items():
+        errors[name] = helpers.error(ours[name], expected), helpers.error(eager[name], expected)
+        shares[name] = errors[name][0] / helpers.bound(case, name, dtype, errors[name][1], draws=1)
     worst = max(shares, key=lambda name: math.inf if math.isnan(shares[name]) else shares[name])
     yield {
         "ok": shares[worst] <= WRONG,
         "past the bound": not shares[worst] <= 1,
         "share": float(f"{shares[worst]:.3g}"),
         "worst": worst,
-        "errors [ours, eager]": {name: [float(f"{one:.3g}") for one in pair] for name, pair in errors.items()},
+        "errors [ours, eager]": {name: [float(f"{error:.3g}") for error in pair] for name, pair in errors.items()},
         "launches": launches,
     }

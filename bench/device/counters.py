@@ -49,8 +49,8 @@ def count(session: Session) -> Iterator[dict]:
     wanted = ["--profile-from-start", "off", *(word for name in SECTIONS for word in ("--section", name))]
     told = ["--csv", "--page", "details", "--print-details", "all", "--clock-control", "none"]
     status = wait(["ncu", *wanted, *told, *profiled], path, session.until + GRACE)
-    if why := next((line for line in path.read_text(errors="replace").splitlines() if FORBIDDEN in line), None):
-        yield {"skipped": why}
+    if reason := next((line for line in path.read_text(errors="replace").splitlines() if FORBIDDEN in line), None):
+        yield {"skipped": reason}
         return
     yield from read_metrics(path)
     yield {"ok": status == 0, "status": "ended at its limit" if status is None else status}
@@ -71,7 +71,7 @@ def read_metrics(path: Path) -> Iterator[dict]:
 
 def profile_jobs(session: Session) -> list[Job]:
     """Return a job a workload: two forward and backward passes, the second between the profiler's start and stop."""
-    return [Job(str(one), partial(profile, session, one)) for one in PROFILED]
+    return [Job(str(workload), partial(profile, session, workload)) for workload in PROFILED]
 
 
 def profile(session: Session, workload: Workload) -> Iterator[dict]:

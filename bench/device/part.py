@@ -31,6 +31,7 @@ def jobs(part: str, session: Session) -> list[Job]:
 
 
 def main() -> None:
+    """Run the command line: do one process's share of a part."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("part", choices=PARTS)
     parser.add_argument("--call", default="first")

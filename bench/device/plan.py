@@ -26,7 +26,7 @@ BUDGET = 13 * 60  # seconds that the calls and their starts may take in all, of 
 
 @dataclass(frozen=True)
 class Part:
-    """Say what one kind of processes does in a call, and how long.
+    """Describe one kind of processes in a call.
 
     expected: the seconds it should take. deadline, limit: seconds after the call began, when it begins nothing new and
     when it is ended. processes: how many share its jobs.
@@ -85,7 +85,8 @@ def format_plan(calls: list[str]) -> str:
         for part in (part for step in PLAN[call] for part in step):
             times = "".join(f"{seconds:>9} s" for seconds in (part.expected, part.deadline, part.limit))
             lines.append(f"{call:12}{part.name:10}{times}{part.processes:>11}")
-    needed, most = (sum(map(of, calls)) + START * len(calls) for of in (expected_seconds, latest_end))
+    starts = START * len(calls)
+    needed, most = starts + sum(map(expected_seconds, calls)), starts + sum(map(latest_end, calls))
     lines.append(f"with {len(calls)} starts of {START} s: {needed / 60:.1f} minutes, {most / 60:.1f} at most")
     return "\n".join(lines)
 
@@ -134,15 +135,18 @@ def run_shard(session: Session, part: Part, k: int) -> None:
             shard = replace(session, shard=(first, part.processes), progress=progress)
             watched = progress if session.device == "cuda" else None
             code = wait(command(shard, part.name), session.out / "log.txt", end, watched)
-            # of tests, 1: some failed, and have said so; 5: none is left, after the last one that a process died of
-            if code == 0 or (part.name == "tests" and code in ((1,) if first == k else (1, 5))):
+            finished = [0]
+            if part.name == "tests":  # 1: some failed, and have said so
+                finished.append(1)
+                if first != k:  # 5: none is left, after the last one that a process died of
+                    finished.append(5)
+            if code in finished:
                 return
             (i, case), *left = read_progress(progress) or [(first, None)]
             if code != LOST:
-                why = {None: "ended at its limit", HUNG: f"was at it for {PATIENCE} s and was ended"}.get(
-                    code, f"died, exit status {code}: log.txt may say why"
-                )
-                session.write(part.name, i=i, case=case, ok=False, error=f"the process of share {k} {why}")
+                reasons = {None: "ended at its limit", HUNG: f"was at it for {PATIENCE} s and was ended"}
+                reason = reasons.get(code, f"died, exit status {code}: log.txt may say why")
+                session.write(part.name, i=i, case=case, ok=False, error=f"the process of share {k} {reason}")
             if code is None or not (code == LOST or code < 0) or case is None:
                 for i, case in left:
                     session.write(part.name, i=i, case=case, skipped=f"not reached by the process of share {k}")
@@ -194,6 +198,6 @@ def wait(words: list[str], output: Path, end: float, progress: Path | None = Non
 
 def is_stuck(progress: Path | None) -> bool:
     """Tell whether a process has been at a job for too long while others wait for it."""
-    return (
-        progress is not None and len(read_progress(progress)) > 1 and time.time() - progress.stat().st_mtime > PATIENCE
-    )
+    if progress is None or len(read_progress(progress)) < 2:
+        return False
+    return time.time() - progress.stat().st_mtime > PATIENCE

@@ -1,4 +1,4 @@
-"""What is done without a GPU before one is had: every kernel of the plan is compiled for sm_90, and taken along.
+"""Preparation without a GPU: every kernel of the plan is compiled for sm_90, to be taken along.
 
     python -m bench.device.prepare      # with the Python, torch and Triton that the GPU's machine has
 
@@ -49,19 +49,19 @@ def dry(calls: list[str], only: str) -> int:
     """Print the plan, compile what its own parts launch, emulate cases of every regime; return 1 where one fails."""
     print(format_plan(calls), flush=True)
     start()
-    well = [run(part, "compiled", "none", only) for part in COMPILED]
+    passed = [run(part, "compiled", "none", only) for part in COMPILED]
     print(f"emulated are {len(representative())} of {len(correct_cases())} cases", flush=True)
-    well.append(run("correct", "emulated", "emulated", only))
+    passed.append(run("correct", "emulated", "emulated", only))
     if only and not read(BUILD):
         print(f"no case matches {only}")
         return 1
-    return int(not all(well))
+    return int(not all(passed))
 
 
 def main() -> int:
     """Compile all, run the kernel tests as compiled code, and pack; return 1 where a kernel does not compile."""
     start()
-    well = [run(part, "compiled", "none") for part in COMPILED]
+    passed = [run(part, "compiled", "none") for part in COMPILED]
     run("tests", "emulated", "emulated")  # what fails there fails on a GPU too, and is said
     machine.PREPARED.mkdir(exist_ok=True)
     pack(Path(os.environ["TRITON_CACHE_DIR"]))
@@ -71,7 +71,7 @@ def main() -> int:
     about = {**core.about(), "fingerprint": machine.fingerprint(), "published package": bool(peer)}
     machine.ABOUT.write_text(json.dumps(about) + "\n")
     print(*(f"{path} {path.stat().st_size / 2**20:.1f} MiB" for path in (machine.CACHE, machine.ABOUT)), sep="\n")
-    return int(not all(well))
+    return int(not all(passed))
 
 
 def pack(folder: Path) -> None:

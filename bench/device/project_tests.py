@@ -13,6 +13,7 @@ from bench.device.session import Session, end_where_lost
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add the options that a process of the plan is given."""
     parser.addoption("--out", type=Path, help="folder to whose results.jsonl tests are added as they end")
     parser.addoption("--call", default="")
     parser.addoption("--began", type=float, default=0.0)
@@ -21,11 +22,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    ask = config.getoption
+    """Register what writes the results, by the options of the process."""
+    k, n = config.getoption("--shard", "0/1").split("/")
     session = Session(
-        ask("--call"), ask("--out"), ask("--device", "cpu"), ask("--began"), ask("--until"),
-        tuple(map(int, ask("--shard", "0/1").split("/"))), progress=ask("--progress"),
-    )  # fmt: skip
+        call=config.getoption("--call"),
+        out=config.getoption("--out"),
+        device=config.getoption("--device", "cpu"),
+        began=config.getoption("--began"),
+        until=config.getoption("--until"),
+        shard=(int(k), int(n)),
+        progress=config.getoption("--progress"),
+    )
     config.pluginmanager.register(Lines(session), "lines of results")
 
 
@@ -43,6 +50,7 @@ class Lines:
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_setup(self, item: pytest.Item) -> None:
+        """Note the tests that are left, from this one on, and skip it past the deadline."""
         while self.left[0][1] != item.nodeid:
             self.left.pop(0)
         self.session.note(self.left)
@@ -55,6 +63,7 @@ class Lines:
             self.session.write("tests", case=report.nodeid, ok=False, error=report.longreprtext[-1500:])
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Write the outcome of a test, or what failed before or after it."""
         if report.when != "call" and report.passed:
             return
         row = {"case": report.nodeid, "seconds": round(report.duration, 2)}
@@ -68,4 +77,5 @@ class Lines:
             end_where_lost(self.session)
 
     def pytest_sessionfinish(self) -> None:
+        """Note that no test is left."""
         self.session.note([])

@@ -63,8 +63,8 @@ class Session:
 
     def write(self, part: str, **row) -> None:
         """Append one line of JSON in one write: processes share the file."""
-        at = {"began": round(self.began), "t": round(time.time() - self.began, 1)}
-        append(self.out / RESULTS, {"call": self.call, "part": part, **at, **row})
+        times = {"began": round(self.began), "t": round(time.time() - self.began, 1)}
+        append(self.out / RESULTS, {"call": self.call, "part": part, **times, **row})
 
     def note(self, left: list[tuple[int, str]]) -> None:
         """Write the numbers and names of the jobs that are left, the one that begins first."""

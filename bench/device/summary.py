@@ -25,19 +25,19 @@ def summarize(session: Session, part: str, seconds: float, expected: int) -> str
     wrong = [row for row in rows if is_wrong(row)]
     lines += [f"    WRONG {row.get('case')}: {find_reason(row)}" for row in wrong[:SHOWN]]
     skipped = Counter(row["skipped"] for row in rows if "skipped" in row)
-    lines += [f"    skipped {count}: {why[:300]}" for why, count in skipped.most_common(SHOWN)]
+    lines += [f"    skipped {count}: {reason[:300]}" for reason, count in skipped.most_common(SHOWN)]
     if part == "time":
         lines += map(format_times, (row for row in rows if "us" in row))
     return "\n".join(lines)
 
 
 def rows_of(session: Session) -> list[dict]:
-    """Return the rows of a call that stand in its folder so far, not those of an earlier one of its name."""
+    """Return the rows that a call has written so far, without those of an earlier call of its name."""
     return [row for row in read(session.out) if (row["call"], row["began"]) == (session.call, round(session.began))]
 
 
 def is_wrong(row: dict) -> bool:
-    """Tell whether a row says that something is not as it should be; rows of no verdict do not."""
+    """Tell whether a row says that something is not as it should be; rows without a verdict do not."""
     return row.get("ok") is False
 
 

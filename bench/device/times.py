@@ -25,45 +25,46 @@ CASES = "times.jsonl"  # as `pytest bench --cases` writes it: bench.compare and 
 def jobs(session: Session) -> list[Job]:
     """Return a job a workload; where nothing is launched it compiles what the passes and a call without them launch."""
     core.SECONDS["cuda"] = SECONDS
-    return [Job(str(one), partial(prepare if session.compiling else time_workload, session, one)) for one in TIMED]
+    run = prepare if session.compiling else time_workload
+    return [Job(str(workload), partial(run, session, workload)) for workload in TIMED]
 
 
 def time_workload(session: Session, workload: Workload) -> Iterator[dict]:
-    """Yield who is timed, with the error of their results, and who is not, and why; then the times of every pass."""
-    asked = {name: one for name, one in PROVIDERS.items() if one.serves(workload)}
-    absent = {name: one.missing(core.DEVICE) for name, one in asked.items()}
+    """Yield which providers are timed, with their errors, and why others are not; then the times of every pass."""
+    asked = {name: provider for name, provider in PROVIDERS.items() if provider.serves(workload)}
+    absent = {name: provider.missing(core.DEVICE) for name, provider in asked.items()}
     if "compile" in absent:
         absent["compile"] = absent["compile"] or machine.find_no_compiler()
     if workload.shape[workload.axis] > LONGEST and "multihead_attention" in absent:
         absent["multihead_attention"] = f"checking it takes long past {LONGEST} positions"
-    names = tuple(name for name, why in absent.items() if why is None)
+    names = tuple(name for name, reason in absent.items() if reason is None)
     found = core.candidates(workload, names)
-    refused = {name: describe_error(one) for name, one in found.items() if isinstance(one, Exception)}
-    errors = {name: one[1] for name, one in found.items() if name not in refused}
-    not_timed = {name: why for name, why in absent.items() if why} | refused
+    refused = {name: describe_error(error) for name, error in found.items() if isinstance(error, Exception)}
+    errors = {name: candidate[1] for name, candidate in found.items() if name not in refused}
+    not_timed = {name: reason for name, reason in absent.items() if reason} | refused
     yield {"ok": "triton" in errors and not set(OWN) & set(refused), "errors": errors, "not timed": not_timed}
-    for which in PASSES:
+    for pass_name in PASSES:
         if session.late:
-            yield {"pass": which, "skipped": "past the deadline"}
+            yield {"pass": pass_name, "skipped": "past the deadline"}
             return
-        yield time_pass(session, workload, which, names)
+        yield time_pass(session, workload, pass_name, names)
 
 
-def time_pass(session: Session, workload: Workload, which: str, names: tuple[str, ...]) -> dict:
-    """Time one pass; return microseconds by provider, and GB/s and share of the copy of ours."""
-    timed = core.samples(workload, which, names)
-    figures = {name: core.figures(workload, which, name, names) for name in timed}
-    for name, one in figures.items():
-        test = f"bench/test_speed.py::test_speed[{workload}-{which}-{name}]"
-        append(session.out / CASES, {"fullname": test, "extra_info": one})
-    row = {"pass": which, "us": {name: round(1e6 * one["seconds"]["p50"], 2) for name, one in figures.items()}}
+def time_pass(session: Session, workload: Workload, pass_name: str, names: tuple[str, ...]) -> dict:
+    """Time one pass of the named providers; return their microseconds, and GB/s and share of the copy of ours."""
+    timed = core.samples(workload, pass_name, names)
+    figures = {name: core.figures(workload, pass_name, name, names) for name in timed}
+    for name, case in figures.items():
+        test = f"bench/test_speed.py::test_speed[{workload}-{pass_name}-{name}]"
+        append(session.out / CASES, {"fullname": test, "extra_info": case})
+    row = {"pass": pass_name, "us": {name: round(1e6 * case["seconds"]["p50"], 2) for name, case in figures.items()}}
     if "triton" in figures:
         row |= {key: figures["triton"][key] for key in ("gb_per_s", "percent_of_roof")}
     return row
 
 
 def prepare(session: Session, workload: Workload) -> Iterator[dict]:
-    """Compile what a workload launches. Nothing reads or writes its tensors, so that they take no memory."""
+    """Compile what a workload launches, and yield one empty row. Nothing touches its tensors: they take no memory."""
     leaves, grad_y = empty_tensors(workload)
     torch.autograd.grad(workload.call(*leaves, backend="triton"), leaves, grad_y)
     with torch.no_grad():
@@ -82,13 +83,14 @@ def warm_jobs(session: Session) -> list[Job]:
     """Return the jobs that put what torch.compile makes of the workloads and of small calls into Inductor's cache."""
     from bench.device import calls
 
-    return [*(Job(str(one), partial(warm, one)) for one in TIMED), *calls.warm_jobs(session)]
+    return [*(Job(str(workload), partial(warm, workload)) for workload in TIMED), *calls.warm_jobs(session)]
 
 
 def warm(workload: Workload) -> Iterator[dict]:
-    """Compile what the provider "compile" calls, without its reference in float64: processes share the memory."""
-    if why := machine.find_no_compiler():
-        yield {"skipped": why}
+    """Compile what the provider "compile" calls, and yield an empty row, or why there is no compiler."""
+    # without the provider's reference in float64: processes share the memory
+    if reason := machine.find_no_compiler():
+        yield {"skipped": reason}
         return
     torch._dynamo.reset()  # else the second shape of a function is compiled for any size
     x, params, grad_y = workload.inputs(core.DEVICE)
@@ -106,6 +108,7 @@ def copy_jobs(session: Session) -> list[Job]:
 
 
 def time_copy(mib: int) -> Iterator[dict]:
+    """Yield microseconds and GB/s of a copy of so many MiB."""
     source = torch.ones(mib * 2**18, device=core.DEVICE)
     target = torch.empty_like(source)
     seconds = median_seconds(core.Step(lambda: None, lambda _: target.copy_(source)))
@@ -113,7 +116,7 @@ def time_copy(mib: int) -> Iterator[dict]:
 
 
 def median_seconds(step: core.Step, rounds: int = 15) -> float:
-    """Return the median of the turns of one step, after three that warm up."""
+    """Return the median of the seconds of one step in so many rounds, after three that warm up."""
     turn = _turn()
     return statistics.median([turn([step])[0] for _ in range(3 + rounds)][3:])
 
