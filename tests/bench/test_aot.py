@@ -25,29 +25,29 @@ def seldom(*values):
 
 def check(target, configuration):
     recorded = configuration.launches()
-    assert [one.name for one in recorded].count("_forward") == 1
-    for one in recorded:
-        compiled = compile_for(target, one)
+    assert [launch.name for launch in recorded].count("_forward") == 1
+    for launch in recorded:
+        compiled = compile_for(target, launch)
         if TARGETS[target].backend == "cuda":  # a wavefront of gfx942 has 64 lanes: other tiles would suit it better
-            held = compiled.registers * 32 * one.meta["num_warps"]
-            assert held <= 65536, f"{configuration}/{one.name}: no multiprocessor could hold it"
+            held = compiled.registers * 32 * launch.meta["num_warps"]
+            assert held <= 65536, f"{configuration}/{launch.name}: no multiprocessor could hold it"
             # pairs of fp32 that sm_100 adds at once take registers, and tiles that spill nothing issue 15 % more
-            spared = 64 if target == "sm_100" and one.name == "_backward" and configuration.order == "columns" else 0
-            if one.name == "_backward" and (configuration.along, configuration.chunk) == ("chunk", 200):
+            spared = 64 if target == "sm_100" and launch.name == "_backward" and configuration.order == "columns" else 0
+            if launch.name == "_backward" and (configuration.along, configuration.chunk) == ("chunk", 200):
                 spared = 32 * configuration.full  # parameters of every position, a mask and weights, and ragged rows
             assert compiled.stack <= spared, (
-                f"{configuration}/{one.name} spills {compiled.stack} bytes of {compiled.registers} registers"
+                f"{configuration}/{launch.name} spills {compiled.stack} bytes of {compiled.registers} registers"
             )
-            if one.name in TENSORS:
+            if launch.name in TENSORS:
                 # 128 bits, or all of a block that a thread has
-                block = one.meta["BLOCK_CHUNK"] * one.meta["BLOCK_INNER"] // (32 * one.meta["num_warps"])
+                block = launch.meta["BLOCK_CHUNK"] * launch.meta["BLOCK_INNER"] // (32 * launch.meta["num_warps"])
                 narrow = configuration.order == "rows" and configuration.chunk % 64
                 widest = min(128, 8 * DTYPES[configuration.dtype].itemsize * block)
-                assert compiled.load_bits >= widest or narrow, f"{configuration}/{one.name}"
+                assert compiled.load_bits >= widest or narrow, f"{configuration}/{launch.name}"
 
 
 def test_every_algorithm_is_audited():
-    assert {one.algorithm for one in CONFIGURATIONS} == set(ALGORITHMS)
+    assert {configuration.algorithm for configuration in CONFIGURATIONS} == set(ALGORITHMS)
     assert set(OTHERS) == {name for name, spec in ALGORITHMS.items() if not spec.features}
 
 
@@ -69,8 +69,8 @@ def on_other_targets():
     """Yield pairs: of the three of an algorithm one a target, another one for every algorithm."""
     targets = ["sm_80", "sm_100", "gfx942"]
     for i, algorithm in enumerate(ALGORITHMS):
-        own = [one for one in ON_CHIP if one.algorithm == algorithm]
-        yield from zip(own, targets[i:] + targets[:i], strict=True)
+        configurations = [configuration for configuration in ON_CHIP if configuration.algorithm == algorithm]
+        yield from zip(configurations, targets[i:] + targets[:i], strict=True)
 
 
 @pytest.mark.parametrize(("configuration", "target"), list(on_other_targets()), ids=str)
@@ -90,12 +90,12 @@ def test_every_configuration(target, configuration):
 @pytest.mark.parametrize("full", [seldom(False), True])
 @pytest.mark.parametrize("shape", [(5, 37, 1000), seldom((2, 200, 1032)), seldom((3, 600, 21)), (5, 1001)], ids=str)
 def test_sizes_that_are_no_power_of_two(shape, full, algorithm):
-    """What users have: narrow accesses, and still nothing spills."""
+    """Check what users have: accesses are narrow, and still nothing spills."""
     x = torch.empty(shape, dtype=torch.bfloat16, device="meta")
     p = torch.empty(1, shape[-1] if ALGORITHMS[algorithm].features else GAUSSIANS, device="meta")
-    for one in launches(algorithm, x, p, None, 1, len(shape) - 1, full):
-        compiled = compile_for("sm_90", one)
-        assert compiled.stack == 0 and compiled.registers * 32 * one.meta["num_warps"] <= 65536, one.name
+    for launch in launches(algorithm, x, p, None, 1, len(shape) - 1, full):
+        compiled = compile_for("sm_90", launch)
+        assert compiled.stack == 0 and compiled.registers * 32 * launch.meta["num_warps"] <= 65536, launch.name
 
 
 ROWS, COLUMNS, STREAMED = (64, 1024), (8, 64, 1024), (8, 1000, 1024)
@@ -105,8 +105,8 @@ ROWS, COLUMNS, STREAMED = (64, 1024), (8, 64, 1024), (8, 1000, 1024)
 def test_padding_values(shape):
     x = torch.empty(shape, dtype=torch.bfloat16, device="meta")
     p = torch.empty(1, GAUSSIANS, device="meta")
-    for one in launches("mixture", x, p, None, 1, None, True, padding=0.0):
-        assert compile_for("sm_90", one).stack == 0, one.name
+    for launch in launches("mixture", x, p, None, 1, None, True, padding=0.0):
+        assert compile_for("sm_90", launch).stack == 0, launch.name
 
 
 OFTEN = [(16, ROWS), (16, COLUMNS)]
@@ -118,26 +118,27 @@ SELDOM = [seldom(*one) for one in itertools.product((1, 3, 8, 16), (ROWS, COLUMN
 def test_other_numbers_of_gaussians(gaussians, shape, algorithm):
     x = torch.empty(shape, dtype=torch.bfloat16, device="meta")
     p = torch.empty(2, gaussians, device="meta")
-    for one in launches(algorithm, x, p, None, 1, None, True):
-        assert compile_for("sm_90", one).stack == 0, one.name
+    for launch in launches(algorithm, x, p, None, 1, None, True):
+        assert compile_for("sm_90", launch).stack == 0, launch.name
 
 
 def test_a_spill_is_seen():
-    """The figure that the other tests hold at 0 is not 0 where a tile is too large."""
-    one, *_ = Configuration("density", "columns", "inner", 256, "fp32", True).launches()
-    one.meta.update(BLOCK_INNER=256, num_warps=4)
-    assert compile_for("sm_90", one).stack > 0
+    """Check that the figure that other tests hold at 0 is not 0 where a tile is too large."""
+    launch, *_ = Configuration("density", "columns", "inner", 256, "fp32", True).launches()
+    launch.meta.update(BLOCK_INNER=256, num_warps=4)
+    assert compile_for("sm_90", launch).stack > 0
 
 
 def test_the_mixture_compares_what_it_subtracts():
-    """The exponent is (least s - s)·precision with s as it was compared: fused into the difference, the product s would
-    leave a rounding error there, which a narrow Gaussian's precision turns into inf. The interpreter fuses nothing.
+    """Check that the exponent is (least s - s)·precision with s as it was compared: fused into the difference, the
+    product s would leave a rounding error there, which a narrow Gaussian's precision turns into inf. The interpreter
+    fuses nothing.
     """
     x, p = torch.empty(64, 1024, dtype=torch.bfloat16, device="meta"), torch.empty(1, GAUSSIANS, device="meta")
-    for one in launches("mixture", x, p, None, 1, None, False):
-        if one.name not in TENSORS:
+    for launch in launches("mixture", x, p, None, 1, None, False):
+        if launch.name not in TENSORS:
             continue
-        code = re.findall(r"\t(\w+)[\w.]*\s+(%\w+), ([^;]+);", compile_for("sm_90", one).assembly)
+        code = re.findall(r"\t(\w+)[\w.]*\s+(%\w+), ([^;]+);", compile_for("sm_90", launch).assembly)
         made = {result: (op, operands.split(", ")) for op, result, operands in code}
 
         def parts(register, op, made=made):
@@ -146,7 +147,7 @@ def test_the_mixture_compares_what_it_subtracts():
 
         exponents = [operands for op, _, operands in code if op == "ex2"]
         differences = [d for e in exponents for factor in parts(e, "mul") for d in [parts(factor, "sub")] if d]
-        tile = one.meta["PARTS"] * one.meta["BLOCK_CHUNK"] * one.meta["BLOCK_INNER"]
-        elements = tile // (32 * one.meta["num_warps"])
-        assert len(differences) == elements, one.name
-        assert all(parts(subtracted, "fma") for _, subtracted in differences), one.name
+        tile = launch.meta["PARTS"] * launch.meta["BLOCK_CHUNK"] * launch.meta["BLOCK_INNER"]
+        elements = tile // (32 * launch.meta["num_warps"])
+        assert len(differences) == elements, launch.name
+        assert all(parts(subtracted, "fma") for _, subtracted in differences), launch.name

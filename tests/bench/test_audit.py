@@ -53,14 +53,16 @@ kernel:
 
 @pytest.mark.parametrize(("text", "length", "extra"), [(NVIDIA, 6, 1), (AMD, 5, 0)], ids=["nvidia", "amd"])
 def test_main_loop(text, length, extra):
-    """The loop that moves memory, the one inside it included; what stands around it and padding are not."""
+    """Check that the main loop is the one that moves memory, with the one inside it, but without padding and what
+    stands around it.
+    """
     code = instructions(text)
     loop = main_loop(code)
     assert len(loop) == length and len(code) > length
-    assert [one.bits for one in loop if one.loads] == [128, 16]
-    assert [one.bits for one in loop if one.bits and not one.loads] == [64]
-    assert sum(one.special for one in loop) == 1
-    assert sum(one.target is not None for one in loop) == 1 + extra
+    assert [instruction.bits for instruction in loop if instruction.loads] == [128, 16]
+    assert [instruction.bits for instruction in loop if instruction.bits and not instruction.loads] == [64]
+    assert sum(instruction.special for instruction in loop) == 1
+    assert sum(instruction.target is not None for instruction in loop) == 1 + extra
 
 
 def test_code_without_a_loop_counts_as_a_whole():
@@ -70,10 +72,10 @@ def test_code_without_a_loop_counts_as_a_whole():
 
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])
 def test_figures(target):
-    """x is loaded once and y stored once; backward x and grad_y once, dx once; one exponential an element."""
-    one = audit.Configuration("density", "rows", "nothing", 1024)
-    found = dict(audit.audit(target, [one]))
-    forward, backward = found[f"{one}/_forward"], found[f"{one}/_backward"]
+    """Check that x is loaded once and y stored once; backward x, grad_y and dx once each; an exponential an element."""
+    configuration = audit.Configuration("density", "rows", "nothing", 1024)
+    found = dict(audit.audit(target, [configuration]))
+    forward, backward = found[f"{configuration}/_forward"], found[f"{configuration}/_backward"]
     assert (forward.loads, forward.stores) == (backward.loads / 2, backward.stores) == (1.0, 1.0)
     assert 1 <= forward.special < 1.2 and 10 < forward.instructions < backward.instructions < 80
     bits = 128 if target == "sm_90" else 64  # 64 lanes share a block there
@@ -95,16 +97,16 @@ SELDOM = sorted(EVERY.difference(audit.ONE_A_REGIME), key=str)
 
 @pytest.mark.parametrize(
     "configuration",
-    [*audit.ONE_A_REGIME, *(pytest.param(one, marks=pytest.mark.audit) for one in SELDOM)],
+    [*audit.ONE_A_REGIME, *(pytest.param(seldom, marks=pytest.mark.audit) for seldom in SELDOM)],
     ids=str,
 )
 def test_sm_90_is_as_committed(configuration, committed):
-    """Nothing became worse; and what became better is committed, so that it cannot become worse again unseen."""
-    rows = {f"sm_90/{name}": asdict(one) for name, one in audit.audit("sm_90", [configuration])}
+    """Check that nothing became worse; and that what became better is committed, lest it become worse unseen."""
+    rows = {f"sm_90/{name}": asdict(figures) for name, figures in audit.audit("sm_90", [configuration])}
     changes = compare.compare(committed, replace(committed, rows=rows), whole=False)
     assert not [change for change in changes if change.failed]
-    own = {name: one for name, one in committed.rows.items() if name.split("/")[1] == str(configuration)}
-    assert rows == own, "out of date: python -m bench.audit --targets sm_90 --output bench/history/audit/sm_90.json"
+    known = {name: figures for name, figures in committed.rows.items() if name.split("/")[1] == str(configuration)}
+    assert rows == known, "out of date: python -m bench.audit --targets sm_90 --output bench/history/audit/sm_90.json"
 
 
 def test_every_configuration_is_committed(committed):
@@ -116,16 +118,16 @@ def test_every_configuration_is_committed(committed):
 def test_nothing_that_is_committed_spills(target):
     """Include what `make test` does not compile."""
     rows = read(ROOT / "bench" / "history" / "audit" / f"{target}.json").rows
-    assert rows and not [name for name, one in rows.items() if one["stack"]]
+    assert rows and not [name for name, figures in rows.items() if figures["stack"]]
 
 
 def test_the_same_twice():
-    one = audit.Configuration("gate", "columns", "nothing", 6)
-    assert dict(audit.audit("sm_90", [one])) == dict(audit.audit("sm_90", [one]))
+    configuration = audit.Configuration("gate", "columns", "nothing", 6)
+    assert dict(audit.audit("sm_90", [configuration])) == dict(audit.audit("sm_90", [configuration]))
 
 
 def test_a_worse_kernel_has_worse_figures():
-    """A row over too many warps issues more; a tile too large spills, and holds fewer warps."""
+    """Check that a row over too many warps issues more, and that a tile too large spills and holds fewer warps."""
     recorded = audit.Configuration("density", "rows", "nothing", 1024).launches()[0]
     good = audit.figures("sm_90", recorded, compile_for("sm_90", recorded))
     recorded.meta.update(num_warps=8)

@@ -28,7 +28,7 @@ WORKLOADS = [
 
 @contextlib.contextmanager
 def accesses():
-    """How often each address of an element is loaded or stored by kernels."""
+    """Count, in what is given, how often each address of an element is loaded or stored by kernels."""
     from triton.runtime import interpreter
 
     builder, counted = interpreter.interpreter_builder, Counter()
@@ -49,7 +49,7 @@ def accesses():
 
 
 def elements(t: torch.Tensor) -> set[int]:
-    """Addresses of a contiguous tensor's elements."""
+    """Return the addresses of a contiguous tensor's elements."""
     return set(range(t.data_ptr(), t.data_ptr() + t.nbytes, t.element_size()))
 
 
@@ -57,8 +57,8 @@ def elements(t: torch.Tensor) -> set[int]:
 @pytest.mark.not_emulated("the interpreter counts accesses")
 @pytest.mark.parametrize("workload", WORKLOADS, ids=str)
 def test_bytes(workload, device):
-    """Every element of x and of the results is accessed as often as the model of the kernels says; once each, and the
-    parameters once, are the least bytes.
+    """Check that every element of x and of the results is accessed as often as the model of the kernels says; once
+    each, and the parameters once, are the least bytes.
     """
     if device.type != "cpu":
         pytest.skip("only the interpreter counts")
@@ -70,22 +70,22 @@ def test_bytes(workload, device):
         dx, *grads = torch.autograd.grad(y, leaves, grad_y)
     passes = {"forward": (forward, (x, y), params), "backward": (backward, (x, grad_y, dx), (*params, *grads))}
     moved, least = Counter(), Counter()
-    for which, (counted, large, small) in passes.items():
+    for pass_name, (counted, large, small) in passes.items():
         addresses = set().union(*map(elements, large))
-        once = sum(t.nbytes for t in small)
-        moved[which] = x.element_size() * sum(counted[address] for address in addresses) + once
-        least[which] = x.element_size() * sum(counted[address] > 0 for address in addresses) + once
+        params_bytes = sum(t.nbytes for t in small)
+        moved[pass_name] = x.element_size() * sum(counted[address] for address in addresses) + params_bytes
+        least[pass_name] = x.element_size() * sum(counted[address] > 0 for address in addresses) + params_bytes
         assert set().union(*map(elements, params)) <= set(counted), "every parameter is read"
-    for which in PASSES:
-        assert kernel_bytes(workload, which) == sum(moved[one] for one in which.split("+"))
-        assert least_bytes(workload, which) == sum(least[one] for one in which.split("+"))
+    for pass_name in PASSES:
+        assert kernel_bytes(workload, pass_name) == sum(moved[part] for part in pass_name.split("+"))
+        assert least_bytes(workload, pass_name) == sum(least[part] for part in pass_name.split("+"))
 
 
 def test_bytes_by_hand():
-    """(32, 24, 1024) in bf16: x is 1.5 MiB; 8 heads of 1024 mean offsets and c, fp32."""
+    """Check shapes of which x is 1.5 MiB and 96 MiB in bf16, with parameters in fp32, against sums written here."""
     workload = Workload("layers", "density", (32, 24, 1024), 1, 8)
     x, params = 32 * 24 * 1024 * 2, 2 * 8 * 1024 * 4
-    assert [least_bytes(workload, which) for which in PASSES] == [
+    assert [least_bytes(workload, pass_name) for pass_name in PASSES] == [
         2 * x + params,
         3 * x + 2 * params,
         5 * x + 3 * params,

@@ -25,25 +25,25 @@ FIGURES = {
 
 
 def speed(**changes):
-    """A result of two cases and two yardsticks. changes: of the first. slower: its times' factor; machine, copy: those
-    of all cases' times, and of the copy that took turns with the first.
+    """Return a result of two cases and two yardsticks. changes: of the first case. slower: the factor of its times;
+    machine, copy: factors of all cases' times, and of the copy that took turns with the first.
     """
-    factor, machine, beside = changes.pop("slower", 1), changes.pop("machine", 1), changes.pop("copy", 1)
+    factor, machine_factor, copy_factor = changes.pop("slower", 1), changes.pop("machine", 1), changes.pop("copy", 1)
     info = copy.deepcopy(CASE) | changes
-    info["of_copy"]["p50"] *= factor / beside
+    info["of_copy"]["p50"] *= factor / copy_factor
     cases = {"a": info, "b": CASE, **{f"layer_norm{i}": CASE | {"provider": "layer_norm"} for i in range(2)}}
-    for name, one in cases.items():
-        times = {key: value * machine * (factor if name == "a" else 1) for key, value in CASE["seconds"].items()}
-        cases[name] = one | {"device": info["device"], "seconds": times}
-    return {"benchmarks": [{"fullname": f"t[{name}]", "extra_info": one} for name, one in cases.items()]}
+    for name, case in cases.items():
+        times = {key: value * machine_factor * (factor if name == "a" else 1) for key, value in CASE["seconds"].items()}
+        cases[name] = case | {"device": info["device"], "seconds": times}
+    return {"benchmarks": [{"fullname": f"t[{name}]", "extra_info": case} for name, case in cases.items()]}
 
 
 def gpu(**changes):
-    """The same on a GPU, which has peak_bytes for saved_bytes."""
+    """Return the same as `speed` on a GPU, which has peak_bytes for saved_bytes."""
     data = speed(device="H200", **{"peak_bytes": 10} | changes)
-    for one in data["benchmarks"]:
-        one["extra_info"].setdefault("peak_bytes", 10)
-        one["extra_info"].pop("saved_bytes")
+    for case in data["benchmarks"]:
+        case["extra_info"].setdefault("peak_bytes", 10)
+        case["extra_info"].pop("saved_bytes")
     return data
 
 
@@ -52,7 +52,7 @@ def audited(**changes):
 
 
 def run(tmp_path, base, new, *options):
-    """The exit code of the command."""
+    """Return the exit code of the command for two results."""
     paths = [tmp_path / "base.json", tmp_path / "new.json"]
     for path, data in zip(paths, (base, new), strict=True):
         path.write_text(json.dumps(data))
@@ -106,7 +106,7 @@ def test_verdict(base, new, code, verdict, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("base", "new", "why"),
+    ("base", "new", "reason"),
     [
         (speed(), audited(), "the other of the audit"),
         (speed(), gpu(), "devices differ"),
@@ -116,9 +116,9 @@ def test_verdict(base, new, code, verdict, tmp_path, capsys):
         (speed(), ["nonsense"], "holds no cases"),
     ],
 )
-def test_nothing_to_compare(base, new, why, tmp_path, capsys):
+def test_nothing_to_compare(base, new, reason, tmp_path, capsys):
     assert run(tmp_path, base, new) == 2
-    assert why in capsys.readouterr().err
+    assert reason in capsys.readouterr().err
 
 
 NAN, INF = float("nan"), float("inf")
@@ -130,7 +130,7 @@ def times(value):
 
 
 def broken(data, **figures):
-    """The result with other figures in its first case."""
+    """Return a result with other figures in its first case."""
     data["benchmarks"][0]["extra_info"] |= figures
     return data
 
@@ -139,14 +139,14 @@ def broken(data, **figures):
 @pytest.mark.parametrize(
     ("figures", "figure"),
     [
-        *(({"seconds": times(one)}, "seconds.p50") for one in (NAN, INF, -1.0, 0.0, 0, "1.0", None, True, 10**400)),
-        *(({"of_copy": times(one)}, "of_copy.p50") for one in (NAN, INF, -1.0, 0.0)),
-        *(({"of_copy": TIMES | {"iqr": one}}, "of_copy.iqr") for one in (NAN, INF, -0.1, "0.1")),
+        *(({"seconds": times(value)}, "seconds.p50") for value in (NAN, INF, -1.0, 0.0, 0, "1.0", None, True, 10**400)),
+        *(({"of_copy": times(value)}, "of_copy.p50") for value in (NAN, INF, -1.0, 0.0)),
+        *(({"of_copy": TIMES | {"iqr": value}}, "of_copy.iqr") for value in (NAN, INF, -0.1, "0.1")),
         ({"seconds": 1.0}, "seconds is 1.0"),
         ({"of_copy": [9.0, 10.0]}, "of_copy is [9.0, 10.0]"),
         ({"of_copy": None}, "of_copy is None"),
         ({"seconds": {"p20": 1.0}}, "seconds.p50 is missing"),
-        *(({"bytes": one}, "bytes") for one in (NAN, INF, -1, [100], "100", None)),
+        *(({"bytes": value}, "bytes") for value in (NAN, INF, -1, [100], "100", None)),
         ({"error": NAN}, "error"),
         ({"device": "H200", "of_copy": times(NAN)}, "of_copy.p50"),
         ({"device": "H200", "peak_bytes": INF}, "peak_bytes"),
@@ -163,7 +163,7 @@ def test_what_is_no_time_fails(figures, figure, side, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("figure", "value"),
     [
-        *(("instructions", one) for one in (NAN, INF, -1.0, "20", None, [20.0])),
+        *(("instructions", value) for value in (NAN, INF, -1.0, "20", None, [20.0])),
         *((name, NAN) for name in ("registers", "load_bits", "stack", "roof", "warps")),
         ("warps", "16"),
     ],
@@ -174,7 +174,7 @@ def test_what_is_no_count_fails(figure, value, side, tmp_path, capsys):
 
 
 def unusable(tmp_path, capsys, base, new, side, figure):
-    """That a line names the case, the file and the figure, and nothing else of the case is compared."""
+    """Check that a line names the case, the file and the figure, and that nothing else of the case is compared."""
     with mock.patch.object(compare.plot, "regression", lambda changes, title, path: path.touch()):  # takes long
         assert run(tmp_path, base, new) == 1
     out = capsys.readouterr().out
@@ -186,10 +186,10 @@ def unusable(tmp_path, capsys, base, new, side, figure):
 
 
 def test_every_figure_may_be_none(tmp_path, capsys):
-    """Then there is nothing left to compare, and no yardstick."""
+    """Check a result whose figures are all none: there is nothing left to compare, and no yardstick."""
     data = speed()
-    for one in data["benchmarks"]:
-        one["extra_info"]["seconds"] = times(NAN)
+    for case in data["benchmarks"]:
+        case["extra_info"]["seconds"] = times(NAN)
     assert run(tmp_path, data, data) == 1
     assert "4 cases, 8 figures: 8 failed" in capsys.readouterr().out
 
@@ -241,7 +241,7 @@ def test_unreadable_file(tmp_path, capsys):
 
 
 def test_cases_are_aligned_by_name(tmp_path, capsys):
-    """Not by place; what only one side has is named."""
+    """Check that cases are not aligned by place, and that what only one side has is named."""
     base, new = speed(), speed(slower=1.5)
     new["benchmarks"].reverse()
     assert run(tmp_path, base, new) == 1
@@ -266,7 +266,7 @@ def test_what_is_missing_fails_if_it_is_ours(gone, tmp_path, capsys):
 
 def test_lines_of_cases_are_read(tmp_path):
     path = tmp_path / "cases.jsonl"
-    path.write_text("\n".join(json.dumps(one) for one in speed()["benchmarks"]))
+    path.write_text("\n".join(json.dumps(case) for case in speed()["benchmarks"]))
     rows = read(path).rows
     assert list(rows) == ["t[a]", "t[b]", "t[layer_norm0]", "t[layer_norm1]"] and rows["t[a]"] == CASE
 
@@ -274,7 +274,7 @@ def test_lines_of_cases_are_read(tmp_path):
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="interpreted kernels cannot be compiled")
 @pytest.mark.parametrize("fault", ["slowed", "spilled"])
 def test_a_worse_configuration_is_caught(fault, tmp_path, capsys):
-    """A row over eight warps issues more; a tile of four times the columns spills."""
+    """Check a row over eight warps, which issues more, and a tile of four times the columns, which spills."""
     pytest.importorskip("triton")
     from bench import audit
     from daam.kernels import launch

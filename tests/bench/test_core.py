@@ -33,11 +33,11 @@ def test_summary(count):
 
 
 def test_providers_take_turns():
-    """Every round has every step once; over the rounds each is first as often as the others."""
+    """Check that every round has every step once, and that each step is first in as many rounds as the others."""
     rounds = []
 
     def turn(steps):
-        rounds.append([one.run(one.prepare()) for one in steps])
+        rounds.append([step.run(step.prepare()) for step in steps])
         return [float(len(rounds))] * len(steps)
 
     steps = {name: core.Step(lambda: None, lambda _, name=name: name) for name in "abc"}
@@ -50,7 +50,7 @@ def test_providers_take_turns():
 
 
 class Clock:
-    """A clock that only a test moves: what it shows is the same on every machine."""
+    """Stand for a clock that only a test moves: what it shows is the same on every machine."""
 
     seconds = 0.0
 
@@ -70,18 +70,20 @@ def test_a_turn_times_what_runs_and_not_what_prepares():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_provider_is_right(name):
-    """Standard attention, too, is checked: y and the gradient of everything it differentiates."""
+    """Check standard attention, too: y and the gradient of everything it differentiates."""
     found = core.candidates(SMALL, NAMES)[name]
     assert not isinstance(found, Exception), found
-    candidate, off = found
-    within(off, 1e-5, name)
+    candidate, error = found
+    within(error, 1e-5, name)
     assert len(candidate.expected) == 1 + len(candidate.leaves)
     assert candidate.backend == name
 
 
 @pytest.mark.parametrize("wrong", ["y", "gradient", "nan"])
 def test_what_is_wrong_is_not_timed(wrong):
-    """Nor what cannot be built; the others are, and nothing keeps the tensors of what failed."""
+    """Check that neither is what cannot be built, that the others are, and that nothing keeps the tensors of what
+    failed.
+    """
 
     def build(task):
         right = providers.PROVIDERS["eager"].build(task)
@@ -115,26 +117,29 @@ def test_passes_do_what_they_say():
     spy.forward.side_effect = lambda: done.append("forward")
     spy.backward.side_effect = lambda y: done.append("backward")
     timed = {}
-    for which in PASSES:
-        one = core.step(spy, which)
-        state = one.prepare()
+    for pass_name in PASSES:
+        step = core.step(spy, pass_name)
+        state = step.prepare()
         done.clear()
-        one.run(state)
-        timed[which] = "+".join(done)
-    assert timed == {which: which for which in PASSES}
+        step.run(state)
+        timed[pass_name] = "+".join(done)
+    assert timed == {pass_name: pass_name for pass_name in PASSES}
 
 
 def test_saved_bytes():
-    """The eager mixture keeps x and nothing else; the published one twelve times as much and more."""
+    """Check that the eager mixture keeps x and nothing else, and the published one twelve times as much and more."""
     found = core.candidates(SMALL, NAMES)
-    saved = {name: core.saved_bytes(one.forward, one.leaves[one.inputs :]) for name, (one, _) in found.items()}
+    saved = {
+        name: core.saved_bytes(candidate.forward, candidate.leaves[candidate.inputs :])
+        for name, (candidate, _) in found.items()
+    }
     assert saved["eager"] == SMALL.x.nbytes
     assert saved["published"] > 12 * SMALL.x.nbytes
     assert saved["sdpa"] >= 4 * SMALL.x.nbytes, "q, k, v and the output"
 
 
 def test_missing_providers_say_why():
-    missing = {name: one.missing for name, one in providers.PROVIDERS.items()}
+    missing = {name: provider.missing for name, provider in providers.PROVIDERS.items()}
     assert "cpu" in missing["triton"]("cpu")
     assert missing["eager"]("cpu") is missing["copy"]("cpu") is None
     with mock.patch("shutil.which", return_value=None):
@@ -146,17 +151,17 @@ def test_missing_providers_say_why():
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_workloads(device):
-    """Names are unique, and every family of the GPU's has a small version on the CPU."""
+    """Check that names are unique, and that every family of the GPU's has a small version on the CPU."""
     found = workloads(device)
     assert len(set(map(str, found))) == len(found)
-    assert {one.family for one in found} == {one.family for one in workloads("cpu")}
-    assert {one.algorithm for one in found} == {"density", "mixture", "gate"}
-    assert {one.dtype for one in found} == {"bfloat16", "float32"}
+    assert {workload.family for workload in found} == {workload.family for workload in workloads("cpu")}
+    assert {workload.algorithm for workload in found} == {"density", "mixture", "gate"}
+    assert {workload.dtype for workload in found} == {"bfloat16", "float32"}
 
 
 @pytest.mark.parametrize("git", [FileNotFoundError("git"), subprocess.CompletedProcess([], 128, stdout="")])
 def test_commit_without_git(git):
-    """A machine without git, or a copy without its repository, still tells device and versions."""
+    """Check that a machine without git, or a copy without its repository, still tells device and versions."""
     core.about.cache_clear()
     with mock.patch.object(subprocess, "run", side_effect=[git]):
         found = core.about()
@@ -165,7 +170,7 @@ def test_commit_without_git(git):
 
 
 def test_the_published_package_is_timed_whatever_its_error():
-    """In bf16, on chunks of 3, it is half of the largest value off; what is no number is still refused."""
+    """Check an error of half of the largest value, as in bf16 on chunks of 3; what is no number is still refused."""
     workload = replace(SMALL, shape=(8, 6, 64), dtype="bfloat16")
     candidate = mock.Mock()
     with mock.patch.object(core, "error", return_value=0.5):
@@ -177,7 +182,7 @@ def test_the_published_package_is_timed_whatever_its_error():
 
 
 def test_the_suite(tmp_path):
-    """A run writes what compare and plot read, names what it skipped, and lines of JSON as it goes."""
+    """Check that a run writes what compare and plot read, names what it skipped, and adds lines of JSON as it goes."""
     results, cases = tmp_path / "results.json", tmp_path / "cases.jsonl"
     chosen = "sweep-mixture-1x128x128 and not compile and not multihead"
     command = ["pytest", "bench", "--benchmark-only", "-rs", "-k", chosen]
@@ -188,14 +193,14 @@ def test_the_suite(tmp_path):
     assert "triton: backend" in done.stdout
     benchmarks = json.loads(results.read_text())["benchmarks"]
     lines = [json.loads(line) for line in cases.read_text().splitlines()]
-    assert {one["fullname"]: one["extra_info"] for one in benchmarks} == {
-        one["fullname"]: one["extra_info"] for one in lines
+    assert {case["fullname"]: case["extra_info"] for case in benchmarks} == {
+        case["fullname"]: case["extra_info"] for case in lines
     }
-    names = {(one["extra_info"]["pass"], one["extra_info"]["provider"]) for one in benchmarks}
+    names = {(case["extra_info"]["pass"], case["extra_info"]["provider"]) for case in benchmarks}
     assert names == {(a, b) for a in PASSES for b in ("eager", "published", "sdpa", "layer_norm", "copy")}
-    for one in benchmarks:
-        info = one["extra_info"]
-        assert one["stats"]["median"] == pytest.approx(info["seconds"]["p50"], rel=1e-5), (
+    for case in benchmarks:
+        info = case["extra_info"]
+        assert case["stats"]["median"] == pytest.approx(info["seconds"]["p50"], rel=1e-5), (
             "the times of the table are the same"
         )
         assert info["gb_per_s"] == pytest.approx(info["bytes"] / info["seconds"]["p50"] / 1e9, rel=1e-5)
@@ -208,8 +213,8 @@ def test_the_suite(tmp_path):
 
 
 def test_a_turn_on_a_gpu():
-    """The cache is emptied by reading, which leaves nothing to write back, and the device waits twice the host's last
-    time before the first event; between the events is what runs, and nothing else.
+    """Check that the cache is emptied by reading, which leaves nothing to write back, and that the device waits twice
+    the host's last time before the first event; between the events is what runs, and nothing else.
     """
     done, events, clock = [], [], Clock()
 

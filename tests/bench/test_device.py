@@ -29,12 +29,12 @@ needs_gcc = pytest.mark.skipif(shutil.which("gcc") is None, reason="no gcc: Trit
 
 
 @pytest.fixture
-def here(tmp_path):
+def cpu_session(tmp_path):
     return Session("first", tmp_path, "cpu", began=time.time())
 
 
 def test_minutes_add_up():
-    """A call and its machine's start end in time, whatever its parts do, and both calls within one command of ten."""
+    """Check that a call and its machine's start end in time, whatever its parts do, both calls within ten minutes."""
     calls = ["first", "second"]
     assert sum(plan.latest_end(call) + plan.START for call in calls) <= plan.BUDGET
     assert sum(map(plan.latest_end, calls)) <= 600 and plan.latest_end("first") <= 300
@@ -58,7 +58,7 @@ def test_every_part_is_known():
 
 @pytest.mark.parametrize("command", ["python", "make"])
 def test_a_machine_without_a_gpu(command, tmp_path):
-    """One line says what is missing, and nothing is begun."""
+    """Check that one line says what is missing, and that nothing is begun."""
     if shutil.which(command := {"python": sys.executable}.get(command, command)) is None:
         pytest.skip("no make")
     out = tmp_path / "out"
@@ -78,53 +78,55 @@ def test_a_machine_without_triton():
         assert machine.find_missing() == f"{sys.executable} has no triton"
 
 
-def test_lines_are_written_as_cases_end(here):
-    """Each is in the file before the next begins; one that fails says why, keeps what it had found, and stops none."""
+def test_lines_are_written_as_cases_end(cpu_session):
+    """Check that each is in the file before the next begins; one that fails says why, keeps what it had found, and
+    stops none.
+    """
     seen = []
 
     def good():
-        seen.append(len(read(here.out)))
+        seen.append(len(read(cpu_session.out)))
         yield {"ok": True}
 
     def bad():
         yield {"half": 1}
         raise RuntimeError("not today")
 
-    run_jobs(here, "correct", [Job("one", good), Job("two", bad), Job("three", good)])
-    rows = read(here.out)
+    run_jobs(cpu_session, "correct", [Job("one", good), Job("two", bad), Job("three", good)])
+    rows = read(cpu_session.out)
     assert seen == [0, 3] and [row["case"] for row in rows] == ["one", "two", "two", "three"]
     assert [row.get("ok") for row in rows] == [True, None, False, True]
     assert rows[2]["error"] == "RuntimeError: not today" and "bad" in rows[2]["trace"]
-    assert "4 cases" not in (said := summary.summarize(here, "correct", 3, 5)) and "3 cases, 1 wrong" in said
+    assert "4 cases" not in (said := summary.summarize(cpu_session, "correct", 3, 5)) and "3 cases, 1 wrong" in said
     assert "WRONG two: RuntimeError: not today" in said
 
 
-def test_a_line_that_is_cut_off(here):
-    run_jobs(here, "bits", [Job("one", lambda: [{"ok": True}])])
-    with (here.out / session.RESULTS).open("a") as file:
+def test_a_line_that_is_cut_off(cpu_session):
+    run_jobs(cpu_session, "bits", [Job("one", lambda: [{"ok": True}])])
+    with (cpu_session.out / session.RESULTS).open("a") as file:
         file.write('{"call": "fi{"call": "first"}\n{"call": "first", "part"')
-    assert [row["case"] for row in read(here.out)] == ["one"]
+    assert [row["case"] for row in read(cpu_session.out)] == ["one"]
 
 
-def test_an_earlier_call_of_the_same_name_is_not_counted(here):
-    run_jobs(replace(here, began=1.0), "bits", [Job("old", lambda: [{"ok": False}])])
-    assert summary.rows_of(here) == [] and len(read(here.out)) == 1
+def test_an_earlier_call_of_the_same_name_is_not_counted(cpu_session):
+    run_jobs(replace(cpu_session, began=1.0), "bits", [Job("old", lambda: [{"ok": False}])])
+    assert summary.rows_of(cpu_session) == [] and len(read(cpu_session.out)) == 1
 
 
-def test_nothing_begins_past_the_deadline(here):
+def test_nothing_begins_past_the_deadline(cpu_session):
     ran = []
     job = Job("slow", lambda: ran.append("slow") or time.sleep(0.3) or [{}])
-    run_jobs(replace(here, until=time.time() + 0.1), "time", [job, job, job])
+    run_jobs(replace(cpu_session, until=time.time() + 0.1), "time", [job, job, job])
     assert ran == ["slow"]
-    assert [row.get("skipped") for row in read(here.out)] == [None, *2 * ["past the deadline"]]
+    assert [row.get("skipped") for row in read(cpu_session.out)] == [None, *2 * ["past the deadline"]]
 
 
-def test_shares_and_names(here):
-    """Processes share the jobs, each once; --only chooses among them."""
+def test_shares_and_names(cpu_session):
+    """Check that processes share the jobs, each once, and that --only chooses among them."""
     made = [Job(name, lambda: [{}]) for name in ("aa", "ab", "bb", "ba", "ac")]
     for k in range(2):
-        run_jobs(replace(here, shard=(k, 2), only="^a"), "bits", made)
-    assert [row["case"] for row in read(here.out)] == ["aa", "ac", "ab"]
+        run_jobs(replace(cpu_session, shard=(k, 2), only="^a"), "bits", made)
+    assert [row["case"] for row in read(cpu_session.out)] == ["aa", "ac", "ab"]
 
 
 DYING = """
@@ -162,13 +164,13 @@ def running(script):
     return mock.patch.object(plan, "command", command)
 
 
-def test_a_process_that_dies_is_followed_by_another(here):
-    """It goes on after the case it died of, by a signal or of a lost context; each is written once."""
+def test_a_process_that_dies_is_followed_by_another(cpu_session):
+    """Check that it goes on after the case it died of, by a signal or a lost context, and that each is written once."""
     with running(DYING):
-        plan.run_part(here, plan.Part("correct", 0, 60, 60, 2))
-    rows = sorted((row["i"], row.get("ok")) for row in read(here.out) if "begun" not in row)
+        plan.run_part(cpu_session, plan.Part("correct", 0, 60, 60, 2))
+    rows = sorted((row["i"], row.get("ok")) for row in read(cpu_session.out) if "begun" not in row)
     assert rows == [(0, True), (1, True), (2, False), (3, True), (4, False), (5, True), (6, True)]
-    errors = {row["case"]: row["error"] for row in read(here.out) if row.get("ok") is False}
+    errors = {row["case"]: row["error"] for row in read(cpu_session.out) if row.get("ok") is False}
     assert "died, exit status -6" in errors["2"] and "illegal memory access" in errors["4"]
 
 
@@ -184,19 +186,19 @@ run_jobs(Session("first", out, shard=(first, 1), progress=progress), "time", job
 """
 
 
-def test_what_a_kernel_that_hangs_keeps_from_running_is_named(here):
+def test_what_a_kernel_that_hangs_keeps_from_running_is_named(cpu_session):
     with running(HANGING):
-        plan.run_part(here, plan.Part("time", 0, 0, 4))
-    well, hung, *left = read(here.out)
-    assert well["ok"] and hung["case"] == "1" and hung["error"] == "the process of share 0 ended at its limit"
+        plan.run_part(cpu_session, plan.Part("time", 0, 0, 4))
+    passed, hung, *left = read(cpu_session.out)
+    assert passed["ok"] and hung["case"] == "1" and hung["error"] == "the process of share 0 ended at its limit"
     assert [row["case"] for row in left] == ["2", "3", "4"] and all("not reached" in row["skipped"] for row in left)
 
 
-def test_a_kernel_that_hangs_costs_no_other_case(here):
-    """Where others wait, the process is ended before the part's limit, and one goes on behind the case."""
+def test_a_kernel_that_hangs_costs_no_other_case(cpu_session):
+    """Check that where others wait, the process is ended before the part's limit, and one goes on behind the case."""
     with running(HANGING), mock.patch.object(plan, "PATIENCE", 0.2):
-        plan.run_part(replace(here, device="cuda"), plan.Part("time", 0, 120, 120))
-    before, hung, *after = read(here.out)
+        plan.run_part(replace(cpu_session, device="cuda"), plan.Part("time", 0, 120, 120))
+    before, hung, *after = read(cpu_session.out)
     assert all(row["ok"] for row in (before, *after)) and [row["case"] for row in (before, *after)] == list("0234")
     assert hung["case"] == "1" and "was at it for 0.2 s" in hung["error"]
 
@@ -210,140 +212,140 @@ def test_a_last_job_may_take_its_time(tmp_path):
             assert plan.is_stuck(progress) == stuck
 
 
-def test_a_full_memory_is_no_wrong_result(here):
+def test_a_full_memory_is_no_wrong_result(cpu_session):
     def fill():
         raise torch.OutOfMemoryError("tried to allocate")
         yield
 
-    run_jobs(here, "correct", [Job("large", fill), Job("small", lambda: [{"ok": True}])])
-    full, well = read(here.out)
-    assert "tried to allocate" in full["skipped"] and "ok" not in full and well["ok"]
+    run_jobs(cpu_session, "correct", [Job("large", fill), Job("small", lambda: [{"ok": True}])])
+    full, passed = read(cpu_session.out)
+    assert "tried to allocate" in full["skipped"] and "ok" not in full and passed["ok"]
 
 
 @pytest.mark.parametrize("text", ["", "[[0, "])
-def test_progress_that_cannot_be_read(text, here):
+def test_progress_that_cannot_be_read(text, cpu_session):
     script = f"import os, sys; open(sys.argv[1], 'w').write({text!r}); os.abort()"
     with mock.patch.object(plan, "command", lambda shard, part: [sys.executable, "-c", script, str(shard.progress)]):
-        plan.run_part(here, plan.Part("time", 0, 60, 60))
-    (row,) = read(here.out)
+        plan.run_part(cpu_session, plan.Part("time", 0, 60, 60))
+    (row,) = read(cpu_session.out)
     assert row["case"] is None and "exit status -6" in row["error"]
 
 
-def run_with(here, parts):
+def run_with(cpu_session, parts):
     """Run a call, with functions of the session in place of its parts; return whether all is well."""
     steps = tuple((plan.Part(name, 0, 9, 9),) for name in parts)
     with (
         mock.patch.dict(plan.PLAN, first=steps),
         mock.patch.object(plan, "run_part", lambda session, part: parts[part.name](session)),
     ):
-        return plan.run_call(here)
+        return plan.run_call(cpu_session)
 
 
-def test_a_part_that_fails_stops_no_other(here):
-    found = run_with(here, {"correct": lambda _: 1 / 0, "time": lambda session: session.write("time", ok=True)})
-    failed, well = read(here.out)
-    assert not found and well["ok"] and failed["part"] == "correct" and "ZeroDivisionError" in failed["error"]
+def test_a_part_that_fails_stops_no_other(cpu_session):
+    found = run_with(cpu_session, {"correct": lambda _: 1 / 0, "time": lambda session: session.write("time", ok=True)})
+    failed, passed = read(cpu_session.out)
+    assert not found and passed["ok"] and failed["part"] == "correct" and "ZeroDivisionError" in failed["error"]
 
 
-def test_names_choose_what_is_timed_alone(here):
-    seen, here = {}, replace(here, only="of that name")
+def test_names_choose_what_is_timed_alone(cpu_session):
+    seen, cpu_session = {}, replace(cpu_session, only="of that name")
 
     def write(name, session):
         seen[name] = session.only
         session.write(name, ok=True)
 
-    assert run_with(here, {name: partial(write, name) for name in ("correct", "time", "sweep")})
+    assert run_with(cpu_session, {name: partial(write, name) for name in ("correct", "time", "sweep")})
     assert seen == {"correct": "", "time": "of that name", "sweep": "of that name"}
 
 
-def test_a_call_that_runs_nothing_is_not_well(here):
-    assert not run_with(here, {"time": lambda session: None})
+def test_a_call_that_runs_nothing_is_not_well(cpu_session):
+    assert not run_with(cpu_session, {"time": lambda session: None})
 
 
-def test_a_process_that_cannot_start_is_not_tried_again(here):
+def test_a_process_that_cannot_start_is_not_tried_again(cpu_session):
     with mock.patch.object(plan, "command", lambda shard, part: [sys.executable, "-c", "import nothing_of_that_name"]):
-        plan.run_part(here, plan.Part("correct", 0, 60, 60))
-    (row,) = read(here.out)
+        plan.run_part(cpu_session, plan.Part("correct", 0, 60, 60))
+    (row,) = read(cpu_session.out)
     assert row["ok"] is False and "exit status 1" in row["error"]
-    assert "nothing_of_that_name" in (here.out / "log.txt").read_text()
+    assert "nothing_of_that_name" in (cpu_session.out / "log.txt").read_text()
 
 
-def test_what_does_not_end_is_ended(here):
-    """With what it has started, and a line says so."""
+def test_what_does_not_end_is_ended(cpu_session):
+    """Check that what it has started ends too, and that a line says so."""
     sleep = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(60)'])"
     began = time.monotonic()
     with mock.patch.object(plan, "command", lambda shard, part: [sys.executable, "-c", sleep]):
-        plan.run_part(here, plan.Part("time", 0, 0, 2))
+        plan.run_part(cpu_session, plan.Part("time", 0, 0, 2))
     assert time.monotonic() - began < 20
-    assert read(here.out)[0]["error"] == "the process of share 0 ended at its limit"
+    assert read(cpu_session.out)[0]["error"] == "the process of share 0 ended at its limit"
 
 
-def test_commands_of_processes(here):
-    """A part's process understands the command that starts it."""
-    shard = replace(here, device="none", shard=(3, 60), only="nothing of that name")
+def test_commands_of_processes(cpu_session):
+    """Check that a part's process understands the command that starts it."""
+    shard = replace(cpu_session, device="none", shard=(3, 60), only="nothing of that name")
     subprocess.run(plan.command(shard, "info"), cwd=ROOT, env=no_gpu, check=True)
-    assert read(here.out) == []
+    assert read(cpu_session.out) == []
 
 
 @pytest.fixture
 def small():
-    """A workload that four providers serve, on a CPU; what it holds is freed."""
+    """Give a workload that four providers serve on a CPU, and free what is kept of it."""
     yield Workload("sweep", "mixture", (2, 12, 8), 1, 2, 3, dtype="float32")
     core._candidates.cache_clear()
 
 
-def test_times(here, small):
-    """Absent peers are named, the others timed, with their errors, in a file that compare and plot read."""
+def test_times(cpu_session, small):
+    """Check that absent peers are named, and others timed, with their errors, in a file that compare and plot read."""
     absent = {"compile", "multihead_attention"}
-    chosen = {name: one for name, one in providers.PROVIDERS.items() if name not in absent}
+    chosen = {name: provider for name, provider in providers.PROVIDERS.items() if name not in absent}
     no_peer = mock.patch("importlib.util.find_spec", return_value=None)
     with no_peer, mock.patch.object(times, "PROVIDERS", chosen), mock.patch.dict(core.SECONDS, cpu=0.01):
-        run_jobs(here, "time", [Job(str(small), partial(times.time_workload, here, small))])
-    built, *passes = read(here.out)
+        run_jobs(cpu_session, "time", [Job(str(small), partial(times.time_workload, cpu_session, small))])
+    built, *passes = read(cpu_session.out)
     assert built["ok"] is False and built["not timed"]["published"] == "gaussian-adaptive-attention is not installed"
     assert "triton" in built["not timed"] and built["errors"]["eager"] < 1e-5
     assert [row["pass"] for row in passes] == list(results.PASSES)
     for row in passes:
         assert set(row["us"]) == {"eager", "sdpa", "layer_norm", "copy"} and min(row["us"].values()) > 0
-    assert len(results.read(here.out / times.CASES).rows) == 3 * 4
-    assert "copy" in summary.summarize(here, "time", 1, 1)
+    assert len(results.read(cpu_session.out / times.CASES).rows) == 3 * 4
+    assert "copy" in summary.summarize(cpu_session, "time", 1, 1)
 
 
-def test_times_stop_at_the_deadline(here, small):
+def test_times_stop_at_the_deadline(cpu_session, small):
     chosen = {name: providers.PROVIDERS[name] for name in ("eager", "copy")}
     with mock.patch.object(times, "PROVIDERS", chosen):
-        found = list(times.time_workload(replace(here, until=0), small))
+        found = list(times.time_workload(replace(cpu_session, until=0), small))
     assert found[1:] == [{"pass": "forward", "skipped": "past the deadline"}]
 
 
-def check_providers(here, workload, *absent, **changed):
+def check_providers(cpu_session, workload, *absent, **changed):
     """Return the row of who is timed of our two backends and torch.compile, triton in place of which eager runs."""
     eager = providers.PROVIDERS["eager"]
     chosen = {"triton": eager, "eager": eager, "compile": replace(eager, missing=lambda device: None)} | changed
-    chosen = {name: one for name, one in chosen.items() if name not in absent}
+    chosen = {name: provider for name, provider in chosen.items() if name not in absent}
     with mock.patch.dict(providers.PROVIDERS, chosen), mock.patch.object(times, "PROVIDERS", chosen):
         core._candidates.cache_clear()
-        return next(iter(times.time_workload(here, workload)))
+        return next(iter(times.time_workload(cpu_session, workload)))
 
 
 @pytest.mark.parametrize("name", ["triton", "eager", "compile"])
-def test_a_result_of_ours_that_is_wrong_is_said(name, here, small):
+def test_a_result_of_ours_that_is_wrong_is_said(name, cpu_session, small):
     wrong = replace(providers.PROVIDERS["eager"], build=lambda task: 1 / 0)
-    assert check_providers(here, small)["ok"] is True
-    built = check_providers(here, small, **{name: wrong})
+    assert check_providers(cpu_session, small)["ok"] is True
+    built = check_providers(cpu_session, small, **{name: wrong})
     assert built["ok"] is False and "ZeroDivisionError" in built["not timed"][name]
 
 
-def test_a_backend_of_ours_that_is_absent_is_wrong(here, small):
-    assert check_providers(here, small, "triton")["ok"] is False
+def test_a_backend_of_ours_that_is_absent_is_wrong(cpu_session, small):
+    assert check_providers(cpu_session, small, "triton")["ok"] is False
 
 
-def test_a_compiler_that_is_absent_is_not_wrong(here, small, monkeypatch):
-    """Whoever needs it says so: in times, in warming up, and in the host's times."""
+def test_a_compiler_that_is_absent_is_not_wrong(cpu_session, small, monkeypatch):
+    """Check that whatever needs it says so: times, warming up, and the host's times."""
     monkeypatch.delenv("CC", raising=False)
     with mock.patch("shutil.which", return_value=None):
-        built = check_providers(here, small)
-        rows = [*times.warm(small), *calls.measure(here, small, "compile")]
+        built = check_providers(cpu_session, small)
+        rows = [*times.warm(small), *calls.measure(cpu_session, small, "compile")]
     assert built["ok"] is True and "no gcc" in built["not timed"]["compile"]
     assert len(rows) == 2 and all("no gcc" in row["skipped"] for row in rows)
 
@@ -353,31 +355,31 @@ def test_host_times():
     assert 100 <= host <= whole < 1e5
 
 
-@pytest.mark.parametrize(("off", "ok", "past"), [(0, True, False), (1e-6, True, True), (1e-2, False, True)])
-def test_the_rule(off, ok, past, here):
-    """Past the bound is flagged, four times the bound is wrong, and so is what is no number."""
-    one = helpers.Case((4, 64), 1, 1)
+@pytest.mark.parametrize(("error", "ok", "past"), [(0, True, False), (1e-6, True, True), (1e-2, False, True)])
+def test_the_rule(error, ok, past, cpu_session):
+    """Check that an error past the bound is flagged, and that one past four times the bound is wrong."""
+    case = helpers.Case((4, 64), 1, 1)
 
     def run(case, inputs, backend):
         found = helpers_run(case, inputs, "eager")
-        return {name: t * (1 + off * (backend == "triton")) for name, t in found.items()}
+        return {name: t * (1 + error * (backend == "triton")) for name, t in found.items()}
 
     helpers_run = helpers.run
     with mock.patch.object(helpers, "run", run):
-        (row,) = correct.judge(here, one, torch.float32)
+        (row,) = correct.judge(cpu_session, case, torch.float32)
     assert row["ok"] == ok, row
     assert row["past the bound"] == past, row
     assert set(row["errors [ours, eager]"]) == {"y", "weights", "dx", "d_mean_offset", "d_c"}
 
 
-def test_nan_is_wrong(here):
-    one, helpers_run = helpers.Case((4, 64), 1, 1), helpers.run
+def test_nan_is_wrong(cpu_session):
+    case, helpers_run = helpers.Case((4, 64), 1, 1), helpers.run
 
     def run(case, inputs, backend):
         return {name: t * float("nan") for name, t in helpers_run(case, inputs, "eager").items()}
 
     with mock.patch.object(helpers, "run", run):
-        (row,) = correct.judge(here, one, torch.float32)
+        (row,) = correct.judge(cpu_session, case, torch.float32)
     assert row["ok"] is False and row["past the bound"]
 
 
@@ -387,35 +389,37 @@ def test_what_differs_by_a_bit():
     assert bits.find_differences(found, wanted) == {"dx": pytest.approx(2**-23, rel=1e-6)}
 
 
-def test_jobs_have_names_of_their_own(here):
+def test_jobs_have_names_of_their_own(cpu_session):
     for part in PARTS:
         if part != "info":
-            names = [job.name for job in jobs(part, replace(here, device="none"))]
+            names = [job.name for job in jobs(part, replace(cpu_session, device="none"))]
             assert names and len(set(names)) == len(names), part
 
 
 def test_representative_cases():
-    """Of every algorithm, in both orders, on chip and streamed, in both widths; each is one of all cases."""
+    """Check that they are of every algorithm, in both orders, on chip and streamed, in both widths, and among all
+    cases.
+    """
     chosen = cases.representative()
     assert set(chosen) < set(cases.correct_cases()) and len(chosen) < 50
     for name in helpers.ALGORITHMS:
-        assert {dtype for one, dtype in chosen if one.algorithm == name} >= {torch.bfloat16, torch.float32}
-        assert {any(f in str(one) for f in ("9000", "16384")) for one, _ in chosen if one.algorithm == name} == {
+        assert {dtype for case, dtype in chosen if case.algorithm == name} >= {torch.bfloat16, torch.float32}
+        assert {any(f in str(case) for f in ("9000", "16384")) for case, _ in chosen if case.algorithm == name} == {
             True,
             False,
         }
-    assert not any(cases.is_large(one) for one, _ in chosen)
+    assert not any(cases.is_large(case) for case, _ in chosen)
 
 
 def test_large_inputs_are_those_of_the_case():
-    one = cases.case("gate", (2**12, 1025), 1, 1, weights=False)
-    found = cases.draw_inputs(one, torch.bfloat16, "cpu")
-    assert found.x.shape == found.grad_y.shape == one.shape and found.x.dtype == torch.bfloat16
+    case = cases.case("gate", (2**12, 1025), 1, 1, weights=False)
+    found = cases.draw_inputs(case, torch.bfloat16, "cpu")
+    assert found.x.shape == found.grad_y.shape == case.shape and found.x.dtype == torch.bfloat16
     assert [p.shape for p in found.params] == [(1, 4)] * 2 and found.grad_weights is None
 
 
-def test_counters(tmp_path, here):
-    """The metrics of a file as Nsight Compute writes it; where it is absent, that is said."""
+def test_counters(tmp_path, cpu_session):
+    """Check that metrics are read from a file as Nsight Compute writes it, and that it is told where that is absent."""
     columns = ["ID", "Kernel Name", "Section Name", "Metric Name", "Metric Unit", "Metric Value", "Rule Name"]
     lines = [columns, ["0", "_forward", "x", "DRAM Throughput", "%", "91.5"], ["0", "_forward", "x", "Other", "%", "1"]]
     path = tmp_path / "ncu.csv"
@@ -424,7 +428,7 @@ def test_counters(tmp_path, here):
     (row,) = counters.read_metrics(path)
     assert row == {"kernel": "_forward", "metric": "DRAM Throughput", "unit": "%", "value": "91.5"}
     with mock.patch("shutil.which", return_value=None):
-        assert list(counters.count(here)) == [{"skipped": "ncu is not installed"}]
+        assert list(counters.count(cpu_session)) == [{"skipped": "ncu is not installed"}]
 
 
 NCU = """#!{python}
@@ -434,37 +438,37 @@ sys.exit({status})
 """
 
 
-def count_with(monkeypatch, here, lines, status):
+def count_with(monkeypatch, cpu_session, lines, status):
     """Return the rows of counters where ncu prints some lines and leaves with a status."""
-    program = here.out / "bin" / "ncu"
+    program = cpu_session.out / "bin" / "ncu"
     program.parent.mkdir(exist_ok=True)
     program.write_text(NCU.format(python=sys.executable, lines=lines, status=status))
     program.chmod(0o755)
     monkeypatch.setenv("PATH", str(program.parent))
-    return list(counters.count(here))
+    return list(counters.count(cpu_session))
 
 
-def test_counters_of_a_call(here, monkeypatch):
-    """Its own, whatever an earlier call left; what is profiled ends before ncu is ended, which then has its tables to
-    print; another status is wrong.
+def test_counters_of_a_call(cpu_session, monkeypatch):
+    """Check that they are its own, whatever an earlier call left; that what is profiled ends before ncu is ended, which
+    then has its tables to print; and that another status is wrong.
     """
-    here = replace(here, until=time.time() + 60)
+    cpu_session = replace(cpu_session, until=time.time() + 60)
     line = '"0","{}","DRAM Throughput","%","91.5"'
-    assert len(count_with(monkeypatch, here, line.format("_forward"), 0)) == 2
-    row, end = count_with(monkeypatch, here, line.format("_backward"), 0)
+    assert len(count_with(monkeypatch, cpu_session, line.format("_forward"), 0)) == 2
+    row, end = count_with(monkeypatch, cpu_session, line.format("_backward"), 0)
     assert row["kernel"] == "_backward" and end == {"ok": True, "status": 0}
-    (until,) = (word for word in (here.out / "ncu.csv").read_text().split() if word.startswith("--until="))
-    assert float(until.removeprefix("--until=")) == here.until - counters.TABLES
-    run_jobs(here, "counters", [Job("ncu", lambda: count_with(monkeypatch, here, "no table", 9))])
-    assert "WRONG ncu: {'status': 9}" in summary.summarize(here, "counters", 1, 1)
+    (until,) = (word for word in (cpu_session.out / "ncu.csv").read_text().split() if word.startswith("--until="))
+    assert float(until.removeprefix("--until=")) == cpu_session.until - counters.TABLES
+    run_jobs(cpu_session, "counters", [Job("ncu", lambda: count_with(monkeypatch, cpu_session, "no table", 9))])
+    assert "WRONG ncu: {'status': 9}" in summary.summarize(cpu_session, "counters", 1, 1)
 
 
-def test_counters_that_may_not_be_read(here, monkeypatch):
-    """They are skipped, in ncu's words."""
-    why = "==ERROR== ERR_NVGPUCTRPERM - The user does not have permission to access NVIDIA GPU Performance Counters"
-    run_jobs(here, "counters", [Job("ncu", lambda: count_with(monkeypatch, here, why, 1))])
-    said = summary.summarize(here, "counters", 1, 1)
-    assert "0 wrong, 1 skipped" in said and f"skipped 1: {why}" in said
+def test_counters_that_may_not_be_read(cpu_session, monkeypatch):
+    """Check that they are skipped, in ncu's words."""
+    reason = "==ERROR== ERR_NVGPUCTRPERM - The user does not have permission to access NVIDIA GPU Performance Counters"
+    run_jobs(cpu_session, "counters", [Job("ncu", lambda: count_with(monkeypatch, cpu_session, reason, 1))])
+    said = summary.summarize(cpu_session, "counters", 1, 1)
+    assert "0 wrong, 1 skipped" in said and f"skipped 1: {reason}" in said
 
 
 LAUNCHING = """
@@ -490,26 +494,26 @@ def launch_kernels(folder):
 
 @needs_gcc
 def test_kernels_are_taken_along(tmp_path, monkeypatch):
-    """Triton finds there what is packed here, without what it does not need, where the folder here is no more, and
-    where there are kernels there already.
+    """Check that Triton finds what is packed on another machine: without what it does not need, where the first folder
+    is gone, and where there are kernels already.
     """
     pytest.importorskip("triton")
-    made, there = tmp_path / "made", tmp_path / "there"
-    assert launch_kernels(made) == ["3", "0"]
+    compiled, unpacked = tmp_path / "made", tmp_path / "there"
+    assert launch_kernels(compiled) == ["3", "0"]
     monkeypatch.setattr(machine, "CACHE", tmp_path / "cache.tar.xz")
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(there))
-    assert "compiled here" in machine.unpack() and not there.exists()
-    prepare.pack(made)
-    shutil.rmtree(made)
-    (there / "another").mkdir(parents=True)
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(unpacked))
+    assert "compiled here" in machine.unpack() and not unpacked.exists()
+    prepare.pack(compiled)
+    shutil.rmtree(compiled)
+    (unpacked / "another").mkdir(parents=True)
     assert "unpacked 3 kernels" in machine.unpack()
-    assert {path.suffix for path in there.rglob("*.*")} == {".cubin", ".json", ".so"}
-    assert launch_kernels(there) == ["0", "3"]
+    assert {path.suffix for path in unpacked.rglob("*.*")} == {".cubin", ".json", ".so"}
+    assert launch_kernels(unpacked) == ["0", "3"]
     assert "unpacked already" in machine.unpack()
 
 
 def test_other_tiles_are_planned_for_as_long_as_they_are_tried():
-    """What is tried changes the tile of its pass, and the shipped one is back afterwards."""
+    """Check that what is tried changes the tile of its pass, and that the shipped one is back afterwards."""
     pytest.importorskip("triton")
     for workload, regime in sweep.SWEPT:
         shipped = sweep.find_tiles(workload, {})
@@ -519,7 +523,9 @@ def test_other_tiles_are_planned_for_as_long_as_they_are_tried():
 
 
 def test_dry_run(capsys):
-    """All parts that launch kernels are compiled, correctness is emulated, and what fails in any fails the run."""
+    """Check that all parts that launch kernels are compiled, correctness is emulated, and a failure in any fails the
+    run.
+    """
     ran = []
     for wrong, code in ((None, 0), (("sweep", "none"), 1), (("correct", "emulated"), 1)):
         ran.clear()
@@ -546,14 +552,20 @@ def test_skipped(): pass
 
 
 @pytest.mark.parametrize("until", [float("inf"), 0])
-def test_the_projects_own_tests_are_written_too(until, here):
-    """A line a test: its outcome and, where it failed, why; past the deadline, that."""
-    (here.out / "test_some.py").write_text(TESTS)
-    (here.out / "test_unknown.py").write_text("import nothing_of_that_name")
-    options = ["-p", "bench.device.project_tests", f"--out={here.out}", "--call=second", f"--until={until}"]
-    options += ["--continue-on-collection-errors", f"--rootdir={here.out}", "-c", os.devnull, str(here.out)]
+def test_the_projects_own_tests_are_written_too(until, cpu_session):
+    """Check that there is a line a test: its outcome and, where it failed, why; past the deadline, that."""
+    (cpu_session.out / "test_some.py").write_text(TESTS)
+    (cpu_session.out / "test_unknown.py").write_text("import nothing_of_that_name")
+    options = ["-p", "bench.device.project_tests", f"--out={cpu_session.out}", "--call=second", f"--until={until}"]
+    options += [
+        "--continue-on-collection-errors",
+        f"--rootdir={cpu_session.out}",
+        "-c",
+        os.devnull,
+        str(cpu_session.out),
+    ]
     subprocess.run([sys.executable, "-m", "pytest", "-q", *options], cwd=ROOT, capture_output=True, check=False)
-    rows = {row["case"].partition("::")[2]: row for row in read(here.out)}
+    rows = {row["case"].partition("::")[2]: row for row in read(cpu_session.out)}
     unknown = rows.pop("")
     assert unknown["ok"] is False and "nothing_of_that_name" in unknown["error"]
     if not until:
@@ -586,23 +598,23 @@ def test_5(): os.abort()
 """
 
 
-def test_the_projects_tests_go_on_after_one_that_a_process_dies_of(here):
-    """By a signal, also of the last one, or of a lost context; each is written once."""
-    here = replace(here, device="cuda")
-    (here.out / "conftest.py").write_text(SHARED)
-    (here.out / "test_some.py").write_text(FATAL)
-    tests = (f"--rootdir={here.out}", "-c", os.devnull, str(here.out))
+def test_the_projects_tests_go_on_after_one_that_a_process_dies_of(cpu_session):
+    """Check ends by a signal, also of the last one, and by a lost context; each test is written once."""
+    cpu_session = replace(cpu_session, device="cuda")
+    (cpu_session.out / "conftest.py").write_text(SHARED)
+    (cpu_session.out / "test_some.py").write_text(FATAL)
+    tests = (f"--rootdir={cpu_session.out}", "-c", os.devnull, str(cpu_session.out))
     with mock.patch.multiple(plan, TESTS=tests, CHOSEN=""):
-        plan.run_part(here, plan.Part("tests", 0, 60, 60))
-    rows = {row["case"].partition("::")[2]: row for row in read(here.out)}
-    assert len(read(here.out)) == 6, read(here.out)
+        plan.run_part(cpu_session, plan.Part("tests", 0, 60, 60))
+    rows = {row["case"].partition("::")[2]: row for row in read(cpu_session.out)}
+    assert len(read(cpu_session.out)) == 6, read(cpu_session.out)
     assert [rows[f"test_{i}"]["ok"] for i in range(6)] == [True, False, True, False, True, False]
     assert all("exit status -6" in rows[name]["error"] for name in ("test_1", "test_5"))
 
 
 @pytest.fixture(scope="module")
 def rows_emulated(tmp_path_factory):
-    """The rows of three cases, compiled for sm_90 and emulated in a process of its own."""
+    """Return the rows of three cases, compiled for sm_90 and emulated in a process of its own."""
     pytest.importorskip("triton")
     out = tmp_path_factory.mktemp("emulated")
     only = "--only=" + "|".join(EMULATED)

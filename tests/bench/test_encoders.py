@@ -22,7 +22,9 @@ def read(table):
 
 
 def test_the_committed_table():
-    """At least forty work as they are, in all modalities; what works equals the average, alone and in a batch."""
+    """Check that at least forty work as they are, in all modalities, and that what works equals the average, alone and
+    in a batch.
+    """
     rows = read(TABLE)
     works = {name: row for name, row in rows.items() if row["verdict"] == "works"}
     assert len(works) >= 40 and {row["modality"] for row in works.values()} == {"text", "vision", "speech"}

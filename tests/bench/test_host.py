@@ -40,21 +40,21 @@ def compiled():
 
 
 def test_every_algorithm_is_measured():
-    assert [one.algorithm for one in host.WORKLOADS] == list(ALGORITHMS)
+    assert [workload.algorithm for workload in host.WORKLOADS] == list(ALGORITHMS)
 
 
 @workloads
 @launchers
 def test_a_pass_launches_its_kernels(workload, launcher):
-    """Each of them once, on the way that users' calls take, with x requiring grad."""
+    """Check that each is launched once, on the way that users' calls take, with x requiring grad."""
     with host.LAUNCHERS[launcher](), recorded_launches() as names:
         candidate = PROVIDERS["triton"].build(Task(workload, "cpu"))
         done = []
-        for which in host.PASSES:
-            one = core.step(candidate, which)
-            state = one.prepare()
+        for pass_name in host.PASSES:
+            step = core.step(candidate, pass_name)
+            state = step.prepare()
             names.clear()
-            one.run(state)
+            step.run(state)
             done += names
     assert done == ALGORITHMS[workload.algorithm].kernels[0]
     assert candidate.leaves[0].requires_grad and candidate.backend == "triton"
@@ -62,7 +62,7 @@ def test_a_pass_launches_its_kernels(workload, launcher):
 
 @workloads
 def test_launches_reach_the_driver_or_not(workload):
-    """All of a pass, by the launcher that says so, and none by the other."""
+    """Check that all launches of a pass do by the launcher that says so, and none by the other."""
     reached = []
     with stub_driver.stub_driver(lambda *args: reached.append(args)), host.taking_any_tensor():
         candidate = PROVIDERS["triton"].build(Task(workload, "cpu"))
@@ -89,7 +89,9 @@ def test_launches_reach_the_driver_or_not(workload):
     ],
 )
 def test_every_stage_counts_in_its_pass(stage, passes, launcher):
-    """The clock, which stands still but in this stage, shows it there and not in the other pass, nor in the copy."""
+    """Check that a clock that stands still but in this stage shows it there, and not in the other pass, nor in the
+    copy.
+    """
     original, seconds = pkgutil.resolve_name(stage), 0
 
     @staticmethod
@@ -100,10 +102,10 @@ def test_every_stage_counts_in_its_pass(stage, passes, launcher):
 
     clock = mock.Mock(perf_counter=lambda: seconds)
     with few_rounds, mock.patch(stage, counted), mock.patch.object(core, "time", clock):
-        for which in host.PASSES:
-            own, beside = host.samples(host.WORKLOADS[0], which, launcher)
-            assert (min(own) > 0) == (max(own) > 0) == (which in passes), f"{which}: {own}"
-            assert max(beside) == 0
+        for pass_name in host.PASSES:
+            times, copy_times = host.samples(host.WORKLOADS[0], pass_name, launcher)
+            assert (min(times) > 0) == (max(times) > 0) == (pass_name in passes), f"{pass_name}: {times}"
+            assert max(copy_times) == 0
 
 
 @launchers
@@ -122,7 +124,7 @@ def test_the_stub_is_taken_back(launcher):
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    """What the benchmark writes, out of a process of its own."""
+    """Return what the benchmark writes, from a process of its own."""
     path = tmp_path_factory.mktemp("host") / "results.json"
     command = ["pytest", "bench/test_host.py", "--benchmark-only", f"--benchmark-json={path}"]
     began = time.monotonic()
@@ -131,12 +133,12 @@ def results(tmp_path_factory):
 
 
 def test_figures(results):
-    cases = [one["extra_info"] for one in results["benchmarks"]]
+    cases = [benchmark["extra_info"] for benchmark in results["benchmarks"]]
     expected = itertools.product(ALGORITHMS, host.PASSES, host.LAUNCHERS)
-    assert sorted((one["algorithm"], one["pass"], one["launcher"]) for one in cases) == sorted(expected)
-    for one, case in zip(results["benchmarks"], cases, strict=True):
-        assert one["stats"]["rounds"] == host.ROUNDS
-        assert one["stats"]["median"] == pytest.approx(case["seconds"]["p50"], rel=1e-5)
+    assert sorted((case["algorithm"], case["pass"], case["launcher"]) for case in cases) == sorted(expected)
+    for benchmark, case in zip(results["benchmarks"], cases, strict=True):
+        assert benchmark["stats"]["rounds"] == host.ROUNDS
+        assert benchmark["stats"]["median"] == pytest.approx(case["seconds"]["p50"], rel=1e-5)
         assert case["seconds"]["p50"] > 0 and case["of_copy"]["p50"] > 1
     # half of the rounds took the median or more, all within the run
     assert sum(case["seconds"]["p50"] for case in cases) * host.ROUNDS / 2 < results["wall_seconds"]
@@ -144,7 +146,7 @@ def test_figures(results):
 
 @pytest.mark.parametrize(("slower", "code"), [(1.2, 0), (1.3, 1)])
 def test_a_slower_host_fails(slower, code, results, tmp_path, capsys):
-    """Of one pass of one algorithm, past the limit of a CPU."""
+    """Check one pass of one algorithm, slower than the limit of a CPU or not."""
     new, paths = copy.deepcopy(results), [tmp_path / "base.json", tmp_path / "new.json"]
     info = new["benchmarks"][0]["extra_info"]
     for key in ("seconds", "of_copy"):
@@ -157,12 +159,12 @@ def test_a_slower_host_fails(slower, code, results, tmp_path, capsys):
 
 
 def test_plots_leave_it_out(results):
-    """Those of a run that begins with the host's cases are those of a run without them."""
+    """Check that plots of a run that begins with the host's cases are those of a run without them."""
     run = read(sorted(Path(plot.__file__).parent.glob("history/*cpu*/20*.json"))[-1])
-    without = replace(run, rows={name: one for name, one in run.rows.items() if one["family"] != "host"})
-    rows = {one["fullname"]: one["extra_info"] for one in results["benchmarks"]}
+    device_run = replace(run, rows={name: case for name, case in run.rows.items() if case["family"] != "host"})
+    rows = {case["fullname"]: case["extra_info"] for case in results["benchmarks"]}
     for draw in (plot.latency, plot.throughput, plot.memory, plot.speedup):
-        drawn, expected = draw(replace(run, rows=rows | without.rows)), draw(without)
+        drawn, expected = draw(replace(run, rows=rows | device_run.rows)), draw(device_run)
         assert drawn.get_suptitle() == expected.get_suptitle()
         for axes, others in zip(drawn.axes, expected.axes, strict=True):
             assert [len(axes.get_lines()), len(axes.patches)] == [len(others.get_lines()), len(others.patches)]

@@ -16,7 +16,9 @@ TARGETS = {"audit-sm_80", "audit-sm_90", "audit-sm_100", "audit-gfx942"}
 
 
 def gpu_results(folder: Path) -> Path:
-    """The committed run as if a GPU had made it, case by case: eager's figures as those of Triton, peaks of memory."""
+    """Write the committed run as if a GPU had made it, case by case, and return the file: eager's figures as those of
+    Triton, peaks of memory.
+    """
     path = folder / "cases.jsonl"
     with path.open("w") as file:
         for name, info in read(RUN).rows.items():
@@ -41,7 +43,7 @@ def test_every_plot(device, tmp_path, capsys):
 
 
 def test_what_is_drawn(tmp_path):
-    """Lines are the medians, the roof is among them, and titles say device and versions."""
+    """Check that lines are the medians, that the roof is among them, and that titles say device and versions."""
     run = read(RUN)
     figure = plot.latency(run)
     assert run.title in figure.get_suptitle() and "torch" in run.title and "CPU" in run.title
@@ -50,8 +52,8 @@ def test_what_is_drawn(tmp_path):
     axes = figure.axes[0]
     cases = [case for case in next(iter(found.values())) if case["pass"] == "forward"]
     for line in axes.get_lines():
-        own = sorted((c for c in cases if c["provider"] == line.get_label()), key=lambda case: case["shape"])
-        assert list(line.get_ydata()) == [1e3 * case["seconds"]["p50"] for case in own]
+        drawn = sorted((c for c in cases if c["provider"] == line.get_label()), key=lambda case: case["shape"])
+        assert list(line.get_ydata()) == [1e3 * case["seconds"]["p50"] for case in drawn]
     labels = [line.get_label() for line in axes.get_lines()]
     assert {"eager", "compile", "published", "sdpa", "multihead_attention", "layer_norm", "copy"} == set(labels)
 
@@ -60,14 +62,14 @@ def test_speedup_is_against_the_fastest_other(tmp_path):
     run = read(gpu_results(tmp_path))
     figure = plot.speedup(run)
     assert "triton: times as fast" in figure.get_suptitle()
-    for which, axes in zip(PASSES, figure.axes, strict=True):
-        cases = [case for case in run.rows.values() if case["pass"] == which and case["family"] != "host"]
+    for pass_name, axes in zip(PASSES, figure.axes, strict=True):
+        cases = [case for case in run.rows.values() if case["pass"] == pass_name and case["family"] != "host"]
         workloads = list(dict.fromkeys(case["workload"] for case in cases))
         for bar, workload in zip(axes.patches, workloads, strict=True):
             times = {case["provider"]: case["seconds"]["p50"] for case in cases if case["workload"] == workload}
-            own = times.pop("triton")
+            seconds = times.pop("triton")
             others = min(time for name, time in times.items() if name not in ("copy", "layer_norm"))
-            assert bar.get_width() == pytest.approx(others / own)
+            assert bar.get_width() == pytest.approx(others / seconds)
 
 
 def test_history_is_dated_and_of_the_device():
@@ -87,7 +89,7 @@ def test_nothing_to_plot(tmp_path, capsys):
 
 
 def test_plots_need_no_torch():
-    """They are drawn from files, wherever these came from."""
+    """Check that files are enough to draw them, wherever these came from."""
     import subprocess
     import sys
 
