@@ -1,4 +1,4 @@
-"""How the benchmarks measure: results are checked before anything is timed, and providers take turns.
+"""Measurement: results are checked before anything is timed, and providers take turns.
 
 On a GPU a turn is the device's time between events, after a read that fills the L2 cache with what nobody uses and a
 wait in which the host launches ahead; on a CPU it is the wall clock's, with whatever the caches hold.

@@ -1,4 +1,4 @@
-"""What a call costs the host, which a GPU waits for where tensors are small, without its launches and with them.
+"""Host time of a call, which a GPU waits for where tensors are small, without its launches and with them.
 
 Forward is the public function on the Triton backend, x and the parameters requiring grad: checks, choice of the
 backend, autograd, memory for the outputs, the arguments of every launch, and freeing all that again. Backward is

@@ -1,5 +1,5 @@
-"""What is timed beside each other: our backends, torch.compile of the reference, the published package, standard
-attention, and two yardsticks that only move memory. Each comes with what its result must be.
+"""Providers that are timed beside each other: our backends, torch.compile of the reference, the published package,
+standard attention, and two yardsticks that only move memory. Each comes with what its result must be.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the benchmarks run on: the shapes of the paper and of its users, as data, and their random inputs.
+"""Workloads of the benchmarks: the shapes of the paper and of its users, as data, and their random inputs.
 
 workloads("cuda")     # on a GPU; "cpu": small versions of the same
 """

@@ -1,4 +1,4 @@
-"""What is run in fifteen minutes of a GPU: correctness first, then times, then counters.
+"""Plan for fifteen minutes of a GPU: correctness first, then times, then counters.
 
     python -m bench.device first [second | third] --out FOLDER      # on the GPU's machine: plan.py says what each does
     python -m bench.device first second --dry                       # anywhere: compile its kernels, emulate some of it

@@ -1,4 +1,4 @@
-"""What must be the same to the bit, and what only a device shows: streams, graphs, threads, synchronisation."""
+"""Results that must be the same to the bit, and what only a device shows: streams, graphs, threads, waiting."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is tried on a GPU, most important first: cases of the tests' matrix, and the workloads that are timed."""
+"""Cases that are tried on a GPU, most important first: those of the tests' matrix, and the workloads that are timed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a plan found, in a few lines: the files hold the rest."""
+"""Summary of what a plan found, in a few lines: the files hold the rest."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What ends a command line: bad input in one line and exit status 2, bugs with their traceback."""
+"""Ends of a command line: bad input in one line and with exit status 2, bugs with their traceback."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which layers and features a trained decoder uses: importance factor, layer contribution, learned Gaussians.
+"""Layers and features that a trained decoder uses: importance factor, layer contribution, learned Gaussians.
 
 Weights are averaged over the validation examples of every part, each by the decoder of that part. --ablate trains the
 method again on so many layers of the highest contribution, and on as many of the lowest: compare the two with each

@@ -1,4 +1,4 @@
-"""Progress of what takes long, on standard error."""
+"""Bars that show on standard error how far a recipe is."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a training run is, and the files of its folder: run.json, part-{i}.json or .pt, results.json."""
+"""Records of a training run, and the files of its folder: run.json, part-{i}.json or .pt, results.json."""
 
 from __future__ import annotations
 

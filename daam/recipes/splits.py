@@ -1,4 +1,4 @@
-"""Which examples train, validate and test: stratified by label, equal examples in one part."""
+"""Splits of examples into those that train, validate and test: stratified by label, equal ones in one part."""
 
 from __future__ import annotations
 

@@ -35,19 +35,16 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
     default = Settings("daam")
     parser.add_argument("cache", type=Path, help="folder that daam.recipes.features made")
     parser.add_argument("--output", type=Path, required=True, help="folder of the run")
-    parser.add_argument(
-        "--folds", type=positive, default=default.folds, help="parts that test in turn (default %(default)s)"
-    )
+    parser.add_argument("--folds", type=positive, default=default.folds,
+                        help="parts that test in turn (default %(default)s)")  # fmt: skip
     parser.add_argument("--seeds", type=seeds, help="so many random splits of 80 and 20 percent, instead of folds")
     parser.add_argument("--epochs", type=positive, default=default.epochs, help="at most (default %(default)s)")
-    parser.add_argument(
-        "--stop-after", type=positive, default=default.stop_after, help="epochs without a better one (%(default)s)"
-    )
+    parser.add_argument("--stop-after", type=positive, default=default.stop_after,
+                        help="epochs without a better one (%(default)s)")  # fmt: skip
     parser.add_argument("--batch", type=positive, default=default.batch, help="examples a step (default %(default)s)")
     parser.add_argument("--rate", type=number, default=default.rate, help="of AdamW (default %(default)s)")
-    parser.add_argument(
-        "--weight-decay", type=number, default=default.weight_decay, help="of AdamW (default %(default)s)"
-    )
+    parser.add_argument("--weight-decay", type=number, default=default.weight_decay,
+                        help="of AdamW (default %(default)s)")  # fmt: skip
     parser.add_argument("--loss", choices=LOSSES, default=default.loss, help="(default %(default)s)")
     parser.add_argument("--device", type=device, default="cpu", help="(default %(default)s)")
     parser.add_argument("--data", type=Path, help="lora: the examples that the cache was made of")

@@ -1,4 +1,4 @@
-"""How a method trains: the job of a decoder on cached features, and what runs any job part by part.
+"""Training: the job of a decoder on cached features, and what runs any job part by part.
 
 An interrupted run goes on where it stopped, epoch by epoch; on a CPU it ends with the same numbers.
 """

@@ -1,4 +1,4 @@
-"""What is worse fails: times past their limits, any counted figure; and what cannot be compared is said to be so."""
+"""Tests that what is worse fails: times past their limits, any counted figure; what cannot be compared is told."""
 
 import copy
 import json

@@ -1,4 +1,4 @@
-"""How the benchmarks measure: what is wrong is not timed, providers take turns, statistics are what they say."""
+"""Measurement: what is wrong is not timed, providers take turns, statistics are what they say."""
 
 import gc
 import json
