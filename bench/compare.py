@@ -187,7 +187,9 @@ def table(changes: list[Change], base: Run, new: Run) -> str:
     shown = [change for change in changes if change.worse > min(change.limit, LEAST) or change.improved]
     width = max((len(short(change.name)) for change in shown), default=0)
     for change in shown:
-        verdict = "FAILED" if change.failed else "worse" if change.worse > 0 else "better"
+        verdict = "worse" if change.worse > 0 else "better"
+        if change.failed:
+            verdict = "FAILED"
         if change.why:
             lines.append(f"{short(change.name):{width}}  {change.figure:12} {change.why}  {verdict}")
             continue

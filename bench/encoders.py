@@ -257,16 +257,17 @@ def verdict(entry: Entry, modality: str, folder: Path, sources: Sources) -> dict
 
 
 def _ways(entry: Entry, modality: str, folder: Path) -> dict[str, Callable[[], tuple[nn.Module, Callable]]]:
+    """Return ways to load a pooling and its collate function from a folder, by what the table calls them."""
     ways: dict[str, Callable] = {"": lambda: load_encoder(str(folder), modality)}
     if entry.layers:
         ways[f"with layers={entry.layers}"] = lambda: load_encoder(str(folder), modality, entry.layers)
     if entry.part:
 
-        def of_part() -> tuple[nn.Module, Callable]:
+        def load_part() -> tuple[nn.Module, Callable]:
             part = find_part(transformers.AutoModel.from_pretrained(folder), entry.part)
             return LayerPooling(part, entry.hooks or None), preprocessing(modality, folder)
 
-        ways[f"as {entry.part}"] = of_part
+        ways[f"as {entry.part}"] = load_part
     return ways
 
 
@@ -274,23 +275,25 @@ def _measure(load: Callable, sources: Sources, want: Tensor) -> dict[str, Any]:
     """Return differences from the averages: in multiples of what rounding explains, and in standard deviations."""
     pooling, collate = load()
     checked = pooling.check(collate, sources).batches  # first: it also finds out where positions come first
-    found = {"alone": (torch.cat([pooling(**collate([source])) for source in sources]), want)}
+    std = want.std((0, 2), keepdim=True)
+
+    def compare(name: str, features: Tensor, averages: Tensor) -> dict[str, float]:
+        difference = (features.double() - averages).abs()
+        multiple = (difference / (TOLERANCE * (1 + std))).max().item()
+        return {name: multiple, f"{name}_sd": (difference / std).max().item()}
+
+    alone = torch.cat([pooling(**collate([source])) for source in sources])
+    if alone.shape != want.shape:
+        shapes = f"{tuple(alone.shape)}, expected {tuple(want.shape)}"
+        raise ValueError(f"{len(sources)} examples alone have features {shapes}")
+    measured: dict[str, Any] = {"check": checked, **compare("alone", alone, want)}
     for name, rows in {"together": range(len(sources)), "equal": _equal(sources)}.items():
         try:
-            found[name] = pooling(**collate([sources[i] for i in rows])), want[list(rows)]
+            features = pooling(**collate([sources[i] for i in rows]))
         except Exception as error:  # fails on several at a time: said in the table
-            found[name] = _one_line(error)
-    if (shape := found["alone"][0].shape) != want.shape:
-        raise ValueError(f"{len(sources)} examples alone have features {tuple(shape)}, expected {tuple(want.shape)}")
-    std = want.std((0, 2), keepdim=True)
-    measured: dict[str, Any] = {"check": checked}
-    for name, pair in found.items():
-        if isinstance(pair, str):
-            measured[f"{name}_reason"] = pair
-            continue
-        difference = (pair[0].double() - pair[1]).abs()
-        measured[name] = (difference / (TOLERANCE * (1 + std))).max().item()
-        measured[f"{name}_sd"] = (difference / std).max().item()
+            measured[f"{name}_reason"] = _one_line(error)
+        else:
+            measured |= compare(name, features, want[list(rows)])
     return measured
 
 

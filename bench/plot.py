@@ -65,7 +65,7 @@ def _title(cases: list[Case]) -> str:
 def _numbers(case: Case) -> str:
     """Return a case's heads, Gaussians and dtype in words."""
     counts = {"head": case["heads"], "Gaussian": case["gaussians"]}
-    return ", ".join(f"{n} {name}{'s' * (n > 1)}" for name, n in counts.items()) + f", {case['dtype']}"
+    return ", ".join(f"{n} {name}{'s' if n > 1 else ''}" for name, n in counts.items()) + f", {case['dtype']}"
 
 
 def _by_provider(cases: Iterable[Case]) -> dict[str, list[Case]]:
@@ -154,9 +154,7 @@ def throughput(run: Run) -> Figure | None:
 
 
 def memory(run: Run) -> Figure | None:
-    """Draw memory against length: what the forward pass keeps on a CPU, what both passes allocate at most on a GPU;
-    None where the run has no curves.
-    """
+    """Draw memory against length, what is kept on a CPU or allocated at most on a GPU; None without curves."""
     found = curves(
         case for case in run.rows.values() if case["pass"] == "forward+backward" and case["provider"] != "copy"
     )
@@ -292,7 +290,7 @@ def regression(changes: list[Change], title: str, path: Path) -> None:
     shown = sorted(times or changes, key=lambda change: change.worse)
     figure, [[axes]] = _grid(1, 1, title)
     figure.set_size_inches(9, 4.5)
-    colours = ["tab:red" if change.failed else "tab:blue" if change.judged else "0.6" for change in shown]
+    colours = [_colour(change) for change in shown]
     axes.scatter(range(len(shown)), [100 * change.worse for change in shown], c=colours, s=10, zorder=3)
     axes.plot([100 * change.limit for change in shown], color="black", linewidth=0.8, label="limit")
     for i, change in enumerate(shown):
@@ -303,6 +301,13 @@ def regression(changes: list[Change], title: str, path: Path) -> None:
     _axes(axes, f"red: failed, grey: not ours ({quantity})", "cases, by their change", "worse by (%)")
     axes.legend(fontsize=8)
     _save(figure, path)
+
+
+def _colour(change: Change) -> str:
+    """Return red for a change that failed, blue for another one of ours, and grey for those of others."""
+    if change.failed:
+        return "tab:red"
+    return "tab:blue" if change.judged else "0.6"
 
 
 def _save(figure: Figure, path: Path) -> None:

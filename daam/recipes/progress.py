@@ -11,7 +11,7 @@ except ImportError as error:
 class Progress(tqdm):
     """Show a bar of tqdm in a terminal; elsewhere, as in a file, write one line when it ends.
 
-    Takes the arguments of tqdm. With leave=False and disable=None, nothing is written elsewhere.
+    It takes the arguments of tqdm. With leave=False and disable=None, nothing is written elsewhere.
     """
 
     def display(self, msg: str | None = None, pos: int | None = None) -> None:
