@@ -105,7 +105,7 @@ def compile_for(target: str, recorded: Launch) -> Compiled:
     """Compile a recorded launch for the target of that name in TARGETS, and return what the compiler made of it."""
     options = launch.options(recorded.meta["num_warps"], nvidia=TARGETS[target].backend == "cuda")
     with mock.patch.object(triton.runtime.driver, "_active", _Offline(target)):
-        kernel = recorded.kernel.warmup(*recorded.args, **recorded.meta, **options, grid=(1,))
+        kernel = recorded.kernel.warmup(*recorded.args, **launch.wrap(recorded.meta), **options, grid=(1,))
     cubin = None
     if TARGETS[target].backend == "hip":
         assembly = kernel.asm["amdgcn"]

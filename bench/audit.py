@@ -28,15 +28,13 @@ import triton
 
 from bench.aot import TARGETS, Compiled, Launch, compile_for, recording
 from bench.machine_code import instructions, main_loop
-from daam.kernels import launch
+from daam.kernels.algorithms import ALGORITHMS, count_tensors
+from daam.kernels.tiles import LONGEST_CONTIGUOUS, LONGEST_STRIDED
 
 FEATURES = 1024
 GAUSSIANS = 4
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
 AUDITED = ["bf16", "fp32"]  # unless told
-# of x's size, that a kernel must read or write; what it loads beyond them should come from the cache
-TENSORS = {"_forward": 2, "_backward": 3, "_stats": 1, "_scales": 1, "_sums": 2}
-LOADED = {"_forward": 1, "_backward": 2, "_stats": 1, "_scales": 1, "_sums": 2}  # of these
 # an H200, per element a thread handles: picoseconds of an issue slot, a special function, a byte of memory
 ISSUE, SPECIAL, BYTE = 0.0299, 0.239, 0.2325
 
@@ -73,13 +71,6 @@ class Configuration:
         return launches(self.algorithm, x, p, mask, axis, feature_axis, self.full)
 
 
-SETTINGS = {
-    "density": lambda feature_axis, padding: (feature_axis, 1e-5),
-    "mixture": lambda feature_axis, padding: (1e-8, padding),
-    "gate": lambda feature_axis, padding: (),
-}
-
-
 def launches(
     algorithm: str, x: torch.Tensor, p: torch.Tensor, mask: torch.Tensor | None, axis: int, feature_axis: int | None,
     full: bool, padding: float | None = None,
@@ -88,7 +79,8 @@ def launches(
     weights, their gradient and residual.
     """
     kernels = importlib.import_module(f"daam.kernels.{algorithm}")
-    args, how = (x, p, p, mask), (axis, *SETTINGS[algorithm](feature_axis, padding), full)
+    settings = ALGORITHMS[algorithm].settings_of(feature_axis, None, padding)
+    args, how = (x, p, p, mask), (axis, *settings, full)
     with recording() as recorded:
         stats = kernels.forward(*args, *how, full, True)[2]
         kernels.backward(x, x if full else None, *args, stats, *how, True, True)
@@ -96,9 +88,9 @@ def launches(
 
 
 # chunk lengths: of models, powers of two and others, the longest on chip, and streamed ones
-ROWS = [4, 16, 64, 200, 512, 768, 1024, launch.LONGEST_ROW, 4 * launch.LONGEST_ROW]
-COLUMNS = [1, 3, 6, 12, 24, 37, 64, 128, launch.LONGEST_COLUMN, 32 * launch.LONGEST_COLUMN]
-OTHERS = [name for name in SETTINGS if name != "density"]
+ROWS = [4, 16, 64, 200, 512, 768, 1024, LONGEST_CONTIGUOUS, 4 * LONGEST_CONTIGUOUS]
+COLUMNS = [1, 3, 6, 12, 24, 37, 64, 128, LONGEST_STRIDED, 32 * LONGEST_STRIDED]
+OTHERS = [name for name in ALGORITHMS if name != "density"]
 CONFIGURATIONS = [
     Configuration(*one)
     for one in (
@@ -141,21 +133,23 @@ def figures(target: str, recorded: Launch, compiled: Compiled) -> Figures:
     the tile that are inside the chunk.
     """
     code = instructions(compiled.code)
-    loop, meta, extent = main_loop(code), recorded.meta, recorded.args[-1]
-    rows = min(extent.chunk, meta["BLOCK_CHUNK"] * meta["PARTS"])
-    elements = rows * meta["BLOCK_INNER"] / (TARGETS[target].warp_size * meta["num_warps"])
-    itemsize = recorded.args[0].data.itemsize
+    loop, extent = main_loop(code), recorded.args[-1]
+    plan, num_warps = recorded.meta["PLAN"], recorded.meta["num_warps"]
+    rows = min(extent.chunk, plan.BLOCK_P * plan.N_BLOCKS)
+    elements = rows * plan.BLOCK_C / (TARGETS[target].warp_size * num_warps)
+    itemsize = recorded.args[0].x.data.itemsize
+    reads, writes = count_tensors(recorded.name)
     loads, stores = ([one.bits for one in loop if one.bits and one.loads == wanted] for wanted in (True, False))
     if extent.chunk > rows:  # streamed: LLVM may have unrolled the loop
-        elements *= max(1, int(sum(loads) / 8 / itemsize / elements / LOADED[recorded.name]))
+        elements *= max(1, int(sum(loads) / 8 / itemsize / elements / reads))
     moved = [sum(bits) / 8 / itemsize / elements for bits in (loads, stores)]
     issued, special = len(loop) / elements, sum(one.special for one in loop) / elements
-    memory = TENSORS[recorded.name] * itemsize * BYTE
+    memory = (reads + writes) * itemsize * BYTE
     return Figures(
         registers=compiled.registers,
         stack=compiled.stack,
         shared=compiled.shared,
-        warps=_resident_warps(compiled, recorded.meta["num_warps"]) if compiled.cubin else None,
+        warps=_resident_warps(compiled, num_warps) if compiled.cubin else None,
         load_bits=max((one.bits for one in code if one.loads), default=0),
         store_bits=max((one.bits for one in code if one.bits and not one.loads), default=0),
         loads=round(moved[0], 3),
@@ -179,7 +173,7 @@ def audit(target: str, configurations: list[Configuration]) -> Iterator[tuple[st
     """Yield (the configuration's and the kernel's name, the figures) of every kernel of some configurations."""
     for configuration in configurations:
         for recorded in configuration.launches():
-            if recorded.name in TENSORS:  # all but what sums partial sums
+            if count_tensors(recorded.name):  # all but what sums partial sums
                 yield f"{configuration}/{recorded.name}", figures(target, recorded, compile_for(target, recorded))
 
 

@@ -7,8 +7,10 @@ writes in between is its own affair: it shows as fewer GB/s.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from bench.workloads import Workload
-from daam.kernels import launch
+from daam.kernels import tiles
 
 
 def least_bytes(workload: Workload, which: str) -> int:
@@ -27,25 +29,27 @@ def kernel_bytes(workload: Workload, which: str) -> int:
 
 
 def _forward(workload: Workload) -> int:
-    again = 0
-    if _streams(launch.FORWARD, workload):  # for the statistics; the mixture also for the least distance and its sum
-        again = 2 if workload.algorithm == "mixture" else 1
-    return _bytes(workload, 2 + again, 2)
+    """Return the bytes of a forward pass."""
+    more, _ = workload.record.reads_again if _streams(workload.record.forward, workload) else (0, 0)
+    return _bytes(workload, 2 + more, 2)
 
 
 def _backward(workload: Workload) -> int:
-    tiles = launch.gate_backward(workload.gaussians) if workload.algorithm == "gate" else launch.BACKWARD
-    again = 0
-    if _streams(tiles, workload):  # x and grad_y for the sums, and x for the statistics where none were kept
-        kept = _streams(launch.FORWARD, workload) and launch.worth_keeping(workload.x, workload.axis, workload.heads)
-        again = 2 if kept else 3
-    return _bytes(workload, 3 + again, 4)
+    """Return the bytes of a backward pass, which finds statistics anew where the forward pass has kept none."""
+    record, more = workload.record, 0
+    if _streams(record.backward, workload):
+        kept = _streams(record.forward, workload) and tiles.worth_keeping(workload.x, workload.axis, workload.heads)
+        more = record.reads_again[1] + (0 if kept else 1)
+    return _bytes(workload, 3 + more, 4)
 
 
-def _streams(tiles: launch.Tiles, workload: Workload) -> bool:
-    return launch.streams(tiles, workload.x, workload.axis, workload.heads, workload.feature_axis)
+def _streams(budget: Callable[[int], tiles.Budget], workload: Workload) -> bool:
+    """Tell whether a pass streams its chunks."""
+    found = budget(workload.params_shape[1])
+    return tiles.streams(found, workload.x, workload.axis, workload.heads, workload.feature_axis)
 
 
 def _bytes(workload: Workload, tensors: int, params: int) -> int:
+    """Return the bytes of so many tensors of x's size and so many of the parameters', which are fp32."""
     heads, columns = workload.params_shape
     return tensors * workload.x.nbytes + params * 4 * heads * columns

@@ -22,11 +22,12 @@ from unittest import mock
 from bench import core
 from bench.providers import PROVIDERS, Task
 from bench.stub_driver import stub_driver
-from bench.workloads import ALGORITHMS, Workload
+from bench.workloads import Workload
 from daam import backend, ops
 from daam.kernels import launch
+from daam.kernels.algorithms import ALGORITHMS
 
-WORKLOADS = [Workload("host", name, (2, 24, 128), 1, 8, 1 if name == "density" else 4) for name in ALGORITHMS]
+WORKLOADS = [Workload("host", name, (2, 24, 128), 1, 8, 1 if one.features else 4) for name, one in ALGORITHMS.items()]
 PASSES = ("forward", "backward")
 WARM_UP, ROUNDS = 500, 2000
 

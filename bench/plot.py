@@ -249,7 +249,7 @@ def audit(run: Run) -> Figure | None:
     """
     panels = defaultdict(dict)
     for name, figures in run.rows.items():
-        if found := re.fullmatch(r"[^/]+/(\w+-\w+-\w+)-(\d+)-bf16/(_forward|_backward)", name):
+        if found := re.fullmatch(r"[^/]+/(\w+-\w+-\w+)-(\d+)-bf16/\w*?(forward|backward)\w*", name):
             panels[found[1]][int(found[2]), found[3]] = figures
     if not panels:
         return None
@@ -275,7 +275,7 @@ def audit(run: Run) -> Figure | None:
 def _audit_bars(axes: Axes, title: str, found: dict[tuple[int, str], dict], key: str, unit: str) -> None:
     """Draw a figure of the kernels found, by chunk and kernel, as two bars a chunk."""
     chunks = sorted({chunk for chunk, _ in found})
-    for shift, kernel, colour in ((-0.2, "_forward", "tab:blue"), (0.2, "_backward", "tab:red")):
+    for shift, kernel, colour in ((-0.2, "forward", "tab:blue"), (0.2, "backward", "tab:red")):
         places = [i + shift for i, chunk in enumerate(chunks) if (chunk, kernel) in found]
         values = [found[chunk, kernel][key] for chunk in chunks if (chunk, kernel) in found]
         axes.bar(places, values, 0.4, color=colour, label=kernel.strip("_"))

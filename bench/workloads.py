@@ -5,30 +5,13 @@ workloads("cuda")     # on a GPU; "cpu": small versions of the same
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 import daam
-
-
-@dataclass(frozen=True)
-class Algorithm:
-    """Hold a public function, and what makes its two parameters of a standard normal and a uniform tensor."""
-
-    call: Callable
-    draw: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-
-
-ALGORITHMS = {
-    "density": Algorithm(daam.density_attention, lambda normal, uniform: (0.3 * normal, 0.5 + uniform)),
-    "mixture": Algorithm(
-        daam.mixture_attention, lambda normal, uniform: (0.3 * normal, (0.5 + uniform) * normal.sign())
-    ),
-    "gate": Algorithm(daam.density_gate, lambda normal, uniform: (0.3 * normal, uniform - 1)),
-}
+from daam.kernels.algorithms import ALGORITHMS, Algorithm
 
 
 @dataclass(frozen=True)
@@ -56,14 +39,19 @@ class Workload:
         return torch.empty(self.shape, dtype=getattr(torch, self.dtype), device="meta")
 
     @property
+    def record(self) -> Algorithm:
+        """Return what the algorithm is."""
+        return ALGORITHMS[self.algorithm]
+
+    @property
     def feature_axis(self) -> int | None:
         """Return the axis that parameters vary along; None where they follow none."""
-        return len(self.shape) - 1 if self.algorithm == "density" else None
+        return len(self.shape) - 1 if self.record.features else None
 
     @property
     def params_shape(self) -> tuple[int, int]:
         """Return the shape of each parameter: (heads, features or Gaussians)."""
-        if self.algorithm != "density":
+        if not self.record.features:
             return self.heads, self.gaussians
         return self.heads, self.shape[-1] // (self.heads if self.axis == self.feature_axis else 1)
 
@@ -73,11 +61,11 @@ class Workload:
         x, grad_y = (torch.randn(self.shape, generator=generator, device=device).to(self.x.dtype) for _ in range(2))
         normal = torch.randn(self.params_shape, generator=generator, device=device)
         uniform = torch.rand(self.params_shape, generator=generator, device=device)
-        return x, ALGORITHMS[self.algorithm].draw(normal, uniform), grad_y
+        return x, self.record.draw(normal, uniform), grad_y
 
     def call(self, x: Tensor, p: Tensor, q: Tensor, backend: str) -> Tensor:
         """Return y of the algorithm's public function on x with parameters p and q."""
-        return ALGORITHMS[self.algorithm].call(x, p, q, norm_axis=self.axis, backend=backend)
+        return getattr(daam, self.record.function)(x, p, q, norm_axis=self.axis, backend=backend)
 
 
 _GPU = [

@@ -72,7 +72,7 @@ def density_attention(
         )
     check_eps(eps)
     axes = (axis, None if c.shape[1] == 1 else last_axis)
-    return _in_memory_order(ops.density, x, (mean_offset, c), mask, axes, (eps,), residual, return_weights, backend)
+    return _in_memory_order("density", x, (mean_offset, c), mask, axes, (eps,), residual, return_weights, backend)
 
 
 def mixture_attention(
@@ -143,9 +143,7 @@ def mixture_attention(
         if mask is not None:
             raise ValueError("mask and padding_value are both given, expected one of them")
     settings = (eps, padding_value)
-    return _in_memory_order(
-        ops.mixture, x, (mean_offsets, c), mask, (axis,), settings, residual, return_weights, backend
-    )
+    return _in_memory_order("mixture", x, (mean_offsets, c), mask, (axis,), settings, residual, return_weights, backend)
 
 
 def density_gate(
@@ -198,11 +196,11 @@ def density_gate(
     if all(p.dim() == 1 for p in params.values()):
         params = {name: p.unsqueeze(0) for name, p in params.items()}
     check_params(x, params, axis, "num_gaussians")
-    return _in_memory_order(ops.gate, x, tuple(params.values()), mask, (axis,), (), residual, return_weights, backend)
+    return _in_memory_order("gate", x, tuple(params.values()), mask, (axis,), (), residual, return_weights, backend)
 
 
 def _in_memory_order(
-    algorithm: ops.Algorithm, x: Tensor, params: tuple[Tensor, ...], mask: Tensor | None, axes: tuple[int | None, ...],
+    algorithm: str, x: Tensor, params: tuple[Tensor, ...], mask: Tensor | None, axes: tuple[int | None, ...],
     settings: tuple[Any, ...], residual: bool, return_weights: bool, backend: str,
 ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """Call an algorithm on x with its dimensions in memory order, a view, and give its outputs x's order back.
@@ -214,14 +212,14 @@ def _in_memory_order(
         check_mask(x, mask, axes[0])
         mask = mask.reshape(*mask.shape, *[1] * (x.dim() - mask.dim()))
     name, _ = backend_for(x, backend)
-    options = (*settings, residual, return_weights, name)
+    attend, options = ops.OPERATORS[algorithm], (*settings, residual, return_weights, name)
     if x.is_contiguous() or 0 in x.stride():  # the order of expanded dimensions means nothing
-        outputs = algorithm(x, *params, mask, *axes, *options)
+        outputs = attend(x, *params, mask, *axes, *options)
     else:
         order = sorted(range(x.dim()), key=x.stride, reverse=True)
         mask = None if mask is None else mask.permute(order)
         axes = tuple(None if axis is None else order.index(axis) for axis in axes)
-        outputs = algorithm(x.permute(order), *params, mask, *axes, *options)
+        outputs = attend(x.permute(order), *params, mask, *axes, *options)
         inverse = [order.index(d) for d in range(x.dim())]
         outputs = [t.permute(inverse) for t in outputs]
     return tuple(outputs) if return_weights else outputs[0]

@@ -12,7 +12,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import importlib
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -25,7 +24,7 @@ from torch.autograd import forward_ad
 from daam.backend import interpreting
 
 try:
-    from daam.kernels import launch
+    from daam.kernels import algorithms, launch, tiles
 except ModuleNotFoundError as error:
     if error.name != "daam.kernels":
         raise
@@ -33,7 +32,7 @@ except ModuleNotFoundError as error:
         "daam/kernels is a symbolic link, which this checkout holds as a file, as git on Windows makes it: install the "
         "package with `pip install .` or `pip install -e .`, or check it out again under `git -c core.symlinks=true`"
     ) from error
-from daam.kernels.layout import acc_dtype
+from daam.kernels.operands import acc_dtype
 
 _lib = torch.library.Library("daam", "DEF")
 
@@ -54,25 +53,20 @@ def _forward_mode() -> bool:
     return forward_ad._current_level >= 0
 
 
-class Algorithm:
-    """Define one algorithm's operators, `{name}_forward`, `{name}_backward` and the composite `{name}`, and call it.
-
-    Args:
-        name: of the operators and of the modules `daam.reference.{name}` and `daam.kernels.{name}`.
-        params: names of the two parameters, (heads, P).
-        settings: the algorithm's own arguments as a schema, each after a comma.
-        feature_axis: the dimension of x that the parameters vary along, from the settings; None where they do not.
+class Operators:
+    """Define the operators of an algorithm, `{name}_forward`, `{name}_backward` and the composite `{name}`, and call
+    them.
 
     An instance is called with (x, p, q, mask, axis, *settings, residual, return_weights, backend) and returns (y,) or
     (y, weights), differentiable, on either backend, in eager mode and compiled.
     """
 
-    def __init__(self, name: str, params: tuple[str, str], settings: str, feature_axis: Callable[..., int | None]):
-        self.name, self.feature_axis = name, feature_axis
+    def __init__(self, algorithm: algorithms.Algorithm):
+        self.algorithm, name, (p, q) = algorithm, algorithm.name, algorithm.params
         self.eager: ModuleType = importlib.import_module(f"daam.reference.{name}")
-        p, q = params
         inputs = f"Tensor x, Tensor {p}, Tensor {q}, Tensor? mask"
-        how = f"int axis{settings}, bool residual"
+        settings = "".join(f" {kind} {setting}," for setting, kind in algorithm.settings.items())
+        how = f"int axis,{settings} bool residual"
         # Outputs that were not asked for are empty: vmap's fallback takes a fixed number of tensors only.
         _lib.define(
             f"{name}_forward({inputs}, {how}, bool return_weights, bool save_stats)"
@@ -117,7 +111,7 @@ class Algorithm:
 
     @functools.cached_property
     def kernels(self) -> ModuleType:
-        return importlib.import_module(f"daam.kernels.{self.name}")  # imports Triton
+        return importlib.import_module(f"daam.kernels.{self.algorithm.name}")  # imports Triton
 
     def _forward_triton(self, x, *args):
         y, weights, stats = self.kernels.forward(x, *args)
@@ -147,8 +141,9 @@ class Algorithm:
     def _forward_fake(self, x, p, q, mask, axis, *args):
         *settings, _residual, return_weights, save_stats = args
         stats = None
-        if save_stats and launch.worth_keeping(x, axis, q.shape[0]) and (x.device.type != "cpu" or interpreting()):
-            stats = launch.stats_shape(launch.FORWARD, x, axis, q.shape[0], self.feature_axis(*settings))
+        if save_stats and tiles.worth_keeping(x, axis, q.shape[0]) and (x.device.type != "cpu" or interpreting()):
+            budget, feature_axis = self.algorithm.forward(q.shape[1]), self.algorithm.feature_axis(*settings)
+            stats = tiles.stats_shape(budget, x, axis, q.shape[0], feature_axis)
         return (
             x.new_empty(x.shape),
             x.new_empty(x.shape if return_weights else 0),
@@ -169,7 +164,7 @@ def _or_empty(t: Tensor | None, like: Tensor) -> Tensor:
 class _Call:
     """Hold what is no tensor in a call. how: axis, the algorithm's settings and residual."""
 
-    algorithm: Algorithm
+    operators: Operators
     how: tuple[Any, ...]
     return_weights: bool
     save_stats: bool
@@ -190,14 +185,14 @@ class Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(x, p, q, mask, call):
-        algorithm, args = call.algorithm, (x, p, q, mask, *call.how)
+        operators, args = call.operators, (x, p, q, mask, *call.how)
         if call.backend == "triton":
-            y, weights, stats = algorithm.forward_op(*args, call.return_weights, call.save_stats)
+            y, weights, stats = operators.forward_op(*args, call.return_weights, call.save_stats)
             outputs = (y, weights) if call.return_weights else (y,)
             return (*outputs, stats) if stats.numel() else outputs
         if _transformed():
-            return algorithm.eager.formula(*args)[: 1 + call.return_weights]
-        return algorithm.eager.forward(*args, call.return_weights)[: 1 + call.return_weights]
+            return operators.eager.formula(*args)[: 1 + call.return_weights]
+        return operators.eager.forward(*args, call.return_weights)[: 1 + call.return_weights]
 
     @staticmethod
     def setup_context(ctx, inputs, outputs):
@@ -212,24 +207,20 @@ class Attention(torch.autograd.Function):
     def backward(ctx, grad_y, *others):
         x, p, q, mask, *stats = ctx.saved_tensors
         call, needs = ctx.call, ctx.needs_input_grad[:3]
-        algorithm, need_x, need_params = call.algorithm, needs[0], needs[1] or needs[2]
+        operators, need_x, need_params = call.operators, needs[0], needs[1] or needs[2]
         inputs = (grad_y, others[0] if call.return_weights else None, x, p, q, mask)
         if inputs[0] is None and inputs[1] is None:
             return (None,) * 5
         if torch.is_grad_enabled() or _transformed():
             # under create_graph: the closed form in differentiable operations, exact to any order
-            grads = algorithm.eager.gradient(*inputs, *call.how)
+            grads = operators.eager.gradient(*inputs, *call.how)
         elif call.backend == "triton":
-            dx, dp, dq = algorithm.backward_op(*inputs, stats[0] if stats else None, *call.how, need_x, need_params)
+            dx, dp, dq = operators.backward_op(*inputs, stats[0] if stats else None, *call.how, need_x, need_params)
             return dx if need_x else None, dp if needs[1] else None, dq if needs[2] else None, None, None
         else:
-            grads = algorithm.eager.backward(*inputs, *call.how, need_x, need_params)
+            grads = operators.eager.backward(*inputs, *call.how, need_x, need_params)
         each = zip(grads, (x, p, q), needs, strict=True)
         return *(g.to(like.dtype) if need else None for g, like, need in each), None, None
 
 
-density = Algorithm(
-    "density", ("mean_offset", "c"), ", int? feature_axis, float eps", lambda feature_axis, eps: feature_axis
-)
-mixture = Algorithm("mixture", ("mean_offsets", "c"), ", float eps, float? padding", lambda eps, padding: None)
-gate = Algorithm("gate", ("mean_offsets", "log_sigma"), "", lambda: None)
+OPERATORS = {name: Operators(algorithm) for name, algorithm in algorithms.ALGORITHMS.items()}

@@ -1,363 +1,350 @@
 """Density attention (arXiv 2401.11143, Algorithm 1), forward and backward.
 
-Over one chunk of length n, with e = x - mean - mean_offset and r2 = 1/(var + eps), var biased and centred:
+Over one chunk of length n, with e = x - mean - mean_offset and inv_var = 1/(var + eps), var biased and centred:
 
-    weights = exp(-e²·r2/(2c))          y = x·weights (+ x)
+    weights = exp(-e²·inv_var/(2c))          y = x·weights (+ x)
 
-    he = (grad_y·x + grad_weights)·weights·e·r2/c
-    dx = grad_y·weights - he + (Σ he + r2·(x - mean)·Σ he·e)/n (+ grad_y)
+    h = grad_y·x + grad_weights      he = h·weights·e·inv_var/c
+    dx = grad_y·weights - he + (Σ he + inv_var·(x - mean)·Σ he·e)/n (+ grad_y)
     d_mean_offset = Σ he      d_c = Σ he·e/(2c)
 
 A chunk that fits on chip is read once: statistics, sums and output come from the same registers. A longer one is
-streamed: `stats.py` (and `_sums` in the backward pass) walk its strips first, then the same `_forward` and `_backward`
-take them again, last strip first. Gradients of the parameters go through one partial sum a program, or the sums of
-streamed chunks where these are sums over the same positions, and `_chain`, which adds them in fixed order.
+streamed (`streamed.py`): its statistics, in the backward pass its sums, then outputs, each a walk over its strips.
+Gradients of the parameters go through one partial sum a program, or the sums of streamed chunks where these are sums
+over the same positions, and `density_param_gradients`, which adds them in fixed order.
 """
 
 from __future__ import annotations
+
+from functools import partial
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from daam.kernels.launch import power_of_2, split_float
-from daam.kernels.layout import Strided
-from daam.kernels.passes import Backward, Forward
-from daam.kernels.stats import add_strips, find_stats, store_strip
-from daam.kernels.tile import (
-    added,
-    along_chunk,
-    at_of,
-    chunk_of,
+from . import passes
+from .algorithms import DENSITY
+from .blocks import (
+    HALF_LOG2_E,
+    add_blocks,
+    add_products,
+    centre,
+    differentiate_weights,
+    invert_variance,
+    multiply_rounded,
+)
+from .host import Backward, Call, Numbers
+from .operands import Split, Strided, power_of_2, split_float
+from .params import add_totals, load_param, store_totals, zero_totals
+from .streamed import find_stats, merge_sums, store_strip_numbers
+from .tile import (
     columns_inside,
-    deviation,
-    first_tile,
-    gradients,
-    less,
+    load_blocks,
+    load_gradients,
     load_numbers,
-    load_param,
+    locate,
     next_tile,
-    of_weights,
-    products,
-    read_tile,
-    rounded_product,
-    sum_to_one,
-    write_dx,
-    write_outputs,
+    place_tile,
+    start_walk,
+    store_dx,
+    store_outputs,
+    view_of,
 )
 
-# --- Kernels ------------------------------------------------------------------------------------
-# x, mask, y, … are `layout.Strided` or None, extent is `layout.Extent`. A program takes the tiles first, first + step,
-# … of its head, and of each the strip that begins at `start` of the chunk: all of it where it fits on chip. One set of
-# parameters serves all of them: where they vary along the inner dimension, step is a multiple of the blocks along it,
-# and where they vary along the chunk, a strip is one tile.
+
+class Gaussian(NamedTuple):
+    """Hold mean_offset and 1/c of every block, in shapes that broadcast against it."""
+
+    mean_offset: list
+    inv_c: list
+
+
+class Chunk(NamedTuple):
+    """Hold what the tiles of a streamed chunk share: numbers [1, BLOCK_C] each, and the Gaussian."""
+
+    mean_error: tl.tensor
+    inv_var: tl.tensor
+    gaussian: Gaussian
+
+
+class ChunkSums(NamedTuple):
+    """Hold what dx takes from the sums over a streamed chunk, [1, BLOCK_C] each; see `differentiate_x`."""
+
+    chunk: Chunk
+    factor: tl.tensor
+    mean_he: tl.tensor
+    slope: tl.tensor
+
+
+class Parameters(NamedTuple):
+    """Hold the parameters (heads, P) as kernels take them."""
+
+    mean_offset: Strided
+    c: Strided
+
+
+# --- One block ------------------------------------------------------------------------------------
 
 
 @triton.jit
-def _params(mean_offset, c, head, row, at, extent, ACC: tl.constexpr, VARIES: tl.constexpr, PARTS: tl.constexpr):
-    """mean_offset and 1/c for the blocks of the tile that begins at `row` of its chunk."""
-    offset = load_param(mean_offset, head, row, at, extent, 0.0, ACC, VARIES, PARTS)
-    c = load_param(c, head, row, at, extent, 1.0, ACC, VARIES, PARTS)
-    inverse = ()
-    for i in tl.static_range(PARTS):
-        inverse = inverse + (1.0 / c[i],)
-    return offset, inverse
+def weigh(centred, mean_error, gaussian, inv_var, valid):
+    """Return (e, weights) of every block by one exp2 an element; x - mean is centred - mean_error."""
+    e, weights = [], []
+    for i in tl.static_range(len(centred)):
+        deviation = centred[i] - (gaussian.mean_offset[i] + mean_error)
+        exponent = deviation * deviation * (gaussian.inv_c[i] * -HALF_LOG2_E * inv_var)
+        e, weights = e + [deviation], weights + [tl.where(valid[i], tl.exp2(exponent), 0.0)]
+    return e, weights
 
 
 @triton.jit
-def _weights(d, rest, params, r2, valid):
-    """e and exp(-e²·r2/(2c)) of every block, with log2(e) folded into the constant: one exp2 an element."""
-    e, w = (), ()
-    for i in tl.static_range(len(d)):
-        of_block = d[i] - (params[0][i] + rest)
-        e = e + (of_block,)
-        exponent = of_block * of_block * (-0.7213475204444817 * params[1][i] * r2)
-        w = w + (tl.where(valid[i], tl.exp2(exponent), 0.0),)
-    return e, w
+def load_gaussian(parameters, head, position, view, _K: tl.constexpr, PLAN: tl.constexpr):
+    """Return the Gaussian of a program's first tile, which is that of all of them."""
+    mean_offset = load_param(parameters.mean_offset, 0.0, head, position, view, PLAN)
+    c = load_param(parameters.c, 1.0, head, position, view, PLAN)
+    return Gaussian(mean_offset, [1.0 / block for block in c])
 
 
 @triton.jit
-def _forward(
-    x, mean_offset, c, mask, stats, y, weights, eps, extent,
-    VARIES: tl.constexpr, RESIDUAL: tl.constexpr, ACC: tl.constexpr, INDEX: tl.constexpr,
-    BLOCK_CHUNK: tl.constexpr, BLOCK_INNER: tl.constexpr, PARTS: tl.constexpr, RAGGED: tl.constexpr,
-):  # fmt: skip
-    head, start, first, step, spot, apart = first_tile(extent, stats is not None)
-    own = at_of(spot, head, start, extent, INDEX, BLOCK_CHUNK, BLOCK_INNER)
-    params = _params(mean_offset, c, head, start, own, extent, ACC, VARIES, PARTS)
-    for _tile in range(first, extent.tiles, step):
-        if stats is None:
-            at, inside, valid, raw, xv = read_tile(
-                x, mask, spot, head, start, extent, RESIDUAL, ACC, INDEX, BLOCK_CHUNK, BLOCK_INNER, PARTS, RAGGED
-            )
-            d, rest, r2, _share = deviation(xv, valid, mask, None, extent, eps, False, ACC)
-            _e, w = _weights(d, rest, params, r2, valid)
-            write_outputs(y, weights, xv, raw, w, None, extent, at, inside, RESIDUAL)
-        else:
-            own = at_of(spot, head, start, extent, INDEX, BLOCK_CHUNK, BLOCK_INNER)
-            mean, rest, r2 = load_numbers(stats, extent, own, head, 3)
-            for row in range(start, tl.minimum(start + extent.strip, extent.chunk), BLOCK_CHUNK * PARTS):
-                at, inside, valid, raw, xv = read_tile(
-                    x, mask, spot, head, row, extent, RESIDUAL, ACC, INDEX, BLOCK_CHUNK, BLOCK_INNER, PARTS, RAGGED
-                )
-                _e, w = _weights(less(xv, mean), rest, params, r2, valid)
-                write_outputs(y, weights, xv, raw, w, None, extent, at, inside, RESIDUAL)
-        spot = next_tile(spot, apart, extent)
+def find_factor(gaussian, inv_var, PLAN: tl.constexpr):
+    """Return inv_var/c, which he lacks where one parameter serves all blocks: the sums can have it later. Else 1."""
+    return tl.full([1, 1], 1.0, inv_var.dtype) if PLAN.VARIES == "chunk" else gaussian.inv_c[0] * inv_var
 
 
 @triton.jit
-def _factor(params, r2, VARIES: tl.constexpr):
-    """r2/c, which he lacks where one parameter serves all blocks: the sums can have it later. Else 1."""
-    return tl.full([1, 1], 1.0, r2.dtype) if VARIES == "chunk" else params[1][0] * r2
-
-
-@triton.jit
-def _products(h, w, e, params, r2, VARIES: tl.constexpr):
-    """he of every block, less `_factor`. Each is rounded once for all its uses: in a chunk whose he are all alike, they
-    and their mean cancel to nothing.
+def multiply_he(h, weights, e, gaussian, inv_var, PLAN: tl.constexpr):
+    """Return he of every block, but for its factor. Each is rounded once for all its uses: in a chunk whose he are all
+    alike, they and their mean cancel to nothing.
     """
-    he = ()
-    for i in tl.static_range(len(e)):
-        if VARIES == "chunk":
-            he = he + (rounded_product(h[i] * w[i] * e[i], params[1][i] * r2),)
+    he = []
+    for i in tl.static_range(PLAN.N_BLOCKS):
+        if PLAN.VARIES == "chunk":
+            he = he + [multiply_rounded(h[i] * weights[i] * e[i], gaussian.inv_c[i] * inv_var)]
         else:
-            he = he + (rounded_product(h[i] * w[i], e[i]),)
+            he = he + [multiply_rounded(h[i] * weights[i], e[i])]
     return he
 
 
 @triton.jit
-def _input_grad(grad_y, w, d, rest, he, factor, mean_he, slope):
-    """dx without the residual's part; he and its mean lack `factor`, which is large where what they leave is small."""
-    slope_rest, grad = slope * rest, ()
+def differentiate_x(gradients, weights, centred, mean_error, he, factor, mean_he, slope):
+    """Return dx of every block without the residual's part. he and its mean lack the factor, which is large where what
+    they leave is small; slope is inv_var·Σ he·e/n.
+    """
+    slope_error, grad = slope * mean_error, []
     for i in tl.static_range(len(he)):
         # from x - mean, not as k1·x + k0: large means would cancel
-        own_part = grad_y[i] * w[i] + (slope * d[i] - slope_rest)
-        grad = grad + (own_part + factor * (mean_he - he[i]),)
+        direct = gradients.y[i] * weights[i] + (slope * centred[i] - slope_error)
+        grad = grad + [direct + factor * (mean_he - he[i])]
     return grad
 
 
-@triton.jit
-def _sums(
-    x, grad_y, grad_weights, mean_offset, c, mask, stats, sums, extent,
-    VARIES: tl.constexpr, ACC: tl.constexpr, INDEX: tl.constexpr,
-    BLOCK_CHUNK: tl.constexpr, BLOCK_INNER: tl.constexpr, PARTS: tl.constexpr, RAGGED: tl.constexpr,
-):  # fmt: skip
-    """Σ he and Σ he·e of every chunk's strip of one tile's columns, and Σ he without its `_factor`."""
-    head, start, first, step, spot, apart = first_tile(extent, True)
-    own = at_of(spot, head, start, extent, INDEX, BLOCK_CHUNK, BLOCK_INNER)
-    params = _params(mean_offset, c, head, start, own, extent, ACC, VARIES, PARTS)
-    for _tile in range(first, extent.tiles, step):
-        own = at_of(spot, head, start, extent, INDEX, BLOCK_CHUNK, BLOCK_INNER)
-        mean, rest, r2 = load_numbers(stats, extent, own, head, 3)
-        sum_he = tl.zeros([BLOCK_CHUNK, BLOCK_INNER], ACC)
-        sum_hee = sum_he
-        for row in range(start, tl.minimum(start + extent.strip, extent.chunk), BLOCK_CHUNK * PARTS):
-            at, inside, valid, _raw, xv = read_tile(
-                x, mask, spot, head, row, extent, False, ACC, INDEX, BLOCK_CHUNK, BLOCK_INNER, PARTS, RAGGED
-            )
-            e, w = _weights(less(xv, mean), rest, params, r2, valid)
-            h = of_weights(gradients(grad_y, grad_weights, mask, extent, at, inside, valid, False, ACC), xv, None)
-            he = _products(h, w, e, params, r2, VARIES)
-            sum_he += added(he)
-            sum_hee += products(he, e)
-        factor = _factor(params, r2, VARIES)
-        all_he = along_chunk(sum_he)
-        numbers = (all_he * factor, along_chunk(sum_hee) * factor, all_he)
-        store_strip(sums, extent, own, head, start, numbers)
-        spot = next_tile(spot, apart, extent)
+# --- Chunks on chip -------------------------------------------------------------------------------
 
 
 @triton.jit
-def _backward(
-    x, grad_y, grad_weights, mean_offset, c, mask, stats, sums, dx, partials, eps, extent,
-    VARIES: tl.constexpr, RESIDUAL: tl.constexpr, ACC: tl.constexpr, INDEX: tl.constexpr,
-    BLOCK_CHUNK: tl.constexpr, BLOCK_INNER: tl.constexpr, PARTS: tl.constexpr, RAGGED: tl.constexpr,
-):  # fmt: skip
-    head, start, first, step, spot, apart = first_tile(extent, stats is not None)
-    own = at_of(spot, head, start, extent, INDEX, BLOCK_CHUNK, BLOCK_INNER)
-    params = _params(mean_offset, c, head, start, own, extent, ACC, VARIES, PARTS)
-    totals = _zeros(VARIES, ACC, BLOCK_CHUNK, BLOCK_INNER, PARTS)
-    for _tile in range(first, extent.tiles, step):
-        if stats is None:
-            at, inside, valid, _raw, xv = read_tile(
-                x, mask, spot, head, start, extent, False, ACC, INDEX, BLOCK_CHUNK, BLOCK_INNER, PARTS, RAGGED
-            )
-            d, rest, r2, share = deviation(xv, valid, mask, None, extent, eps, False, ACC)
-            if VARIES == "chunk":  # sums over columns: r2 is infinite outside where eps is 0
-                r2 = tl.where(columns_inside(extent, at), r2, 0.0)
-            e, w = _weights(d, rest, params, r2, valid)
-            gradient = gradients(grad_y, grad_weights, mask, extent, at, inside, valid, RESIDUAL, ACC)
-            he = _products(of_weights(gradient, xv, None), w, e, params, r2, VARIES)
-            factor = _factor(params, r2, VARIES)
-            all_he = along_chunk(added(he))
-            sum_he, sum_hee = all_he * factor, along_chunk(products(he, e)) * factor
-            if dx is not None:
-                grad = _input_grad(gradient[1], w, d, rest, he, factor, share * all_he, share * r2 * sum_hee)
-                write_dx(dx, grad, gradient[0], extent, at, inside, valid, RESIDUAL)
-            if partials is not None:
-                totals = _add_to(totals, he, e, sum_he, sum_hee, extent, at, VARIES)
-        else:
-            own = at_of(spot, head, start, extent, INDEX, BLOCK_CHUNK, BLOCK_INNER)
-            mean, rest, r2, share = load_numbers(stats, extent, own, head, 4)
-            sum_he, sum_hee, all_he = load_numbers(sums, extent, own, head, 3)
-            factor, mean_he, slope = _factor(params, r2, VARIES), share * all_he, share * r2 * sum_hee
-            for row in range(start, tl.minimum(start + extent.strip, extent.chunk), BLOCK_CHUNK * PARTS):
-                at, inside, valid, _raw, xv = read_tile(
-                    x, mask, spot, head, row, extent, False, ACC, INDEX, BLOCK_CHUNK, BLOCK_INNER, PARTS, RAGGED
-                )
-                d = less(xv, mean)
-                e, w = _weights(d, rest, params, r2, valid)
-                gradient = gradients(grad_y, grad_weights, mask, extent, at, inside, valid, RESIDUAL, ACC)
-                he = _products(of_weights(gradient, xv, None), w, e, params, r2, VARIES)
-                if dx is not None:
-                    grad = _input_grad(gradient[1], w, d, rest, he, factor, mean_he, slope)
-                    write_dx(dx, grad, gradient[0], extent, at, inside, valid, RESIDUAL)
-                if partials is not None:
-                    totals = _add_to(totals, he, e, sum_he, sum_hee, extent, at, VARIES)
-        spot = next_tile(spot, apart, extent)
+def density_forward(inputs, parameters, outputs, eps, extent, RESIDUAL: tl.constexpr, PLAN: tl.constexpr):
+    """Store y and the weights."""
+    view = view_of(extent)
+    walk = start_walk(view, False)
+    first = locate(walk.index, walk.head, walk.strip_row, view, PLAN)
+    gaussian = load_gaussian(parameters, walk.head, first, view, 1, PLAN)
+    index = walk.index
+    for _ in range(walk.first_tile, view.n_tiles, walk.tile_step):
+        tile = place_tile(inputs.mask, index, walk.head, walk.strip_row, view, PLAN)
+        raw, x = load_blocks(inputs.x, inputs.mask, tile, view, RESIDUAL, PLAN)
+        chunk = centre(x, tile, inputs.mask, view, PLAN.ACC)
+        inv_var = invert_variance(chunk.squares, chunk.inv_count, chunk.inv_count, inputs.mask, eps)
+        _e, weights = weigh(chunk.blocks, chunk.mean_error, gaussian, inv_var, tile.valid)
+        store_outputs(outputs, x, raw, weights, tile, view, RESIDUAL, PLAN)
+        index = next_tile(index, walk.index_step, view)
+
+
+@triton.jit
+def density_backward(inputs, parameters, dx, partials, eps, extent, RESIDUAL: tl.constexpr, PLAN: tl.constexpr):
+    """Store dx, and this program's sums of he and he·e for every parameter."""
+    view = view_of(extent)
+    walk = start_walk(view, False)
+    first = locate(walk.index, walk.head, walk.strip_row, view, PLAN)
+    gaussian = load_gaussian(parameters, walk.head, first, view, 1, PLAN)
+    totals = zero_totals(PLAN)
+    index = walk.index
+    for _ in range(walk.first_tile, view.n_tiles, walk.tile_step):
+        # the forward pass again
+        tile = place_tile(inputs.mask, index, walk.head, walk.strip_row, view, PLAN)
+        _raw, x = load_blocks(inputs.x, inputs.mask, tile, view, False, PLAN)
+        chunk = centre(x, tile, inputs.mask, view, PLAN.ACC)
+        inv_var = invert_variance(chunk.squares, chunk.inv_count, chunk.inv_count, inputs.mask, eps)
+        if PLAN.VARIES == "chunk":  # sums over columns: outside inv_var is infinite where eps is 0
+            inv_var = tl.where(columns_inside(tile.position, view), inv_var, 0.0)
+        e, weights = weigh(chunk.blocks, chunk.mean_error, gaussian, inv_var, tile.valid)
+        # what reaches the weights, and its sums over the chunk
+        gradients = load_gradients(inputs, tile, view, RESIDUAL, PLAN)
+        he = multiply_he(differentiate_weights(gradients, x), weights, e, gaussian, inv_var, PLAN)
+        factor = find_factor(gaussian, inv_var, PLAN)
+        bare_he = tl.sum(add_blocks(he), 0)[None, :]
+        sum_he, sum_hee = bare_he * factor, tl.sum(add_products(he, e), 0)[None, :] * factor
+        if dx is not None:
+            mean_he, slope = chunk.inv_count * bare_he, chunk.inv_count * inv_var * sum_hee
+            grad = differentiate_x(gradients, weights, chunk.blocks, chunk.mean_error, he, factor, mean_he, slope)
+            store_dx(dx, grad, gradients.raw, tile, view, RESIDUAL, PLAN)
+        if partials is not None:
+            totals = add_totals(totals, he, e, sum_he, sum_hee, columns_inside(tile.position, view), PLAN)
+        index = next_tile(index, walk.index_step, view)
     if partials is not None:
-        _store_partials(partials, totals, head, first, start, own, extent, VARIES)
+        store_totals(partials, totals, walk, first, view, PLAN)
 
 
 @triton.jit
-def _zeros(
-    VARIES: tl.constexpr, ACC: tl.constexpr, BLOCK_CHUNK: tl.constexpr, BLOCK_INNER: tl.constexpr, PARTS: tl.constexpr
+def density_param_gradients(
+    partials, n_groups, c, d_mean_offset, d_c, n_features, BLOCK: tl.constexpr, BLOCK_FEATURES: tl.constexpr
 ):  # fmt: skip
-    """Σ he and Σ he·e for every parameter of a tile: [BLOCK_CHUNK, 1] for each of its blocks, [1, BLOCK_INNER] or one
-    number.
-    """
-    zero = tl.zeros([BLOCK_CHUNK if VARIES == "chunk" else 1, BLOCK_INNER if VARIES == "inner" else 1], ACC)
-    zeros = ()
-    for _ in tl.static_range(2 * PARTS if VARIES == "chunk" else 2):
-        zeros = zeros + (zero,)
-    return zeros
-
-
-@triton.jit
-def _add_to(totals, he, e, sum_he, sum_hee, extent, at, VARIES: tl.constexpr):
-    """The sums with those of one more tile."""
-    if VARIES == "chunk":
-        more = ()
-        for i in tl.static_range(len(he)):
-            more = more + (totals[2 * i] + tl.sum(he[i], 1)[:, None],)
-            more = more + (totals[2 * i + 1] + tl.sum(he[i] * e[i], 1)[:, None],)
-        return more
-    elif VARIES == "inner":
-        return totals[0] + sum_he, totals[1] + sum_hee
-    else:
-        ok = columns_inside(extent, at)
-        return (
-            totals[0] + sum_to_one(tl.where(ok, sum_he, 0.0)), totals[1] + sum_to_one(tl.where(ok, sum_hee, 0.0))
-        )  # fmt: skip
-
-
-@triton.jit
-def _store_partials(partials, totals, head, first, row, own, extent, VARIES: tl.constexpr):
-    """One program's sums in (2, head, group, P): a group of programs together holds every parameter of a head once."""
-    col, rows, cols = own[2], own[3], own[4]
-    step, of_head, of_group, _one = partials.strides
-    data = partials.data + head * of_head
-    for i in tl.static_range(len(totals) // 2):
-        if VARIES == "chunk":
-            places = (row + i * rows.shape[0] + rows)[:, None]
-            at, ok = data + first * of_group + places, places < chunk_of(extent)
-        elif VARIES == "inner":
-            at = data + first // extent.blocks * of_group + (col + cols)[None, :]
-            ok = columns_inside(extent, own)
-        else:
-            at, ok = data + first * of_group + tl.zeros([1, 1], tl.int32), tl.full([1, 1], True, tl.int1)
-        tl.store(at, totals[2 * i], ok)
-        tl.store(at + step, totals[2 * i + 1], ok)
-
-
-@triton.jit
-def _chain(
-    partials, groups, c, d_mean_offset, d_c, features,
-    BLOCK: tl.constexpr, BLOCK_FEATURES: tl.constexpr,
-):  # fmt: skip
-    """Gradients of one head's parameters from the partial sums, in fixed order and fp64."""
+    """Store the gradients of one head's parameters: partial sums added in fixed order and fp64."""
     head = tl.program_id(1).to(tl.int64)
-    cols = tl.program_id(0).to(tl.int64) * BLOCK_FEATURES + tl.arange(0, BLOCK_FEATURES)
-    step, of_head, of_group, _one = partials.strides
-    data, inside = partials.data + head * of_head + cols[None, :], cols < features
+    features = tl.program_id(0).to(tl.int64) * BLOCK_FEATURES + tl.arange(0, BLOCK_FEATURES)
+    distance, head_stride, group_stride, _one = partials.strides
+    start, inside = partials.data + head * head_stride + features[None, :], features < n_features
     total_he = tl.zeros([BLOCK, BLOCK_FEATURES], tl.float64)
     total_hee = total_he
-    for first in range(0, groups, BLOCK):
-        rows = tl.cast(first, tl.int64) + tl.arange(0, BLOCK)[:, None]
-        ok = inside[None, :] & (rows < groups)
-        total_he += tl.load(data + rows * of_group, ok, 0.0).to(tl.float64)
-        total_hee += tl.load(data + step + rows * of_group, ok, 0.0).to(tl.float64)
-    divisor = tl.load(c.data + head * c.strides[0] + cols * c.strides[1], inside, 1.0).to(tl.float64)
-    at = head * features + cols
-    tl.store(d_mean_offset + at, tl.sum(total_he, 0).to(d_mean_offset.dtype.element_ty), inside)
-    tl.store(d_c + at, (tl.sum(total_hee, 0) / (2.0 * divisor)).to(d_c.dtype.element_ty), inside)
+    for first in range(0, n_groups, BLOCK):
+        groups = tl.cast(first, tl.int64) + tl.arange(0, BLOCK)[:, None]
+        wanted = inside[None, :] & (groups < n_groups)
+        total_he += tl.load(start + groups * group_stride, wanted, 0.0).to(tl.float64)
+        total_hee += tl.load(start + distance + groups * group_stride, wanted, 0.0).to(tl.float64)
+    divisor = tl.load(c.data + head * c.strides[0] + features * c.strides[1], inside, 1.0).to(tl.float64)
+    place = head * n_features + features
+    tl.store(d_mean_offset + place, tl.sum(total_he, 0).to(d_mean_offset.dtype.element_ty), inside)
+    tl.store(d_c + place, (tl.sum(total_hee, 0) / (2.0 * divisor)).to(d_c.dtype.element_ty), inside)
 
 
-# --- Launchers ----------------------------------------------------------------------------------
+# --- Streamed chunks (`streamed.py`) --------------------------------------------------------------
 
 
-def forward(
-    x: Tensor, mean_offset: Tensor, c: Tensor, mask: Tensor | None, axis: int, feature_axis: int | None, eps: float,
-    residual: bool, return_weights: bool, save_stats: bool,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
-    """y, weights and statistics, contiguous; None where not asked for, and the statistics of chunks on chip."""
-    run = Forward(x, mask, c.shape[0], axis, return_weights, feature_axis)
-    for call in run.calls():
-        of, stats, eps_parts = call.of, call.of_chunks(run.stats), split_float(eps)
-        if call.streamed:
-            find_stats(call, stats, eps_parts)
-        call.launch(
-            _forward, call.programs, of.x, call.of_heads(mean_offset), call.of_heads(c), of.mask, stats, of.y,
-            of.weights, eps_parts, VARIES=call.along, RESIDUAL=residual,
-        )  # fmt: skip
-    return run.outputs(save_stats)
+@triton.jit
+def open_chunk(gaussian, numbers, head, position, view, _K: tl.constexpr, _PLAN: tl.constexpr):
+    """Return (mean, chunk) for the forward pass, and for sums."""
+    mean, mean_error, inv_var = load_numbers(numbers.stats, head, position, view, 3)
+    return mean, Chunk(mean_error, inv_var, gaussian)
 
 
-def backward(
-    grad_y: Tensor | None, grad_weights: Tensor | None, x: Tensor, mean_offset: Tensor, c: Tensor, mask: Tensor | None,
-    stats: Tensor | None, axis: int, feature_axis: int | None, eps: float, residual: bool, need_x: bool,
-    need_params: bool,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
-    """Gradients of x, mean_offset and c, contiguous; None where not needed. stats are recomputed where None."""
-    run = Backward(x, mask, grad_y, grad_weights, stats, c.shape[0], axis, need_x, need_params, feature_axis)
-    grads = run.param_grads(mean_offset, c)
-    for call in run.calls():
-        of, stats, eps_parts = call.of, call.of_chunks(run.stats), split_float(eps)
-        if run.lacks_stats:
-            find_stats(call, stats, eps_parts)
-        inputs = (of.x, of.grad_y, of.grad_weights, call.of_heads(mean_offset), call.of_heads(c), of.mask, stats)
-        sums = None
-        if call.streamed:
-            strips = call.of_strips(3)
-            call.launch(_sums, call.programs, *inputs, strips, VARIES=call.along)
-            sums = add_strips(call, strips, 3)
-        # the sums of streamed chunks are all there is to sum, but where parameters vary along the chunk
-        direct = call.streamed and call.along != "chunk"
-        programs = call.programs_of_sums(2) if need_params and not direct else call.programs
-        partials = None if direct else run.partials(call, 2, call.groups(programs), c.shape[1])
-        if need_x or partials is not None:
-            call.launch(
-                _backward, programs, *inputs, sums, of.dx, partials, eps_parts, VARIES=call.along, RESIDUAL=residual
-            )
-        if need_params:
-            partials = _as_partials(sums.data[:2], axis, feature_axis) if direct else partials
-            features = c.shape[1]
-            block = min(128, power_of_2(features))
-            args = (partials, partials.data.shape[2], call.of_heads(c), *grads, features)
-            blocks = -(-features // block)
-            call.launch_sums(_chain, blocks, *args, BLOCK=1024 // block, BLOCK_FEATURES=block)
-    return run.dx, *grads
+@triton.jit
+def weigh_chunk(centred, chunk, valid, _K: tl.constexpr):
+    """Return the weights of every block."""
+    _e, weights = weigh(centred, chunk.mean_error, chunk.gaussian, chunk.inv_var, valid)
+    return weights
 
 
-def _as_partials(sums: Tensor, axis: int, feature_axis: int | None) -> Strided:
-    """Sums of chunks, (2, …, heads, …), as partial sums (2, heads, 1, P)."""
+@triton.jit
+def density_sums(inputs, parameters, numbers, strips, extent, PLAN: tl.constexpr):
+    """Store Σ he, Σ he·e and Σ he without its factor of a strip of each chunk."""
+    view = view_of(extent)
+    walk = start_walk(view, True)
+    first = locate(walk.index, walk.head, walk.strip_row, view, PLAN)
+    gaussian = load_gaussian(parameters, walk.head, first, view, 1, PLAN)
+    index = walk.index
+    for _ in range(walk.first_tile, view.n_tiles, walk.tile_step):
+        position = locate(index, walk.head, walk.strip_row, view, PLAN)
+        mean, chunk = open_chunk(gaussian, numbers, walk.head, position, view, 1, PLAN)
+        sum_he = tl.zeros([PLAN.BLOCK_P, PLAN.BLOCK_C], PLAN.ACC)
+        sum_hee = sum_he
+        end = tl.minimum(walk.strip_row + view.strip, view.chunk)
+        for row in range(walk.strip_row, end, PLAN.BLOCK_P * PLAN.N_BLOCKS):
+            tile = place_tile(inputs.mask, index, walk.head, row, view, PLAN)
+            _raw, x = load_blocks(inputs.x, inputs.mask, tile, view, False, PLAN)
+            e, weights = weigh([block - mean for block in x], chunk.mean_error, gaussian, chunk.inv_var, tile.valid)
+            h = differentiate_weights(load_gradients(inputs, tile, view, False, PLAN), x)
+            he = multiply_he(h, weights, e, gaussian, chunk.inv_var, PLAN)
+            sum_he += add_blocks(he)
+            sum_hee += add_products(he, e)
+        factor = find_factor(gaussian, chunk.inv_var, PLAN)
+        bare_he = tl.sum(sum_he, 0)[None, :]
+        sums = [bare_he * factor, tl.sum(sum_hee, 0)[None, :] * factor, bare_he]
+        store_strip_numbers(strips, walk, position, view, sums)
+        index = next_tile(index, walk.index_step, view)
+
+
+@triton.jit
+def open_sums(gaussian, numbers, head, position, view, _K: tl.constexpr, PLAN: tl.constexpr):
+    """Return (mean, chunk) for the backward pass."""
+    mean, mean_error, inv_var, inv_count = load_numbers(numbers.stats, head, position, view, 4)
+    _sum_he, sum_hee, bare_he = load_numbers(numbers.sums, head, position, view, 3)
+    factor = find_factor(gaussian, inv_var, PLAN)
+    chunk = Chunk(mean_error, inv_var, gaussian)
+    return mean, ChunkSums(chunk, factor, inv_count * bare_he, inv_count * inv_var * sum_hee)
+
+
+@triton.jit
+def differentiate_tile(
+    x, centred, sums, inputs, tile, view, _padding, RAW: tl.constexpr, _K: tl.constexpr, PLAN: tl.constexpr
+):  # fmt: skip
+    """Return (dx, grad_y as it came, he, e) of every block."""
+    chunk = sums.chunk
+    e, weights = weigh(centred, chunk.mean_error, chunk.gaussian, chunk.inv_var, tile.valid)
+    gradients = load_gradients(inputs, tile, view, RAW, PLAN)
+    he = multiply_he(differentiate_weights(gradients, x), weights, e, chunk.gaussian, chunk.inv_var, PLAN)
+    grad = differentiate_x(gradients, weights, centred, chunk.mean_error, he, sums.factor, sums.mean_he, sums.slope)
+    return grad, gradients.raw, he, e
+
+
+# --- On the host ----------------------------------------------------------------------------------
+
+
+def _collect(
+    call: Call, mean_offset: Tensor, c: Tensor, _feature_axis: int | None, eps: float
+) -> tuple[Parameters, Split]:  # fmt: skip
+    """Return the parameters and eps as kernels take them."""
+    return Parameters(call.of_heads(mean_offset), call.of_heads(c)), split_float(eps)
+
+
+def _sum_chunks(
+    run: Backward, call: Call, parameters: Parameters, _eps: Split, numbers: Numbers
+) -> tuple[Strided, Strided | None]:  # fmt: skip
+    """Return the sums of streamed chunks, and those of he and he·e as partials where parameters do not vary along the
+    chunk.
+    """
+    strips = call.of_strips(3)
+    call.launch(density_sums, call.programs, call.inputs, parameters, numbers, strips)
+    sums = merge_sums(call, strips, 3)
+    if not run.need_params or call.along == "chunk":
+        return sums, None
+    axis, feature_axis, chunks = run.axis, run.feature_axis, sums.data[:2]
     kept = (0, axis + 1, 0 if feature_axis is None else feature_axis + 1)
-    others = [d for d in range(sums.dim()) if d not in kept]
-    totals = sums.sum(others, dtype=torch.float64) if others else sums  # sum([]) would sum everything
+    others = [d for d in range(chunks.dim()) if d not in kept]
+    totals = chunks.sum(others, dtype=torch.float64) if others else chunks  # sum([]) would sum everything
     if feature_axis is None:
         totals = totals.unsqueeze(-1)
     elif feature_axis < axis:
         totals = totals.transpose(1, 2)
     totals = totals.unsqueeze(2).contiguous()
-    return Strided(totals, totals.stride())
+    return sums, Strided(totals, totals.stride())
+
+
+def _launch_param_gradients(
+    call: Call, partials: Strided, parameters: Parameters, d_mean_offset: Strided, d_c: Strided
+) -> None:
+    """Launch what turns partial sums into gradients of the parameters."""
+    n_features = d_c.data.shape[1]
+    block = min(128, power_of_2(n_features))
+    args = (partials, partials.data.shape[2], parameters.c, d_mean_offset.data, d_c.data, n_features)
+    n_blocks = -(-n_features // block)
+    call.launch_sums(density_param_gradients, n_blocks, *args, BLOCK=1024 // block, BLOCK_FEATURES=block)
+
+
+KERNELS = passes.Kernels(
+    DENSITY,
+    _collect,
+    constants=lambda _n_params: {},
+    n_sums=lambda _n_params: 2,
+    find_numbers=lambda call, _parameters, eps, numbers: find_stats(call, numbers.stats, eps),
+    sum_chunks=_sum_chunks,
+    launch_param_gradients=_launch_param_gradients,
+    forward=density_forward,
+    backward=density_backward,
+    prepare=load_gaussian,
+    open_chunk=open_chunk,
+    weigh_chunk=weigh_chunk,
+    open_sums=open_sums,
+    differentiate=differentiate_tile,
+)
+forward, backward = partial(passes.forward, KERNELS), partial(passes.backward, KERNELS)

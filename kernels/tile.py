@@ -1,499 +1,327 @@
-"""What every kernel does with a tile: addresses, loads, parameters, centred statistics, outputs.
+"""Where a tile stands, how it is loaded, and how it is stored.
 
-A tile is a tuple of PARTS blocks [BLOCK_CHUNK, BLOCK_INNER], one below the other: positions along one chunk x places
-along the inner dimension, each column a chunk of its own. Blocks are as wide as one load a thread, so that sums along a
-chunk add registers first and cross lanes last, and so few that hardly any stand outside a chunk. A tile stands `at`
-(place, position, col, rows, cols, row, offsets, stride): the outer place, the first position along the axis and along
-the inner dimension, all int64, the ranges that count on from there in a block, the first position within the chunk, and
-x's offsets of its first block and stride along the axis, for all tensors that have x's strides. Tensors come as
-`layout.Strided`, or None; extent is `layout.Extent`.
+A tile is N_BLOCKS blocks [BLOCK_P, BLOCK_C], one below the other: positions of BLOCK_C chunks, each a column. What has
+an element for each of them is a list of blocks. Blocks are as wide as one load a thread, so that sums over a chunk
+add registers first and cross lanes last, and so few that hardly any stand outside a chunk.
+
+PLAN is `operands.Constants`, view is the `View` of a call. Tensors come as `operands.Strided`, or None.
 """
+
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
+
+
+class View(NamedTuple):
+    """Hold what all tensors of a call look like: `operands.Extent`, with its eighths multiplied out."""
+
+    sizes: tuple
+    strides: tuple
+    n_tiles: tl.tensor
+    n_blocks: tl.tensor
+    n_strips: tl.tensor
+    strip: tl.tensor
+    chunk: tl.tensor
+    inner: tl.tensor
+
+
+class TileIndex(NamedTuple):
+    """Hold which tile of a head: its outer place, and its block of columns. 32 bits: a 64-bit product of two is one
+    instruction.
+    """
+
+    outer: tl.tensor
+    block: tl.tensor
+
+
+class Walk(NamedTuple):
+    """Hold what a program takes: the tiles first_tile, first_tile + tile_step, … of a head, and of each the strip of
+    the chunk that begins at strip_row; the index of the first tile, and the step of an index.
+    """
+
+    head: tl.tensor
+    strip_row: tl.tensor
+    first_tile: tl.tensor
+    tile_step: tl.tensor
+    index: TileIndex
+    index_step: TileIndex
+
+
+class Position(NamedTuple):
+    """Hold where a tile stands: its outer place, its first row of the chunk, of the axis, its first column, all int64;
+    the ranges that count on from there in a block; and in tensors of x's strides the offset of its first element, those
+    of the first block from there, and the stride along the axis.
+    """
+
+    outer: tl.tensor
+    row: tl.tensor
+    axis_row: tl.tensor
+    column: tl.tensor
+    rows: tl.tensor
+    columns: tl.tensor
+    base: tl.tensor
+    within: tl.tensor
+    row_stride: tl.tensor
+
+
+class Tile(NamedTuple):
+    """Hold where a tile stands, which elements of its blocks are inside the chunk, and which of them are valid."""
+
+    position: Position
+    inside: list
+    valid: list
+
+
+class Gradients(NamedTuple):
+    """Hold the blocks of grad_y as it came, of grad_y and of grad_weights with 0 where not valid; [] for none."""
+
+    raw: list
+    y: list
+    weights: list
+
 
 # --- Where a tile stands ------------------------------------------------------------------------
 
 
 @triton.jit
-def spot_of(tile, extent):
-    """(outer place, block along the inner dimension) of a tile, 32 bits: a 64-bit product of two of them is one
-    instruction.
+def view_of(extent):
+    """Return the View of an Extent. Triton looks for multiples of 16 only, and would load what is a multiple of 8 in
+    16 bits at a time: such sizes and strides come in eighths, but for the stride that is 1.
     """
-    return tile // extent.blocks, tile % extent.blocks
+    chunk, inner, strides = extent.chunk, extent.inner, extent.strides
+    if extent.chunk_eighths is not None:
+        chunk = extent.chunk_eighths * 8
+        strides = [extent.strides[0]] + [stride * 8 for stride in extent.strides[1:]]
+    elif extent.inner_eighths is not None:
+        inner = extent.inner_eighths * 8
+        strides = [extent.strides[0] * 8, extent.strides[1]] + [stride * 8 for stride in extent.strides[2:]]
+    return View(
+        extent.sizes, strides, extent.n_tiles, extent.n_blocks, extent.n_strips, extent.strip, chunk, inner
+    )  # fmt: skip
 
 
 @triton.jit
-def first_tile(extent, BACKWARDS: tl.constexpr):
-    """This program's head, the first row of its strip of the chunk, its first tile and how far apart its tiles are,
-    the first one's (place, block), and the step in these.
-
-    BACKWARDS: the last program comes first, since what the kernel before read last is still in the cache.
+def start_walk(view, BACKWARDS: tl.constexpr):
+    """Return this program's Walk. BACKWARDS: the last program comes first, since what the kernel before read last is
+    still in the cache.
     """
     head, program = tl.program_id(1), tl.program_id(0)
     if BACKWARDS:
         head, program = tl.num_programs(1) - 1 - head, tl.num_programs(0) - 1 - program
-    step = tl.num_programs(0) // extent.strips
-    first = program // extent.strips
-    start = (program % extent.strips).to(tl.int64) * extent.strip
-    return head.to(tl.int64), start, first, step, spot_of(first, extent), spot_of(step, extent)
+    step = tl.num_programs(0) // view.n_strips
+    first = program // view.n_strips
+    strip_row = (program % view.n_strips).to(tl.int64) * view.strip
+    head = head.to(tl.int64)
+    index = TileIndex(first // view.n_blocks, first % view.n_blocks)
+    index_step = TileIndex(step // view.n_blocks, step % view.n_blocks)
+    return Walk(head, strip_row, first, step, index, index_step)
 
 
 @triton.jit
-def next_tile(spot, apart, extent):
-    """(place, block) of the program's next tile: a division a tile would cost more than the tile."""
-    block = spot[1] + apart[1]
-    over = block >= extent.blocks
-    return spot[0] + apart[0] + over.to(tl.int32), tl.where(over, block - extent.blocks, block)
+def next_tile(index, step, view):
+    """Return the index of the program's next tile: a division a tile would cost more than the tile."""
+    block = index.block + step.block
+    over = block >= view.n_blocks
+    return TileIndex(index.outer + step.outer + over.to(tl.int32), tl.where(over, block - view.n_blocks, block))
 
 
 @triton.jit
-def chunk_of(extent):
-    """Positions of a chunk. What is a multiple of 8, but not of 16, comes in eighths: Triton looks for 16 only, and
-    would load 16 bits at a time.
+def offsets_of(strides, view, outer, axis_row, column, rows, columns):
+    """Return (base, within): the offset of a tile's first element, and those of its first block from there. A tensor
+    that is the same for all columns has one stride less.
     """
-    return extent.chunk if extent.chunk_eighths is None else extent.chunk_eighths * 8
-
-
-@triton.jit
-def stride_of(strides, i: tl.constexpr, extent, OF_X: tl.constexpr):
-    """The i-th stride; of x in eighths too, but for the one that is 1."""
-    if OF_X and extent.chunk_eighths is not None:
-        return strides[i] * 8 if i != 0 else strides[i]
-    elif OF_X and extent.inner_eighths is not None:
-        return strides[i] * 8 if i != 1 else strides[i]
-    else:
-        return strides[i]
-
-
-@triton.jit
-def at_of(spot, head, row, extent, INDEX: tl.constexpr, BLOCK_CHUNK: tl.constexpr, BLOCK_INNER: tl.constexpr):
-    """Where the tile stands that begins at `row` of its chunk. A loop's index is a plain int in the interpreter: hence
-    cast.
-    """
-    rows, cols = tl.arange(0, BLOCK_CHUNK).to(INDEX), tl.arange(0, BLOCK_INNER).to(INDEX)
-    place, col = tl.cast(spot[0], tl.int64), tl.cast(spot[1], tl.int64) * BLOCK_INNER
-    row = tl.cast(row, tl.int64)
-    return place, head * chunk_of(extent) + row, col, rows, cols, row
-
-
-@triton.jit
-def columns_inside(extent, at):
-    """[1, BLOCK_INNER]."""
-    inner = extent.inner if extent.inner_eighths is None else extent.inner_eighths * 8
-    return (at[2] + at[4] < inner)[None, :]
-
-
-@triton.jit
-def rows_inside(extent, at, i: tl.constexpr, RAGGED: tl.constexpr):
-    """Of the i-th block, [BLOCK_CHUNK, 1]. RAGGED: whether (rows, columns) of a tile may stand outside; where none may,
-    the compiler sees it and drops the masks of loads and stores, and the selects.
-    """
-    if RAGGED[0]:
-        return (at[5] + i * at[3].shape[0] + at[3] < chunk_of(extent))[:, None]
-    else:
-        return tl.full([1, 1], True, tl.int1)
-
-
-@triton.jit
-def inside_of(extent, at, PARTS: tl.constexpr, RAGGED: tl.constexpr):
-    """Which of each block are elements of the chunk."""
-    parts = ()
-    for i in tl.static_range(PARTS):
-        rows = rows_inside(extent, at, i, RAGGED)
-        parts = parts + (rows & columns_inside(extent, at) if RAGGED[1] else rows,)
-    return parts
-
-
-@triton.jit
-def offsets(strides, extent, at, OF_X: tl.constexpr):
-    """Of the first block: of its first element, and of the others from there. A tensor that is the same along the inner
-    dimension has one stride less, and one column.
-    """
-    place, offset = at[0], at[1] * stride_of(strides, 0, extent, OF_X)
-    within = at[3][:, None] * stride_of(strides, 0, extent, OF_X)
-    if len(strides) > 1 + len(extent.sizes):
-        offset += at[2] * stride_of(strides, 1, extent, OF_X)
-        within += at[4][None, :] * stride_of(strides, 1, extent, OF_X)
-    for i in tl.static_range(len(extent.sizes)):
-        stride = stride_of(strides, (2 if len(strides) > 1 + len(extent.sizes) else 1) + i, extent, OF_X)
-        if i + 1 < len(extent.sizes):
-            offset += (place % extent.sizes[i]) * stride
-            place = place // extent.sizes[i]
+    base, within = axis_row * strides[0], rows[:, None] * strides[0]
+    if len(strides) > 1 + len(view.sizes):
+        base += column * strides[1]
+        within += columns[None, :] * strides[1]
+    for i in tl.static_range(len(view.sizes)):
+        stride = strides[(2 if len(strides) > 1 + len(view.sizes) else 1) + i]
+        if i + 1 < len(view.sizes):
+            base += (outer % view.sizes[i]) * stride
+            outer = outer // view.sizes[i]
         else:
-            offset += place * stride
-    return offset, within
+            base += outer * stride
+    return base, within
 
 
 @triton.jit
-def blocks(t, extent, at, PARTS: tl.constexpr):
-    """Pointers of every block of a tile. How far they are apart is in the width that offsets in a tile need."""
-    first, within = at[6] if len(t.strides) == 0 else offsets(t.strides, extent, at, False)
-    data = t.data + first
-    stride = tl.cast(at[7] if len(t.strides) == 0 else t.strides[0], at[3].dtype)
-    pointers = ()
-    for i in tl.static_range(PARTS):
-        pointers = pointers + (data + (within + stride * (i * at[3].shape[0])),)
-    return pointers
+def locate(index, head, row, view, PLAN: tl.constexpr):
+    """Return the Position of the tile that begins at a row of its chunk."""
+    rows, columns = tl.arange(0, PLAN.BLOCK_P).to(PLAN.INDEX), tl.arange(0, PLAN.BLOCK_C).to(PLAN.INDEX)
+    # an index of a loop is a plain int in the interpreter: hence cast
+    outer, column = tl.cast(index.outer, tl.int64), tl.cast(index.block, tl.int64) * PLAN.BLOCK_C
+    row = tl.cast(row, tl.int64)
+    axis_row = head * view.chunk + row
+    base, within = offsets_of(view.strides, view, outer, axis_row, column, rows, columns)
+    return Position(outer, row, axis_row, column, rows, columns, base, within, view.strides[0])
 
 
 @triton.jit
-def load(t, extent, at, inside):
-    """A tile as it is in memory, 0 outside."""
-    pointers, parts = blocks(t, extent, at, len(inside)), ()
-    for i in tl.static_range(len(inside)):
-        parts = parts + (tl.load(pointers[i], inside[i], 0),)
-    return parts
+def columns_inside(position, view):
+    """Return which columns of a tile are inside the inner dimension, [1, BLOCK_C]."""
+    return (position.column + position.columns < view.inner)[None, :]
 
 
 @triton.jit
-def store(t, extent, at, inside, values):
-    pointers = blocks(t, extent, at, len(inside))
-    for i in tl.static_range(len(inside)):
-        tl.store(pointers[i], values[i].to(t.data.dtype.element_ty), inside[i])
-
-
-@triton.jit
-def valid_in(mask, extent, at, inside, RAGGED: tl.constexpr):
-    """Where a tile holds positions that count: inside the chunk, and True in the mask if there is one. [BLOCK_CHUNK, 1]
-    where it is the same for all columns.
+def place_tile(mask, index, head, row, view, PLAN: tl.constexpr):
+    """Return the Tile that begins at a row of its chunk. Where sizes divide, the compiler sees it and drops the masks.
 
     Columns outside may be valid: they hold 0, reach no other column and are never stored, but sums over columns must
     leave them out.
     """
-    parts = ()
-    if mask is not None:
-        pointers = blocks(mask, extent, at, len(inside))
-    for i in tl.static_range(len(inside)):
-        rows = rows_inside(extent, at, i, RAGGED)
-        if mask is None:
-            parts = parts + (rows,)
-        elif len(mask.strides) == 1 + len(extent.sizes):
-            parts = parts + (rows & (tl.load(pointers[i], rows, 0) != 0),)
+    position = locate(index, head, row, view, PLAN)
+    row_masks, inside = [], []
+    for i in tl.static_range(PLAN.N_BLOCKS):
+        row_mask = tl.full([1, 1], True, tl.int1)
+        if PLAN.RAGGED_P:
+            row_mask = (position.row + i * PLAN.BLOCK_P + position.rows < view.chunk)[:, None]
+        row_masks = row_masks + [row_mask]
+        if PLAN.RAGGED_C:
+            inside = inside + [row_mask & (position.column + position.columns < view.inner)[None, :]]
         else:
-            parts = parts + (inside[i] & (tl.load(pointers[i], inside[i], 0) != 0),)
-    return parts
+            inside = inside + [row_mask]
+    valid = row_masks
+    if mask is not None:
+        wanted = row_masks if len(mask.strides) == 1 + len(view.sizes) else inside
+        pointers, valid = pointers_of(mask, position, view, PLAN), []
+        for i in tl.static_range(PLAN.N_BLOCKS):
+            valid = valid + [wanted[i] & (tl.load(pointers[i], wanted[i], 0) != 0)]
+    return Tile(position, inside, valid)
+
+
+# --- What stands there --------------------------------------------------------------------------
 
 
 @triton.jit
-def load_valid(t, mask, extent, at, inside, valid, ACC: tl.constexpr, RAW: tl.constexpr):
-    """A tile as it came, and with 0 for what is not valid. Without RAW both may be the latter, and where all columns
-    have one mask nothing else is loaded.
+def pointers_of(t, position, view, PLAN: tl.constexpr):
+    """Return the pointers of every block of a tile. How far they are apart is in the width of offsets in a tile."""
+    base, within, row_stride = position.base, position.within, position.row_stride
+    if len(t.strides) > 0:
+        base, within = offsets_of(
+            t.strides, view, position.outer, position.axis_row, position.column, position.rows, position.columns
+        )
+        row_stride = t.strides[0]
+    start, pointers = t.data + base, []
+    for i in tl.static_range(PLAN.N_BLOCKS):
+        pointers = pointers + [start + (within + tl.cast(row_stride, PLAN.INDEX) * (i * PLAN.BLOCK_P))]
+    return pointers
+
+
+@triton.jit
+def load_blocks(t, mask, tile, view, RAW: tl.constexpr, PLAN: tl.constexpr):
+    """Return (raw, blocks): a tile as it came, 0 outside, and with 0 for what is not valid. Without RAW both may be the
+    latter, and where all columns have one mask nothing else is loaded.
     """
-    if mask is None:
-        raw = convert(load(t, extent, at, inside), ACC)
-        return raw, raw
-    elif RAW or len(mask.strides) != 1 + len(extent.sizes):
-        raw = convert(load(t, extent, at, inside), ACC)
-        return raw, only(valid, raw)
-    else:
-        wanted = ()
-        for i in tl.static_range(len(inside)):
-            wanted = wanted + (inside[i] & valid[i],)
-        raw = convert(load(t, extent, at, wanted), ACC)
-        return raw, raw
+    one_mask = mask is not None and len(mask.strides) == 1 + len(view.sizes)
+    pointers, loaded = pointers_of(t, tile.position, view, PLAN), []
+    for i in tl.static_range(PLAN.N_BLOCKS):
+        wanted = tile.inside[i] if RAW or not one_mask else tile.inside[i] & tile.valid[i]
+        loaded = loaded + [tl.load(pointers[i], wanted, 0)]
+    raw = [block.to(PLAN.ACC) for block in loaded]
+    blocks = raw
+    if mask is not None and (RAW or not one_mask):
+        blocks = []
+        for i in tl.static_range(PLAN.N_BLOCKS):
+            blocks = blocks + [tl.where(tile.valid[i], raw[i], 0.0)]
+    return raw, blocks
 
 
 @triton.jit
-def read_tile(
-    x, mask, spot, head, row, extent, RAW: tl.constexpr, ACC: tl.constexpr, INDEX: tl.constexpr,
-    BLOCK_CHUNK: tl.constexpr, BLOCK_INNER: tl.constexpr, PARTS: tl.constexpr, RAGGED: tl.constexpr,
-):  # fmt: skip
-    """Where a tile stands (`at_of`), which of it is inside and valid, and x: as it came, if RAW, and with 0 for what is
-    not valid.
-    """
-    at = at_of(spot, head, row, extent, INDEX, BLOCK_CHUNK, BLOCK_INNER)
-    at = at + (offsets(extent.strides, extent, at, True), stride_of(extent.strides, 0, extent, True))
-    inside = inside_of(extent, at, PARTS, RAGGED)
-    valid = valid_in(mask, extent, at, inside, RAGGED)
-    raw, values = load_valid(x, mask, extent, at, inside, valid, ACC, RAW)
-    return at, inside, valid, raw, values
-
-
-# --- Tuples of blocks ---------------------------------------------------------------------------
+def load_gradients(inputs, tile, view, RAW: tl.constexpr, PLAN: tl.constexpr):
+    """Return the Gradients of a tile; grad_y is 0 where there is none."""
+    raw = [tl.zeros([1, 1], PLAN.ACC) for _ in tile.inside]
+    y, weights = raw, []
+    if inputs.grad_y is not None:
+        raw, y = load_blocks(inputs.grad_y, inputs.mask, tile, view, RAW, PLAN)
+    if inputs.grad_weights is not None:
+        _raw, weights = load_blocks(inputs.grad_weights, inputs.mask, tile, view, False, PLAN)
+    return Gradients(raw, y, weights)
 
 
 @triton.jit
-def convert(values, ACC: tl.constexpr):
-    parts = ()
-    for i in tl.static_range(len(values)):
-        parts = parts + (values[i].to(ACC),)
-    return parts
+def store_blocks(t, blocks, tile, view, PLAN: tl.constexpr):
+    """Store the elements of a tile that are inside."""
+    pointers = pointers_of(t, tile.position, view, PLAN)
+    for i in tl.static_range(PLAN.N_BLOCKS):
+        tl.store(pointers[i], blocks[i].to(t.data.dtype.element_ty), tile.inside[i])
 
 
 @triton.jit
-def only(valid, values):
-    """0 for what is not valid."""
-    parts = ()
-    for i in tl.static_range(len(values)):
-        parts = parts + (tl.where(valid[i], values[i], 0.0),)
-    return parts
+def store_outputs(outputs, x, raw, weights, tile, view, RESIDUAL: tl.constexpr, PLAN: tl.constexpr):
+    """Store y = x·weights (+ x), and the weights where they are wanted."""
+    y = []
+    for i in tl.static_range(PLAN.N_BLOCKS):
+        y = y + [x[i] * weights[i] + raw[i] if RESIDUAL else x[i] * weights[i]]
+    store_blocks(outputs.y, y, tile, view, PLAN)
+    if outputs.weights is not None:
+        store_blocks(outputs.weights, weights, tile, view, PLAN)
 
 
 @triton.jit
-def less(values, row):
-    parts = ()
-    for i in tl.static_range(len(values)):
-        parts = parts + (values[i] - row,)
-    return parts
-
-
-@triton.jit
-def added(values):
-    """The sum of all blocks."""
-    total = values[0]
-    for i in tl.static_range(1, len(values)):
-        total += values[i]
-    return total
-
-
-@triton.jit
-def rounded_product(a, b):
-    """a·b, rounded once wherever it is used. The compiler may fuse a plain product, unrounded, into one sum and not
-    into another: what should cancel then leaves a rounding error, and lanes, or launches of other sizes, differ in the
-    last bit. Adding 0 it may not leave out, since that makes 0 of -0.
-    """
-    return tl.fma(a, b, 0.0)
-
-
-@triton.jit
-def products(a, b):
-    """The sum of a·b over all blocks."""
-    total = rounded_product(a[0], b[0])
-    for i in tl.static_range(1, len(a)):
-        total = tl.fma(a[i], b[i], total)
-    return total
-
-
-@triton.jit
-def along_chunk(block):
-    """A block summed along the chunk, [1, BLOCK_INNER]."""
-    return tl.sum(block, 0)[None, :]
-
-
-# --- Numbers of a chunk -------------------------------------------------------------------------
-
-
-@triton.jit
-def chunk_numbers(t, extent, at, head):
-    """Numbers of each column's chunk: pointers [1, BLOCK_INNER] to the first, distance to the next, which exist."""
-    first, within = offsets(t.strides, extent, (at[0], head, at[2], tl.arange(0, 1), at[4]), False)
-    return t.data + first + within, t.strides[len(extent.sizes) + 2], columns_inside(extent, at)
-
-
-@triton.jit
-def load_numbers(t, extent, at, head, COUNT: tl.constexpr):
-    """So many numbers of each column's chunk, [1, BLOCK_INNER] each."""
-    first, step, ok = chunk_numbers(t, extent, at, head)
-    numbers = ()
-    for i in tl.static_range(COUNT):
-        numbers = numbers + (tl.load(first + i * step, ok, 0.0),)
-    return numbers
-
-
-@triton.jit
-def store_numbers(t, extent, at, head, numbers):
-    first, step, ok = chunk_numbers(t, extent, at, head)
-    for i in tl.static_range(len(numbers)):
-        tl.store(first + i * step, numbers[i], ok)
-
-
-@triton.jit
-def refined(inverse, x):
-    """An approximate 1/x after one step of Newton's: right to its last bit, exact where 1/x is a power of two."""
-    return tl.fma(inverse, tl.fma(-x, inverse, 1.0), inverse)
-
-
-@triton.jit
-def reciprocal(x):
-    """1/x of positive x, refined; 0 of inf and inf of 0. A division takes two instructions more and is approximate."""
-    root = tl.rsqrt(x)
-    square = root * root
-    inverse = refined(square, x)
-    return tl.where(inverse > 0, inverse, square)
-
-
-@triton.jit
-def inverse_count(n):
-    """1/n, refined, and 0 for columns with no valid position: what is wrong with it is wrong for a whole chunk."""
-    divisor = tl.maximum(n, 1.0)
-    return tl.where(n > 0, refined(1.0 / divisor, divisor), 0.0)
-
-
-@triton.jit
-def share_of(valid, mask, extent, ACC: tl.constexpr):
-    """1/n of each column, n its valid positions; 0 where it has none."""
-    if mask is None:
-        return inverse_count(tl.zeros([1, 1], ACC) + extent.chunk)
-    else:
-        return inverse_count(along_chunk(added(convert(valid, ACC))))
-
-
-@triton.jit
-def share_less_one(share):
-    """1/(n - 1) from 1/n; 0 where n is 0 or 1."""
-    many = share < 0.75
-    return tl.where(many, share / (1.0 - tl.where(many, share, 0.0)), 0.0)
-
-
-@triton.jit
-def padded_in(x, padding):
-    """Where x holds the padding value, which comes as the bits of an fp64 number: floats are passed as fp32."""
+def is_padding(x, padding):
+    """Tell where x holds the padding value, which comes as the bits of an fp64 number: floats are passed as fp32."""
     return x == tl.cast(padding, tl.int64).to(tl.float64, bitcast=True).to(x.dtype)
 
 
 @triton.jit
-def counted(x, padding):
-    """x as statistics count it: 0 at padded positions."""
-    if padding is None:
-        return x
-    else:
-        parts = ()
-        for i in tl.static_range(len(x)):
-            parts = parts + (tl.where(padded_in(x[i], padding), 0.0, x[i]),)
-        return parts
+def zero_padding(x, padding):
+    """Return x as statistics count it: 0 at padded positions."""
+    return x if padding is None else [tl.where(is_padding(block, padding), 0.0, block) for block in x]
 
 
 @triton.jit
-def positive(square):
-    """At least 0, or NaN."""
-    return tl.maximum(square, 0.0, propagate_nan=tl.PropagateNan.ALL)
+def store_padded_outputs(
+    outputs, x, raw, weights, padding, tile, view, RESIDUAL: tl.constexpr, PLAN: tl.constexpr
+):  # fmt: skip
+    """Store y = x·weights (+ x), or x where it is padding, and the weights where they are wanted."""
+    y = []
+    for i in tl.static_range(PLAN.N_BLOCKS):
+        gated = x[i] * weights[i]
+        gated = tl.where(is_padding(x[i], padding), x[i], gated)
+        y = y + [gated + raw[i] if RESIDUAL else gated]
+    store_blocks(outputs.y, y, tile, view, PLAN)
+    if outputs.weights is not None:
+        store_blocks(outputs.weights, weights, tile, view, PLAN)
 
 
 @triton.jit
-def spread_of(square, share, eps, UNBIASED: tl.constexpr):
-    """var + eps, or var where eps is None, from the sum of squares."""
-    variance = square * (share_less_one(share) if UNBIASED else share)
-    return variance if eps is None else variance + (tl.cast(eps[0], square.dtype) + eps[1])
+def store_dx(dx, grad, raw, tile, view, RESIDUAL: tl.constexpr, PLAN: tl.constexpr):
+    """Store dx = grad (+ grad_y, which is raw), with 0 for grad where x is not valid."""
+    blocks = []
+    for i in tl.static_range(PLAN.N_BLOCKS):
+        direct = tl.where(tile.valid[i], grad[i], 0.0)
+        blocks = blocks + [direct + raw[i] if RESIDUAL else direct]
+    store_blocks(dx, blocks, tile, view, PLAN)
+
+
+# --- Numbers of a chunk: tensors (n, …, heads, …) whose last stride leads to the next number ---------
 
 
 @triton.jit
-def there(share, mask, values, other):
-    """`other` for columns with no valid position: none of theirs reaches a result, whatever eps is."""
-    return values if mask is None else tl.where(share > 0, values, other)
-
-
-@triton.jit
-def deviation(x, valid, mask, padding, extent, eps, UNBIASED: tl.constexpr, ACC: tl.constexpr):
-    """d and rest, d - rest being x - mean over the valid positions of each column, 1/(var + eps), or var where eps is
-    None, and 1/n, of a tile that holds whole chunks. d is 0 where x is not valid.
-
-    A large mean is rounded by as much as small deviations measure: the mean of d, which it was short of, is the rest.
+def number_pointers(t, head, position, view):
+    """Return (pointers [1, BLOCK_C] to the first number of each column's chunk, the distance to the next, which are
+    inside).
     """
-    share = share_of(valid, mask, extent, ACC)
-    counts = counted(x, padding)
-    mean = along_chunk(added(counts)) * share
-    d = only(valid, less(counts, mean))  # 0 - mean at a masked place would enter the sums
-    total = along_chunk(added(d))
-    rest = total * share
-    square = positive(along_chunk(products(d, d)) - total * rest)
-    if padding is not None:
-        d = only(valid, less(x, mean))
-    spread = spread_of(square, share, eps, UNBIASED)
-    return d, rest, there(share, mask, spread if eps is None else reciprocal(spread), 0.0), share
-
-
-# --- Parameters, gradients and outputs ----------------------------------------------------------
+    base, within = offsets_of(
+        t.strides, view, position.outer, head, position.column, tl.arange(0, 1), position.columns
+    )  # fmt: skip
+    return t.data + base + within, t.strides[len(view.sizes) + 2], columns_inside(position, view)
 
 
 @triton.jit
-def load_param(p, head, row, at, extent, other, ACC: tl.constexpr, VARIES: tl.constexpr, PARTS: tl.constexpr):
-    """A (heads, P) parameter of one head, for each block of the tile that begins at `row` of its chunk in a shape that
-    broadcasts against it; `other` fills the tile's rim. p has the strides (head, feature).
-    """
-    col, rows, cols = at[2], at[3], at[4]
-    data = p.data + head * p.strides[0]
-    parts = ()
-    for i in tl.static_range(PARTS):
-        if VARIES == "chunk":
-            place = row + i * rows.shape[0] + rows
-            value = tl.load(data + place * p.strides[1], place < chunk_of(extent), other).to(ACC)[:, None]
-        elif VARIES == "inner":
-            value = tl.load(data + (col + cols)[None, :] * p.strides[1], columns_inside(extent, at), other).to(ACC)
-        else:
-            value = tl.load(data + tl.zeros([1, 1], tl.int32)).to(ACC)
-        parts = parts + (value,)
-    return parts
+def load_numbers(t, head, position, view, N: tl.constexpr):
+    """Return the first N numbers of each column's chunk, [1, BLOCK_C] each."""
+    pointers, distance, inside = number_pointers(t, head, position, view)
+    numbers = []
+    for i in tl.static_range(N):
+        numbers = numbers + [tl.load(pointers + i * distance, inside, 0.0)]
+    return numbers
 
 
 @triton.jit
-def gradients(grad_y, grad_weights, mask, extent, at, inside, valid, RAW: tl.constexpr, ACC: tl.constexpr):
-    """grad_y as it came, if RAW, and both gradients with 0 for what is not valid; no tuple of grad_weights without
-    them, 0 without grad_y.
-    """
-    if grad_y is None:
-        raw = ()
-        for _ in tl.static_range(len(inside)):
-            raw = raw + (tl.zeros([1, 1], ACC),)
-        values = raw
-    else:
-        raw, values = load_valid(grad_y, mask, extent, at, inside, valid, ACC, RAW)
-    if grad_weights is None:
-        return raw, values, ()
-    else:
-        return raw, values, load_valid(grad_weights, mask, extent, at, inside, valid, ACC, False)[1]
-
-
-@triton.jit
-def of_weights(gradient, x, padding):
-    """What reaches the weights of positions that hold x, dL/dweights, from `gradients`."""
-    parts = ()
-    for i in tl.static_range(len(x)):
-        h = gradient[1][i] * x[i]
-        if padding is not None:
-            h = tl.where(padded_in(x[i], padding), 0.0, h)
-        parts = parts + (h if len(gradient[2]) == 0 else h + gradient[2][i],)
-    return parts
-
-
-@triton.jit
-def write_outputs(y, weights, x, raw, w, padding, extent, at, inside, RESIDUAL: tl.constexpr):
-    """y = x·w, or x where it is padding, and the weights where they are wanted."""
-    parts = ()
-    for i in tl.static_range(len(x)):
-        out = x[i] * w[i]
-        if padding is not None:
-            out = tl.where(padded_in(x[i], padding), x[i], out)
-        parts = parts + (out + raw[i] if RESIDUAL else out,)
-    store(y, extent, at, inside, parts)
-    if weights is not None:
-        store(weights, extent, at, inside, w)
-
-
-@triton.jit
-def write_dx(dx, grad, raw, extent, at, inside, valid, RESIDUAL: tl.constexpr):
-    """dx = grad where x is valid; raw is grad_y as it came."""
-    parts = ()
-    for i in tl.static_range(len(grad)):
-        out = tl.where(valid[i], grad[i], 0.0)
-        parts = parts + (out + raw[i] if RESIDUAL else out,)
-    store(dx, extent, at, inside, parts)
-
-
-# --- Sums over all chunks -----------------------------------------------------------------------
-
-
-@triton.jit
-def sum_to_one(numbers):
-    """A row of numbers added, [1, 1]: carried through a loop as a row they crash LLVM's vectoriser (Triton 3.9)."""
-    return tl.sum(numbers, 1)[:, None]
-
-
-@triton.jit
-def store_partials(partials, totals, head):
-    """One program's sums, [1, 1] each, at (number, head, program)."""
-    step = tl.cast(partials.strides[0], tl.int64)
-    data = partials.data + head * partials.strides[1] + tl.program_id(0) + tl.zeros([1, 1], tl.int64)
-    for i in tl.static_range(len(totals)):
-        tl.store(data + i * step, totals[i])
-
-
-@triton.jit
-def sum_partials(partials, groups, number, head, BLOCK: tl.constexpr):
-    """One number's partial sums of a head, added in fixed order and fp64."""
-    columns = tl.arange(0, BLOCK)
-    total = tl.zeros([BLOCK], tl.float64)
-    data = partials.data + number * tl.cast(partials.strides[0], tl.int64) + head * partials.strides[1] + columns
-    for start in range(0, groups, BLOCK):
-        total += tl.load(data + start, start + columns < groups, 0.0).to(tl.float64)
-    return tl.sum(total, 0)
+def store_numbers(t, head, position, view, numbers):
+    """Store numbers of each column's chunk."""
+    pointers, distance, inside = number_pointers(t, head, position, view)
+    for i in tl.static_range(len(numbers)):
+        tl.store(pointers + i * distance, numbers[i], inside)

@@ -6,10 +6,8 @@ import contextlib
 import json
 import math
 import os
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import ModuleType
 from unittest import mock
 
 import numpy as np
@@ -17,75 +15,31 @@ import torch
 from torch import Tensor
 
 import daam
-from bench import workloads
 from daam import reference
-from daam.kernels import launch
+from daam.kernels import algorithms, launch
 
 DATA = Path(__file__).parent / "data"
 EPS = {torch.float16: 2**-11, torch.bfloat16: 2**-8, torch.float32: 2**-24, torch.float64: 2**-53}
 
 
-@dataclass(frozen=True)
 class Algorithm:
-    """Hold one row of the test matrix.
-
-    call: the public function. reference: its module there. params: names of its parameters. draw: their values from two
-    random tensors, standard normal and uniform. eps: the default, None where it has none. settings: what operators and
-    the reference take between axis and residual. features: whether parameters may follow x's last axis. kernels: the
-    launches of a forward and a backward pass, chunks on chip and streamed.
+    """Hold what tests ask of an algorithm: its record (`daam.kernels.algorithms`), its public function, call, and the
+    module of its reference. kernels: the launches of a forward and a backward pass, chunks on chip and streamed.
     """
 
-    call: Callable
-    reference: ModuleType
-    params: tuple[str, str]
-    draw: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-    settings: Callable[[Case], tuple]
-    eps: float | None
-    features: bool
-    kernels: tuple[list[str], list[str]]
+    def __init__(self, record: algorithms.Algorithm):
+        self.record, self.params, self.draw = record, record.params, record.draw
+        self.eps, self.features = record.eps, record.features
+        self.call = getattr(daam, record.function)
+        self.reference = getattr(reference, record.name)
+        self.kernels = list(record.on_chip), list(record.streamed)
+
+    def settings(self, case: Case) -> tuple:
+        """Return what operators and the reference take between axis and residual."""
+        return self.record.settings_of(feature_axis=case.feature_axis, eps=case.eps_or_default, padding=case.padding)
 
 
-ALGORITHMS = {
-    "density": Algorithm(
-        daam.density_attention,
-        reference.density,
-        ("mean_offset", "c"),
-        workloads.ALGORITHMS["density"].draw,
-        lambda case: (case.feature_axis, case.eps_or_default),
-        eps=1e-5,
-        features=True,
-        kernels=(
-            ["_forward", "_backward", "_chain"],
-            ["_stats", "_merge", "_forward", "_sums", "_backward", "_chain"],
-        ),
-    ),
-    "mixture": Algorithm(
-        daam.mixture_attention,
-        reference.mixture,
-        ("mean_offsets", "c"),
-        workloads.ALGORITHMS["mixture"].draw,
-        lambda case: (case.eps_or_default, case.padding),
-        eps=1e-8,
-        features=False,
-        kernels=(
-            ["_forward", "_backward", "_chain"],
-            ["_stats", "_merge", "_scales", "_merge_scales", "_forward", "_sums", "_merge_sums", "_backward", "_chain"],
-        ),
-    ),
-    "gate": Algorithm(
-        daam.density_gate,
-        reference.gate,
-        ("mean_offsets", "log_sigma"),
-        workloads.ALGORITHMS["gate"].draw,
-        lambda case: (),
-        eps=None,
-        features=False,
-        kernels=(
-            ["_forward", "_backward", "_chain"],
-            ["_stats", "_merge", "_forward", "_sums", "_backward", "_chain"],
-        ),
-    ),
-}
+ALGORITHMS = {name: Algorithm(record) for name, record in algorithms.ALGORITHMS.items()}
 
 
 @dataclass(frozen=True)
@@ -368,6 +322,11 @@ def recorded_launches():
 
     with mock.patch.object(launch, "launch", record):
         yield names
+
+
+def ran(names: list[str], word: str) -> bool:
+    """Tell whether a kernel with a word in its name is among those that ran."""
+    return any(word in name for name in names)
 
 
 def golden(name: str) -> tuple[dict[str, Tensor], dict]:

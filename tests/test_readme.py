@@ -95,7 +95,7 @@ def test_it_is_short(document, most):
 
 
 def test_faults_are_found(tmp_path):
-    """The checks above can fail: an undefined name, a warning, a dead link, a command that is not there."""
+    """Check that the checks above can fail: an undefined name, a warning, a dead link, a command that is not there."""
     with pytest.raises(NameError):
         run("import daam\ndaam.density_attention(nowhere)")
     with pytest.raises(UserWarning):

@@ -16,7 +16,7 @@ sys.path.append(str(ROOT / "tests"))  # the cases, their inputs and the rule are
 import helpers
 from helpers import ALGORITHMS, Case, Inputs
 
-from daam.kernels.launch import LONGEST_COLUMN, LONGEST_ROW
+from daam.kernels.tiles import LONGEST_CONTIGUOUS, LONGEST_STRIDED
 
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 Typed = tuple[Case, torch.dtype]
@@ -104,7 +104,7 @@ def representative() -> list[Typed]:
     for case, dtype in correct_cases():
         length = case.shape[case.axis] // case.heads
         by_row = case.positive_axis == len(case.shape) - 1
-        streamed = length > (LONGEST_ROW if by_row else LONGEST_COLUMN)
+        streamed = length > (LONGEST_CONTIGUOUS if by_row else LONGEST_STRIDED)
         key = (case.algorithm, by_row, streamed, dtype.itemsize, case.mask)
         if key not in smallest or math.prod(case.shape) < math.prod(smallest[key][0].shape):
             smallest[key] = case, dtype

@@ -1,4 +1,4 @@
-"""Device time of kernels with other tiles: which numbers in kernels/launch.py a GPU would choose."""
+"""Device time of kernels with other tiles: which numbers in kernels/tiles.py a GPU would choose."""
 
 from __future__ import annotations
 
@@ -16,17 +16,25 @@ from bench.device.cases import TIMED
 from bench.device.session import Job, Session
 from bench.device.times import empty_tensors, median_seconds
 from bench.workloads import Workload
-from daam.kernels import launch, passes
+from daam.kernels import host, tiles
 
-# what is tried of `launch.Tiles`, by regime: elements a thread, and elements that it loads at once
+# what is tried of `tiles.Budget`, by regime: elements a thread, and elements that it loads at once
 TRIED = {
-    "columns": [{"columns": (n, n, n), "column_vectors": (v, 8)} for n in (16, 24, 32, 48, 64, 96) for v in (2, 4, 8)],
-    "rows": [{"rows": (n, n, n), "row_vector": v} for n in (8, 16, 32, 64) for v in (4, 8)],
+    "strided": [
+        dict.fromkeys(("strided", "strided_masked", "strided_full"), n) | {"strided_least_vector": v}
+        for n in (16, 24, 32, 48, 64, 96)
+        for v in (2, 4, 8)
+    ],
+    "contiguous": [
+        dict.fromkeys(("contiguous", "contiguous_full", "contiguous_most"), n) | {"contiguous_vector": v}
+        for n in (8, 16, 32, 64)
+        for v in (4, 8)
+    ],
     "streamed": [{"streamed": n, "streamed_vector": v} for n in (8, 16, 32) for v in (4, 8)],
 }
 SWEPT = [
-    *((TIMED[i], "columns") for i in (1, 4, 7, 9)),
-    *((TIMED[i], "rows") for i in (3, 8, 5)),
+    *((TIMED[i], "strided") for i in (1, 4, 7, 9)),
+    *((TIMED[i], "contiguous") for i in (3, 8, 5)),
     *((TIMED[i], "streamed") for i in (2, 11, 10)),
 ]
 ROUNDS = 9
@@ -49,20 +57,20 @@ def find_tiles(workload: Workload, settings: dict) -> dict[str, str]:
     x, p = workload.x, torch.empty(workload.params_shape, device="meta")
     with plan_with(settings):
         made = launches(workload.algorithm, x, p, None, workload.axis, workload.feature_axis, full=False)
-    found = {one.name.lstrip("_"): one.meta for one in made}
-    words = "{BLOCK_CHUNK}x{PARTS}x{BLOCK_INNER}, {num_warps} warps"
-    return {which: words.format_map(found[which]) for which in ("forward", "backward")}
+    found = {which: one.meta for one in made for which in ("forward", "backward") if which in one.name}
+    words = "{PLAN.BLOCK_P}x{PLAN.N_BLOCKS}x{PLAN.BLOCK_C}, {num_warps} warps"
+    return {which: words.format_map(constants) for which, constants in found.items()}
 
 
 @contextlib.contextmanager
 def plan_with(settings: dict) -> Iterator[None]:
-    """Plan passes with other numbers in `launch.Tiles`, which are part of what plans are kept by."""
-    build = passes._Pass.__init__
+    """Plan passes with other numbers in `tiles.Budget`, which are part of what plans are kept by."""
+    build = host._Pass.__init__
 
-    def build_with(one: passes._Pass, tiles: launch.Tiles, *args, **options) -> None:
-        build(one, replace(tiles, **settings), *args, **options)
+    def build_with(one: host._Pass, budget: tiles.Budget, *args, **options) -> None:
+        build(one, replace(budget, **settings), *args, **options)
 
-    with mock.patch.object(passes._Pass, "__init__", build_with):
+    with mock.patch.object(host._Pass, "__init__", build_with):
         yield
 
 

@@ -10,7 +10,7 @@ from inspect import signature
 import torch
 from torch import Tensor
 
-from daam.kernels.layout import acc_dtype, parts
+from daam.kernels.operands import acc_dtype, parts
 
 SLICE = 2**19  # elements, 2 MB in fp32: as measured, with some six temporaries of that size
 

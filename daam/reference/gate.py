@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
+from daam.kernels.algorithms import SIGMA_FLOOR, VARIANCE_FLOOR, WIDTH_FLOOR
 from daam.reference.chunks import Chunks, cut_into_parts, cut_into_slices
 
 LOG2_E = 1.4426950408889634
 DENSITY_AT_0 = 0.3989422804014327  # 1/sqrt(2π)
-VARIANCE_FLOOR, SIGMA_FLOOR, WIDTH_FLOOR = 1e-6, 1e-3, 1e-8  # as published
 
 
 @cut_into_parts

@@ -75,7 +75,7 @@ def test_figures(target):
     """Check that x is loaded once and y stored once; backward x, grad_y and dx once each; an exponential an element."""
     configuration = audit.Configuration("density", "rows", "nothing", 1024)
     found = dict(audit.audit(target, [configuration]))
-    forward, backward = found[f"{configuration}/_forward"], found[f"{configuration}/_backward"]
+    forward, backward = found[f"{configuration}/density_forward"], found[f"{configuration}/density_backward"]
     assert (forward.loads, forward.stores) == (backward.loads / 2, backward.stores) == (1.0, 1.0)
     assert 1 <= forward.special < 1.2 and 10 < forward.instructions < backward.instructions < 80
     bits = 128 if target == "sm_90" else 64  # 64 lanes share a block there
@@ -133,7 +133,7 @@ def test_a_worse_kernel_has_worse_figures():
     recorded.meta.update(num_warps=8)
     assert audit.figures("sm_90", recorded, compile_for("sm_90", recorded)).instructions > 1.5 * good.instructions
     recorded = audit.Configuration("density", "columns", "inner", 256, "fp32", True).launches()[0]
-    recorded.meta.update(BLOCK_INNER=256, num_warps=4)
+    recorded.meta.update(PLAN=recorded.meta["PLAN"]._replace(BLOCK_C=256), num_warps=4)
     bad = audit.figures("sm_90", recorded, compile_for("sm_90", recorded))
     assert bad.stack > 0 and bad.warps == 8
 
@@ -147,7 +147,7 @@ def test_command(tmp_path, capsys):
     ):
         audit.main()
     found = json.loads(output.read_text())["targets"]["sm_90"]
-    assert list(found) == [f"mixture-rows-nothing-64-bf16/{name}" for name in ("_forward", "_backward")]
+    assert list(found) == [f"mixture-rows-nothing-64-bf16/{name}" for name in ("mixture_forward", "mixture_backward")]
     printed = capsys.readouterr().out
     assert all(name in printed for name in found) and "registers" in printed
 

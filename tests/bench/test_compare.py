@@ -277,15 +277,15 @@ def test_a_worse_configuration_is_caught(fault, tmp_path, capsys):
     """Check a row over eight warps, which issues more, and a tile of four times the columns, which spills."""
     pytest.importorskip("triton")
     from bench import audit
-    from daam.kernels import launch
-    from daam.kernels.call import plan
+    from daam.kernels import tiles
+    from daam.kernels.host import plan
 
     chosen = {
         "slowed": audit.Configuration("density", "rows", "nothing", 1024, "fp32"),
         "spilled": audit.Configuration("density", "columns", "inner", 64, "fp32"),
     }[fault]
-    worse = {"slowed": lambda tile: replace(tile, num_warps=8), "spilled": lambda tile: replace(tile, inner=256)}[fault]
-    original = launch.tile_for
+    changes = {"slowed": {"num_warps": 8}, "spilled": {"columns": 256}}[fault]
+    original = tiles.find_tile
 
     def write(path):
         arguments = ["audit", "--targets", "sm_90", "--dtypes", "fp32", "--output", str(path)]
@@ -294,11 +294,11 @@ def test_a_worse_configuration_is_caught(fault, tmp_path, capsys):
 
     base, new = tmp_path / "base.json", tmp_path / "new.json"
     write(base)
-    with mock.patch.object(launch, "tile_for", lambda *args: worse(original(*args))):
+    with mock.patch.object(tiles, "find_tile", lambda *args: replace(original(*args), **changes)):
         plan.cache_clear()  # plans keep their tiles
         write(new)
     plan.cache_clear()
     capsys.readouterr()
     assert compare.main([str(base), str(new), "--plot", str(tmp_path / "plot.png")]) == 1
     failed = [tuple(line.split()[:2]) for line in capsys.readouterr().out.splitlines() if line.endswith("FAILED")]
-    assert (f"sm_90/{chosen}/_backward", {"slowed": "instructions", "spilled": "stack"}[fault]) in failed
+    assert (f"sm_90/{chosen}/density_backward", {"slowed": "instructions", "spilled": "stack"}[fault]) in failed

@@ -5,7 +5,7 @@ import torch
 from helpers import ALGORITHMS, Case, attend, error, inputs, run, within
 from torch._dynamo.utils import counters
 
-from daam.kernels import launch
+from daam.kernels import tiles
 
 pytestmark = pytest.mark.gpu
 
@@ -105,7 +105,7 @@ def test_peak_memory(case, device):
     found = run(case, given, "triton")
     torch.cuda.synchronize()
     outputs = sum(t.nbytes for t in found.values())
-    rows = min(2 * launch.FILL, given.x.numel() // given.x.shape[-1])
+    rows = min(2 * tiles.FILL, given.x.numel() // given.x.shape[-1])
     partials = 2 * 4 * rows * (given.x.shape[-1] if case.feature_axis is not None else 4 * case.columns)
     peak = torch.cuda.memory_stats()["requested_bytes.all.peak"] - start
     assert peak <= 1.1 * outputs + partials + 2**20

@@ -64,7 +64,8 @@ def test_import_needs_torch_alone_and_leaves_triton_alone():
 
 def test_kernels_are_one_module_under_daam():
     python(
-        "import daam.kernels.layout, sys; assert 'kernels' not in sys.modules and 'daam.kernels.layout' in sys.modules"
+        "import daam.kernels.operands, sys;"
+        "assert 'kernels' not in sys.modules and 'daam.kernels.operands' in sys.modules"
     )
 
 
@@ -131,10 +132,10 @@ IN_PLACE_THEN_INSTALLED = """if True:
     finder = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(finder)
     finder.install()
-    import daam, daam.kernels.layout, daam.ops
+    import daam, daam.kernels.operands, daam.ops
     assert pathlib.Path(daam.__file__) == pathlib.Path(SOURCE, "daam/__init__.py"), daam.__file__
-    assert pathlib.Path(daam.kernels.layout.__file__) == pathlib.Path(SOURCE, "kernels/layout.py")
-    assert {"density.py", "layout.py", "tile.py"} <= {path.name for path in daam.ops._SOURCES}
+    assert pathlib.Path(daam.kernels.operands.__file__) == pathlib.Path(SOURCE, "kernels/operands.py")
+    assert {"density.py", "operands.py", "tile.py"} <= {path.name for path in daam.ops._SOURCES}
     daam.density_attention(torch.ones(2, 6, 4), torch.ones(2, 4), torch.ones(2, 4))
 """
 

@@ -235,7 +235,7 @@ def test_the_backend_runs(build, device):
     layer, x = BUILDS[build][0]("triton").to(device), X.to(device)
     with recorded_launches() as names:
         layer(x)
-    assert names.count("_forward") == BUILDS[build][1]
+    assert sum("forward" in name for name in names) == BUILDS[build][1]
 
 
 def test_the_backend_is_a_keyword():

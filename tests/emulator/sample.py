@@ -13,8 +13,8 @@ from helpers import ALGORITHMS, SEEDS, Case, bound, error, inputs, oracle, run
 
 from bench.aot import recording
 from bench.host import taking_any_tensor
-from daam.kernels import launch
-from daam.kernels.call import plan
+from daam.kernels import tiles
+from daam.kernels.host import plan
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 ORDERS, STREAMED = ("columns", "rows"), (False, True)
@@ -40,7 +40,7 @@ def crowded() -> Iterator[None]:
     """Make small tensors do what large ones do: programs take several tiles, streamed chunks have strips of one tile,
     and three strips are merged at a time.
     """
-    with mock.patch.multiple(launch, MAX_PROGRAMS=2, FILL=1, STRIP_ROW=1, STRIP_COLUMN=1, STRIPS=4):
+    with mock.patch.multiple(tiles, MAX_PROGRAMS=2, FILL=1, STRIP_CONTIGUOUS=1, STRIP_STRIDED=1, STRIPS=4):
         plan.cache_clear()
         yield
     plan.cache_clear()
@@ -52,7 +52,7 @@ def regimes(case: Case, dtype: torch.dtype) -> set[tuple[str, str, bool, str]]:
     with crowded(), taking_any_tensor(), recording() as launches:
         run(case, inputs(case, dtype), "triton")
     names = {call.name for call in launches}
-    return {(case.algorithm, order, "_stats" in names, name) for name in names}
+    return {(case.algorithm, order, "strip_stats" in names, name) for name in names}
 
 
 def worst(case: Case, dtype: torch.dtype) -> float:

@@ -3,6 +3,7 @@
 import importlib.util
 import mmap
 import re
+import sys
 from pathlib import Path
 from unittest import mock
 
@@ -31,7 +32,6 @@ from emulator.sample import (
 )
 
 import daam.kernels
-from bench.audit import TENSORS
 from daam.kernels import launch, mixture
 
 KERNELS = Path(daam.kernels.__file__).parent
@@ -54,8 +54,9 @@ def test_the_sample_misses_no_kernel_of_a_regime():
                 missing = {(name, order, streamed, kernel) for kernel in spec.kernels[streamed]} - taken
                 assert not missing, missing
     sources = "".join(file.read_text() for file in KERNELS.glob("*.py"))
-    launched = set(re.findall(r"\.launch\w*\(\s*(_\w+)", sources))
-    assert {kernel for *_, kernel in taken} == launched >= set(TENSORS)
+    launched = set(re.findall(r"\.launch\w*\(\s*(\w+),", sources)) - {"kernel"}
+    launched |= {f"{name}_{which}" for name in ALGORITHMS for which in ("forward", "backward")}
+    assert {kernel for *_, kernel in taken} == launched
 
 
 def test_the_sample_has_both_dtypes_and_a_mask_everywhere():
@@ -168,12 +169,12 @@ def is_noticed(case: Case, dtype: torch.dtype) -> bool:
 
 
 @pytest.mark.emulated
-@pytest.mark.parametrize("kernel", ["_forward", "_backward"])
+@pytest.mark.parametrize("direction", ["forward", "backward"])
 @algorithms
-def test_each_barrier_that_is_left_out_is_noticed(algorithm, kernel):
+def test_each_barrier_that_is_left_out_is_noticed(algorithm, direction):
     """Leave out each barrier of rows of several warps, where programs take several, and check that it is noticed."""
     case, dtype = ROWS[1]
-    case, number = case.but(algorithm=algorithm), 0
+    case, kernel, number = case.but(algorithm=algorithm), f"{algorithm}_{direction}", 0
     given = inputs(case, dtype)
     while True:
         change = Change(BARRIER, kernel, number)
@@ -191,27 +192,27 @@ def test_each_barrier_that_is_left_out_is_noticed(algorithm, kernel):
 
 
 @pytest.mark.emulated
-@pytest.mark.parametrize("kernel", ["_forward", "_backward"])
+@pytest.mark.parametrize("direction", ["forward", "backward"])
 @pytest.mark.parametrize(("case", "dtype"), [ROWS[0], COLUMNS[1]], ids=str)
 @algorithms
-def test_stores_without_their_masks_are_noticed(algorithm, case, dtype, kernel):
+def test_stores_without_their_masks_are_noticed(algorithm, case, dtype, direction):
     """Leave out the predicates of stores, so that threads outside store too, and check that it is noticed."""
-    change = Change(STORED_BY_SOME, kernel, None)
+    change = Change(STORED_BY_SOME, f"{algorithm}_{direction}", None)
     with mock.patch.object(driver, "executable", change):
         assert is_noticed(case.but(algorithm=algorithm), dtype)
     assert change.left_out
 
 
 @pytest.mark.emulated
-@pytest.mark.parametrize("side", [0, 1], ids=["rows", "columns"])
+@pytest.mark.parametrize("side", ["RAGGED_P", "RAGGED_C"])
 @algorithms
 def test_a_tile_that_is_taken_for_whole_is_noticed(algorithm, side):
-    """Check a RAGGED that wrongly says that no rows, or no columns, of a tile stand outside."""
+    """Check a constant that wrongly says that no rows, or no columns, of a tile stand outside."""
     original = launch.launch
 
     def wrong(kernel, grid, *args, **meta):
-        if "RAGGED" in meta:
-            meta["RAGGED"] = tuple(ragged and i != side for i, ragged in enumerate(meta["RAGGED"]))
+        if "PLAN" in meta:
+            meta["PLAN"] = meta["PLAN"]._replace(**{side: False})
         return original(kernel, grid, *args, **meta)
 
     case, dtype = COLUMNS[1]
@@ -224,12 +225,16 @@ def test_a_product_that_is_fused_is_noticed(tmp_path):
     """Leave out the 0 that keeps the mixture's distance from being fused with its difference, and check that it is
     noticed.
     """
-    source, product = Path(mixture.__file__).read_text(), "rounded_product(from_near, d[i] - far)"
-    assert source.count(product) == 1
-    file = tmp_path / "fused_mixture.py"
-    file.write_text(source.replace(product, "from_near * (d[i] - far)"))
-    spec = importlib.util.spec_from_file_location(file.stem, file)
-    fused = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(fused)
+    product, modules = "multiply_rounded(distance, d[i] - far)", {}
+    for name in ("mixture_blocks", "mixture"):
+        source = (KERNELS / f"{name}.py").read_text().replace(".mixture_blocks import", ".fused_mixture_blocks import")
+        assert source.count(product) == (name == "mixture_blocks")
+        file = tmp_path / f"fused_{name}.py"
+        file.write_text(source.replace(product, "distance * (d[i] - far)"))
+        spec = importlib.util.spec_from_file_location(f"daam.kernels.{file.stem}", file)
+        modules[spec.name] = importlib.util.module_from_spec(spec)
+        with mock.patch.dict(sys.modules, modules):
+            spec.loader.exec_module(modules[spec.name])
+    fused = modules["daam.kernels.fused_mixture"]
     with mock.patch.multiple(mixture, forward=fused.forward, backward=fused.backward):
         assert not all(error < 1e-5 for error in narrow_errors(WHOLE))

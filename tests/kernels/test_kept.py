@@ -11,7 +11,8 @@ from bench import host
 from bench.stub_driver import UnavailableError, stub_driver
 from daam.backend import interpreting
 from daam.kernels import launch
-from daam.kernels.layout import Strided
+from daam.kernels.algorithms import DENSITY
+from daam.kernels.operands import Strided
 
 BASE = Case((2, 12, 32), 1, heads=2, weights=False)
 algorithms = pytest.mark.parametrize("algorithm", ALGORITHMS)
@@ -238,7 +239,7 @@ def test_profilers_see_every_launch():
     finally:
         knobs.runtime.launch_enter_hook.remove(enter)
         knobs.runtime.launch_exit_hook.remove(leave)
-    assert not names and seen == first == ["_forward", "done", "_backward", "done", "_chain", "done"]
+    assert not names and seen == first == [word for name in DENSITY.on_chip for word in (name, "done")]
 
 
 @pytest.mark.parametrize(
@@ -263,7 +264,7 @@ def test_triton_is_asked_again_where_its_settings_change(group, knob, value, lau
     launched.clear()
     with asked() as repeated:
         run(BASE)
-    assert names == ["_forward", "_backward", "_chain"] and not repeated and len(launched) == 3
+    assert names == list(DENSITY.on_chip) and not repeated and len(launched) == 3
 
 
 def test_hooks_of_a_kernel_are_called():
@@ -271,12 +272,12 @@ def test_hooks_of_a_kernel_are_called():
 
     calls = []
     run(BASE)
-    density._forward.add_pre_run_hook(lambda *args, **meta: calls.append(meta["num_warps"]))
+    density.density_forward.add_pre_run_hook(lambda *args, **meta: calls.append(meta["num_warps"]))
     try:
         run(BASE)
         run(BASE)
     finally:
-        density._forward.pre_run_hooks.clear()
+        density.density_forward.pre_run_hooks.clear()
     assert len(calls) == 2
 
 

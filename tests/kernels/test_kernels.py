@@ -20,6 +20,7 @@ from helpers import (
     error,
     inputs,
     oracle,
+    ran,
     recorded_launches,
     run,
     within,
@@ -27,16 +28,17 @@ from helpers import (
 )
 
 from bench.aot import recording
-from bench.audit import TENSORS, launches
-from daam.kernels import launch
-from daam.kernels.call import plan
-from daam.kernels.layout import Strided, axis_is_fastest, inner_dim, varies
+from bench.audit import launches
+from daam.kernels import launch, tiles
+from daam.kernels.algorithms import count_tensors
+from daam.kernels.host import plan
+from daam.kernels.operands import Strided, axis_is_fastest, inner_dim, varies
 
 pytestmark = pytest.mark.kernel
 algorithms = pytest.mark.parametrize("algorithm", ALGORITHMS)
 
 # Every axis of every rank, all chunk lengths, features, heads, layouts, gradients and flags of the contract, each next
-# to several of the others. Chunks beyond launch.LONGEST_* (a quarter of that in float64) are streamed.
+# to several of the others. Chunks beyond tiles.LONGEST_* (a quarter of that in float64) are streamed.
 DENSITY = [
     Case((7, 21), 0),
     Case((8, 33), 0, heads=8, params="one", grads="expanded"),
@@ -134,7 +136,7 @@ def check(case: Case, device) -> None:
     expected = oracle(case, given)
     with recorded_launches() as names:
         result = run(case, given, "triton")
-    assert "_forward" in names and ("_backward" in names or "_sums" in names)
+    assert ran(names, "forward") and (ran(names, "backward") or ran(names, "sums"))
     assert result.keys() == expected.keys()
     for name in expected:
         within(error(result[name], expected[name]), 1e-11, f"{name} of {case}")
@@ -155,7 +157,7 @@ def test_agrees_with_float64(case, device):
 )
 def test_agrees_where_programs_take_several_tiles(case, device):
     """Check programs that loop and share partial sums, where small tensors would have a program for every tile."""
-    with mock.patch.multiple(launch, MAX_PROGRAMS=3, FILL=1):
+    with mock.patch.multiple(tiles, MAX_PROGRAMS=3, FILL=1):
         check(case, device)
 
 
@@ -178,7 +180,7 @@ STREAMED = [
 @pytest.mark.parametrize("case", STREAMED, ids=str)
 def test_agrees_where_chunks_have_several_strips(case, device):
     """Check chunks of many strips of one tile that are merged three at a time, many times."""
-    with mock.patch.multiple(launch, STRIP_ROW=1, STRIP_COLUMN=1, STRIPS=4):
+    with mock.patch.multiple(tiles, STRIP_CONTIGUOUS=1, STRIP_STRIDED=1, STRIPS=4):
         plan.cache_clear()
         check(case, device)
     plan.cache_clear()
@@ -195,14 +197,15 @@ def paths_of(case, device):
     with recording() as launches:
         run(case, given, "triton")
     for call in launches:
-        if "PARTS" not in call.meta:
+        if not count_tensors(call.name):
             continue
-        extent, (rows, columns) = call.args[-1], call.meta["RAGGED"]
-        streamed = extent.chunk > call.meta["BLOCK_CHUNK"] * call.meta["PARTS"]
+        extent, constants = call.args[-1], call.meta["PLAN"]
+        streamed = extent.chunk > constants.BLOCK_P * constants.N_BLOCKS
         for fact in (
             f"parameters along {direction}", "masked" if case.mask else "not masked",
-            "several blocks" if call.meta["PARTS"] > 1 else "one block", "ragged rows" if rows else "whole rows",
-            "ragged columns" if columns else "whole columns",
+            "several blocks" if constants.N_BLOCKS > 1 else "one block",
+            "ragged rows" if constants.RAGGED_P else "whole rows",
+            "ragged columns" if constants.RAGGED_C else "whole columns",
             "sixteenths" if extent.chunk_eighths is extent.inner_eighths is None else "eighths",
         ):  # fmt: skip
             yield case.algorithm, order, call.name, "streamed" if streamed else "resident", fact
@@ -221,7 +224,7 @@ def test_every_path_is_taken(device):
                 missing += [
                     (name, order, kernel, regime, fact)
                     for kernel in spec.kernels[streamed]
-                    if kernel in TENSORS
+                    if count_tensors(kernel)
                     for fact in wanted
                     if (name, order, kernel, regime, fact) not in taken
                 ]
@@ -300,19 +303,22 @@ def test_path(shape, axis, streamed, algorithm, device):
     with recorded_launches() as names:
         run(case, inputs(case, torch.float32, device=device), "triton")
     # density's parameters along the chunk are those of one tile, whose strips' sums are added
-    assert [name for name in names if name != "_add"] == case.spec.kernels[streamed]
+    assert [name for name in names if name != "merge_strip_sums"] == case.spec.kernels[streamed]
 
 
 def test_chunks_that_only_the_backward_pass_streams(device):
     """Check that the gate's backward pass, which holds less on chip, finds the statistics of such chunks itself. Where
     the last chunk is so long that the forward pass streams it, it streams all.
     """
-    for shape, heads, expected in (((2, 600), 1, ["_forward", "_stats"]), ((1, 3071), 3, ["_stats", "_forward"])):
+    for shape, heads, expected in (
+        ((2, 600), 1, ["gate_forward", "strip_stats"]),
+        ((1, 3071), 3, ["strip_stats", "forward_streamed"]),
+    ):
         case = Case(shape, 1, heads=heads, algorithm="gate")
         with recorded_launches() as names:
             run(case, inputs(case, device=device), "triton")
-        assert [name for name in dict.fromkeys(names) if name != "_merge"][:2] == expected
-        assert names.count("_stats") == heads // 2 + 1
+        assert [name for name in dict.fromkeys(names) if name != "merge_strip_stats"][:2] == expected
+        assert names.count("strip_stats") == heads // 2 + 1
         check(case, device)
 
 
@@ -333,8 +339,8 @@ def test_frozen_inputs(shape, needs, algorithm, device):
         if need:
             within(error(t.grad, expected[name]), 1e-11, name)
     streamed = shape[1] == 300
-    assert ("_backward" in names) == (needs[0] or not streamed), "sums are enough for parameters of streamed chunks"
-    assert ("_chain" in names) == any(needs[1:])
+    assert ran(names, "backward") == (needs[0] or not streamed), "sums are enough for parameters of streamed chunks"
+    assert ran(names, "param_gradients") == any(needs[1:])
 
 
 @algorithms
@@ -405,12 +411,8 @@ def test_a_batch_has_the_tiles_of_its_rows(shape, dtype, algorithm):
     for batch in (1, 2, 7):
         x = torch.empty(batch, *shape, dtype=dtype, device="meta")
         p = torch.empty(heads, 1 if spec.features else 3, device="meta")
-        tiles = [
-            (call.name, call.meta["BLOCK_CHUNK"], call.meta["PARTS"], call.meta["num_warps"], call.args[-1].strip)
-            for call in launches(algorithm, x, p, None, 1, None, False)
-            if call.name in TENSORS
-        ]
-        found.add(str(tiles))
+        made = launches(algorithm, x, p, None, 1, None, False)
+        found.add(str([(call.name, call.meta, call.args[-1].strip) for call in made if count_tensors(call.name)]))
     assert len(found) == 1, found
 
 
@@ -511,7 +513,7 @@ def test_nothing_is_written_beside_the_tensors(shape, algorithm, device):
 
         def fence(arg):
             if not isinstance(arg, Strided):
-                return tuple(map(fence, arg)) if type(arg) is tuple else arg
+                return type(arg)(*map(fence, arg)) if hasattr(arg, "_fields") else arg
             t = arg.data
             room = 1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))
             buffer = torch.full([room + 512], 77, dtype=t.dtype, device=t.device)

@@ -6,22 +6,22 @@ from unittest import mock
 import pytest
 import torch
 
-from daam.kernels import launch
-from daam.kernels.layout import varies, view
+from daam.kernels import launch, tiles
+from daam.kernels.operands import find_layout, split_float, varies
 
-GATE = [tiles(k) for tiles in (launch.gate_forward, launch.gate_backward) for k in (1, 4, 8, 40)]
-PASSES = (launch.FORWARD, launch.FORWARD_MIXTURE, launch.BACKWARD, launch.BACKWARD_MIXTURE, *GATE)
+GATE = [find(k) for find in (tiles.gate_forward, tiles.gate_backward) for k in (1, 4, 8, 40)]
+PASSES = (tiles.FORWARD, tiles.FORWARD_MIXTURE, tiles.BACKWARD, tiles.BACKWARD_MIXTURE, *GATE)
 
 
 def tiles_of_passes(shape, axis, feature_axis, dtype=torch.bfloat16, heads=1):
-    """Return (tiles, tile, whether the chunk is streamed) of every pass on x of this shape."""
+    """Return (budget, tile, whether the chunk is streamed) of every pass on x of this shape."""
     x = torch.empty(shape, dtype=dtype, device="meta")
-    plan = view(x, [], axis, heads, feature_axis)
+    plan = find_layout(x, [], axis, heads, feature_axis)
     dimension, found = varies(axis, feature_axis), []
-    for tiles in PASSES:
-        streamed = launch.streams(tiles, x, axis, heads, feature_axis)
+    for budget in PASSES:
+        streamed = tiles.streams(budget, x, axis, heads, feature_axis)
         for flags in itertools.product((False, True), repeat=2):
-            found.append((tiles, launch.tile_for(tiles, plan, streamed, dimension, dtype, *flags), streamed))
+            found.append((budget, tiles.find_tile(budget, plan, streamed, dimension, dtype, *flags), streamed))
     return found
 
 
@@ -39,23 +39,25 @@ def test_no_number_of_rows_changes_a_tile(n):
 @pytest.mark.parametrize("n", [1, 2, 3, 64, 65, 255, 256, 257, 1024, 1025, 4096, 4097, 100_000])
 @pytest.mark.parametrize("rows", [False, True])
 def test_resident_tiles_hold_a_chunk(n, rows, dtype):
-    for tiles, tile, streamed in tiles_of_passes((5, n) if rows else (5, n, 100), 1, 1 if rows else 2, dtype):
-        longest = tiles.longest_row if rows else tiles.longest_column
+    for budget, tile, streamed in tiles_of_passes((5, n) if rows else (5, n, 100), 1, 1 if rows else 2, dtype):
+        longest = budget.longest_contiguous if rows else budget.longest_strided
         assert streamed == (n > longest // (4 if dtype == torch.float64 else 1))
-        assert streamed or n <= tile.length < n + tile.chunk, "a chunk, and no block that holds nothing of it"
-        assert tile.num_warps <= 16 and tile.length * tile.inner <= 2**16
+        assert streamed or n <= tile.length < n + tile.rows, "a chunk, and no block that holds nothing of it"
+        assert tile.num_warps <= 16 and tile.length * tile.columns <= 2**16
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 6, 8, 12, 24, 48, 96, 192, 256])
 def test_common_chunks_fill_their_tiles(n):
     """Check that columns of common lengths have tiles without rows outside the chunk."""
-    plan = view(torch.empty(5, n, 1024), [], 1, 1, 2)
-    assert launch.tile_for(launch.FORWARD, plan, False, "inner", torch.bfloat16).length == n
+    plan = find_layout(torch.empty(5, n, 1024), [], 1, 1, 2)
+    assert tiles.find_tile(tiles.FORWARD, plan, False, "inner", torch.bfloat16).length == n
 
 
 @pytest.mark.parametrize("n", [64, 512, 768, 1024])
 def test_a_row_is_one_warps(n):
-    tile = launch.tile_for(launch.FORWARD, view(torch.empty(64, n), [], 1, 1, None), False, "nothing", torch.bfloat16)
+    tile = tiles.find_tile(
+        tiles.FORWARD, find_layout(torch.empty(64, n), [], 1, 1, None), False, "nothing", torch.bfloat16
+    )
     assert (tile.num_warps, tile.length) == (1, n)
 
 
@@ -68,39 +70,39 @@ def test_strips(n, rows, feature_axis):
     """
     feature_axis = 1 if rows and feature_axis == 2 else feature_axis
     shape = (5, n) if rows else (5, n, 64)
-    plan, dimension = view(torch.empty(shape, device="meta"), [], 1, 1, feature_axis), varies(1, feature_axis)
-    for tiles in PASSES:
-        tile = launch.tile_for(tiles, plan, True, dimension, torch.bfloat16)
-        strip = launch.strip_of(tile, plan, dimension)
+    plan, dimension = find_layout(torch.empty(shape, device="meta"), [], 1, 1, feature_axis), varies(1, feature_axis)
+    for budget in PASSES:
+        tile = tiles.find_tile(budget, plan, True, dimension, torch.bfloat16)
+        strip = tiles.find_strip(tile, plan, dimension)
         assert strip % tile.length == 0
         assert strip == tile.length if dimension == "chunk" else strip >= 512
 
 
-@pytest.mark.parametrize("tiles", [1, 3, 100, 5000, 10**6, 2**33])
+@pytest.mark.parametrize("n_tiles", [1, 3, 100, 5000, 10**6, 2**33])
 @pytest.mark.parametrize("heads", [1, 8])
 @pytest.mark.parametrize("multiple", [1, 3, 100])
 @pytest.mark.parametrize("tiles_each", [1, 16, 48])
 @pytest.mark.parametrize("num_warps", [1, 8])
-def test_programs(tiles, heads, multiple, tiles_each, num_warps):
-    tiles = -(-tiles // multiple) * multiple  # as it is: `multiple` tiles to every outer place
-    programs = launch.programs(tiles, heads, num_warps, multiple, tiles_each)
-    assert 1 <= programs <= tiles and programs % multiple == 0
-    assert programs <= max(launch.MAX_PROGRAMS, multiple) + multiple
-    assert programs * heads >= min(launch.FILL // num_warps, tiles * heads) / 2, "too few to fill a GPU"
-    assert -(-tiles // programs) <= max(2 * tiles_each, 2 * -(-tiles // launch.MAX_PROGRAMS))
+def test_programs(n_tiles, heads, multiple, tiles_each, num_warps):
+    n_tiles = -(-n_tiles // multiple) * multiple  # as it is: `multiple` tiles to every outer place
+    programs = tiles.count_programs(n_tiles, heads, num_warps, multiple, tiles_each)
+    assert 1 <= programs <= n_tiles and programs % multiple == 0
+    assert programs <= max(tiles.MAX_PROGRAMS, multiple) + multiple
+    assert programs * heads >= min(tiles.FILL // num_warps, n_tiles * heads) / 2, "too few to fill a GPU"
+    assert -(-n_tiles // programs) <= max(2 * tiles_each, 2 * -(-n_tiles // tiles.MAX_PROGRAMS))
 
 
 def test_index_bits():
     x = torch.empty(1, device="meta").as_strided((3, 16), (2**30 + 16, 1))
-    plan = view(x, [], 0, 1, 1)
-    assert launch.index_bits(plan, launch.Tile(4, 16, 1)) == 64
-    assert launch.index_bits(plan, launch.Tile(2, 16, 1)) == 32
-    assert launch.index_bits(view(torch.empty(3, 16), [], 0, 1, 1), launch.Tile(4, 16, 1)) == 32
+    plan = find_layout(x, [], 0, 1, 1)
+    assert tiles.index_bits(plan, tiles.Tile(4, 16, 1)) == 64
+    assert tiles.index_bits(plan, tiles.Tile(2, 16, 1)) == 32
+    assert tiles.index_bits(find_layout(torch.empty(3, 16), [], 0, 1, 1), tiles.Tile(4, 16, 1)) == 32
 
 
 @pytest.mark.parametrize("value", [1e-5, 1e-5 + 1e-8, 0.1, 0.0, 1.0, 1e-30])
 def test_split_float(value):
-    high, low = launch.split_float(value)
+    high, low = split_float(value)
     assert torch.tensor(high, dtype=torch.float32).item() == high
     assert abs(high + torch.tensor(low, dtype=torch.float32).double().item() - value) <= 2**-46 * value
 
@@ -114,15 +116,15 @@ def test_stats_are_kept_for_long_chunks_only_and_cost_little():
     for shape, axis, feature_axis in (((2, 257, 9), 1, 2), ((3, 4097), 1, 1)):
         for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
             x = torch.empty(shape, dtype=dtype)
-            numbers = torch.Size(launch.stats_shape(launch.FORWARD, x, axis, 1, feature_axis)).numel()
-            assert launch.worth_keeping(x, axis, 1)
+            numbers = torch.Size(tiles.stats_shape(tiles.FORWARD, x, axis, 1, feature_axis)).numel()
+            assert tiles.worth_keeping(x, axis, 1)
             assert numbers * (8 if dtype == torch.float64 else 4) <= 0.05 * x.nbytes
-    assert not launch.worth_keeping(torch.empty(2, 79, 9, dtype=torch.float64), 1, 1)
-    assert launch.worth_keeping(torch.empty(2, 80, 9, dtype=torch.float64), 1, 1)
-    assert launch.stats_shape(launch.FORWARD, torch.empty(2, 256, 9), 1, 1, 2) is None
+    assert not tiles.worth_keeping(torch.empty(2, 79, 9, dtype=torch.float64), 1, 1)
+    assert tiles.worth_keeping(torch.empty(2, 80, 9, dtype=torch.float64), 1, 1)
+    assert tiles.stats_shape(tiles.FORWARD, torch.empty(2, 256, 9), 1, 1, 2) is None
 
 
 def test_stats_of_heads_of_unequal_length():
     """Check that there is room for all heads as soon as the last, the longest, is streamed."""
-    assert launch.stats_shape(launch.FORWARD, torch.empty(2, 513, 9), 1, 2) == (4, 2, 2, 9)
-    assert launch.stats_shape(launch.FORWARD, torch.empty(2, 512, 9), 1, 2) is None
+    assert tiles.stats_shape(tiles.FORWARD, torch.empty(2, 513, 9), 1, 2) == (4, 2, 2, 9)
+    assert tiles.stats_shape(tiles.FORWARD, torch.empty(2, 512, 9), 1, 2) is None

@@ -6,7 +6,7 @@ import pytest
 import torch
 from helpers import GRADS, LAYOUTS, strided
 
-from daam.kernels.layout import parts, varies, view
+from daam.kernels.operands import find_layout, parts, varies
 
 GENERATOR = torch.Generator().manual_seed(0)
 
@@ -37,7 +37,7 @@ def test_every_element_is_addressed_once_in_every_tensor(shape, axis, layout, gr
     if dimension == "inner" and shape[feature_axis] == 1:
         pytest.skip("a parameter of one feature varies along nothing")
     x, grad = (strided(shape, name, torch.float32, GENERATOR) for name in (layout, grads))
-    plan = view(x, [None, grad], axis, 2, feature_axis)
+    plan = find_layout(x, [None, grad], axis, 2, feature_axis)
     assert plan.places * plan.length * plan.inner == x.numel()
     assert plan.chunk == shape[axis] // 2 and plan.operands[1] is None
     x_offsets, grad_offsets = (addresses(plan.operands[i], plan) for i in (0, 2))
@@ -64,15 +64,15 @@ def test_every_element_is_addressed_once_in_every_tensor(shape, axis, layout, gr
     ],
 )
 def test_what_merges(shape, axis, feature_axis, sizes, inner):
-    plan = view(torch.empty(shape), [], axis, 1, feature_axis)
+    plan = find_layout(torch.empty(shape), [], axis, 1, feature_axis)
     assert (plan.sizes, plan.inner) == (sizes, inner)
-    assert plan.by_axis == (axis == len(shape) - 1 or inner == 1)
+    assert plan.contiguous == (axis == len(shape) - 1 or inner == 1)
 
 
 def test_what_does_not_merge_in_one_tensor_merges_in_none():
     x, grad = torch.empty(4, 5, 6), torch.empty(6, 5, 4).permute(2, 1, 0)
-    assert view(x, [], 2, 1, 2).sizes == ()
-    assert view(x, [grad], 2, 1, 2).sizes == (4,)
+    assert find_layout(x, [], 2, 1, 2).sizes == ()
+    assert find_layout(x, [grad], 2, 1, 2).sizes == (4,)
 
 
 def test_varies():

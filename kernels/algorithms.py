@@ -1,0 +1,126 @@
+"""What an algorithm is, in plain Python: operators, their fakes, benchmarks, the audit and tests ask these records.
+
+A fourth algorithm adds one here; CONTRIBUTING lists the files beside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from . import tiles
+
+VARIANCE_FLOOR, SIGMA_FLOOR, WIDTH_FLOOR = 1e-6, 1e-3, 1e-8  # of the density gate, in the kernels and the reference
+
+
+@dataclass(frozen=True)
+class Algorithm:
+    """Describe an algorithm of x and two parameters (heads, P).
+
+    Args:
+        name: of the modules `daam.kernels.{name}` and `daam.reference.{name}`, and of the operators.
+        function: name of the public function in daam.
+        params: names of the parameters.
+        settings: its own arguments of the operators, after axis and before residual: name to type, as a schema has it.
+        eps: the default, None where there is none.
+        features: whether parameters may follow a dimension of x, the first setting, feature_axis; P is then its size.
+        forward, backward: the budget of a pass, from P.
+        draw: parameters out of a standard normal and a uniform tensor of their shape.
+        on_chip, streamed: kernels of a forward and a backward pass, in order.
+        scales: whether streamed chunks have a scale of their weights.
+        reads_again: tensors of x's size that a pass over streamed chunks reads once more, (forward, backward), the
+            backward pass with the statistics kept.
+    """
+
+    name: str
+    function: str
+    params: tuple[str, str]
+    settings: dict[str, str]
+    eps: float | None
+    features: bool
+    forward: Callable[[int], tiles.Budget]
+    backward: Callable[[int], tiles.Budget]
+    draw: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+    on_chip: tuple[str, ...]
+    streamed: tuple[str, ...]
+    reads_again: tuple[int, int]
+    scales: bool = False
+
+    def feature_axis(self, *settings) -> int | None:
+        """Return the dimension that parameters follow, from the settings of a call; None where they follow none."""
+        return dict(zip(self.settings, settings, strict=True)).get("feature_axis")
+
+    def settings_of(self, feature_axis: int | None, eps: float | None, padding: float | None) -> tuple:
+        """Return the settings of a call, in order, of all those that algorithms have."""
+        values = {"feature_axis": feature_axis, "eps": self.eps if eps is None else eps, "padding": padding}
+        return tuple(values[name] for name in self.settings)
+
+
+DENSITY = Algorithm(
+    name="density",
+    function="density_attention",
+    params=("mean_offset", "c"),
+    settings={"feature_axis": "int?", "eps": "float"},
+    eps=1e-5,
+    features=True,
+    forward=lambda _n: tiles.FORWARD,
+    backward=lambda _n: tiles.BACKWARD,
+    draw=lambda normal, uniform: (0.3 * normal, 0.5 + uniform),
+    on_chip=("density_forward", "density_backward", "density_param_gradients"),
+    streamed=(
+        "strip_stats", "merge_strip_stats", "forward_streamed",
+        "density_sums", "backward_streamed", "density_param_gradients",
+    ),
+    reads_again=(1, 2),
+)  # fmt: skip
+MIXTURE = Algorithm(
+    name="mixture",
+    function="mixture_attention",
+    params=("mean_offsets", "c"),
+    settings={"eps": "float", "padding": "float?"},
+    eps=1e-8,
+    features=False,
+    forward=lambda _n: tiles.FORWARD_MIXTURE,
+    backward=lambda _n: tiles.BACKWARD_MIXTURE,
+    draw=lambda normal, uniform: (0.3 * normal, (0.5 + uniform) * normal.sign()),
+    on_chip=("mixture_forward", "mixture_backward", "mixture_param_gradients"),
+    streamed=(
+        "strip_stats", "merge_strip_stats", "mixture_scales", "merge_scales", "forward_streamed",
+        "mixture_sums", "merge_mixture_sums", "backward_streamed", "mixture_param_gradients",
+    ),
+    reads_again=(2, 2),
+    scales=True,
+)  # fmt: skip
+GATE = Algorithm(
+    name="gate",
+    function="density_gate",
+    params=("mean_offsets", "log_sigma"),
+    settings={},
+    eps=None,
+    features=False,
+    forward=lambda n: tiles.gate_forward(int(n)),  # n may be a symbolic size, which no cache may see
+    backward=lambda n: tiles.gate_backward(int(n)),
+    draw=lambda normal, uniform: (0.3 * normal, uniform - 1),
+    on_chip=("gate_forward", "gate_backward", "gate_param_gradients"),
+    streamed=(
+        "strip_stats", "merge_strip_stats", "forward_streamed",
+        "gate_sums", "backward_streamed", "gate_param_gradients",
+    ),
+    reads_again=(1, 2),
+)  # fmt: skip
+ALGORITHMS = {one.name: one for one in (DENSITY, MIXTURE, GATE)}
+# Of x's size, what kernels on chip and of strips read and write, by the last words of their names
+TENSORS = {
+    "forward": (1, 1), "forward_streamed": (1, 1), "backward": (2, 1), "backward_streamed": (2, 1),
+    "stats": (1, 0), "scales": (1, 0), "sums": (2, 0),
+}  # fmt: skip
+
+
+def count_tensors(kernel: str) -> tuple[int, int] | None:
+    """Return how many tensors of x's size a kernel (reads, writes), by its name; None where it handles their sums."""
+    if kernel.startswith("merge_") or kernel.endswith("_param_gradients"):
+        return None
+    _algorithm, _, words = kernel.partition("_")
+    return TENSORS.get(kernel) or TENSORS[words]

@@ -1,0 +1,217 @@
+"""Any tensors, an axis and heads -> outer dimensions, axis and one inner dimension, without a copy.
+
+A kernel sees every tensor of a call as (outer…, axis, inner): heads cut the axis into chunks, the inner dimension is
+the other side of a tile, and the outer dimensions are decoded from one number. Dimensions that merge in every tensor of
+the call are merged, so that common layouts have one outer dimension or none. Sizes and strides reach the kernel as
+tuples, so there may be any number of them.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Strided(NamedTuple):
+    """Hold a tensor as kernels take it: its data and its strides in elements, axis first, then inner, then outer from
+    the fastest. No strides: those of x. One less: none along the inner dimension, the same for all of it. (Not None,
+    which Triton 3.6 does not return inside a tuple.)
+    """
+
+    data: Tensor
+    strides: tuple[int, ...]
+
+
+class Inputs(NamedTuple):
+    """Hold the tensors of x's shape that a pass reads, None for those there are not."""
+
+    x: Strided
+    mask: Strided | None
+    grad_y: Strided | None = None
+    grad_weights: Strided | None = None
+
+
+class Outputs(NamedTuple):
+    """Hold the tensors that a forward pass writes; weights are None where not asked for."""
+
+    y: Strided
+    weights: Strided | None
+
+
+class Extent(NamedTuple):
+    """Hold what kernels know of a call: outer sizes, x's strides, tiles of all outer places, blocks of columns along
+    the inner dimension, strips that a chunk is cut into and positions of each (one, of the whole chunk, where a tile
+    holds it), positions of a chunk, size of the inner dimension. The eighths of one of these two, and then of the
+    strides too, where x and tensors of its strides are aligned to 8 elements only (`tile.view_of`).
+    """
+
+    sizes: tuple[int, ...]
+    strides: tuple[int, ...]
+    n_tiles: int
+    n_blocks: int
+    n_strips: int
+    strip: int
+    chunk: int
+    inner: int
+    chunk_eighths: int | None
+    inner_eighths: int | None
+
+
+class Split(NamedTuple):
+    """Hold a float as two fp32 values that add up to it."""
+
+    high: float
+    low: float
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Hold what all tensors of one call look like to a kernel.
+
+    sizes: of the outer dimensions, the fastest first. chunk: positions of one head along the axis. length: positions of
+        the whole axis. inner: size of the inner dimension.
+    contiguous: whether neighbours along the axis stand closer in memory than neighbours along the inner dimension; else
+        chunks are strided.
+    operands: the tensors of the call, in the order given.
+    """
+
+    sizes: tuple[int, ...]
+    chunk: int
+    length: int
+    inner: int
+    contiguous: bool
+    operands: tuple[Strided | None, ...]
+
+    @property
+    def places(self) -> int:
+        """Return how many places the outer dimensions have."""
+        return math.prod(self.sizes)
+
+    @property
+    def unit(self) -> int:
+        """Return 16 or 8 where tensors like x can be moved 128 bits at a time, else 1: one stride is 1, others are
+        multiples of it, and so is the length of what that one walks along. The length of whole rows, too, which is a
+        stride that a single row does not show: a batch has the tiles of its rows.
+        """
+        x = self.operands[0].data
+        alike = (t for t in self.operands if t is not None and (t.data.dtype, t.data.shape) == (x.dtype, x.shape))
+        strides = [t.strides for t in alike]
+        if any(s.count(1) > 1 for s in strides):
+            return 1
+        steps = {step for s in strides for step in s if step != 1}
+        steps |= {self.chunk, self.length} if self.contiguous else {self.inner}
+        return next(unit for unit in (16, 8, 1) if not any(step % unit for step in steps))
+
+
+@dataclass(frozen=True)
+class Part:
+    """Hold heads of equal length: `heads` of them from `head` on, over `length` positions of the axis from `start`."""
+
+    head: int
+    heads: int
+    start: int
+    length: int
+
+    def heads_of(self, t: Tensor, dim: int) -> Tensor:
+        """Return the part's share of a tensor with a dimension of heads."""
+        return t if self.heads == t.shape[dim] else t.narrow(dim, self.head, self.heads)
+
+    def positions_of(self, t: Tensor, axis: int) -> Tensor:
+        """Return the part's share of a tensor of x's shape."""
+        return t if self.length == t.shape[axis] else t.narrow(axis, self.start, self.length)
+
+
+def parts(size: int, heads: int) -> tuple[Part, ...]:
+    """Return an axis cut into chunks of size // heads: all heads at once, or all but the last, which takes the rest."""
+    chunk = size // heads
+    if size == heads * chunk:
+        return (Part(0, heads, 0, size),)
+    first = (heads - 1) * chunk
+    return Part(0, heads - 1, 0, first), Part(heads - 1, 1, first, size - first)
+
+
+def varies(axis: int, feature_axis: int | None) -> str:
+    """Return what parameters that follow a dimension of x vary along, beside heads: "nothing", "chunk" or "inner"."""
+    if feature_axis is None:
+        return "nothing"
+    return "chunk" if feature_axis == axis else "inner"
+
+
+def inner_dim(x: Tensor, axis: int, feature_axis: int | None) -> int | None:
+    """Return the dimension of x that becomes the inner one: that of the parameters, else the fastest; None where only
+    the axis is left. Dimensions of size 1 have strides that mean nothing: they are left out everywhere.
+    """
+    if varies(axis, feature_axis) == "inner":
+        return feature_axis
+    others = [d for d in reversed(range(x.dim())) if d != axis and x.shape[d] != 1]
+    return min(others, key=x.stride, default=None)
+
+
+def axis_is_fastest(x: Tensor, axis: int, inner: int | None) -> bool:
+    """Tell whether neighbours along the axis stand closer in memory than neighbours along the inner dimension."""
+    return inner is None or x.stride(axis) < x.stride(inner)
+
+
+def acc_dtype(x: Tensor) -> torch.dtype:
+    """Return the dtype all arithmetic on x runs in, on either backend: fp64 for fp64, fp32 for everything else."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def split_float(value: float) -> Split:
+    """Return a float as a Split: Triton passes floats as fp32, which is too little for fp64 arithmetic."""
+    high = ctypes.c_float(value).value
+    return Split(high, value - high)
+
+
+def power_of_2(n: int) -> int:
+    """Return the least power of two that is not less."""
+    return 1 << max(0, n - 1).bit_length()
+
+
+class _Group(NamedTuple):
+    """Hold dimensions of x that merge in every tensor: their size, their stride in each, whether one is the inner."""
+
+    size: int
+    strides: tuple[int, ...]
+    is_inner: bool
+
+
+def find_layout(
+    x: Tensor, others: Sequence[Tensor | None], axis: int, heads: int, feature_axis: int | None = None,
+    length: int | None = None,
+) -> Layout:  # fmt: skip
+    """Return the layout of a call on x and on others that have its dimensions; where one is broadcast its stride is 0.
+    length: of the axis that x is a part of, if it is.
+    """
+    inner, keep = inner_dim(x, axis, feature_axis), varies(axis, feature_axis) == "inner"
+    tensors = [t for t in (x, *others) if t is not None]
+    groups: list[_Group] = []  # slowest first
+    for dim, size in enumerate(x.shape):
+        if dim == axis or size == 1:
+            continue
+        group = _Group(size, tuple(t.stride(dim) for t in tensors), dim == inner)
+        merges = bool(groups) and all(a == b * size for a, b in zip(groups[-1].strides, group.strides, strict=True))
+        if merges and not (keep and (group.is_inner or groups[-1].is_inner)):
+            last = groups.pop()
+            group = _Group(last.size * size, group.strides, group.is_inner or last.is_inner)
+        groups.append(group)
+    columns = next((group for group in groups if group.is_inner), _Group(1, (0,) * len(tensors), True))
+    outer = [group for group in reversed(groups) if not group.is_inner]
+    strided = iter(
+        Strided(t, (t.stride(axis), columns.strides[i], *(group.strides[i] for group in outer)))
+        for i, t in enumerate(tensors)
+    )
+    return Layout(
+        sizes=tuple(group.size for group in outer),
+        chunk=x.shape[axis] // heads,
+        length=x.shape[axis] if length is None else length,
+        inner=columns.size,
+        contiguous=axis_is_fastest(x, axis, inner),
+        operands=tuple(None if t is None else next(strided) for t in (x, *others)),
+    )

@@ -1,0 +1,136 @@
+"""Parameters of a head: how a tile has them, how their gradients are summed over a program's tiles, and over programs.
+
+Parameters (heads, P) are one for all of a head, or vary along the chunk, or along the inner dimension: PLAN.VARIES is
+"nothing", "chunk" or "inner". Totals leave a program as partials (n, heads, groups, P), a group being programs that
+together hold every parameter of a head once; gradients are sums of these, in fixed order and fp64.
+"""
+
+import triton
+import triton.language as tl
+
+from .tile import columns_inside
+
+
+@triton.jit
+def load_param(p, default, head, position, view, PLAN: tl.constexpr):
+    """Return a head's parameter for each block of a tile, in a shape that broadcasts against it; the default fills
+    the tile's rim.
+    """
+    start, blocks = p.data + head * p.strides[0], []
+    for i in tl.static_range(PLAN.N_BLOCKS):
+        if PLAN.VARIES == "chunk":
+            place = position.row + i * PLAN.BLOCK_P + position.rows
+            block = tl.load(start + place * p.strides[1], place < view.chunk, default).to(PLAN.ACC)[:, None]
+        elif PLAN.VARIES == "inner":
+            place, inside = position.column + position.columns, position.column + position.columns < view.inner
+            block = tl.load(start + place[None, :] * p.strides[1], inside[None, :], default).to(PLAN.ACC)
+        else:
+            block = tl.load(start + tl.zeros([1, 1], tl.int32)).to(PLAN.ACC)
+        blocks = blocks + [block]
+    return blocks
+
+
+@triton.jit
+def zero_blocks(N: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, ACC: tl.constexpr):
+    """Return N blocks of zeros [ROWS, COLUMNS]."""
+    blocks = []
+    for _ in tl.static_range(N):
+        blocks = blocks + [tl.zeros([ROWS, COLUMNS], ACC)]
+    return blocks
+
+
+@triton.jit
+def add_lists(a, b):
+    """Return the sums of the numbers of two lists."""
+    sums = []
+    for i in tl.static_range(len(a)):
+        sums = sums + [a[i] + b[i]]
+    return sums
+
+
+@triton.jit
+def sum_columns(numbers, column_mask):
+    """Return the sum [1, 1] of numbers of columns, of those inside: carried through a loop as a row, numbers crash
+    LLVM's vectoriser (Triton 3.9).
+    """
+    return tl.sum(tl.where(column_mask, numbers, 0.0), 1)[:, None]
+
+
+# --- Totals of two sums, he and he·e, of parameters that may vary --------------------------------
+
+
+@triton.jit
+def zero_totals(PLAN: tl.constexpr):
+    """Return zeros for Σ he and Σ he·e of every parameter of a tile: [BLOCK_P, 1] for each of its blocks, [1, BLOCK_C]
+    or one number.
+    """
+    if PLAN.VARIES == "chunk":
+        return zero_blocks(2 * PLAN.N_BLOCKS, PLAN.BLOCK_P, 1, PLAN.ACC)
+    elif PLAN.VARIES == "inner":
+        return zero_blocks(2, 1, PLAN.BLOCK_C, PLAN.ACC)
+    else:
+        return zero_blocks(2, 1, 1, PLAN.ACC)
+
+
+@triton.jit
+def add_row_totals(totals, he, e):
+    """Return the totals of parameters that vary along the chunk with those of one more tile."""
+    more = []
+    for i in tl.static_range(len(he)):
+        more = more + [totals[2 * i] + tl.sum(he[i], 1)[:, None]]
+        more = more + [totals[2 * i + 1] + tl.sum(he[i] * e[i], 1)[:, None]]
+    return more
+
+
+@triton.jit
+def add_totals(totals, he, e, sum_he, sum_hee, column_mask, PLAN: tl.constexpr):
+    """Return the totals with those of one more tile of whole chunks."""
+    if PLAN.VARIES == "chunk":
+        return add_row_totals(totals, he, e)
+    elif PLAN.VARIES == "inner":
+        return add_lists(totals, [sum_he, sum_hee])
+    else:
+        return add_lists(totals, [sum_columns(sum_he, column_mask), sum_columns(sum_hee, column_mask)])
+
+
+@triton.jit
+def store_totals(partials, totals, walk, position, view, PLAN: tl.constexpr):
+    """Store one program's totals in (2, heads, groups, P)."""
+    distance, head_stride, group_stride, _one = partials.strides
+    start = partials.data + walk.head * head_stride
+    for i in tl.static_range(len(totals) // 2):
+        if PLAN.VARIES == "chunk":
+            places = (walk.strip_row + i * PLAN.BLOCK_P + position.rows)[:, None]
+            pointers, inside = start + walk.first_tile * group_stride + places, places < view.chunk
+        elif PLAN.VARIES == "inner":
+            columns = (position.column + position.columns)[None, :]
+            pointers = start + walk.first_tile // view.n_blocks * group_stride + columns
+            inside = columns_inside(position, view)
+        else:
+            pointers = start + walk.first_tile * group_stride + tl.zeros([1, 1], tl.int32)
+            inside = tl.full([1, 1], True, tl.int1)
+        tl.store(pointers, totals[2 * i], inside)
+        tl.store(pointers + distance, totals[2 * i + 1], inside)
+
+
+# --- Totals of a head -----------------------------------------------------------------------------
+
+
+@triton.jit
+def store_partials(partials, totals, head):
+    """Store one program's totals, [1, 1] each, at (number, head, program)."""
+    distance = tl.cast(partials.strides[0], tl.int64)
+    start = partials.data + head * partials.strides[1] + tl.program_id(0) + tl.zeros([1, 1], tl.int64)
+    for i in tl.static_range(len(totals)):
+        tl.store(start + i * distance, totals[i])
+
+
+@triton.jit
+def sum_partials(partials, n_groups, number, head, BLOCK: tl.constexpr):
+    """Return the sum of one number's partials of a head, added in fixed order and fp64."""
+    places = tl.arange(0, BLOCK)
+    total = tl.zeros([BLOCK], tl.float64)
+    start = partials.data + number * tl.cast(partials.strides[0], tl.int64) + head * partials.strides[1] + places
+    for first in range(0, n_groups, BLOCK):
+        total += tl.load(start + first, first + places < n_groups, 0.0).to(tl.float64)
+    return tl.sum(total, 0)

@@ -1,0 +1,250 @@
+"""Chunks that are too long to stay on chip: walks over their strips, their statistics, and sums of strips.
+
+A chunk is cut into strips of fixed length, one a program, and a strip into tiles; `fold_strip` is the walk over them.
+Statistics take one pass over x. Each place of a block measures from the mean of the first values it meets, so that
+differences stay small where the mean is large:
+
+    mean_error = Σ (x - mean)/n      squares = Σ (x - mean)² - n·mean_error²
+
+which costs no more digits than a place has values. Places, then strips are merged in order, which costs none:
+
+    Σ (x - mean)² = Σ_parts squares + Σ_parts n_part·(mean_part - mean)²
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .blocks import add_blocks, add_products, inverse_count, inverse_count_less_one
+from .host import Call
+from .operands import Split, Strided
+from .params import add_row_totals, store_totals, zero_blocks, zero_totals
+from .tile import (
+    TileIndex,
+    load_blocks,
+    locate,
+    next_tile,
+    number_pointers,
+    place_tile,
+    start_walk,
+    store_dx,
+    store_numbers,
+    store_outputs,
+    store_padded_outputs,
+    view_of,
+    zero_padding,
+)
+
+
+@triton.jit
+def fold_strip(
+    state, chunk, inputs, outputs, index, walk, view, STEP: tl.constexpr, RESIDUAL: tl.constexpr, PLAN: tl.constexpr
+):  # fmt: skip
+    """Return what STEP makes of a state, a list of numbers, tile by tile of the program's strip of a chunk."""
+    end = tl.minimum(walk.strip_row + view.strip, view.chunk)
+    for row in range(walk.strip_row, end, PLAN.BLOCK_P * PLAN.N_BLOCKS):
+        tile = place_tile(inputs.mask, index, walk.head, row, view, PLAN)
+        state = STEP(state, tile, chunk, inputs, outputs, view, RESIDUAL, PLAN)
+    return state
+
+
+@triton.jit(repr=lambda call: f"{call.constants['NAME']}_forward_streamed")
+def forward_streamed(
+    inputs, parameters, padding, numbers, outputs, extent, PREPARE: tl.constexpr, OPEN: tl.constexpr,
+    WEIGH: tl.constexpr, NAME: tl.constexpr, RESIDUAL: tl.constexpr, K: tl.constexpr, PLAN: tl.constexpr,
+):  # fmt: skip
+    """Store y and the weights of a strip of each chunk, with what PREPARE makes of the parameters, OPEN of that and the
+    numbers of a chunk, as (mean, chunk), and WEIGH of x - mean and a chunk.
+    """
+    view = view_of(extent)
+    walk = start_walk(view, True)
+    first = locate(walk.index, walk.head, walk.strip_row, view, PLAN)
+    prepared = PREPARE(parameters, walk.head, first, view, K, PLAN)
+    index = walk.index
+    for _ in range(walk.first_tile, view.n_tiles, walk.tile_step):
+        position = locate(index, walk.head, walk.strip_row, view, PLAN)
+        mean, chunk = OPEN(prepared, numbers, walk.head, position, view, K, PLAN)
+        end = tl.minimum(walk.strip_row + view.strip, view.chunk)
+        for row in range(walk.strip_row, end, PLAN.BLOCK_P * PLAN.N_BLOCKS):
+            tile = place_tile(inputs.mask, index, walk.head, row, view, PLAN)
+            raw, x = load_blocks(inputs.x, inputs.mask, tile, view, RESIDUAL, PLAN)
+            weights = WEIGH([block - mean for block in x], chunk, tile.valid, K)
+            if padding is None:
+                store_outputs(outputs, x, raw, weights, tile, view, RESIDUAL, PLAN)
+            else:
+                store_padded_outputs(outputs, x, raw, weights, padding, tile, view, RESIDUAL, PLAN)
+        index = next_tile(index, walk.index_step, view)
+
+
+@triton.jit(repr=lambda call: f"{call.constants['NAME']}_backward_streamed")
+def backward_streamed(
+    inputs, parameters, padding, numbers, dx, partials, extent, PREPARE: tl.constexpr, OPEN: tl.constexpr,
+    DIFFERENTIATE: tl.constexpr, NAME: tl.constexpr, RESIDUAL: tl.constexpr, K: tl.constexpr, PLAN: tl.constexpr,
+):  # fmt: skip
+    """Store dx of a strip of each chunk, and where parameters vary along it their totals of this program.
+
+    DIFFERENTIATE makes of x, x - mean and a chunk (dx, grad_y as it came, he, e), the last two for the totals.
+    """
+    view = view_of(extent)
+    walk = start_walk(view, True)
+    first = locate(walk.index, walk.head, walk.strip_row, view, PLAN)
+    prepared = PREPARE(parameters, walk.head, first, view, K, PLAN)
+    totals = [] if partials is None else zero_totals(PLAN)
+    index = walk.index
+    for _ in range(walk.first_tile, view.n_tiles, walk.tile_step):
+        position = locate(index, walk.head, walk.strip_row, view, PLAN)
+        mean, chunk = OPEN(prepared, numbers, walk.head, position, view, K, PLAN)
+        end = tl.minimum(walk.strip_row + view.strip, view.chunk)
+        for row in range(walk.strip_row, end, PLAN.BLOCK_P * PLAN.N_BLOCKS):
+            tile = place_tile(inputs.mask, index, walk.head, row, view, PLAN)
+            _raw, x = load_blocks(inputs.x, inputs.mask, tile, view, False, PLAN)
+            centred = [block - mean for block in x]
+            grad, raw, he, e = DIFFERENTIATE(x, centred, chunk, inputs, tile, view, padding, RESIDUAL, K, PLAN)
+            if dx is not None:
+                store_dx(dx, grad, raw, tile, view, RESIDUAL, PLAN)
+            if partials is not None:
+                totals = add_row_totals(totals, he, e)
+        index = next_tile(index, walk.index_step, view)
+    if partials is not None:
+        store_totals(partials, totals, walk, first, view, PLAN)
+
+
+# --- Numbers of strips ----------------------------------------------------------------------------
+
+
+@triton.jit
+def store_strip_numbers(strips, walk, position, view, numbers):
+    """Store numbers of this program's strip of each column's chunk."""
+    pointers, distance, inside = number_pointers(strips, walk.head, position, view)
+    for i in tl.static_range(len(numbers)):
+        place = i * view.n_strips + walk.strip_row // view.strip
+        tl.store(pointers + place * distance, numbers[i], inside)
+
+
+@triton.jit
+def load_strip_numbers(strips, number, first, head, position, view, default, PLAN: tl.constexpr):
+    """Return one number of the strips from the first on, [BLOCK_P, BLOCK_C]; the default for absent ones."""
+    pointers, distance, inside = number_pointers(strips, head, position, view)
+    places = first + tl.arange(0, PLAN.BLOCK_P)[:, None]
+    distance = tl.cast(distance, tl.int64)
+    return tl.load(pointers + (number * view.n_strips + places) * distance, inside & (places < view.n_strips), default)
+
+
+@triton.jit
+def locate_chunks(head, view, PLAN: tl.constexpr):
+    """Return the Position of the chunks whose strips a program merges."""
+    program = tl.program_id(0)
+    return locate(TileIndex(program // view.n_blocks, program % view.n_blocks), head, 0, view, PLAN)
+
+
+@triton.jit
+def merge_strip_sums(strips, sums, extent, N: tl.constexpr, PLAN: tl.constexpr):
+    """Store N sums of every chunk of one tile's columns, from those of its strips."""
+    view, head = view_of(extent), tl.program_id(1).to(tl.int64)
+    position = locate_chunks(head, view, PLAN)
+    pointers, distance, inside = number_pointers(sums, head, position, view)
+    for number in tl.static_range(N):
+        total = tl.zeros([1, PLAN.BLOCK_C], PLAN.ACC)
+        for first in range(0, view.n_strips, PLAN.BLOCK_P):
+            total += tl.sum(load_strip_numbers(strips, number, first, head, position, view, 0.0, PLAN), 0)[None, :]
+        tl.store(pointers + number * distance, total, inside)
+
+
+def merge_sums(call: Call, strips: Strided, n: int) -> Strided:
+    """Return n sums of each chunk, from those of its strips."""
+    if call.extent.n_strips == 1:
+        return strips
+    sums = call.of_strips(n, strips=1)
+    call.launch_merge(merge_strip_sums, strips, sums, N=n)
+    return sums
+
+
+# --- Statistics -----------------------------------------------------------------------------------
+
+
+@triton.jit
+def merge_moments(mean, mean_error, squares, n):
+    """Return mean, Σ (x - mean)² and n of every column, from those of parts of it; parts without a value are allowed.
+    In fp64: they are few, and their errors would be those of the whole.
+    """
+    n, mean = n.to(tl.float64), mean.to(tl.float64) + mean_error.to(tl.float64)
+    total_n = tl.sum(n, 0)[None, :]
+    total_mean = tl.sum(mean * n, 0)[None, :] * inverse_count(total_n)
+    distance = tl.where(n > 0, mean - total_mean, 0.0)
+    return total_mean, tl.sum(squares.to(tl.float64) + n * distance * distance, 0)[None, :], total_n
+
+
+@triton.jit
+def split_mean(mean, ACC: tl.constexpr):
+    """Return a mean as near as one number can be, and what that is short of."""
+    rounded = mean.to(ACC)
+    return rounded, (mean - rounded).to(ACC)
+
+
+@triton.jit
+def add_tile_moments(state, tile, padding, inputs, _outputs, view, _RESIDUAL: tl.constexpr, PLAN: tl.constexpr):
+    """Return mean, Σ (x - mean), Σ (x - mean)² and n of every place in a block, with those of one more tile."""
+    mean, total, squares, n = state
+    _raw, x = load_blocks(inputs.x, inputs.mask, tile, view, False, PLAN)
+    x = zero_padding(x, padding)
+    met = add_blocks([valid.to(PLAN.ACC) for valid in tile.valid])
+    mean = tl.where(n == 0, add_blocks(x) * inverse_count(met), mean)
+    n += met
+    differences, centred = [block - mean for block in x], []
+    for i in tl.static_range(PLAN.N_BLOCKS):  # 0 - mean at a masked place would enter the sums
+        centred = centred + [tl.where(tile.valid[i], differences[i], 0.0)]
+    return [mean, total + add_blocks(centred), squares + add_products(centred, centred), n]
+
+
+@triton.jit
+def strip_stats(inputs, padding, strips, extent, PLAN: tl.constexpr):
+    """Store mean, mean_error, Σ (x - mean - mean_error)² and n of a strip of each chunk."""
+    view = view_of(extent)
+    walk = start_walk(view, False)
+    index = walk.index
+    for _ in range(walk.first_tile, view.n_tiles, walk.tile_step):
+        position = locate(index, walk.head, walk.strip_row, view, PLAN)
+        zeros = zero_blocks(4, PLAN.BLOCK_P, PLAN.BLOCK_C, PLAN.ACC)
+        moments = fold_strip(zeros, padding, inputs, None, index, walk, view, add_tile_moments, False, PLAN)
+        mean, total, squares, n = moments
+        mean_error = total * inverse_count(n)
+        squares = tl.maximum(squares - total * mean_error, 0.0, propagate_nan=tl.PropagateNan.ALL)
+        mean, squares, n = merge_moments(mean, mean_error, squares, n)
+        mean, mean_error = split_mean(mean, PLAN.ACC)
+        store_strip_numbers(strips, walk, position, view, [mean, mean_error, squares.to(PLAN.ACC), n.to(PLAN.ACC)])
+        index = next_tile(index, walk.index_step, view)
+
+
+@triton.jit
+def merge_strip_stats(strips, stats, eps, extent, UNBIASED: tl.constexpr, PLAN: tl.constexpr):
+    """Store mean, mean_error, 1/(var + eps), or var where eps is None, and 1/n of every chunk of one tile's columns."""
+    view, head = view_of(extent), tl.program_id(1).to(tl.int64)
+    position = locate_chunks(head, view, PLAN)
+    mean = tl.zeros([1, PLAN.BLOCK_C], tl.float64)
+    squares, n = mean, mean
+    for first in range(0, view.n_strips, PLAN.BLOCK_P):
+        parts = []
+        for number in tl.static_range(4):
+            parts = parts + [load_strip_numbers(strips, number, first, head, position, view, 0.0, PLAN)]
+        mean_part, squares_part, n_part = merge_moments(parts[0], parts[1], parts[2], parts[3])
+        distance = tl.where(n_part > 0, mean_part - mean, 0.0)
+        n_before, n = n, n + n_part
+        squares += squares_part + distance * distance * n_before * n_part * inverse_count(n)
+        mean += distance * n_part * inverse_count(n)
+    inv_count = inverse_count(n)
+    variance = squares * (inverse_count_less_one(inv_count) if UNBIASED else inv_count)
+    if eps is not None:
+        variance = 1.0 / (variance + (tl.cast(eps.high, variance.dtype) + eps.low))
+    variance = tl.where(inv_count > 0, variance, 0.0)
+    mean, mean_error = split_mean(mean, PLAN.ACC)
+    store_numbers(stats, head, position, view, [mean, mean_error, variance.to(PLAN.ACC), inv_count.to(PLAN.ACC)])
+
+
+def find_stats(
+    call: Call, stats: Strided, eps: Split | None, padding: int | None = None, unbiased: bool = False
+) -> None:
+    """Fill stats with mean, mean_error, 1/(var + eps), or var where eps is None, and 1/n of every chunk."""
+    strips = call.of_strips(4)
+    call.launch(strip_stats, call.programs, call.inputs, padding, strips)
+    call.launch_merge(merge_strip_stats, strips, stats, eps, UNBIASED=unbiased)

@@ -1,0 +1,283 @@
+"""How much of x a program holds: what fits on chip, in which tile, and how many programs there are.
+
+What decides is the shape and the strides of x, never its batch: a contiguous batch equals its rows bit for bit.
+
+- contiguous: chunks along the fastest dimension; one warp a row as long as it can hold it, longer ones more warps.
+- strided: chunks along another one; one warp holds some neighbouring columns, and sums need no barrier.
+- streamed: chunks too long for both, read again strip by strip, so that few long chunks still fill a GPU.
+
+What decides within these is how many elements a thread can hold before registers spill (`Budget`).
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from .operands import Layout, acc_dtype, axis_is_fastest, inner_dim, parts, power_of_2
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Hold what a program has in registers: n_blocks blocks, one below the other, of rows positions along the chunk x
+    columns places along the inner dimension, and the warps it takes.
+    """
+
+    rows: int
+    columns: int
+    num_warps: int
+    n_blocks: int = 1
+
+    @property
+    def length(self) -> int:
+        """Return how many positions along the chunk it holds."""
+        return self.rows * self.n_blocks
+
+
+LONGEST_CONTIGUOUS, LONGEST_STRIDED = 4096, 256  # positions of a chunk that stays on chip
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Hold what one pass can have without spilling, which depends on what is alive at once: elements a thread, those of
+    them that it loads at once (8 are 128 bits of bf16), and the longest chunks that stay on chip.
+    """
+
+    contiguous: int  # elements a thread
+    contiguous_full: int  # with a mask or weights, or parameters for every position
+    contiguous_most: int  # with both
+    strided: int
+    strided_masked: int  # with a mask, or where blocks do not divide the chunk
+    strided_full: int  # with weights, or parameters for every position, or of fp32
+    streamed: int
+    contiguous_vector: int = 8
+    strided_vector: int = 8
+    strided_least_vector: int = 8  # where longer ones would leave a chunk to more lanes
+    streamed_vector: int = 8
+    longest_contiguous: int = LONGEST_CONTIGUOUS
+    longest_strided: int = LONGEST_STRIDED
+
+
+FORWARD = Budget(
+    contiguous=32,  # a row of 1024 is one warp's
+    contiguous_full=32,
+    contiguous_most=32,
+    strided=48,  # 24 layers two columns at a time, or 12 or 6 blocks of them 64 or 128 bits wide
+    strided_masked=48,
+    strided_full=24,
+    streamed=32,
+)
+# The mixture adds along a chunk five times where density attention does three, so that narrower loads pay for
+# themselves: lanes that share a chunk shuffle for every sum.
+FORWARD_MIXTURE = replace(FORWARD, strided_masked=32, strided_least_vector=4)
+BACKWARD = Budget(  # x, grad_y and the weights are alive at once
+    contiguous=32,
+    contiguous_full=16,
+    contiguous_most=16,
+    strided=48,
+    strided_masked=32,
+    strided_full=16,
+    streamed=16,
+    contiguous_vector=4,
+    strided_least_vector=4,
+)
+BACKWARD_MIXTURE = Budget(  # so are k and s
+    contiguous=16,
+    contiguous_full=16,
+    contiguous_most=16,
+    strided=24,
+    strided_masked=24,
+    strided_full=16,
+    streamed=16,
+    strided_least_vector=2,
+)
+
+
+@functools.cache
+def gate_forward(n_gaussians: int) -> Budget:
+    """Return as much as the others have for up to four Gaussians; half as much for up to eight, a quarter for more."""
+    divisor = min(4, _doublings(n_gaussians))
+    return Budget(
+        contiguous=32 // divisor,
+        contiguous_full=32 // divisor,
+        contiguous_most=32 // divisor,
+        strided=32 // divisor,
+        strided_masked=32 // divisor,
+        strided_full=16 // divisor,
+        streamed=16 // divisor,
+        strided_least_vector=4,
+        streamed_vector=4,
+    )
+
+
+@functools.cache
+def gate_backward(n_gaussians: int) -> Budget:
+    """Return half as much as the others have for up to four Gaussians, since all their numbers are alive, and half
+    again for every doubling. Longer chunks are streamed rather than spilled.
+    """
+    divisor = _doublings(n_gaussians)
+    return Budget(
+        contiguous=max(2, 16 // divisor),
+        contiguous_full=max(2, 8 // divisor),
+        contiguous_most=max(2, 8 // divisor),
+        strided=max(2, 24 // divisor),
+        strided_masked=max(2, 12 // divisor),
+        strided_full=max(2, 8 // divisor),
+        streamed=max(2, 8 // divisor),
+        contiguous_vector=4,
+        strided_vector=4,
+        strided_least_vector=2,
+        streamed_vector=4,
+        longest_contiguous=max(32, 2048 // divisor),
+        longest_strided=max(32, 128 // divisor),
+    )
+
+
+def _doublings(n_gaussians: int) -> int:
+    """Return 1 for up to four Gaussians, 2 for up to eight, 4 for up to sixteen, …"""
+    return 1 << max(0, (n_gaussians - 1).bit_length() - 2)
+
+
+# --- The tile of a call -------------------------------------------------------------------------
+
+
+def find_tile(
+    budget: Budget, layout: Layout, streamed: bool, along: str, dtype: torch.dtype, mask: bool = False,
+    weights: bool = False,
+) -> Tile:  # fmt: skip
+    """Return the tile of a call with a mask, or a gradient of weights, from what its pass can hold.
+
+    along: what parameters vary along (`operands.varies`). Where that is the inner dimension, they shrink a tile to its
+    size; otherwise a batch may be part of it and nothing does. Threads hold a quarter in fp64, where a value and all
+    made of it take two registers, and half where strides keep accesses narrow, since then every element has an address
+    of its own; of columns that are streamed, or have a mask or weights, a quarter.
+    """
+    narrow = 4 if (mask or weights or streamed) and not layout.contiguous else 2
+    divisor = (4 if dtype == torch.float64 else 1) * (narrow if layout.unit == 1 else 1)
+
+    def shared(n: int) -> int:
+        return max(1, n // divisor)
+
+    if streamed:
+        tile = _streamed(shared(budget.streamed), shared(budget.streamed_vector), layout.contiguous)
+    elif layout.contiguous:
+        n_more = (mask or weights) + (along == "chunk")
+        elements = (budget.contiguous, budget.contiguous_full, budget.contiguous_most)[n_more]
+        tile = _contiguous(layout.chunk, shared(elements), shared(budget.contiguous_vector))
+    else:
+        # fp32 moves twice the bytes an element: it has instructions to spare, and more warps hide more latency
+        full = weights or dtype.itemsize > 2 or along == "chunk"
+        elements = budget.strided_full if full else budget.strided_masked if mask else budget.strided
+        vectors = shared(budget.strided_least_vector), shared(budget.strided_vector)
+        tile = _strided(layout.chunk, shared(elements), *vectors)
+        if layout.chunk % tile.rows:
+            tile = _strided(layout.chunk, shared(min(elements, budget.strided_masked)), *vectors)
+    if tile.num_warps > 16:  # fewer columns instead
+        tile = replace(tile, columns=max(1, tile.columns * 16 // tile.num_warps), num_warps=16)
+    return replace(tile, columns=min(tile.columns, power_of_2(layout.inner))) if along == "inner" else tile
+
+
+def _contiguous(chunk: int, elements: int, vector: int) -> Tile:
+    """Return a tile of one warp a row while it can hold it: a row spread over more costs a barrier a sum. Blocks are of
+    as few positions as a warp loads at once: a row of 768 is three of them. Up to 32 short rows share a program.
+    """
+    vector = min(vector, elements)
+    num_warps = max(1, power_of_2(chunk) // (32 * elements))
+    least = max(min(16, power_of_2(chunk)), power_of_2(-(-chunk * min(4, vector) // elements)))
+    sizes = [n for n in (least << k for k in range(8)) if n <= max(least, 32 * vector * num_warps)]
+    rows = min(sizes, key=lambda n: (-(-chunk // n) * n, -n))
+    n_blocks = -(-chunk // rows)
+    columns = 32 * num_warps * elements // (rows * n_blocks)
+    return Tile(rows, min(32, _power_below(columns)), num_warps, n_blocks)
+
+
+def _strided(chunk: int, elements: int, least: int, most: int) -> Tile:
+    """Return a tile of one warp, whose threads load `most` elements at a time, or less, down to `least`, where that
+    leaves a chunk to fewer lanes: sums over it need no barrier, and for the shortest ones no other thread. Columns no
+    fewer than 16, so that accesses stay whole sectors, with more warps where that takes them.
+    """
+    vector = min(most, elements, max(least, _power_below(elements // chunk)))
+    rows = power_of_2(-(-chunk * vector // elements))
+    if rows == 1 and chunk * vector > 40:
+        rows = 2  # twelve blocks of one row are too many addresses: a few bytes spill
+    columns = max(16, 32 * vector // rows)
+    return Tile(rows, columns, max(1, rows * columns // (32 * vector)), -(-chunk // rows))
+
+
+def _streamed(elements: int, vector: int, contiguous: bool) -> Tile:
+    """Return a tile of blocks of four warps, of a row, or 16 rows of 64 columns of bf16."""
+    vector = min(vector, elements)
+    rows, columns = (128 * vector, 1) if contiguous else (16, 8 * vector)
+    return Tile(rows, columns, 4, elements // vector)
+
+
+def _power_below(n: int) -> int:
+    """Return the largest power of two that is not greater, 1 of 0."""
+    return 1 << max(0, n.bit_length() - 1)
+
+
+# --- Streamed chunks ----------------------------------------------------------------------------
+
+STRIP_CONTIGUOUS, STRIP_STRIDED = 16_384, 512  # positions of a strip: its numbers are 16 bytes, 2 % of what it reads
+STRIPS = 32  # merged at a time, in fp64: 64 of 64 columns spill
+
+
+def find_strip(tile: Tile, layout: Layout, along: str) -> int:
+    """Return the positions that one program reads of a streamed chunk: a multiple of its tile's. One tile where
+    parameters vary along the chunk, so that a program has the same for all its tiles.
+    """
+    if along == "chunk":
+        return tile.length
+    return -(-(STRIP_CONTIGUOUS if layout.contiguous else STRIP_STRIDED) // tile.length) * tile.length
+
+
+def streams(budget: Budget, x: Tensor, axis: int, heads: int, feature_axis: int | None = None) -> bool:
+    """Tell whether chunks are too long to stay on chip between their statistics and their output: all of them where the
+    longest, the last, is. Depends on nothing but x and the axis.
+    """
+    contiguous = axis_is_fastest(x, axis, inner_dim(x, axis, feature_axis))
+    longest = budget.longest_contiguous if contiguous else budget.longest_strided
+    last = parts(x.shape[axis], heads)[-1]
+    return last.length // last.heads > (longest // 4 if x.dtype == torch.float64 else longest)
+
+
+def stats_shape(
+    budget: Budget, x: Tensor, axis: int, heads: int, feature_axis: int | None = None
+) -> tuple[int, ...] | None:
+    """Return the shape of the statistics of streamed chunks, four numbers each; None where chunks stay on chip."""
+    if not streams(budget, x, axis, heads, feature_axis):
+        return None
+    return (4, *x.shape[:axis], heads, *x.shape[axis + 1 :])
+
+
+def worth_keeping(x: Tensor, axis: int, heads: int) -> bool:
+    """Tell whether a forward pass keeps the statistics of streamed chunks: they save a pass over x, for 5 % of its
+    bytes.
+    """
+    return 4 * acc_dtype(x).itemsize * 20 <= x.shape[axis] // heads * x.element_size()
+
+
+# --- Programs -----------------------------------------------------------------------------------
+
+MAX_PROGRAMS = 4096  # per head; beyond that programs take several tiles and load their parameters once
+FILL = 1056  # warps that keep a large GPU (132 multiprocessors) busy
+
+
+def count_programs(n_tiles: int, heads: int, num_warps: int, multiple: int = 1, tiles_each: int = 1) -> int:
+    """Return the programs a head for a number of tiles: about tiles_each tiles each where that still fills the GPU, and
+    a multiple of `multiple`.
+    """
+    each = max(1, min(tiles_each, n_tiles * heads * num_warps // FILL), -(-n_tiles // MAX_PROGRAMS))
+    return min(n_tiles, -(-n_tiles // (each * multiple)) * multiple)
+
+
+def index_bits(layout: Layout, tile: Tile) -> int:
+    """Return 32, or 64 where an offset inside one tile can pass 2**31 - 1. Offsets of whole tiles are 64 bits wide
+    always.
+    """
+    strides = (t.strides[:2] for t in layout.operands if t is not None)
+    reach = max((tile.length - 1) * along + (tile.columns - 1) * across for along, across in strides)
+    return 32 if reach < 2**31 else 64
