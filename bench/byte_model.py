@@ -39,7 +39,7 @@ def _backward(workload: Workload) -> int:
     record, more = workload.record, 0
     if _streams(record.backward, workload):
         kept = _streams(record.forward, workload) and tiles.worth_keeping(workload.x, workload.axis, workload.heads)
-        more = record.reads_again[1] + (0 if kept else 1)
+        more = record.reads_again[1] + (0 if kept else record.reads_again[0])
     return _bytes(workload, 3 + more, 4)
 
 

@@ -142,7 +142,8 @@ class Operators:
         *settings, _residual, return_weights, save_stats = args
         stats = None
         if save_stats and tiles.worth_keeping(x, axis, q.shape[0]) and (x.device.type != "cpu" or interpreting()):
-            budget, feature_axis = self.algorithm.forward(q.shape[1]), self.algorithm.feature_axis(*settings)
+            # which chunks are streamed does not depend on the number of parameters, which may be symbolic
+            budget, feature_axis = self.algorithm.forward(1), self.algorithm.feature_axis(*settings)
             stats = tiles.stats_shape(budget, x, axis, q.shape[0], feature_axis)
         return (
             x.new_empty(x.shape),

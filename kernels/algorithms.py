@@ -100,8 +100,8 @@ GATE = Algorithm(
     settings={},
     eps=None,
     features=False,
-    forward=lambda n: tiles.gate_forward(int(n)),  # n may be a symbolic size, which no cache may see
-    backward=lambda n: tiles.gate_backward(int(n)),
+    forward=tiles.gate_forward,
+    backward=tiles.gate_backward,
     draw=lambda normal, uniform: (0.3 * normal, uniform - 1),
     on_chip=("gate_forward", "gate_backward", "gate_param_gradients"),
     streamed=(
@@ -111,7 +111,8 @@ GATE = Algorithm(
     reads_again=(1, 2),
 )  # fmt: skip
 ALGORITHMS = {one.name: one for one in (DENSITY, MIXTURE, GATE)}
-# Of x's size, what kernels on chip and of strips read and write, by the last words of their names
+# Of x's size, what kernels on chip and of strips (read, write), by the last words of their names; those that handle
+# their sums begin with merge_ or end with _param_gradients
 TENSORS = {
     "forward": (1, 1), "forward_streamed": (1, 1), "backward": (2, 1), "backward_streamed": (2, 1),
     "stats": (1, 0), "scales": (1, 0), "sums": (2, 0),
@@ -122,5 +123,4 @@ def count_tensors(kernel: str) -> tuple[int, int] | None:
     """Return how many tensors of x's size a kernel (reads, writes), by its name; None where it handles their sums."""
     if kernel.startswith("merge_") or kernel.endswith("_param_gradients"):
         return None
-    _algorithm, _, words = kernel.partition("_")
-    return TENSORS.get(kernel) or TENSORS[words]
+    return next(moved for words, moved in TENSORS.items() if kernel.endswith(words))

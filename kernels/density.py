@@ -1,6 +1,6 @@
 """Density attention (arXiv 2401.11143, Algorithm 1), forward and backward.
 
-Over one chunk of length n, with e = x - mean - mean_offset and inv_var = 1/(var + eps), var biased and centred:
+Over the n valid positions of a chunk, e = x - mean - mean_offset and inv_var = 1/(var + eps), var biased and centred:
 
     weights = exp(-e²·inv_var/(2c))          y = x·weights (+ x)
 
@@ -10,8 +10,8 @@ Over one chunk of length n, with e = x - mean - mean_offset and inv_var = 1/(var
 
 A chunk that fits on chip is read once: statistics, sums and output come from the same registers. A longer one is
 streamed (`streamed.py`): its statistics, in the backward pass its sums, then outputs, each a walk over its strips.
-Gradients of the parameters go through one partial sum a program, or the sums of streamed chunks where these are sums
-over the same positions, and `density_param_gradients`, which adds them in fixed order.
+Gradients of the parameters are sums over all chunks that share them: each program leaves partial sums, for which those
+of streamed chunks serve too unless parameters vary along the chunk, and `density_param_gradients` adds them up.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class ChunkSums(NamedTuple):
 
     chunk: Chunk
     factor: tl.tensor
-    mean_he: tl.tensor
+    mean_bare_he: tl.tensor
     slope: tl.tensor
 
 
@@ -101,7 +101,7 @@ def weigh(centred, mean_error, gaussian, inv_var, valid):
 
 @triton.jit
 def load_gaussian(parameters, head, position, view, _K: tl.constexpr, PLAN: tl.constexpr):
-    """Return the Gaussian of a program's first tile, which is that of all of them."""
+    """Return the Gaussian of a program's first tile. All its tiles have the same, by how programs share tiles."""
     mean_offset = load_param(parameters.mean_offset, 0.0, head, position, view, PLAN)
     c = load_param(parameters.c, 1.0, head, position, view, PLAN)
     return Gaussian(mean_offset, [1.0 / block for block in c])
@@ -109,34 +109,34 @@ def load_gaussian(parameters, head, position, view, _K: tl.constexpr, PLAN: tl.c
 
 @triton.jit
 def find_factor(gaussian, inv_var, PLAN: tl.constexpr):
-    """Return inv_var/c, which he lacks where one parameter serves all blocks: the sums can have it later. Else 1."""
+    """Return inv_var/c, which bare_he lacks where c does not vary along the chunk: sums can have it later. Else 1."""
     return tl.full([1, 1], 1.0, inv_var.dtype) if PLAN.VARIES == "chunk" else gaussian.inv_c[0] * inv_var
 
 
 @triton.jit
-def multiply_he(h, weights, e, gaussian, inv_var, PLAN: tl.constexpr):
-    """Return he of every block, but for its factor. Each is rounded once for all its uses: in a chunk whose he are all
-    alike, they and their mean cancel to nothing.
+def find_bare_he(h, weights, e, gaussian, inv_var, PLAN: tl.constexpr):
+    """Return he of every block without its factor, each rounded once for all its uses: where all are alike, they and
+    their mean cancel.
     """
-    he = []
+    bare_he = []
     for i in tl.static_range(PLAN.N_BLOCKS):
         if PLAN.VARIES == "chunk":
-            he = he + [multiply_rounded(h[i] * weights[i] * e[i], gaussian.inv_c[i] * inv_var)]
+            bare_he = bare_he + [multiply_rounded(h[i] * weights[i] * e[i], gaussian.inv_c[i] * inv_var)]
         else:
-            he = he + [multiply_rounded(h[i] * weights[i], e[i])]
-    return he
+            bare_he = bare_he + [multiply_rounded(h[i] * weights[i], e[i])]
+    return bare_he
 
 
 @triton.jit
-def differentiate_x(gradients, weights, centred, mean_error, he, factor, mean_he, slope):
-    """Return dx of every block without the residual's part. he and its mean lack the factor, which is large where what
-    they leave is small; slope is inv_var·Σ he·e/n.
+def differentiate_x(gradients, weights, centred, mean_error, bare_he, factor, mean_bare_he, slope):
+    """Return dx of every block without the residual's part; what is not valid is to be left out by who stores it. The
+    factor comes after the difference: it is large where what that leaves is small. slope is inv_var·Σ he·e/n.
     """
     slope_error, grad = slope * mean_error, []
-    for i in tl.static_range(len(he)):
+    for i in tl.static_range(len(bare_he)):
         # from x - mean, not as k1·x + k0: large means would cancel
         direct = gradients.y[i] * weights[i] + (slope * centred[i] - slope_error)
-        grad = grad + [direct + factor * (mean_he - he[i])]
+        grad = grad + [direct + factor * (mean_bare_he - bare_he[i])]
     return grad
 
 
@@ -176,21 +176,21 @@ def density_backward(inputs, parameters, dx, partials, eps, extent, RESIDUAL: tl
         _raw, x = load_blocks(inputs.x, inputs.mask, tile, view, False, PLAN)
         chunk = centre(x, tile, inputs.mask, view, PLAN.ACC)
         inv_var = invert_variance(chunk.squares, chunk.inv_count, chunk.inv_count, inputs.mask, eps)
-        if PLAN.VARIES == "chunk":  # sums over columns: outside inv_var is infinite where eps is 0
+        if PLAN.VARIES == "chunk":  # sums over columns follow: outside, inv_var is infinite at eps 0
             inv_var = tl.where(columns_inside(tile.position, view), inv_var, 0.0)
         e, weights = weigh(chunk.blocks, chunk.mean_error, gaussian, inv_var, tile.valid)
         # what reaches the weights, and its sums over the chunk
         gradients = load_gradients(inputs, tile, view, RESIDUAL, PLAN)
-        he = multiply_he(differentiate_weights(gradients, x), weights, e, gaussian, inv_var, PLAN)
+        bare_he = find_bare_he(differentiate_weights(gradients, x), weights, e, gaussian, inv_var, PLAN)
         factor = find_factor(gaussian, inv_var, PLAN)
-        bare_he = tl.sum(add_blocks(he), 0)[None, :]
-        sum_he, sum_hee = bare_he * factor, tl.sum(add_products(he, e), 0)[None, :] * factor
+        sum_bare_he = tl.sum(add_blocks(bare_he), 0)[None, :]
+        sum_he, sum_hee = sum_bare_he * factor, tl.sum(add_products(bare_he, e), 0)[None, :] * factor
         if dx is not None:
-            mean_he, slope = chunk.inv_count * bare_he, chunk.inv_count * inv_var * sum_hee
-            grad = differentiate_x(gradients, weights, chunk.blocks, chunk.mean_error, he, factor, mean_he, slope)
+            mean_he, slope = chunk.inv_count * sum_bare_he, chunk.inv_count * inv_var * sum_hee
+            grad = differentiate_x(gradients, weights, chunk.blocks, chunk.mean_error, bare_he, factor, mean_he, slope)
             store_dx(dx, grad, gradients.raw, tile, view, RESIDUAL, PLAN)
         if partials is not None:
-            totals = add_totals(totals, he, e, sum_he, sum_hee, columns_inside(tile.position, view), PLAN)
+            totals = add_totals(totals, bare_he, e, sum_he, sum_hee, columns_inside(tile.position, view), PLAN)
         index = next_tile(index, walk.index_step, view)
     if partials is not None:
         store_totals(partials, totals, walk, first, view, PLAN)
@@ -237,7 +237,7 @@ def weigh_chunk(centred, chunk, valid, _K: tl.constexpr):
 
 @triton.jit
 def density_sums(inputs, parameters, numbers, strips, extent, PLAN: tl.constexpr):
-    """Store Σ he, Σ he·e and Σ he without its factor of a strip of each chunk."""
+    """Store Σ he, Σ he·e and Σ bare_he of a strip of each chunk."""
     view = view_of(extent)
     walk = start_walk(view, True)
     first = locate(walk.index, walk.head, walk.strip_row, view, PLAN)
@@ -254,12 +254,12 @@ def density_sums(inputs, parameters, numbers, strips, extent, PLAN: tl.constexpr
             _raw, x = load_blocks(inputs.x, inputs.mask, tile, view, False, PLAN)
             e, weights = weigh([block - mean for block in x], chunk.mean_error, gaussian, chunk.inv_var, tile.valid)
             h = differentiate_weights(load_gradients(inputs, tile, view, False, PLAN), x)
-            he = multiply_he(h, weights, e, gaussian, chunk.inv_var, PLAN)
-            sum_he += add_blocks(he)
-            sum_hee += add_products(he, e)
+            bare_he = find_bare_he(h, weights, e, gaussian, chunk.inv_var, PLAN)
+            sum_he += add_blocks(bare_he)
+            sum_hee += add_products(bare_he, e)
         factor = find_factor(gaussian, chunk.inv_var, PLAN)
-        bare_he = tl.sum(sum_he, 0)[None, :]
-        sums = [bare_he * factor, tl.sum(sum_hee, 0)[None, :] * factor, bare_he]
+        sum_bare_he = tl.sum(sum_he, 0)[None, :]
+        sums = [sum_bare_he * factor, tl.sum(sum_hee, 0)[None, :] * factor, sum_bare_he]
         store_strip_numbers(strips, walk, position, view, sums)
         index = next_tile(index, walk.index_step, view)
 
@@ -268,10 +268,10 @@ def density_sums(inputs, parameters, numbers, strips, extent, PLAN: tl.constexpr
 def open_sums(gaussian, numbers, head, position, view, _K: tl.constexpr, PLAN: tl.constexpr):
     """Return (mean, chunk) for the backward pass."""
     mean, mean_error, inv_var, inv_count = load_numbers(numbers.stats, head, position, view, 4)
-    _sum_he, sum_hee, bare_he = load_numbers(numbers.sums, head, position, view, 3)
+    _sum_he, sum_hee, sum_bare_he = load_numbers(numbers.sums, head, position, view, 3)
     factor = find_factor(gaussian, inv_var, PLAN)
     chunk = Chunk(mean_error, inv_var, gaussian)
-    return mean, ChunkSums(chunk, factor, inv_count * bare_he, inv_count * inv_var * sum_hee)
+    return mean, ChunkSums(chunk, factor, inv_count * sum_bare_he, inv_count * inv_var * sum_hee)
 
 
 @triton.jit
@@ -282,9 +282,10 @@ def differentiate_tile(
     chunk = sums.chunk
     e, weights = weigh(centred, chunk.mean_error, chunk.gaussian, chunk.inv_var, tile.valid)
     gradients = load_gradients(inputs, tile, view, RAW, PLAN)
-    he = multiply_he(differentiate_weights(gradients, x), weights, e, chunk.gaussian, chunk.inv_var, PLAN)
-    grad = differentiate_x(gradients, weights, centred, chunk.mean_error, he, sums.factor, sums.mean_he, sums.slope)
-    return grad, gradients.raw, he, e
+    bare_he = find_bare_he(differentiate_weights(gradients, x), weights, e, chunk.gaussian, chunk.inv_var, PLAN)
+    mean_error, factor, mean_he = chunk.mean_error, sums.factor, sums.mean_bare_he
+    grad = differentiate_x(gradients, weights, centred, mean_error, bare_he, factor, mean_he, sums.slope)
+    return grad, gradients.raw, bare_he, e
 
 
 # --- On the host ----------------------------------------------------------------------------------
@@ -300,9 +301,7 @@ def _collect(
 def _sum_chunks(
     run: Backward, call: Call, parameters: Parameters, _eps: Split, numbers: Numbers
 ) -> tuple[Strided, Strided | None]:  # fmt: skip
-    """Return the sums of streamed chunks, and those of he and he·e as partials where parameters do not vary along the
-    chunk.
-    """
+    """Return sums of streamed chunks, and partials out of them unless parameters vary along the chunk, or None."""
     strips = call.of_strips(3)
     call.launch(density_sums, call.programs, call.inputs, parameters, numbers, strips)
     sums = merge_sums(call, strips, 3)

@@ -102,8 +102,7 @@ def traits(args: tuple) -> list:
         elif isinstance(arg, Tensor):
             found += (arg.dtype, arg.data_ptr() % 16 == 0)
         elif isinstance(arg, tuple):
-            found.append(kind)
-            found += traits(arg)
+            found += (kind, len(arg), *traits(arg))
         else:
             found += (kind, arg)
     return found

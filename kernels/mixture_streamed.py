@@ -57,6 +57,13 @@ class Chunk(NamedTuple):
     scale: tl.tensor
 
 
+class ChunkSums(NamedTuple):
+    """Hold what the tiles of a streamed chunk share in the backward pass."""
+
+    chunk: Chunk
+    sums: Sums
+
+
 @triton.jit
 def mixture_scales(inputs, parameters, numbers, strips, extent, K: tl.constexpr, PLAN: tl.constexpr):
     """Store the least s of a strip of each chunk of one tile's columns, and the sum of the weights relative to it."""
@@ -195,19 +202,19 @@ def merge_mixture_sums(strips, parameters, numbers, partials, settings, extent, 
 
 @triton.jit
 def open_sums(gaussian, numbers, head, position, view, _K: tl.constexpr, _PLAN: tl.constexpr):
-    """Return (mean, (chunk, sums)) for the backward pass."""
+    """Return (mean, chunk) for the backward pass."""
     mean, mean_error, inv_var, min_s = load_numbers(numbers.stats, head, position, view, 4)
     scale, free_h, mean_ke, slope = load_numbers(numbers.sums, head, position, view, 4)
     chunk = Chunk(gaussian, find_frame(gaussian, inv_var), mean_error, inv_var, min_s, scale)
-    return mean, (chunk, Sums(free_h, mean_ke, slope))
+    return mean, ChunkSums(chunk, Sums(free_h, mean_ke, slope))
 
 
 @triton.jit
 def differentiate_tile(
-    x, centred, chunk_and_sums, inputs, tile, view, padding, RAW: tl.constexpr, K: tl.constexpr, PLAN: tl.constexpr
+    x, centred, chunk_sums, inputs, tile, view, padding, RAW: tl.constexpr, K: tl.constexpr, PLAN: tl.constexpr
 ):  # fmt: skip
     """Return (dx, grad_y as it came) of every block, and nothing for totals."""
-    chunk, sums = chunk_and_sums
+    chunk, sums = chunk_sums.chunk, chunk_sums.sums
     weights = weigh_chunk(centred, chunk, tile.valid, K)
     gradients = load_gradients(inputs, tile, view, RAW, PLAN)
     h = differentiate_padded(gradients, x, padding)

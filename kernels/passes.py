@@ -96,7 +96,8 @@ def backward(
             programs = call.programs_of_sums(n_sums) if need_params else call.programs
             partials = run.partials(call, n_sums, call.groups(programs))
             args = (call.inputs, parameters, call.dx, partials, given)
-            call.launch(kernels.backward, programs, *args, RESIDUAL=residual, **kernels.constants(n_params))
+            if need_x or need_params:
+                call.launch(kernels.backward, programs, *args, RESIDUAL=residual, **kernels.constants(n_params))
         if need_params:
             kernels.launch_param_gradients(call, partials, parameters, *map(call.of_heads, grads))
     return run.dx, *grads

@@ -1,6 +1,7 @@
 """Chunks that are too long to stay on chip: walks over their strips, their statistics, and sums of strips.
 
-A chunk is cut into strips of fixed length, one a program, and a strip into tiles; `fold_strip` is the walk over them.
+A chunk is cut into strips of fixed length, one a program, and a strip into tiles: what kernels here do is a walk over
+their tiles, `forward_streamed` and `backward_streamed` with an algorithm's own functions.
 Statistics take one pass over x. Each place of a block measures from the mean of the first values it meets, so that
 differences stay small where the mean is large:
 
@@ -19,7 +20,7 @@ import triton.language as tl
 from .blocks import add_blocks, add_products, inverse_count, inverse_count_less_one
 from .host import Call
 from .operands import Split, Strided
-from .params import add_row_totals, store_totals, zero_blocks, zero_totals
+from .params import add_row_totals, store_totals, zero_totals
 from .tile import (
     TileIndex,
     load_blocks,
@@ -35,18 +36,6 @@ from .tile import (
     view_of,
     zero_padding,
 )
-
-
-@triton.jit
-def fold_strip(
-    state, chunk, inputs, outputs, index, walk, view, STEP: tl.constexpr, RESIDUAL: tl.constexpr, PLAN: tl.constexpr
-):  # fmt: skip
-    """Return what STEP makes of a state, a list of numbers, tile by tile of the program's strip of a chunk."""
-    end = tl.minimum(walk.strip_row + view.strip, view.chunk)
-    for row in range(walk.strip_row, end, PLAN.BLOCK_P * PLAN.N_BLOCKS):
-        tile = place_tile(inputs.mask, index, walk.head, row, view, PLAN)
-        state = STEP(state, tile, chunk, inputs, outputs, view, RESIDUAL, PLAN)
-    return state
 
 
 @triton.jit(repr=lambda call: f"{call.constants['NAME']}_forward_streamed")
@@ -183,21 +172,6 @@ def split_mean(mean, ACC: tl.constexpr):
 
 
 @triton.jit
-def add_tile_moments(state, tile, padding, inputs, _outputs, view, _RESIDUAL: tl.constexpr, PLAN: tl.constexpr):
-    """Return mean, Σ (x - mean), Σ (x - mean)² and n of every place in a block, with those of one more tile."""
-    mean, total, squares, n = state
-    _raw, x = load_blocks(inputs.x, inputs.mask, tile, view, False, PLAN)
-    x = zero_padding(x, padding)
-    met = add_blocks([valid.to(PLAN.ACC) for valid in tile.valid])
-    mean = tl.where(n == 0, add_blocks(x) * inverse_count(met), mean)
-    n += met
-    differences, centred = [block - mean for block in x], []
-    for i in tl.static_range(PLAN.N_BLOCKS):  # 0 - mean at a masked place would enter the sums
-        centred = centred + [tl.where(tile.valid[i], differences[i], 0.0)]
-    return [mean, total + add_blocks(centred), squares + add_products(centred, centred), n]
-
-
-@triton.jit
 def strip_stats(inputs, padding, strips, extent, PLAN: tl.constexpr):
     """Store mean, mean_error, Σ (x - mean - mean_error)² and n of a strip of each chunk."""
     view = view_of(extent)
@@ -205,9 +179,21 @@ def strip_stats(inputs, padding, strips, extent, PLAN: tl.constexpr):
     index = walk.index
     for _ in range(walk.first_tile, view.n_tiles, walk.tile_step):
         position = locate(index, walk.head, walk.strip_row, view, PLAN)
-        zeros = zero_blocks(4, PLAN.BLOCK_P, PLAN.BLOCK_C, PLAN.ACC)
-        moments = fold_strip(zeros, padding, inputs, None, index, walk, view, add_tile_moments, False, PLAN)
-        mean, total, squares, n = moments
+        mean = tl.zeros([PLAN.BLOCK_P, PLAN.BLOCK_C], PLAN.ACC)
+        total, squares, n = mean, mean, mean
+        end = tl.minimum(walk.strip_row + view.strip, view.chunk)
+        for row in range(walk.strip_row, end, PLAN.BLOCK_P * PLAN.N_BLOCKS):
+            tile = place_tile(inputs.mask, index, walk.head, row, view, PLAN)
+            _raw, x = load_blocks(inputs.x, inputs.mask, tile, view, False, PLAN)
+            x = zero_padding(x, padding)
+            met = add_blocks([valid.to(PLAN.ACC) for valid in tile.valid])
+            mean = tl.where(n == 0, add_blocks(x) * inverse_count(met), mean)
+            n += met
+            differences, centred = [block - mean for block in x], []
+            for i in tl.static_range(PLAN.N_BLOCKS):  # 0 - mean at a masked place would enter the sums
+                centred = centred + [tl.where(tile.valid[i], differences[i], 0.0)]
+            total += add_blocks(centred)
+            squares += add_products(centred, centred)
         mean_error = total * inverse_count(n)
         squares = tl.maximum(squares - total * mean_error, 0.0, propagate_nan=tl.PropagateNan.ALL)
         mean, squares, n = merge_moments(mean, mean_error, squares, n)

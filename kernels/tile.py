@@ -4,7 +4,7 @@ A tile is N_BLOCKS blocks [BLOCK_P, BLOCK_C], one below the other: positions of 
 an element for each of them is a list of blocks. Blocks are as wide as one load a thread, so that sums over a chunk
 add registers first and cross lanes last, and so few that hardly any stand outside a chunk.
 
-PLAN is `operands.Constants`, view is the `View` of a call. Tensors come as `operands.Strided`, or None.
+PLAN is `host.Constants`, view is the `View` of a call. Tensors come as `operands.Strided`, or None.
 """
 
 from typing import NamedTuple
@@ -213,14 +213,14 @@ def load_blocks(t, mask, tile, view, RAW: tl.constexpr, PLAN: tl.constexpr):
     """Return (raw, blocks): a tile as it came, 0 outside, and with 0 for what is not valid. Without RAW both may be the
     latter, and where all columns have one mask nothing else is loaded.
     """
-    one_mask = mask is not None and len(mask.strides) == 1 + len(view.sizes)
+    SHARED: tl.constexpr = mask is not None and len(mask.strides) == 1 + len(view.sizes)
     pointers, loaded = pointers_of(t, tile.position, view, PLAN), []
     for i in tl.static_range(PLAN.N_BLOCKS):
-        wanted = tile.inside[i] if RAW or not one_mask else tile.inside[i] & tile.valid[i]
+        wanted = tile.inside[i] if RAW or not SHARED else tile.inside[i] & tile.valid[i]
         loaded = loaded + [tl.load(pointers[i], wanted, 0)]
     raw = [block.to(PLAN.ACC) for block in loaded]
     blocks = raw
-    if mask is not None and (RAW or not one_mask):
+    if mask is not None and (RAW or not SHARED):
         blocks = []
         for i in tl.static_range(PLAN.N_BLOCKS):
             blocks = blocks + [tl.where(tile.valid[i], raw[i], 0.0)]

@@ -215,7 +215,7 @@ def error(result: Tensor, expected: Tensor) -> float:
 
 
 def within(error: float, bound: float, name: str) -> None:
-    """Assert that an error is below its bound, which NaN never is, nor a bound that is none; what names the result.
+    """Assert that an error is below its bound, which NaN never is, nor a bound that is none; name is the result's.
 
     Where DAAM_MARGINS names a file, a line of JSON is added to it first: tests/margins.py tells which came closest.
     """

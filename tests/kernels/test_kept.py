@@ -92,7 +92,7 @@ CHANGES = {
     "residual": ({"residual": True}, {}, True),
     "streamed": ({"shape": (2, 1032, 32)}, {}, True),
 }
-# the mixture's parameters are in a tuple of their own
+# parameters are in a tuple, the mixture's with an integer
 OF_A_TUPLE = ("x unaligned", "parameters unaligned", "parameters bf16", "parameters of other strides")
 OF_SETTINGS = {
     "eps": ("density", {"eps": 0.25}, False),

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from daam.kernels import launch, tiles
+from daam.kernels.algorithms import ALGORITHMS
 from daam.kernels.operands import find_layout, split_float, varies
 
 GATE = [find(k) for find in (tiles.gate_forward, tiles.gate_backward) for k in (1, 4, 8, 40)]
@@ -128,3 +129,15 @@ def test_stats_of_heads_of_unequal_length():
     """Check that there is room for all heads as soon as the last, the longest, is streamed."""
     assert tiles.stats_shape(tiles.FORWARD, torch.empty(2, 513, 9), 1, 2) == (4, 2, 2, 9)
     assert tiles.stats_shape(tiles.FORWARD, torch.empty(2, 512, 9), 1, 2) is None
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS.values(), ids=ALGORITHMS)
+def test_forward_streams_whatever_the_number_of_parameters(algorithm):
+    """Check what fakes rely on, which may see a symbolic number."""
+    budgets = [algorithm.forward(n) for n in (1, 4, 8, 40)]
+    assert len({(budget.longest_contiguous, budget.longest_strided) for budget in budgets}) == 1
+
+
+@pytest.mark.parametrize("args", [(((1,), 1), ((1, 1),)), ((), ((),)), (((1, 1), 1), ((1,), 1, 1))], ids=str)
+def test_arguments_that_differ_have_other_traits(args):
+    assert launch.traits(args[0]) != launch.traits(args[1])
