@@ -25,7 +25,6 @@ class Algorithm:
         params: names of the parameters.
         settings: its own arguments of the operators, after axis and before residual: name to type, as a schema has it.
         eps: the default, None where there is none.
-        features: whether parameters may follow a dimension of x, the first setting, feature_axis; P is then its size.
         forward, backward: the budget of a pass, from P.
         draw: parameters out of a standard normal and a uniform tensor of their shape.
         on_chip, streamed: kernels of a forward and a backward pass, in order.
@@ -39,7 +38,6 @@ class Algorithm:
     params: tuple[str, str]
     settings: dict[str, str]
     eps: float | None
-    features: bool
     forward: Callable[[int], tiles.Budget]
     backward: Callable[[int], tiles.Budget]
     draw: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -47,6 +45,11 @@ class Algorithm:
     streamed: tuple[str, ...]
     reads_again: tuple[int, int]
     scales: bool = False
+
+    @property
+    def features(self) -> bool:
+        """Tell whether parameters may follow a dimension of x, the setting feature_axis; P is then its size."""
+        return "feature_axis" in self.settings
 
     def feature_axis(self, *settings) -> int | None:
         """Return the dimension that parameters follow, from the settings of a call; None where they follow none."""
@@ -64,7 +67,6 @@ DENSITY = Algorithm(
     params=("mean_offset", "c"),
     settings={"feature_axis": "int?", "eps": "float"},
     eps=1e-5,
-    features=True,
     forward=lambda _n: tiles.FORWARD,
     backward=lambda _n: tiles.BACKWARD,
     draw=lambda normal, uniform: (0.3 * normal, 0.5 + uniform),
@@ -81,7 +83,6 @@ MIXTURE = Algorithm(
     params=("mean_offsets", "c"),
     settings={"eps": "float", "padding": "float?"},
     eps=1e-8,
-    features=False,
     forward=lambda _n: tiles.FORWARD_MIXTURE,
     backward=lambda _n: tiles.BACKWARD_MIXTURE,
     draw=lambda normal, uniform: (0.3 * normal, (0.5 + uniform) * normal.sign()),
@@ -99,7 +100,6 @@ GATE = Algorithm(
     params=("mean_offsets", "log_sigma"),
     settings={},
     eps=None,
-    features=False,
     forward=tiles.gate_forward,
     backward=tiles.gate_backward,
     draw=lambda normal, uniform: (0.3 * normal, uniform - 1),

@@ -325,7 +325,7 @@ def _launch_param_gradients(
     """Launch what turns partial sums into gradients of the parameters."""
     n_features = d_c.data.shape[1]
     block = min(128, power_of_2(n_features))
-    args = (partials, partials.data.shape[2], parameters.c, d_mean_offset.data, d_c.data, n_features)
+    args = (partials, parameters.c, d_mean_offset.data, d_c.data, n_features)
     n_blocks = -(-n_features // block)
     call.launch_sums(density_param_gradients, n_blocks, *args, BLOCK=1024 // block, BLOCK_FEATURES=block)
 

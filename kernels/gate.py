@@ -234,7 +234,7 @@ def _launch_param_gradients(
     call: Call, partials: Strided, parameters: Parameters, d_mean_offsets: Strided, d_log_sigma: Strided
 ) -> None:
     """Launch what turns partial sums into gradients of the parameters."""
-    args = (partials, partials.data.shape[2], parameters.log_sigma, d_mean_offsets, d_log_sigma)
+    args = (partials, parameters.log_sigma, d_mean_offsets, d_log_sigma)
     call.launch_sums(gate_param_gradients, d_log_sigma.data.shape[1], *args, BLOCK=1024)
 
 

@@ -224,9 +224,10 @@ class Call:
         grid = (self.extent.n_tiles, self.part.heads)
         launch.launch(kernel, grid, *args, self.extent, device=self.device, **constants, **self.plan.merge_constants)
 
-    def launch_sums(self, kernel, programs: int, *args, **constants) -> None:
+    def launch_sums(self, kernel, programs: int, partials: Strided, *args, **constants) -> None:
         """Launch what turns partial sums into gradients of parameters, on a grid (programs, heads)."""
-        launch.launch(kernel, (programs, self.part.heads), *args, device=self.device, num_warps=4, **constants)
+        grid, n_groups = (programs, self.part.heads), partials.data.shape[2]
+        launch.launch(kernel, grid, partials, n_groups, *args, device=self.device, num_warps=4, **constants)
 
 
 # --- Passes ---------------------------------------------------------------------------------------

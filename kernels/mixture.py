@@ -180,7 +180,7 @@ def _launch_param_gradients(
     call: Call, partials: Strided, parameters: Parameters, d_mean_offsets: Strided, d_c: Strided
 ) -> None:
     """Launch what turns partial sums into gradients of the parameters."""
-    args = (partials, partials.data.shape[2], parameters, d_mean_offsets, d_c)
+    args = (partials, parameters, d_mean_offsets, d_c)
     call.launch_sums(mixture_param_gradients, 1, *args, K=power_of_2(parameters.n), BLOCK=1024)
 
 
