@@ -5,8 +5,9 @@
     compile_for("sm_90", launches[0]).stack
 
 A recorded launch is compiled through Triton's own launch path with a driver that only names a target, so arguments are
-specialised exactly as they would be on that GPU. Not usable in a process with TRITON_INTERPRET=1: interpreted functions
-cannot be compiled.
+specialised exactly as they would be on that GPU. Line information is left out: ptxas gives a few registers more or less
+for it, so that a comment more would change what is read here. Not usable in a process with TRITON_INTERPRET=1:
+interpreted functions cannot be compiled.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Any
 from unittest import mock
 
 import triton
+from triton import knobs
 from triton.backends.compiler import GPUTarget
 
 from bench.machine_code import read_cubin
@@ -104,7 +106,8 @@ def recording() -> Iterator[list[Launch]]:
 def compile_for(target: str, recorded: Launch) -> Compiled:
     """Compile a recorded launch for the target of that name in TARGETS, and return what the compiler made of it."""
     options = launch.options(recorded.meta["num_warps"], nvidia=TARGETS[target].backend == "cuda")
-    with mock.patch.object(triton.runtime.driver, "_active", _Offline(target)):
+    with mock.patch.object(triton.runtime.driver, "_active", _Offline(target)), knobs.compilation.scope():
+        knobs.compilation.disable_line_info = True
         kernel = recorded.kernel.warmup(*recorded.args, **launch.wrap(recorded.meta), **options, grid=(1,))
     cubin = None
     if TARGETS[target].backend == "hip":
