@@ -61,18 +61,6 @@ def value_of(module: nn.Module, name: str) -> Tensor:
     return value.detach()
 
 
-def values_of_layers(owner: nn.Module, layers: Sequence[str]) -> dict[str, Tensor]:
-    """Return `{layer}.weight` and `{layer}.bias` of a module's convolutions and linear layers, each by `value_of`."""
-    # layers that somebody wrapped have other entries, and are left out
-    modules = {name: getattr(owner, name) for name in layers}
-    return {
-        f"{name}.{parameter}": value_of(layer, parameter)
-        for name, layer in modules.items()
-        if isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Linear)
-        for parameter in ("weight", "bias")
-    }
-
-
 def take_values(
     module: nn.Module, names: Sequence[str], state_dict: dict[str, Tensor], prefix: str, error_msgs: list[str]
 ) -> None:
@@ -160,6 +148,39 @@ def _check_inverse(chain: ParametrizationList, tensors: dict[str, Tensor], value
         raise ValueError(
             f"{steps} gives {result[mismatches][0]:.6g} where it holds {value[mismatches][0]:.6g}, a value out of reach"
         )
+
+
+class Published(nn.Module):
+    """Load parameters from published checkpoints too, and give them under their published names.
+
+    A class says which: names of its own parameters, of its layers with weight and bias, and of the lists under which
+    published code keeps the parameters head by head, the one to give first, each (P,), or (1, P) to keep a dimension.
+    """
+
+    _published_parameters: tuple[str, ...] = ()
+    _published_layers: tuple[str, ...] = ()
+    _published_lists: tuple[str, ...] = ()
+    _published_keep_dim = False
+
+    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, error_msgs):
+        if self._published_lists:
+            stacked = {name: getattr(self, name) for name in self._published_parameters}
+            stack_heads(state_dict, prefix, stacked, self._published_lists, error_msgs)
+        take_values(self, self._published_parameters, state_dict, prefix, error_msgs)
+        for name in self._published_layers:
+            take_values(getattr(self, name), ("weight", "bias"), state_dict, f"{prefix}{name}.", error_msgs)
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, error_msgs)
+
+    def published_state_dict(self) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+        """Return the parameters under their published names, and the names of the entries that they stand for."""
+        values = {name: value_of(self, name) for name in self._published_parameters}
+        for name in self._published_layers:
+            layer = getattr(self, name)
+            if isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Linear):  # one that somebody wrapped has other entries
+                values |= {f"{name}.{parameter}": value_of(layer, parameter) for parameter in ("weight", "bias")}
+        if not self._published_lists:
+            return values, tuple(values)
+        return unstack_heads(self._published_lists[0], values, self._published_keep_dim), tuple(values)
 
 
 def to_published_state_dict(module: nn.Module) -> dict[str, Tensor]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import relu, scaled_dot_product_attention
 
-from daam.checkpoints import take_values, values_of_layers
+from daam.checkpoints import Published
 from daam.checks import check_dtype, check_tensor
 from daam.modules import DensityBlock, MultiHeadDAAM
 
@@ -56,25 +56,24 @@ class OutputProjection(nn.Linear):
         nn.init.zeros_(self.bias)
 
 
-class XavierConv2d(nn.Conv2d):
+class _Xavier(nn.Module):
+    """Make the weight of a layer Xavier-uniform."""
+
+    def reset_parameters(self) -> None:
+        """Draw the bias as the layer does, and the weight."""
+        super().reset_parameters()
+        nn.init.xavier_uniform_(self.weight)
+
+
+class XavierConv2d(_Xavier, nn.Conv2d):
     """Compute a Conv2d whose weight is Xavier-uniform."""
 
-    def reset_parameters(self) -> None:
-        """Draw the bias as a Conv2d does, and the weight."""
-        super().reset_parameters()
-        nn.init.xavier_uniform_(self.weight)
 
-
-class XavierLinear(nn.Linear):
+class XavierLinear(_Xavier, nn.Linear):
     """Compute a Linear whose weight is Xavier-uniform."""
 
-    def reset_parameters(self) -> None:
-        """Draw the bias as a Linear does, and the weight."""
-        super().reset_parameters()
-        nn.init.xavier_uniform_(self.weight)
 
-
-class DATDecoder(nn.Module):
+class DATDecoder(Published):
     """Decode the layers of an encoder: attention over them, two convolutions and a classifier (arXiv 2401.11143).
 
     The features of a layer after the attention form a grid (1024: 32 x 32; else the two factors nearest to a square),
@@ -102,6 +101,8 @@ class DATDecoder(nn.Module):
         ValueError: a size is not positive, num_heads does not divide num_layers, or 8 heads the features; x has another
             shape.
     """
+
+    _published_layers = CLASSIFIER
 
     def __init__(
         self, num_layers: int, num_features: int, num_classes: int, *, attention: str = "daam", num_heads: int = 8,
@@ -168,16 +169,6 @@ class DATDecoder(nn.Module):
         else:
             x, weights = self.daam(x, return_weights=True)
         return self._decode(self._attend(x)), weights
-
-    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, error_msgs):
-        for name in CLASSIFIER:
-            take_values(getattr(self, name), ("weight", "bias"), state_dict, f"{prefix}{name}.", error_msgs)
-        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, error_msgs)
-
-    def published_state_dict(self) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-        """Return weights and biases of convolutions and classifier, by name, and their names, but none of densities."""
-        values = values_of_layers(self, CLASSIFIER)
-        return values, tuple(values)
 
     def _attend(self, x: Tensor) -> Tensor:
         """Return x after standard attention, where the decoder has one."""

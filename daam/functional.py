@@ -12,17 +12,9 @@ from daam.checks import check_eps, check_floating, check_mask, check_padding, ch
 
 
 def density_attention(
-    x: Tensor,
-    mean_offset: Tensor,
-    c: Tensor,
-    *,
-    norm_axis: int = 1,
-    eps: float = 1e-5,
-    mask: Tensor | None = None,
-    residual: bool = False,
-    return_weights: bool = False,
-    backend: str = "auto",
-) -> Tensor | tuple[Tensor, Tensor]:
+    x: Tensor, mean_offset: Tensor, c: Tensor, *, norm_axis: int = 1, eps: float = 1e-5, mask: Tensor | None = None,
+    residual: bool = False, return_weights: bool = False, backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """Gate every feature by how probable it is under a learnable Gaussian (density attention).
 
     Heads cut norm_axis into contiguous chunks of equal length. Over each chunk, at a fixed place of all other axes,
@@ -76,18 +68,10 @@ def density_attention(
 
 
 def mixture_attention(
-    x: Tensor,
-    mean_offsets: Tensor,
-    c: Tensor,
-    *,
-    norm_axis: int = 1,
-    eps: float = 1e-8,
-    padding_value: float | None = None,
-    mask: Tensor | None = None,
-    residual: bool = False,
-    return_weights: bool = False,
-    backend: str = "auto",
-) -> Tensor | tuple[Tensor, Tensor]:
+    x: Tensor, mean_offsets: Tensor, c: Tensor, *, norm_axis: int = 1, eps: float = 1e-8,
+    padding_value: float | None = None, mask: Tensor | None = None, residual: bool = False,
+    return_weights: bool = False, backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """Share one unit of weight among the positions of a chunk, by a product of Gaussians (mixture of densities).
 
     Heads cut norm_axis into contiguous chunks of size // num_heads positions, the last one takes the remainder. Over
@@ -147,16 +131,9 @@ def mixture_attention(
 
 
 def density_gate(
-    x: Tensor,
-    mean_offsets: Tensor,
-    log_sigma: Tensor,
-    *,
-    norm_axis: int = -1,
-    mask: Tensor | None = None,
-    residual: bool = False,
-    return_weights: bool = False,
-    backend: str = "auto",
-) -> Tensor | tuple[Tensor, Tensor]:
+    x: Tensor, mean_offsets: Tensor, log_sigma: Tensor, *, norm_axis: int = -1, mask: Tensor | None = None,
+    residual: bool = False, return_weights: bool = False, backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """Gate every value by its density under a mixture of Gaussians (density gate).
 
     Heads cut norm_axis into contiguous chunks of size // num_heads positions, the last one takes the remainder. Over

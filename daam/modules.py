@@ -8,12 +8,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from daam.checkpoints import stack_heads, take_values, unstack_heads, value_of, values_of_layers
+from daam.checkpoints import Published
 from daam.checks import check_dtype, check_mask, check_tensor
 from daam.functional import density_attention, density_gate, mixture_attention
 
 
-class MultiHeadDAAM(nn.Module):
+class MultiHeadDAAM(Published):
     """Weigh x by density attention with heads (DAAMv1 has 8, DAAMv2 one), learnable mean offset and scaled variance.
 
     Args:
@@ -38,20 +38,15 @@ class MultiHeadDAAM(nn.Module):
 
     mean_offset: Tensor
     c: Tensor
+    _published_parameters = ("mean_offset", "c")
+    _published_lists = ("daams", "gcts")
+    _published_keep_dim = True
 
     def __init__(
-        self,
-        num_features: int,
-        num_heads: int = 8,
-        *,
-        norm_axis: int = 1,
-        c: float = 2.0,
-        eps: float = 1e-5,
-        residual: bool = False,
-        backend: str = "auto",
-        device: torch.device | str | None = None,
+        self, num_features: int, num_heads: int = 8, *, norm_axis: int = 1, c: float = 2.0, eps: float = 1e-5,
+        residual: bool = False, backend: str = "auto", device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
-    ):
+    ):  # fmt: skip
         super().__init__()
         if num_features < 1 or num_heads < 1:
             raise ValueError(f"num_features is {num_features} and num_heads is {num_heads}, expected 1 or more of both")
@@ -92,23 +87,13 @@ class MultiHeadDAAM(nn.Module):
             f"eps={self.eps}, residual={self.residual}, backend={self.backend!r}"
         )
 
-    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, error_msgs):
-        stacked = {"mean_offset": self.mean_offset, "c": self.c}
-        stack_heads(state_dict, prefix, stacked, ("daams", "gcts"), error_msgs)
-        take_values(self, tuple(stacked), state_dict, prefix, error_msgs)
-        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, error_msgs)
 
-    def published_state_dict(self) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-        """Return `daams.{h}.mean_offset` and `daams.{h}.c`, each (1, P), and the names of what they stand for."""
-        values = {name: value_of(self, name) for name in ("mean_offset", "c")}
-        return unstack_heads("daams", values, keep_dim=True), tuple(values)
-
-
-class _Mixture(nn.Module):
+class _Mixture(Published):
     """Weigh x by a mixture of densities with parameters mean_offsets and c of any shape (…, num_gaussians)."""
 
     mean_offsets: Tensor
     c: Tensor
+    _published_parameters = ("mean_offsets", "c")
 
     def __init__(
         self, shape: tuple[int, ...], norm_axis: int, num_heads: int, num_gaussians: int, padding_value: float | None,
@@ -146,15 +131,6 @@ class _Mixture(nn.Module):
             f"{self.norm_axis}, num_heads={self.num_heads}, num_gaussians={self.num_gaussians}, "
             f"padding_value={self.padding_value}, eps={self.eps}, backend={self.backend!r}"
         )
-
-    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, error_msgs):
-        take_values(self, ("mean_offsets", "c"), state_dict, prefix, error_msgs)
-        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, error_msgs)
-
-    def published_state_dict(self) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-        """Return both parameters by name, as one published head has them, and their names."""
-        values = {name: value_of(self, name) for name in ("mean_offsets", "c")}
-        return values, tuple(values)
 
 
 class DensityAdaptiveAttention(_Mixture):
@@ -207,6 +183,8 @@ class MultiHeadDensityAdaptiveAttention(_Mixture):
             `daam.mixture_attention`.
     """
 
+    _published_lists = ("attention_heads",)
+
     def __init__(
         self, norm_axis: int, num_heads: int, num_gaussians: int, padding_value: float | None = None,
         eps: float = 1e-8, *, backend: str = "auto",
@@ -215,16 +193,6 @@ class MultiHeadDensityAdaptiveAttention(_Mixture):
         super().__init__(
             (num_heads, num_gaussians), norm_axis, num_heads, num_gaussians, padding_value, 0, eps, backend
         )  # fmt: skip
-
-    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, error_msgs):
-        stacked = {"mean_offsets": self.mean_offsets, "c": self.c}
-        stack_heads(state_dict, prefix, stacked, ("attention_heads",), error_msgs)
-        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, error_msgs)
-
-    def published_state_dict(self) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-        """Return `attention_heads.{h}.mean_offsets` and `….c`, each (num_gaussians,), and the names they stand for."""
-        values, names = super().published_state_dict()
-        return unstack_heads("attention_heads", values), names
 
 
 class DensityBlock(nn.Module):
@@ -271,7 +239,7 @@ class DensityBlock(nn.Module):
         return (x, details) if return_attention_details else x
 
 
-class DensityGate(nn.Module):
+class DensityGate(Published):
     """Gate a sequence by the density of one of its projections (the JEPA tokenizer, arXiv 2512.07168):
     x·(1 + alpha·weights), where the weights are `daam.density_gate`'s of a 1x1 convolution of x, over the last axis.
 
@@ -287,6 +255,9 @@ class DensityGate(nn.Module):
     Raises:
         ValueError: in_ch or num_gaussians is no positive int.
     """
+
+    _published_parameters = ("alpha",)
+    _published_layers = ("to_attn",)
 
     def __init__(self, in_ch: int, num_gaussians: int = 4, cap: float = 0.2, *, backend: str = "auto"):
         super().__init__()
@@ -324,19 +295,11 @@ class DensityGate(nn.Module):
     def extra_repr(self) -> str:
         return f"cap={self.cap}, backend={self.backend!r}"
 
-    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, error_msgs):
-        take_values(self, ("alpha",), state_dict, prefix, error_msgs)
-        take_values(self.to_attn, ("weight", "bias"), state_dict, f"{prefix}to_attn.", error_msgs)
-        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, error_msgs)
 
-    def published_state_dict(self) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-        """Return alpha, to_attn.weight and to_attn.bias, and their names, but nothing of the Gaussians."""
-        values = {"alpha": value_of(self, "alpha")} | values_of_layers(self, ("to_attn",))
-        return values, tuple(values)
-
-
-class _Gaussians(nn.Module):
+class _Gaussians(Published):
     """Hold the parameters of a `DensityGate`'s weights, under the published name of their module."""
+
+    _published_parameters = ("mean_offsets", "log_sigma")
 
     def __init__(self, num_gaussians: int):
         super().__init__()
@@ -349,21 +312,10 @@ class _Gaussians(nn.Module):
         nn.init.constant_(self.log_sigma, math.log(0.5))
 
     def forward(self, x: Tensor, mask: Tensor | None = None, backend: str = "auto") -> Tensor:
-        return density_gate(
-            x, self.mean_offsets, self.log_sigma, mask=mask, return_weights=True, backend=backend
-        )[1]  # fmt: skip
+        return density_gate(x, self.mean_offsets, self.log_sigma, mask=mask, return_weights=True, backend=backend)[1]
 
     def extra_repr(self) -> str:
         return f"num_gaussians={len(self.mean_offsets)}"
-
-    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, error_msgs):
-        take_values(self, ("mean_offsets", "log_sigma"), state_dict, prefix, error_msgs)
-        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, error_msgs)
-
-    def published_state_dict(self) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-        """Return both parameters by name, and their names."""
-        values = {name: value_of(self, name) for name in ("mean_offsets", "log_sigma")}
-        return values, tuple(values)
 
 
 GaussianAdaptiveAttention = DensityAdaptiveAttention

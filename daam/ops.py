@@ -24,7 +24,7 @@ from torch.autograd import forward_ad
 from daam.backend import interpreting
 
 try:
-    from daam.kernels import algorithms, launch, tiles
+    from daam.kernels import algorithms, tiles
 except ModuleNotFoundError as error:
     if error.name != "daam.kernels":
         raise
@@ -38,7 +38,7 @@ _lib = torch.library.Library("daam", "DEF")
 
 # AOTAutograd's cache knows the composite operators by name and arguments, not by what they do: without this argument an
 # edited formula, or an edited fake, would be served from the cache of the old one.
-_FOLDERS = (Path(__file__).parent, Path(__file__).parent / "reference", Path(launch.__file__).parent)
+_FOLDERS = (Path(__file__).parent, Path(__file__).parent / "reference", Path(tiles.__file__).parent)
 _SOURCES = sorted(path for folder in _FOLDERS for path in folder.glob("*.py"))
 _VERSION = hashlib.sha256(b"".join(path.read_bytes() for path in _SOURCES)).hexdigest()[:16]
 
@@ -143,7 +143,7 @@ class Operators:
         stats = None
         if save_stats and tiles.worth_keeping(x, axis, q.shape[0]) and (x.device.type != "cpu" or interpreting()):
             # which chunks are streamed does not depend on the number of parameters, which may be symbolic
-            budget, feature_axis = self.algorithm.forward(1), self.algorithm.feature_axis(*settings)
+            budget, feature_axis = self.algorithm.forward(1), self.algorithm.find_setting("feature_axis", settings)
             stats = tiles.stats_shape(budget, x, axis, q.shape[0], feature_axis)
         return (
             x.new_empty(x.shape),

@@ -287,9 +287,8 @@ def _text(tokenizer: Any, encoder: nn.Module, max_length: int | None) -> Collate
             lengths = map(len, tokenizer(long, truncation=False, verbose=False)["input_ids"])
             cut.update(text for text, length in zip(long, lengths, strict=True) if length > max_length)
         batch = tokenizer(
-            texts, padding=True, truncation=True, max_length=max_length, return_attention_mask=True,
-            return_tensors="pt",
-        )  # fmt: skip
+            texts, padding=True, truncation=True, max_length=max_length, return_attention_mask=True, return_tensors="pt"
+        )
         if empty := (batch["attention_mask"].sum(1) == 0).nonzero().flatten().tolist():
             raise DataError(f"text {texts[empty[0]]!r} has no tokens, expected one or more")
         if rows is not None and (highest := int(batch["input_ids"].max())) >= rows:

@@ -20,26 +20,11 @@ import daam
 from daam.checks import lacks_memory
 from daam.encoder_check import TRIED, Findings, NotFiniteError, input_shapes
 from daam.pooling import LayerPooling
+from daam.recipes import data
 from daam.recipes.arguments import device, number, positive
 from daam.recipes.cache import CacheError, Writer, first_not_finite, read_about
-from daam.recipes.data import (
-    Example,
-    class_names,
-    digest_examples,
-    encode_labels,
-    find_duplicates,
-    hash_examples,
-    read_examples,
-)
-from daam.recipes.encoders import (
-    MAX_SECONDS,
-    NO_LIMIT,
-    Collate,
-    EncoderError,
-    identify,
-    load_encoder,
-    positions_of,
-)
+from daam.recipes.data import Example
+from daam.recipes.encoders import MAX_SECONDS, NO_LIMIT, Collate, EncoderError, identify, load_encoder, positions_of
 from daam.recipes.errors import Parser, UserError, guarded
 from daam.recipes.lock import exclusive
 from daam.recipes.progress import Progress
@@ -76,17 +61,17 @@ def extract(
         DataError: a label is not among the names.
         EncoderError: calls on one example differ; different examples have the same features; an example does not fit.
     """
-    names = class_names(examples) if names is None else names
-    labels = encode_labels(examples, names)
+    names = data.class_names(examples) if names is None else names
+    labels = data.encode_labels(examples, names)
     hashed = Progress(examples, desc="hash of the examples", unit="examples", delay=2, leave=False, disable=None)
-    digests = digest_examples(hashed)
+    digests = data.digest_examples(hashed)
     _tell_duplicates(examples, digests)
     identity = identify(pooling, collate)  # before it runs: some keep what they computed
     findings = check(pooling, collate, examples, about)
     layers, features = _run(pooling, collate, examples, [0], findings).shape[1:]
     sizes = {"examples": len(examples), "shard": shard, "layers": layers, "features": features}
     checked = None if findings is None else findings.as_dict()
-    about = {**about, **identity, **sizes, "names": names, "examples_sha256": hash_examples(examples, digests)}
+    about = {**about, **identity, **sizes, "names": names, "examples_sha256": data.hash_examples(examples, digests)}
     with exclusive(Path(folder)):
         writer = Writer(folder, {**about, "checked": checked})
         done = len(examples) - sum(len(writer.rows(index)) for index in writer.missing)
@@ -104,7 +89,7 @@ def extract(
 
 def _tell_duplicates(examples: list[Example], digests: list[str]) -> None:
     """Print how many examples are copies of others, and how many contents have several labels."""
-    groups = find_duplicates(examples, digests)
+    groups = data.find_duplicates(examples, digests)
     if groups:
         copies = sum(len(group) - 1 for group in groups)
         several = sum(len({examples[i].label for i in group}) > 1 for group in groups)
@@ -258,11 +243,9 @@ def _extract(args: argparse.Namespace) -> dict:
             f"--output {args.output} is in {args.data}, expected a folder of its own: it would become data"
         )
     names = None if args.labels is None else read_about(args.labels)["names"]
-    modality, examples = read_examples(args.data)
-    encode_labels(examples, names or class_names(examples))  # a wrong label shows before an encoder is loaded
-    pooling, collate = load_encoder(
-        args.encoder, modality, args.layers, args.device, args.max_length, args.max_seconds
-    )  # fmt: skip
+    modality, examples = data.read_examples(args.data)
+    data.encode_labels(examples, names or data.class_names(examples))  # a wrong label shows before an encoder is loaded
+    pooling, collate = load_encoder(args.encoder, modality, args.layers, args.device, args.max_length, args.max_seconds)
     source = args.data.encode(errors="replace").decode()  # names of files may be no Unicode
     about = {"encoder": args.encoder, "modality": modality, "source": source, "layer_list": args.layers}
     if modality == "text":
