@@ -63,10 +63,7 @@ def launching() -> Iterator[None]:
 @contextlib.contextmanager
 def taking_any_tensor() -> Iterator[None]:
     """Let the Triton backend take tensors on any device."""
-    with (
-        mock.patch.object(backend, "interpreting", lambda: True),
-        mock.patch.object(ops, "interpreting", lambda: True),
-    ):
+    with mock.patch.object(backend, "interpreting", lambda: True), mock.patch.object(ops, "interpreting", lambda: True):
         yield
 
 

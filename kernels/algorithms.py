@@ -5,8 +5,9 @@ A fourth algorithm adds one here; CONTRIBUTING lists the files beside it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -27,8 +28,7 @@ class Algorithm:
         eps: the default, None where there is none.
         forward, backward: the budget of a pass, from P.
         draw: parameters out of a standard normal and a uniform tensor of their shape.
-        on_chip, streamed: kernels of a forward and a backward pass, in order.
-        scales: whether streamed chunks have a scale of their weights.
+        streamed: kernels of a forward and a backward pass over streamed chunks, in order.
         reads_again: tensors of x's size that a pass over streamed chunks reads once more, (forward, backward), the
             backward pass with the statistics kept.
     """
@@ -41,19 +41,22 @@ class Algorithm:
     forward: Callable[[int], tiles.Budget]
     backward: Callable[[int], tiles.Budget]
     draw: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-    on_chip: tuple[str, ...]
     streamed: tuple[str, ...]
     reads_again: tuple[int, int]
-    scales: bool = False
+
+    @property
+    def on_chip(self) -> tuple[str, ...]:
+        """Return the kernels of a forward and a backward pass over chunks that stay on chip, in order."""
+        return f"{self.name}_forward", f"{self.name}_backward", "param_gradients"
 
     @property
     def features(self) -> bool:
         """Tell whether parameters may follow a dimension of x, the setting feature_axis; P is then its size."""
         return "feature_axis" in self.settings
 
-    def feature_axis(self, *settings) -> int | None:
-        """Return the dimension that parameters follow, from the settings of a call; None where they follow none."""
-        return dict(zip(self.settings, settings, strict=True)).get("feature_axis")
+    def find_setting(self, name: str, settings: Sequence) -> Any:
+        """Return one of the settings of a call, None where the algorithm has none of that name."""
+        return dict(zip(self.settings, settings, strict=True)).get(name)
 
     def settings_of(self, feature_axis: int | None, eps: float | None, padding: float | None) -> tuple:
         """Return the settings of a call, in order, of all those that algorithms have."""
@@ -70,10 +73,9 @@ DENSITY = Algorithm(
     forward=lambda _n: tiles.FORWARD,
     backward=lambda _n: tiles.BACKWARD,
     draw=lambda normal, uniform: (0.3 * normal, 0.5 + uniform),
-    on_chip=("density_forward", "density_backward", "density_param_gradients"),
     streamed=(
         "strip_stats", "merge_strip_stats", "forward_streamed",
-        "density_sums", "backward_streamed", "density_param_gradients",
+        "density_sums", "backward_streamed", "param_gradients",
     ),
     reads_again=(1, 2),
 )  # fmt: skip
@@ -86,13 +88,11 @@ MIXTURE = Algorithm(
     forward=lambda _n: tiles.FORWARD_MIXTURE,
     backward=lambda _n: tiles.BACKWARD_MIXTURE,
     draw=lambda normal, uniform: (0.3 * normal, (0.5 + uniform) * normal.sign()),
-    on_chip=("mixture_forward", "mixture_backward", "mixture_param_gradients"),
     streamed=(
         "strip_stats", "merge_strip_stats", "mixture_scales", "merge_scales", "forward_streamed",
-        "mixture_sums", "merge_mixture_sums", "backward_streamed", "mixture_param_gradients",
+        "mixture_sums", "merge_mixture_sums", "backward_streamed", "param_gradients",
     ),
     reads_again=(2, 2),
-    scales=True,
 )  # fmt: skip
 GATE = Algorithm(
     name="gate",
@@ -103,16 +103,15 @@ GATE = Algorithm(
     forward=tiles.gate_forward,
     backward=tiles.gate_backward,
     draw=lambda normal, uniform: (0.3 * normal, uniform - 1),
-    on_chip=("gate_forward", "gate_backward", "gate_param_gradients"),
     streamed=(
         "strip_stats", "merge_strip_stats", "forward_streamed",
-        "gate_sums", "backward_streamed", "gate_param_gradients",
+        "gate_sums", "backward_streamed", "param_gradients",
     ),
     reads_again=(1, 2),
 )  # fmt: skip
 ALGORITHMS = {one.name: one for one in (DENSITY, MIXTURE, GATE)}
 # Of x's size, what kernels on chip and of strips (read, write), by the last words of their names; those that handle
-# their sums begin with merge_ or end with _param_gradients
+# their sums begin with merge_, or are param_gradients
 TENSORS = {
     "forward": (1, 1), "forward_streamed": (1, 1), "backward": (2, 1), "backward_streamed": (2, 1),
     "stats": (1, 0), "scales": (1, 0), "sums": (2, 0),
@@ -121,6 +120,6 @@ TENSORS = {
 
 def count_tensors(kernel: str) -> tuple[int, int] | None:
     """Return how many tensors of x's size a kernel (reads, writes), by its name; None where it handles their sums."""
-    if kernel.startswith("merge_") or kernel.endswith("_param_gradients"):
+    if kernel.startswith("merge_") or kernel == "param_gradients":
         return None
     return next(moved for words, moved in TENSORS.items() if kernel.endswith(words))

@@ -83,6 +83,16 @@ def reciprocal(x):
 
 
 @triton.jit
+def softplus(x):
+    """Return log(1 + exp(x)), x beyond 20. log(1 + t) loses t against 1: log(u)·t/(u - 1), u = 1 + t as rounded, does
+    not.
+    """
+    t = tl.exp(tl.minimum(x, 20.0))
+    u = 1.0 + t
+    return tl.where(x > 20, x, tl.where(u == 1, t, tl.log(u) * (t / tl.where(u == 1, 1.0, u - 1.0))))
+
+
+@triton.jit
 def invert_variance(squares, inv_divisor, inv_count, mask, eps):
     """Return 1/(var + eps), var being squares·inv_divisor; 0 for columns with no valid position, whatever eps is. eps
     comes as two fp32 numbers, `operands.split_float`.
@@ -110,19 +120,16 @@ def centre(x, tile, mask, view, ACC: tl.constexpr):
         centred = centred + [tl.where(tile.valid[i], differences[i], 0.0)]
     total = tl.sum(add_blocks(centred), 0)[None, :]
     mean_error = total * inv_count
-    squares = tl.fma(centred[0], centred[0], 0.0)
-    for i in tl.static_range(1, len(x)):
-        squares = tl.fma(centred[i], centred[i], squares)
-    squares = tl.sum(squares, 0)[None, :] - total * mean_error
+    squares = tl.sum(add_products(centred, centred), 0)[None, :] - total * mean_error
     squares = tl.maximum(squares, 0.0, propagate_nan=tl.PropagateNan.ALL)
     return Centred(centred, mean, mean_error, squares, inv_count)
 
 
 @triton.jit
-def differentiate_weights(gradients, x):
-    """Return dL/dweights of every block, grad_y·x + grad_weights."""
+def find_h(gradients, x, padding):
+    """Return h of every block, what reaches its weights: grad_y·x + grad_weights; padding has none of the first."""
     blocks = []
     for i in tl.static_range(len(x)):
-        h = gradients.y[i] * x[i]
+        h = gradients.y[i] * x[i] if padding is None else tl.where(x[i] == padding, 0.0, gradients.y[i] * x[i])
         blocks = blocks + [h if len(gradients.weights) == 0 else h + gradients.weights[i]]
     return blocks

@@ -11,7 +11,7 @@ Over the n valid positions of a chunk, e = x - mean - mean_offset and inv_var = 
 A chunk that fits on chip is read once: statistics, sums and output come from the same registers. A longer one is
 streamed (`streamed.py`): its statistics, in the backward pass its sums, then outputs, each a walk over its strips.
 Gradients of the parameters are sums over all chunks that share them: each program leaves partial sums, for which those
-of streamed chunks serve too unless parameters vary along the chunk, and `density_param_gradients` adds them up.
+of streamed chunks serve too unless parameters vary along the chunk, and `params.param_gradients` adds them up.
 """
 
 from __future__ import annotations
@@ -22,36 +22,16 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from . import passes
 from .algorithms import DENSITY
-from .blocks import (
-    HALF_LOG2_E,
-    add_blocks,
-    add_products,
-    centre,
-    differentiate_weights,
-    invert_variance,
-    multiply_rounded,
-)
-from .host import Backward, Call, Numbers
-from .operands import Split, Strided, power_of_2, split_float
-from .params import add_totals, load_param, store_totals, zero_totals
+from .blocks import HALF_LOG2_E, add_blocks, add_products, centre, find_h, invert_variance, multiply_rounded
+from .host import Call, Numbers
+from .operands import Split, Strided, split_float
+from .params import add_totals, load_columns, load_param, store_totals, zero_totals
 from .streamed import find_stats, merge_sums, store_strip_numbers
-from .tile import (
-    columns_inside,
-    load_blocks,
-    load_gradients,
-    load_numbers,
-    locate,
-    next_tile,
-    place_tile,
-    start_walk,
-    store_dx,
-    store_outputs,
-    view_of,
-)
+from .tile import load_blocks, load_gradients, load_numbers, store_dx, store_outputs
+from .walk import columns_inside, locate, next_tile, place_tile, start_walk, view_of
 
 
 class Gaussian(NamedTuple):
@@ -61,21 +41,23 @@ class Gaussian(NamedTuple):
     inv_c: list
 
 
+class Sums(NamedTuple):
+    """Hold what dx takes from the sums over a chunk, [1, BLOCK_C] each; see `differentiate_x`."""
+
+    factor: tl.tensor
+    mean_bare_he: tl.tensor
+    slope: tl.tensor
+
+
 class Chunk(NamedTuple):
-    """Hold what the tiles of a streamed chunk share: numbers [1, BLOCK_C] each, and the Gaussian."""
+    """Hold what the tiles of a streamed chunk share: numbers [1, BLOCK_C] each, the Gaussian, and in the backward pass
+    the Sums.
+    """
 
     mean_error: tl.tensor
     inv_var: tl.tensor
     gaussian: Gaussian
-
-
-class ChunkSums(NamedTuple):
-    """Hold what dx takes from the sums over a streamed chunk, [1, BLOCK_C] each; see `differentiate_x`."""
-
-    chunk: Chunk
-    factor: tl.tensor
-    mean_bare_he: tl.tensor
-    slope: tl.tensor
+    sums: Sums | list
 
 
 class Parameters(NamedTuple):
@@ -100,7 +82,7 @@ def weigh(centred, mean_error, gaussian, inv_var, valid):
 
 
 @triton.jit
-def load_gaussian(parameters, head, position, view, _K: tl.constexpr, PLAN: tl.constexpr):
+def load_gaussian(parameters, head, position, view, PLAN: tl.constexpr):
     """Return the Gaussian of a program's first tile. All its tiles have the same, by how programs share tiles."""
     mean_offset = load_param(parameters.mean_offset, 0.0, head, position, view, PLAN)
     c = load_param(parameters.c, 1.0, head, position, view, PLAN)
@@ -128,15 +110,15 @@ def find_bare_he(h, weights, e, gaussian, inv_var, PLAN: tl.constexpr):
 
 
 @triton.jit
-def differentiate_x(gradients, weights, centred, mean_error, bare_he, factor, mean_bare_he, slope):
+def differentiate_x(gradients, weights, centred, mean_error, bare_he, sums):
     """Return dx of every block without the residual's part; what is not valid is to be left out by who stores it. The
-    factor comes after the difference: it is large where what that leaves is small. slope is inv_var·Σ he·e/n.
+    factor comes after the difference: it is large where what that leaves is small. sums.slope is inv_var·Σ he·e/n.
     """
-    slope_error, grad = slope * mean_error, []
+    slope_error, grad = sums.slope * mean_error, []
     for i in tl.static_range(len(bare_he)):
         # from x - mean, not as k1·x + k0: large means would cancel
-        direct = gradients.y[i] * weights[i] + (slope * centred[i] - slope_error)
-        grad = grad + [direct + factor * (mean_bare_he - bare_he[i])]
+        direct = gradients.y[i] * weights[i] + (sums.slope * centred[i] - slope_error)
+        grad = grad + [direct + sums.factor * (sums.mean_bare_he - bare_he[i])]
     return grad
 
 
@@ -149,7 +131,7 @@ def density_forward(inputs, parameters, outputs, eps, extent, RESIDUAL: tl.const
     view = view_of(extent)
     walk = start_walk(view, False)
     first = locate(walk.index, walk.head, walk.strip_row, view, PLAN)
-    gaussian = load_gaussian(parameters, walk.head, first, view, 1, PLAN)
+    gaussian = load_gaussian(parameters, walk.head, first, view, PLAN)
     index = walk.index
     for _ in range(walk.first_tile, view.n_tiles, walk.tile_step):
         tile = place_tile(inputs.mask, index, walk.head, walk.strip_row, view, PLAN)
@@ -157,7 +139,7 @@ def density_forward(inputs, parameters, outputs, eps, extent, RESIDUAL: tl.const
         chunk = centre(x, tile, inputs.mask, view, PLAN.ACC)
         inv_var = invert_variance(chunk.squares, chunk.inv_count, chunk.inv_count, inputs.mask, eps)
         _e, weights = weigh(chunk.blocks, chunk.mean_error, gaussian, inv_var, tile.valid)
-        store_outputs(outputs, x, raw, weights, tile, view, RESIDUAL, PLAN)
+        store_outputs(outputs, x, raw, weights, None, tile, view, RESIDUAL, PLAN)
         index = next_tile(index, walk.index_step, view)
 
 
@@ -167,7 +149,7 @@ def density_backward(inputs, parameters, dx, partials, eps, extent, RESIDUAL: tl
     view = view_of(extent)
     walk = start_walk(view, False)
     first = locate(walk.index, walk.head, walk.strip_row, view, PLAN)
-    gaussian = load_gaussian(parameters, walk.head, first, view, 1, PLAN)
+    gaussian = load_gaussian(parameters, walk.head, first, view, PLAN)
     totals = zero_totals(PLAN)
     index = walk.index
     for _ in range(walk.first_tile, view.n_tiles, walk.tile_step):
@@ -181,13 +163,13 @@ def density_backward(inputs, parameters, dx, partials, eps, extent, RESIDUAL: tl
         e, weights = weigh(chunk.blocks, chunk.mean_error, gaussian, inv_var, tile.valid)
         # what reaches the weights, and its sums over the chunk
         gradients = load_gradients(inputs, tile, view, RESIDUAL, PLAN)
-        bare_he = find_bare_he(differentiate_weights(gradients, x), weights, e, gaussian, inv_var, PLAN)
+        bare_he = find_bare_he(find_h(gradients, x, None), weights, e, gaussian, inv_var, PLAN)
         factor = find_factor(gaussian, inv_var, PLAN)
         sum_bare_he = tl.sum(add_blocks(bare_he), 0)[None, :]
         sum_he, sum_hee = sum_bare_he * factor, tl.sum(add_products(bare_he, e), 0)[None, :] * factor
         if dx is not None:
-            mean_he, slope = chunk.inv_count * sum_bare_he, chunk.inv_count * inv_var * sum_hee
-            grad = differentiate_x(gradients, weights, chunk.blocks, chunk.mean_error, bare_he, factor, mean_he, slope)
+            sums = Sums(factor, chunk.inv_count * sum_bare_he, chunk.inv_count * inv_var * sum_hee)
+            grad = differentiate_x(gradients, weights, chunk.blocks, chunk.mean_error, bare_he, sums)
             store_dx(dx, grad, gradients.raw, tile, view, RESIDUAL, PLAN)
         if partials is not None:
             totals = add_totals(totals, bare_he, e, sum_he, sum_hee, columns_inside(tile.position, view), PLAN)
@@ -197,39 +179,30 @@ def density_backward(inputs, parameters, dx, partials, eps, extent, RESIDUAL: tl
 
 
 @triton.jit
-def density_param_gradients(
-    partials, n_groups, c, d_mean_offset, d_c, n_features, BLOCK: tl.constexpr, BLOCK_FEATURES: tl.constexpr
-):  # fmt: skip
-    """Store the gradients of one head's parameters: partial sums added in fixed order and fp64."""
-    head = tl.program_id(1).to(tl.int64)
-    features = tl.program_id(0).to(tl.int64) * BLOCK_FEATURES + tl.arange(0, BLOCK_FEATURES)
-    distance, head_stride, group_stride, _one = partials.strides
-    start, inside = partials.data + head * head_stride + features[None, :], features < n_features
-    total_he = tl.zeros([BLOCK, BLOCK_FEATURES], tl.float64)
-    total_hee = total_he
-    for first in range(0, n_groups, BLOCK):
-        groups = tl.cast(first, tl.int64) + tl.arange(0, BLOCK)[:, None]
-        wanted = inside[None, :] & (groups < n_groups)
-        total_he += tl.load(start + groups * group_stride, wanted, 0.0).to(tl.float64)
-        total_hee += tl.load(start + distance + groups * group_stride, wanted, 0.0).to(tl.float64)
-    divisor = tl.load(c.data + head * c.strides[0] + features * c.strides[1], inside, 1.0).to(tl.float64)
-    place = head * n_features + features
-    tl.store(d_mean_offset + place, tl.sum(total_he, 0).to(d_mean_offset.dtype.element_ty), inside)
-    tl.store(d_c + place, (tl.sum(total_hee, 0) / (2.0 * divisor)).to(d_c.dtype.element_ty), inside)
+def finish_gradients(totals, parameters, head, columns, inside, _K: tl.constexpr):
+    """Return the gradients of some columns of both parameters from Σ he and Σ he·e."""
+    total_he, total_hee = totals
+    c = load_columns(parameters.c, head, columns, inside, 1.0)
+    return total_he, total_hee / (2.0 * c)
 
 
 # --- Streamed chunks (`streamed.py`) --------------------------------------------------------------
 
 
 @triton.jit
-def open_chunk(gaussian, numbers, head, position, view, _K: tl.constexpr, _PLAN: tl.constexpr):
-    """Return (mean, chunk) for the forward pass, and for sums."""
-    mean, mean_error, inv_var = load_numbers(numbers.stats, head, position, view, 3)
-    return mean, Chunk(mean_error, inv_var, gaussian)
+def open_chunk(gaussian, numbers, head, position, view, PLAN: tl.constexpr):
+    """Return (mean, chunk), with the sums where numbers have them."""
+    mean, mean_error, inv_var, inv_count = load_numbers(numbers.stats, head, position, view, 4)
+    sums = []
+    if numbers.sums is not None:
+        _sum_he, sum_hee, sum_bare_he = load_numbers(numbers.sums, head, position, view, 3)
+        factor = find_factor(gaussian, inv_var, PLAN)
+        sums = Sums(factor, inv_count * sum_bare_he, inv_count * inv_var * sum_hee)
+    return mean, Chunk(mean_error, inv_var, gaussian, sums)
 
 
 @triton.jit
-def weigh_chunk(centred, chunk, valid, _K: tl.constexpr):
+def weigh_chunk(centred, chunk, valid):
     """Return the weights of every block."""
     _e, weights = weigh(centred, chunk.mean_error, chunk.gaussian, chunk.inv_var, valid)
     return weights
@@ -241,11 +214,11 @@ def density_sums(inputs, parameters, numbers, strips, extent, PLAN: tl.constexpr
     view = view_of(extent)
     walk = start_walk(view, True)
     first = locate(walk.index, walk.head, walk.strip_row, view, PLAN)
-    gaussian = load_gaussian(parameters, walk.head, first, view, 1, PLAN)
+    gaussian = load_gaussian(parameters, walk.head, first, view, PLAN)
     index = walk.index
     for _ in range(walk.first_tile, view.n_tiles, walk.tile_step):
         position = locate(index, walk.head, walk.strip_row, view, PLAN)
-        mean, chunk = open_chunk(gaussian, numbers, walk.head, position, view, 1, PLAN)
+        mean, chunk = open_chunk(gaussian, numbers, walk.head, position, view, PLAN)
         sum_he = tl.zeros([PLAN.BLOCK_P, PLAN.BLOCK_C], PLAN.ACC)
         sum_hee = sum_he
         end = tl.minimum(walk.strip_row + view.strip, view.chunk)
@@ -253,7 +226,7 @@ def density_sums(inputs, parameters, numbers, strips, extent, PLAN: tl.constexpr
             tile = place_tile(inputs.mask, index, walk.head, row, view, PLAN)
             _raw, x = load_blocks(inputs.x, inputs.mask, tile, view, False, PLAN)
             e, weights = weigh([block - mean for block in x], chunk.mean_error, gaussian, chunk.inv_var, tile.valid)
-            h = differentiate_weights(load_gradients(inputs, tile, view, False, PLAN), x)
+            h = find_h(load_gradients(inputs, tile, view, False, PLAN), x, None)
             bare_he = find_bare_he(h, weights, e, gaussian, chunk.inv_var, PLAN)
             sum_he += add_blocks(bare_he)
             sum_hee += add_products(bare_he, e)
@@ -265,49 +238,27 @@ def density_sums(inputs, parameters, numbers, strips, extent, PLAN: tl.constexpr
 
 
 @triton.jit
-def open_sums(gaussian, numbers, head, position, view, _K: tl.constexpr, PLAN: tl.constexpr):
-    """Return (mean, chunk) for the backward pass."""
-    mean, mean_error, inv_var, inv_count = load_numbers(numbers.stats, head, position, view, 4)
-    _sum_he, sum_hee, sum_bare_he = load_numbers(numbers.sums, head, position, view, 3)
-    factor = find_factor(gaussian, inv_var, PLAN)
-    chunk = Chunk(mean_error, inv_var, gaussian)
-    return mean, ChunkSums(chunk, factor, inv_count * sum_bare_he, inv_count * inv_var * sum_hee)
-
-
-@triton.jit
-def differentiate_tile(
-    x, centred, sums, inputs, tile, view, _padding, RAW: tl.constexpr, _K: tl.constexpr, PLAN: tl.constexpr
-):  # fmt: skip
+def differentiate_tile(x, mean, chunk, inputs, _padding, tile, view, RAW: tl.constexpr, PLAN: tl.constexpr):
     """Return (dx, grad_y as it came, he, e) of every block."""
-    chunk = sums.chunk
+    centred = [block - mean for block in x]
     e, weights = weigh(centred, chunk.mean_error, chunk.gaussian, chunk.inv_var, tile.valid)
     gradients = load_gradients(inputs, tile, view, RAW, PLAN)
-    bare_he = find_bare_he(differentiate_weights(gradients, x), weights, e, chunk.gaussian, chunk.inv_var, PLAN)
-    mean_error, factor, mean_he = chunk.mean_error, sums.factor, sums.mean_bare_he
-    grad = differentiate_x(gradients, weights, centred, mean_error, bare_he, factor, mean_he, sums.slope)
+    bare_he = find_bare_he(find_h(gradients, x, None), weights, e, chunk.gaussian, chunk.inv_var, PLAN)
+    grad = differentiate_x(gradients, weights, centred, chunk.mean_error, bare_he, chunk.sums)
     return grad, gradients.raw, bare_he, e
 
 
 # --- On the host ----------------------------------------------------------------------------------
 
 
-def _collect(
-    call: Call, mean_offset: Tensor, c: Tensor, _feature_axis: int | None, eps: float
-) -> tuple[Parameters, Split]:  # fmt: skip
-    """Return the parameters and eps as kernels take them."""
-    return Parameters(call.of_heads(mean_offset), call.of_heads(c)), split_float(eps)
-
-
-def _sum_chunks(
-    run: Backward, call: Call, parameters: Parameters, _eps: Split, numbers: Numbers
-) -> tuple[Strided, Strided | None]:  # fmt: skip
+def _sum_chunks(call: Call, parameters: Parameters, _eps: Split, numbers: Numbers) -> tuple[Strided, Strided | None]:
     """Return sums of streamed chunks, and partials out of them unless parameters vary along the chunk, or None."""
     strips = call.of_strips(3)
     call.launch(density_sums, call.programs, call.inputs, parameters, numbers, strips)
     sums = merge_sums(call, strips, 3)
-    if not run.need_params or call.along == "chunk":
+    if not call.run.need_params or call.along == "chunk":
         return sums, None
-    axis, feature_axis, chunks = run.axis, run.feature_axis, sums.data[:2]
+    axis, feature_axis, chunks = call.run.axis, call.run.feature_axis, sums.data[:2]
     kept = (0, axis + 1, 0 if feature_axis is None else feature_axis + 1)
     others = [d for d in range(chunks.dim()) if d not in kept]
     totals = chunks.sum(others, dtype=torch.float64) if others else chunks  # sum([]) would sum everything
@@ -319,31 +270,21 @@ def _sum_chunks(
     return sums, Strided(totals, totals.stride())
 
 
-def _launch_param_gradients(
-    call: Call, partials: Strided, parameters: Parameters, d_mean_offset: Strided, d_c: Strided
-) -> None:
-    """Launch what turns partial sums into gradients of the parameters."""
-    n_features = d_c.data.shape[1]
-    block = min(128, power_of_2(n_features))
-    args = (partials, parameters.c, d_mean_offset.data, d_c.data, n_features)
-    n_blocks = -(-n_features // block)
-    call.launch_sums(density_param_gradients, n_blocks, *args, BLOCK=1024 // block, BLOCK_FEATURES=block)
-
-
 KERNELS = passes.Kernels(
     DENSITY,
-    _collect,
-    constants=lambda _n_params: {},
+    gaussians=lambda _n_params: 1,
     n_sums=lambda _n_params: 2,
-    find_numbers=lambda call, _parameters, eps, numbers: find_stats(call, numbers.stats, eps),
+    n_column_sums=2,
+    sum_strides=lambda stride: (stride, 1),
+    collect=lambda call, p, q, _axis, eps: (Parameters(call.of_heads(p), call.of_heads(q)), split_float(eps)),
+    find_numbers=lambda call, _parameters, eps: Numbers(find_stats(call, eps)),
     sum_chunks=_sum_chunks,
-    launch_param_gradients=_launch_param_gradients,
+    finish=finish_gradients,
     forward=density_forward,
     backward=density_backward,
     prepare=load_gaussian,
     open_chunk=open_chunk,
     weigh_chunk=weigh_chunk,
-    open_sums=open_sums,
     differentiate=differentiate_tile,
 )
 forward, backward = partial(passes.forward, KERNELS), partial(passes.backward, KERNELS)

@@ -9,8 +9,7 @@ Gaussians sigma_k = softplus(log_sigma_k) + 1e-3, width_k = std·sigma_k + 1e-8,
     dx = grad_y·weights + q - Σ q/n - [var >= 1e-6]·(d/std)·Σ Σ_k q_k·z_k·sigma_k/n (+ grad_y)
     d_mean_offset_k = -Σ q_k      d_log_sigma_k = -(Σ q_k·z_k·std + Σ t_k/sigma_k)·sigmoid(log_sigma_k)
 
-A chunk that fits on chip is read once. A longer one is streamed (`streamed.py`): its statistics, in the backward pass
-its sums, then outputs, each a walk over its strips; var takes the place of 1/(var + eps) among its numbers.
+Of a streamed chunk (`streamed.py`) var takes the place of 1/(var + eps) among its numbers.
 """
 
 from __future__ import annotations
@@ -20,69 +19,190 @@ from typing import NamedTuple
 
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from . import passes
-from .algorithms import GATE
-from .blocks import add_blocks, centre, differentiate_weights, where_nonempty
-from .gate_blocks import (
-    Gaussians,
-    Parameters,
-    Scales,
-    add_tile_products,
-    differentiate_x,
-    find_q,
-    find_std,
-    load_gaussians,
-    scale_gaussians,
-    sum_chunks,
-    weigh,
-)
-from .host import Backward, Call, Numbers
+from .algorithms import GATE, SIGMA_FLOOR, VARIANCE_FLOOR, WIDTH_FLOOR
+from .blocks import LOG2_SQRT_2PI, add_blocks, centre, find_h, softplus, where_nonempty
+from .host import Call, Numbers
 from .operands import Strided
-from .params import add_lists, store_partials, sum_partials, zero_blocks
+from .params import add_lists, load_columns, store_partials, sum_columns, zero_blocks
 from .streamed import find_stats, merge_sums, store_strip_numbers
-from .tile import (
-    columns_inside,
-    load_blocks,
-    load_gradients,
-    load_numbers,
-    locate,
-    next_tile,
-    place_tile,
-    start_walk,
-    store_dx,
-    store_outputs,
-    view_of,
-)
+from .tile import load_blocks, load_gradients, load_numbers, store_dx, store_outputs
+from .walk import columns_inside, locate, next_tile, place_tile, start_walk, view_of
+
+SQRT_HALF_LOG2_E = tl.constexpr(0.8493218002880191)
+INV_SQRT_HALF_LOG2_E = tl.constexpr(1.1774100225154747)
+INV_HALF_LOG2_E = tl.constexpr(1.3862943611198906)
+MIN_VARIANCE, MIN_SIGMA, MIN_WIDTH = map(tl.constexpr, (VARIANCE_FLOOR, SIGMA_FLOOR, WIDTH_FLOOR))
+
+
+class Parameters(NamedTuple):
+    """Hold the parameters (heads, K) as kernels take them."""
+
+    mean_offsets: Strided
+    log_sigma: Strided
+
+
+class Gaussians(NamedTuple):
+    """Hold [1, 1] for each Gaussian of a head: mean_offset, sigma and log2 of 1/(sqrt(2π)·sigma·K)."""
+
+    mean_offset: list
+    sigma: list
+    log2_scale: list
+
+
+class Sums(NamedTuple):
+    """Hold what dx takes from the sums over a chunk, [1, BLOCK_C]: dx = grad_y·weights + q - (common + slope·d)."""
+
+    common: tl.tensor
+    slope: tl.tensor
+
+
+class Scales(NamedTuple):
+    """Hold [1, BLOCK_C] for each Gaussian, so that scaled z, which is z·sqrt(log2(e)/2), is factor·d - shift; x - mean
+    being d - mean_error.
+    """
+
+    factor: list
+    shift: list
 
 
 class Chunk(NamedTuple):
-    """Hold what the tiles of a streamed chunk share."""
+    """Hold what the tiles of a streamed chunk share, and in the backward pass what dx takes from the sums over it."""
 
     scales: Scales
     gaussians: Gaussians
+    sums: Sums | list
 
 
-class ChunkSums(NamedTuple):
-    """Hold what dx takes from the sums over a streamed chunk: dx = grad_y·weights + q - (common + slope·d)."""
+@triton.jit
+def load_gaussians(parameters, head, _position, _view, PLAN: tl.constexpr):
+    """Return the Gaussians of a head."""
+    mean_offsets, log_sigmas = parameters.mean_offsets, parameters.log_sigma
+    offsets, sigmas, log2_scales = [], [], []
+    for k in tl.static_range(PLAN.K):
+        place = tl.zeros([1, 1], tl.int32) + k
+        offset = tl.load(mean_offsets.data + head * mean_offsets.strides[0] + place * mean_offsets.strides[1])
+        log_sigma = tl.load(log_sigmas.data + head * log_sigmas.strides[0] + place * log_sigmas.strides[1])
+        sigma = softplus(log_sigma.to(PLAN.ACC)) + MIN_SIGMA
+        offsets, sigmas = offsets + [offset.to(PLAN.ACC)], sigmas + [sigma]
+        log2_scales = log2_scales + [tl.full([1, 1], -LOG2_SQRT_2PI, PLAN.ACC) - tl.log2(sigma * PLAN.K)]
+    return Gaussians(offsets, sigmas, log2_scales)
 
-    chunk: Chunk
-    common: tl.tensor
-    slope: tl.tensor
+
+@triton.jit
+def find_std(variance):
+    """Return (std, 1/std where the variance is above its floor and 0 below)."""
+    floor = tl.full([1, 1], MIN_VARIANCE, variance.dtype)  # tl.maximum takes a plain literal as fp32 (Triton 3.6)
+    floored = tl.maximum(variance, floor, propagate_nan=tl.PropagateNan.ALL)
+    inverse = tl.rsqrt(floored)
+    return floored * inverse, tl.where(variance >= floor, inverse, 0.0)
+
+
+@triton.jit
+def scale_gaussians(gaussians, mean_error, std):
+    """Return the Scales of each column's chunk."""
+    factors, shifts = [], []
+    for k in tl.static_range(len(gaussians.sigma)):
+        root = tl.rsqrt(std * gaussians.sigma[k] + MIN_WIDTH)  # squared, 1/width: a division takes eight instructions
+        factor = root * root * SQRT_HALF_LOG2_E
+        factors, shifts = factors + [factor], shifts + [(mean_error + gaussians.mean_offset[k]) * factor]
+    return Scales(factors, shifts)
+
+
+# --- One block ------------------------------------------------------------------------------------
+
+
+@triton.jit
+def weigh_one(d, k: tl.constexpr, scales, gaussians):
+    """Return (scaled z, N) of one block and one Gaussian."""
+    z = scales.factor[k] * d - scales.shift[k]
+    return z, tl.exp2(gaussians.log2_scale[k] - z * z)
+
+
+@triton.jit
+def weigh(d, scales, gaussians, valid):
+    """Return (weights, slopes) of every block: slopes are Σ_k N_k·z_k/width_k, both factors as scaled."""
+    weights, slopes = [], []
+    for i in tl.static_range(len(d)):
+        z, weight = weigh_one(d[i], 0, scales, gaussians)
+        slope = weight * z * scales.factor[0]
+        for k in tl.static_range(1, len(gaussians.sigma)):
+            z, density = weigh_one(d[i], k, scales, gaussians)
+            weight += density
+            slope += density * z * scales.factor[k]
+        weights, slopes = weights + [weight], slopes + [slope]
+    masked = []
+    for i in tl.static_range(len(d)):
+        masked = masked + [tl.where(valid[i], weights[i], 0.0)]
+    return masked, slopes
+
+
+@triton.jit
+def add_tile_products(products, d, h, scales, gaussians):
+    """Return Σ t·z, Σ t·z² and Σ t of every Gaussian, z as scaled, with those of one more tile: of every place in a
+    block by itself.
+    """
+    more = []
+    for k in tl.static_range(len(gaussians.sigma)):
+        sum_tz, sum_tzz, sum_t = products[3 * k], products[3 * k + 1], products[3 * k + 2]
+        for i in tl.static_range(len(d)):
+            z, density = weigh_one(d[i], k, scales, gaussians)
+            t = h[i] * density
+            sum_tz += t * z
+            sum_tzz += t * z * z
+            sum_t += t
+        more = more + [sum_tz, sum_tzz, sum_t]
+    return more
+
+
+@triton.jit
+def sum_chunks(products, scales, gaussians, std, column_mask):
+    """Return Σ Σ_k q_k·z_k·sigma_k of each column, and what its tile adds to every Gaussian's Σ q and
+    Σ (q·z·std + t/sigma), [1, 1] each.
+    """
+    sum_qzs = tl.zeros_like(std)
+    totals = []
+    for k in tl.static_range(len(gaussians.sigma)):
+        sigma, factor = gaussians.sigma[k], scales.factor[k]
+        # of z as it is: unscaled
+        sum_q = tl.sum(products[3 * k], 0)[None, :] * -INV_HALF_LOG2_E * factor
+        sum_qz = tl.sum(products[3 * k + 1], 0)[None, :] * (-INV_HALF_LOG2_E * INV_SQRT_HALF_LOG2_E) * factor
+        sum_qzs += sum_qz * sigma
+        sum_sigma = sum_qz * std + tl.sum(products[3 * k + 2], 0)[None, :] / sigma
+        totals = totals + [sum_columns(sum_q, column_mask), sum_columns(sum_sigma, column_mask)]
+    return sum_qzs, totals
+
+
+@triton.jit
+def find_q(h, slopes):
+    """Return q of every block."""
+    q = []
+    for i in tl.static_range(len(h)):
+        q = q + [h[i] * -INV_HALF_LOG2_E * slopes[i]]
+    return q
+
+
+@triton.jit
+def differentiate_x(gradients, d, weights, q, sums):
+    """Return dx of every block, but for the residual's part. The mean of q, in sums.common, is that of the same
+    numbers: where all are alike nothing is left.
+    """
+    grad = []
+    for i in tl.static_range(len(d)):
+        grad = grad + [gradients.y[i] * weights[i] + (q[i] - (sums.common + sums.slope * d[i]))]
+    return grad
 
 
 # --- Chunks on chip -------------------------------------------------------------------------------
 
 
 @triton.jit
-def gate_forward(
-    inputs, parameters, outputs, _settings, extent, RESIDUAL: tl.constexpr, K: tl.constexpr, PLAN: tl.constexpr
-):
+def gate_forward(inputs, parameters, outputs, _settings, extent, RESIDUAL: tl.constexpr, PLAN: tl.constexpr):
     """Store y and the weights."""
     view = view_of(extent)
     walk = start_walk(view, False)
-    gaussians = load_gaussians(parameters, walk.head, None, view, K, PLAN)
+    gaussians = load_gaussians(parameters, walk.head, None, view, PLAN)
     index = walk.index
     for _ in range(walk.first_tile, view.n_tiles, walk.tile_step):
         tile = place_tile(inputs.mask, index, walk.head, walk.strip_row, view, PLAN)
@@ -90,21 +210,19 @@ def gate_forward(
         chunk = centre(x, tile, inputs.mask, view, PLAN.ACC)
         variance = where_nonempty(chunk.squares * chunk.inv_count, chunk.inv_count, inputs.mask, 0.0)
         std, _inv_std = find_std(variance)
-        scales = scale_gaussians(gaussians, chunk.mean_error, std, K)
-        weights, _slopes = weigh(chunk.blocks, scales, gaussians, tile.valid, K)
-        store_outputs(outputs, x, raw, weights, tile, view, RESIDUAL, PLAN)
+        scales = scale_gaussians(gaussians, chunk.mean_error, std)
+        weights, _slopes = weigh(chunk.blocks, scales, gaussians, tile.valid)
+        store_outputs(outputs, x, raw, weights, None, tile, view, RESIDUAL, PLAN)
         index = next_tile(index, walk.index_step, view)
 
 
 @triton.jit
-def gate_backward(
-    inputs, parameters, dx, partials, _settings, extent, RESIDUAL: tl.constexpr, K: tl.constexpr, PLAN: tl.constexpr
-):  # fmt: skip
+def gate_backward(inputs, parameters, dx, partials, _settings, extent, RESIDUAL: tl.constexpr, PLAN: tl.constexpr):
     """Store dx, and this program's sums of q and q·z·std + t/sigma for every Gaussian."""
     view = view_of(extent)
     walk = start_walk(view, False)
-    gaussians = load_gaussians(parameters, walk.head, None, view, K, PLAN)
-    totals = zero_blocks(2 * K, 1, 1, PLAN.ACC)
+    gaussians = load_gaussians(parameters, walk.head, None, view, PLAN)
+    totals = zero_blocks(2 * PLAN.K, 1, 1, PLAN.ACC)
     index = walk.index
     for _ in range(walk.first_tile, view.n_tiles, walk.tile_step):
         tile = place_tile(inputs.mask, index, walk.head, walk.strip_row, view, PLAN)
@@ -112,19 +230,19 @@ def gate_backward(
         chunk = centre(x, tile, inputs.mask, view, PLAN.ACC)
         variance = where_nonempty(chunk.squares * chunk.inv_count, chunk.inv_count, inputs.mask, 0.0)
         std, inv_std = find_std(variance)
-        scales = scale_gaussians(gaussians, chunk.mean_error, std, K)
+        scales = scale_gaussians(gaussians, chunk.mean_error, std)
         # what reaches the weights, and its sums over the chunk
         gradients = load_gradients(inputs, tile, view, RESIDUAL, PLAN)
-        h = differentiate_weights(gradients, x)
-        products = zero_blocks(3 * K, PLAN.BLOCK_P, PLAN.BLOCK_C, PLAN.ACC)
-        products = add_tile_products(products, chunk.blocks, h, scales, gaussians, K)
-        weights, slopes = weigh(chunk.blocks, scales, gaussians, tile.valid, K)
+        h = find_h(gradients, x, None)
+        products = zero_blocks(3 * PLAN.K, PLAN.BLOCK_P, PLAN.BLOCK_C, PLAN.ACC)
+        products = add_tile_products(products, chunk.blocks, h, scales, gaussians)
+        weights, slopes = weigh(chunk.blocks, scales, gaussians, tile.valid)
         q = find_q(h, slopes)
-        sum_qzs, more = sum_chunks(products, scales, gaussians, std, columns_inside(tile.position, view), K)
+        sum_qzs, more = sum_chunks(products, scales, gaussians, std, columns_inside(tile.position, view))
         if dx is not None:
             slope = inv_std * (chunk.inv_count * sum_qzs)
             common = chunk.inv_count * tl.sum(add_blocks(q), 0)[None, :] - slope * chunk.mean_error
-            grad = differentiate_x(gradients, chunk.blocks, weights, q, common, slope)
+            grad = differentiate_x(gradients, chunk.blocks, weights, q, Sums(common, slope))
             store_dx(dx, grad, gradients.raw, tile, view, RESIDUAL, PLAN)
         if partials is not None:
             totals = add_lists(totals, more)
@@ -134,124 +252,97 @@ def gate_backward(
 
 
 @triton.jit
-def gate_param_gradients(partials, n_groups, log_sigma, d_mean_offsets, d_log_sigma, BLOCK: tl.constexpr):
-    """Store the gradients of one Gaussian's parameters: partial sums added in fixed order and fp64."""
-    head, k = tl.program_id(1).to(tl.int64), tl.program_id(0)
-    offset_gradient = -sum_partials(partials, n_groups, 2 * k, head, BLOCK)
-    sigma_gradient = -sum_partials(partials, n_groups, 2 * k + 1, head, BLOCK)
-    x = tl.load(log_sigma.data + head * log_sigma.strides[0] + k * log_sigma.strides[1]).to(tl.float64)
-    pointer = d_mean_offsets.data + head * d_mean_offsets.strides[0] + k
-    tl.store(pointer, offset_gradient.to(d_mean_offsets.data.dtype.element_ty))
-    pointer = d_log_sigma.data + head * d_log_sigma.strides[0] + k
-    tl.store(pointer, (sigma_gradient / (1.0 + tl.exp(-x))).to(d_log_sigma.data.dtype.element_ty))
+def finish_gradients(totals, parameters, head, columns, inside, _K: tl.constexpr):
+    """Return the gradients of some Gaussians' parameters from Σ q and Σ (q·z·std + t/sigma)."""
+    total_q, total_sigma = totals
+    log_sigma = load_columns(parameters.log_sigma, head, columns, inside, 0.0)
+    return -total_q, -total_sigma / (1.0 + tl.exp(-log_sigma))
 
 
 # --- Streamed chunks (`streamed.py`) --------------------------------------------------------------
 
 
 @triton.jit
-def open_chunk(gaussians, numbers, head, position, view, K: tl.constexpr, _PLAN: tl.constexpr):
-    """Return (mean, chunk) for the forward pass."""
-    mean, mean_error, variance = load_numbers(numbers.stats, head, position, view, 3)
-    std, _inv_std = find_std(variance)
-    return mean, Chunk(scale_gaussians(gaussians, mean_error, std, K), gaussians)
+def open_chunk(gaussians, numbers, head, position, view, _PLAN: tl.constexpr):
+    """Return (mean, chunk), with the sums where numbers have them."""
+    mean, mean_error, variance, inv_count = load_numbers(numbers.stats, head, position, view, 4)
+    std, inv_std = find_std(variance)
+    scales, sums = scale_gaussians(gaussians, mean_error, std), []
+    if numbers.sums is not None:
+        sum_q, sum_qzs = load_numbers(numbers.sums, head, position, view, 2)
+        slope = inv_std * (inv_count * sum_qzs)
+        sums = Sums(inv_count * sum_q - slope * mean_error, slope)
+    return mean, Chunk(scales, gaussians, sums)
 
 
 @triton.jit
-def weigh_chunk(centred, chunk, valid, K: tl.constexpr):
+def weigh_chunk(centred, chunk, valid):
     """Return the weights of every block."""
-    weights, _slopes = weigh(centred, chunk.scales, chunk.gaussians, valid, K)
+    weights, _slopes = weigh(centred, chunk.scales, chunk.gaussians, valid)
     return weights
 
 
 @triton.jit
-def gate_sums(inputs, parameters, numbers, strips, partials, extent, K: tl.constexpr, PLAN: tl.constexpr):
+def gate_sums(inputs, parameters, numbers, strips, partials, extent, PLAN: tl.constexpr):
     """Store Σ q and Σ Σ_k q_k·z_k·sigma_k of a strip of each chunk of one tile's columns, and the program's totals."""
     view = view_of(extent)
     walk = start_walk(view, True)
-    gaussians = load_gaussians(parameters, walk.head, None, view, K, PLAN)
+    gaussians = load_gaussians(parameters, walk.head, None, view, PLAN)
     position = locate(walk.index, walk.head, walk.strip_row, view, PLAN)
     mean, mean_error, variance = load_numbers(numbers.stats, walk.head, position, view, 3)
     std, _inv_std = find_std(variance)
-    scales = scale_gaussians(gaussians, mean_error, std, K)
-    products = zero_blocks(3 * K, PLAN.BLOCK_P, PLAN.BLOCK_C, PLAN.ACC)
+    scales = scale_gaussians(gaussians, mean_error, std)
+    products = zero_blocks(3 * PLAN.K, PLAN.BLOCK_P, PLAN.BLOCK_C, PLAN.ACC)
     total_q = tl.zeros([PLAN.BLOCK_P, PLAN.BLOCK_C], PLAN.ACC)
     end = tl.minimum(walk.strip_row + view.strip, view.chunk)
     for row in range(walk.strip_row, end, PLAN.BLOCK_P * PLAN.N_BLOCKS):
         tile = place_tile(inputs.mask, walk.index, walk.head, row, view, PLAN)
         _raw, x = load_blocks(inputs.x, inputs.mask, tile, view, False, PLAN)
-        h = differentiate_weights(load_gradients(inputs, tile, view, False, PLAN), x)
+        h = find_h(load_gradients(inputs, tile, view, False, PLAN), x, None)
         d = [block - mean for block in x]
-        _weights, slopes = weigh(d, scales, gaussians, tile.valid, K)
+        _weights, slopes = weigh(d, scales, gaussians, tile.valid)
         total_q += add_blocks(find_q(h, slopes))
-        products = add_tile_products(products, d, h, scales, gaussians, K)
-    sum_qzs, totals = sum_chunks(products, scales, gaussians, std, columns_inside(position, view), K)
+        products = add_tile_products(products, d, h, scales, gaussians)
+    sum_qzs, totals = sum_chunks(products, scales, gaussians, std, columns_inside(position, view))
     store_strip_numbers(strips, walk, position, view, [tl.sum(total_q, 0)[None, :], sum_qzs])
     if partials is not None:
         store_partials(partials, totals, walk.head)
 
 
 @triton.jit
-def open_sums(gaussians, numbers, head, position, view, K: tl.constexpr, _PLAN: tl.constexpr):
-    """Return (mean, chunk) for the backward pass."""
-    mean, mean_error, variance, inv_count = load_numbers(numbers.stats, head, position, view, 4)
-    sum_q, sum_qzs = load_numbers(numbers.sums, head, position, view, 2)
-    std, inv_std = find_std(variance)
-    slope = inv_std * (inv_count * sum_qzs)
-    chunk = Chunk(scale_gaussians(gaussians, mean_error, std, K), gaussians)
-    return mean, ChunkSums(chunk, inv_count * sum_q - slope * mean_error, slope)
-
-
-@triton.jit
-def differentiate_tile(
-    x, centred, sums, inputs, tile, view, _padding, RAW: tl.constexpr, K: tl.constexpr, PLAN: tl.constexpr
-):  # fmt: skip
+def differentiate_tile(x, mean, chunk, inputs, _padding, tile, view, RAW: tl.constexpr, PLAN: tl.constexpr):
     """Return (dx, grad_y as it came) of every block, and nothing for totals."""
-    gradients = load_gradients(inputs, tile, view, RAW, PLAN)
-    weights, slopes = weigh(centred, sums.chunk.scales, sums.chunk.gaussians, tile.valid, K)
-    q = find_q(differentiate_weights(gradients, x), slopes)
-    return differentiate_x(gradients, centred, weights, q, sums.common, sums.slope), gradients.raw, [], []
+    gradients, centred = load_gradients(inputs, tile, view, RAW, PLAN), [block - mean for block in x]
+    weights, slopes = weigh(centred, chunk.scales, chunk.gaussians, tile.valid)
+    q = find_q(find_h(gradients, x, None), slopes)
+    return differentiate_x(gradients, centred, weights, q, chunk.sums), gradients.raw, [], []
 
 
 # --- On the host ----------------------------------------------------------------------------------
 
 
-def _collect(call: Call, mean_offsets: Tensor, log_sigma: Tensor) -> tuple[Parameters, None]:
-    """Return the parameters as kernels take them; there are no settings."""
-    return Parameters(call.of_heads(mean_offsets), call.of_heads(log_sigma)), None
-
-
-def _sum_chunks(
-    run: Backward, call: Call, parameters: Parameters, _settings: None, numbers: Numbers
-) -> tuple[Strided, Strided | None]:  # fmt: skip
+def _sum_chunks(call: Call, parameters: Parameters, _settings: None, numbers: Numbers) -> tuple:
     """Return the sums of streamed chunks, and every program's totals for the parameters if these are needed."""
-    strips, partials = call.of_strips(2), run.partials(call, 2 * run.n_params, call.programs)
-    call.launch(gate_sums, call.programs, call.inputs, parameters, numbers, strips, partials, K=run.n_params)
+    strips, partials = call.of_strips(2), call.partials(2 * call.run.n_params, call.programs)
+    call.launch(gate_sums, call.programs, call.inputs, parameters, numbers, strips, partials)
     return merge_sums(call, strips, 2), partials
-
-
-def _launch_param_gradients(
-    call: Call, partials: Strided, parameters: Parameters, d_mean_offsets: Strided, d_log_sigma: Strided
-) -> None:
-    """Launch what turns partial sums into gradients of the parameters."""
-    args = (partials, parameters.log_sigma, d_mean_offsets, d_log_sigma)
-    call.launch_sums(gate_param_gradients, d_log_sigma.data.shape[1], *args, BLOCK=1024)
 
 
 KERNELS = passes.Kernels(
     GATE,
-    _collect,
-    constants=lambda n_params: {"K": n_params},
+    gaussians=lambda n_params: n_params,
     n_sums=lambda n_params: 2 * n_params,
-    find_numbers=lambda call, _parameters, _settings, numbers: find_stats(call, numbers.stats, None),
+    n_column_sums=2,
+    sum_strides=lambda stride: (stride, 2 * stride),
+    collect=lambda call, p, q: (Parameters(call.of_heads(p), call.of_heads(q)), None),
+    find_numbers=lambda call, _parameters, _settings: Numbers(find_stats(call, None)),
     sum_chunks=_sum_chunks,
-    launch_param_gradients=_launch_param_gradients,
+    finish=finish_gradients,
     forward=gate_forward,
     backward=gate_backward,
     prepare=load_gaussians,
     open_chunk=open_chunk,
     weigh_chunk=weigh_chunk,
-    open_sums=open_sums,
     differentiate=differentiate_tile,
 )
 forward, backward = partial(passes.forward, KERNELS), partial(passes.backward, KERNELS)

@@ -16,15 +16,9 @@ MAX_HEADS = 65_535  # heads are grid axis 1
 
 @functools.cache
 def _knobs():
-    from triton import knobs
+    from triton import knobs  # here: tests import this module where there is no Triton
 
     return knobs
-
-
-def _compiled_kernel() -> type:
-    from triton.compiler import CompiledKernel
-
-    return CompiledKernel
 
 
 @functools.cache
@@ -110,11 +104,13 @@ def traits(args: tuple) -> list:
 
 def _launch_anew(key: tuple | None, kernel, grid: tuple[int, int], args: tuple, constants: dict[str, object]) -> None:
     """Launch through Triton, and keep what it compiled under a key, if there is one."""
+    from triton.compiler import CompiledKernel
+
     if grid[1] > MAX_HEADS:
         raise ValueError(f'num_heads is {grid[1]}, the backend "triton" takes at most {MAX_HEADS}')
     wrapped = wrap(constants)
     compiled = kernel[grid](*args, **wrapped, **options(constants["num_warps"], nvidia=not torch.version.hip))
-    if key is None or torch.version.hip or not isinstance(compiled, _compiled_kernel()):
+    if key is None or torch.version.hip or not isinstance(compiled, CompiledKernel):
         return  # on AMD GPUs Triton also looks at the size of memory; the interpreter compiles nothing
     if len(kept) >= MOST_KEPT:
         kept.clear()

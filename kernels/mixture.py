@@ -28,95 +28,85 @@ the sum of weights relative to it, in the backward pass its sums, then outputs, 
 from __future__ import annotations
 
 import math
-import struct
 from functools import partial
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import mixture_streamed, passes
+from . import passes
 from .algorithms import MIXTURE
-from .blocks import add_products, inverse_count_less_one
-from .host import Call
+from .blocks import add_blocks, add_products, find_h, inverse_count, inverse_count_less_one, multiply_rounded
+from .host import Call, Numbers
 from .mixture_blocks import (
+    FAR,
+    Chunk,
     Parameters,
     Settings,
     Sums,
     centre_unpadded,
-    differentiate_padded,
     differentiate_x,
     find_excess,
     find_frame,
+    find_scale,
     load_gaussian,
     load_moments,
     measure,
+    minimum_of,
     sum_head,
     weigh,
+    weigh_gaps,
 )
 from .operands import Split, Strided, power_of_2, split_float
-from .params import add_lists, store_partials, sum_partials, zero_blocks
-from .tile import (
-    columns_inside,
-    load_blocks,
-    load_gradients,
-    next_tile,
-    place_tile,
-    start_walk,
-    store_dx,
-    store_outputs,
-    store_padded_outputs,
-    view_of,
-)
+from .params import add_lists, load_columns, store_partials, zero_blocks
+from .streamed import find_stats, load_strip_numbers, locate_chunks, store_strip_numbers
+from .tile import float_of, load_blocks, load_gradients, load_numbers, store_dx, store_numbers, store_outputs
+from .walk import columns_inside, locate, next_tile, place_tile, start_walk, view_of
+
+# --- Chunks on chip -------------------------------------------------------------------------------
 
 
 @triton.jit
-def mixture_forward(
-    inputs, parameters, outputs, settings, extent, RESIDUAL: tl.constexpr, K: tl.constexpr, PLAN: tl.constexpr
-):  # fmt: skip
+def mixture_forward(inputs, parameters, outputs, settings, extent, RESIDUAL: tl.constexpr, PLAN: tl.constexpr):
     """Store y and the weights."""
     view = view_of(extent)
     walk = start_walk(view, False)
-    gaussian = load_gaussian(parameters, walk.head, None, view, K, PLAN)
+    gaussian = load_gaussian(parameters, walk.head, None, view, PLAN)
+    padding = None if inputs.padding is None else float_of(inputs.padding, PLAN.ACC)
     index = walk.index
     for _ in range(walk.first_tile, view.n_tiles, walk.tile_step):
         tile = place_tile(inputs.mask, index, walk.head, walk.strip_row, view, PLAN)
         raw, x = load_blocks(inputs.x, inputs.mask, tile, view, RESIDUAL, PLAN)
-        d, chunk, inv_var = centre_unpadded(x, tile, inputs.mask, settings, view, PLAN.ACC)
+        d, chunk, inv_var = centre_unpadded(x, padding, tile, inputs.mask, settings.eps, view, PLAN.ACC)
         frame = find_frame(gaussian, inv_var)
         _f, s = measure(d, chunk.mean_error, gaussian, frame, tile.valid)
         weights, _gaps, _min_s, _free = weigh(
             s, frame, gaussian, settings.log2_eps, tile.valid, chunk.inv_count, inputs.mask
         )  # fmt: skip
-        if settings.padding is None:
-            store_outputs(outputs, x, raw, weights, tile, view, RESIDUAL, PLAN)
-        else:
-            store_padded_outputs(outputs, x, raw, weights, settings.padding, tile, view, RESIDUAL, PLAN)
+        store_outputs(outputs, x, raw, weights, padding, tile, view, RESIDUAL, PLAN)
         index = next_tile(index, walk.index_step, view)
 
 
 @triton.jit
-def mixture_backward(
-    inputs, parameters, dx, partials, settings, extent, RESIDUAL: tl.constexpr, K: tl.constexpr, PLAN: tl.constexpr
-):  # fmt: skip
+def mixture_backward(inputs, parameters, dx, partials, settings, extent, RESIDUAL: tl.constexpr, PLAN: tl.constexpr):
     """Store dx, and this program's sums ke, kee, cr and cl."""
     view = view_of(extent)
     walk = start_walk(view, False)
-    gaussian = load_gaussian(parameters, walk.head, None, view, K, PLAN)
+    gaussian = load_gaussian(parameters, walk.head, None, view, PLAN)
+    padding = None if inputs.padding is None else float_of(inputs.padding, PLAN.ACC)
     totals = zero_blocks(4, 1, 1, PLAN.ACC)
     index = walk.index
     for _ in range(walk.first_tile, view.n_tiles, walk.tile_step):
         # the forward pass again
         tile = place_tile(inputs.mask, index, walk.head, walk.strip_row, view, PLAN)
         _raw, x = load_blocks(inputs.x, inputs.mask, tile, view, False, PLAN)
-        d, chunk, inv_var = centre_unpadded(x, tile, inputs.mask, settings, view, PLAN.ACC)
+        d, chunk, inv_var = centre_unpadded(x, padding, tile, inputs.mask, settings.eps, view, PLAN.ACC)
         frame, inv_count = find_frame(gaussian, inv_var), chunk.inv_count
         f, s = measure(d, chunk.mean_error, gaussian, frame, tile.valid)
         weights, gaps, min_s, free = weigh(s, frame, gaussian, settings.log2_eps, tile.valid, inv_count, inputs.mask)
         # what reaches the weights, and its sums over the chunk
         gradients = load_gradients(inputs, tile, view, RESIDUAL, PLAN)
-        h = differentiate_padded(gradients, x, settings.padding)
+        h = find_h(gradients, x, padding)
         sum_h = tl.sum(add_products(h, weights), 0)[None, :]
         free_h, clamped = free * sum_h, (1.0 - free) * sum_h
         k = find_excess(h, weights, free_h)
@@ -124,9 +114,7 @@ def mixture_backward(
         kee = clamped * (min_s + frame.offset_cost) - tl.sum(add_products(k, gaps), 0)[None, :]
         if dx is not None:
             sums = Sums(free_h, ke * inv_count, kee * inv_var * inverse_count_less_one(inv_count))
-            grad = differentiate_x(
-                gradients, x, d, chunk.mean_error, h, k, weights, sums, gaussian, inv_var, settings.padding
-            )  # fmt: skip
+            grad = differentiate_x(gradients, x, d, chunk.mean_error, h, k, weights, sums, gaussian, inv_var, padding)
             store_dx(dx, grad, gradients.raw, tile, view, RESIDUAL, PLAN)
         if partials is not None:
             more = sum_head(ke, kee, clamped, inv_var, columns_inside(tile.position, view) & (inv_count > 0))
@@ -137,67 +125,220 @@ def mixture_backward(
 
 
 @triton.jit
-def mixture_param_gradients(
-    partials, n_groups, parameters, d_mean_offsets, d_c, K: tl.constexpr, BLOCK: tl.constexpr
-):  # fmt: skip
-    """Store the gradients of one head's parameters: partial sums added in fixed order and fp64; 1/c³ overflows fp32."""
-    head, ks = tl.program_id(1).to(tl.int64), tl.arange(0, K)
-    mean_offsets, c = parameters.mean_offsets, parameters.c
-    ke, kee = sum_partials(partials, n_groups, 0, head, BLOCK), sum_partials(partials, n_groups, 1, head, BLOCK)
-    cr, cl = sum_partials(partials, n_groups, 2, head, BLOCK), sum_partials(partials, n_groups, 3, head, BLOCK)
-    _scale, inside, _a, m, v = load_moments(parameters, head, K, tl.float64)
-    offset = tl.load(mean_offsets.data + head * mean_offsets.strides[0] + ks * mean_offsets.strides[1], inside, 0.0)
-    scale = tl.load(c.data + head * c.strides[0] + ks * c.strides[1], inside, 1.0).to(tl.float64)
-    offset = offset.to(tl.float64) - m
-    offset_gradient = (ke - offset * cr) / scale / scale
-    c_gradient = (kee - 2.0 * offset * ke + (offset * offset - v) * cr) / scale / scale / scale - cl / scale
-    pointers = d_mean_offsets.data + head * d_mean_offsets.strides[0] + ks
-    tl.store(pointers, offset_gradient.to(d_mean_offsets.data.dtype.element_ty), inside)
-    pointers = d_c.data + head * d_c.strides[0] + ks
-    tl.store(pointers, c_gradient.to(d_c.data.dtype.element_ty), inside)
+def finish_gradients(totals, parameters, head, columns, inside, K: tl.constexpr):
+    """Return the gradients of some Gaussians' parameters from ke, kee, cr and cl, in fp64: 1/c³ overflows fp32."""
+    ke, kee, cr, cl = totals
+    _scale, _inside, _a, m, v = load_moments(parameters, head, K, tl.float64)
+    offset = load_columns(parameters.mean_offsets, head, columns, inside, 0.0) - m
+    c = load_columns(parameters.c, head, columns, inside, 1.0)
+    c_gradient = (kee - 2.0 * offset * ke + (offset * offset - v) * cr) / c / c / c - cl / c
+    return (ke - offset * cr) / c / c, c_gradient
+
+
+# --- Streamed chunks (`streamed.py`) --------------------------------------------------------------
+# The least s of a chunk, and the sum of weights relative to it, take one more pass than statistics; then it has the
+# scale of its weights. Sums for the backward pass are of relative weights: their scale need not be known before.
+
+
+@triton.jit
+def mixture_scales(inputs, parameters, numbers, strips, extent, PLAN: tl.constexpr):
+    """Store the least s of a strip of each chunk of one tile's columns, and the sum of the weights relative to it."""
+    view = view_of(extent)
+    walk = start_walk(view, True)
+    gaussian = load_gaussian(parameters, walk.head, None, view, PLAN)
+    position = locate(walk.index, walk.head, walk.strip_row, view, PLAN)
+    mean, mean_error, inv_var = load_numbers(numbers.stats, walk.head, position, view, 3)
+    frame = find_frame(gaussian, inv_var)
+    # of every place in a block by itself: they are compared once, at the end
+    min_s = tl.zeros([PLAN.BLOCK_P, PLAN.BLOCK_C], PLAN.ACC) + FAR
+    total = tl.zeros([PLAN.BLOCK_P, PLAN.BLOCK_C], PLAN.ACC)
+    end = tl.minimum(walk.strip_row + view.strip, view.chunk)
+    for row in range(walk.strip_row, end, PLAN.BLOCK_P * PLAN.N_BLOCKS):
+        tile = place_tile(inputs.mask, walk.index, walk.head, row, view, PLAN)
+        _raw, x = load_blocks(inputs.x, inputs.mask, tile, view, False, PLAN)
+        _f, s = measure([block - mean for block in x], mean_error, gaussian, frame, tile.valid)
+        before, min_s = min_s, tl.minimum(min_s, minimum_of(s))
+        more = add_blocks(weigh_gaps([min_s - block for block in s], frame.log2_factor, tile.valid))
+        total = total * tl.exp2((min_s - before) * frame.log2_factor) + more
+    least = tl.min(min_s, 0)[None, :]
+    total = tl.sum(total * tl.exp2((least - min_s) * frame.log2_factor), 0)[None, :]
+    store_strip_numbers(strips, walk, position, view, [least, total])
+
+
+@triton.jit
+def merge_scales(strips, parameters, numbers, settings, extent, PLAN: tl.constexpr):
+    """Store the least s of every chunk of one tile's columns, in place of its 1/n, and the scale of its weights."""
+    view, head = view_of(extent), tl.program_id(1).to(tl.int64)
+    gaussian = load_gaussian(parameters, head, None, view, PLAN)
+    position = locate_chunks(head, view, PLAN)
+    mean, mean_error, inv_var = load_numbers(numbers.stats, head, position, view, 3)
+    frame = find_frame(gaussian, inv_var)
+    min_s, total = tl.zeros_like(inv_var) + FAR, tl.zeros_like(inv_var)
+    for first in range(0, view.n_strips, PLAN.BLOCK_P):
+        least = load_strip_numbers(strips, 0, first, head, position, view, FAR, PLAN)
+        sums = load_strip_numbers(strips, 1, first, head, position, view, 0.0, PLAN)
+        before, min_s = min_s, tl.minimum(min_s, tl.min(least, 0)[None, :])
+        more = tl.sum(sums * tl.exp2((min_s - least) * frame.log2_factor), 0)[None, :]
+        total = total * tl.exp2((min_s - before) * frame.log2_factor) + more
+    total = tl.where(total == 0, 1.0, total)
+    scale, _free = find_scale(total, min_s, frame, gaussian, settings.log2_eps)
+    store_numbers(numbers.stats, head, position, view, [mean, mean_error, inv_var, min_s])
+    store_numbers(numbers.scales, head, position, view, [scale])
+
+
+@triton.jit
+def open_chunk(gaussian, numbers, head, position, view, _PLAN: tl.constexpr):
+    """Return (mean, chunk), with the sums where numbers have them."""
+    mean, mean_error, inv_var, min_s = load_numbers(numbers.stats, head, position, view, 4)
+    if numbers.sums is None:
+        (scale,) = load_numbers(numbers.scales, head, position, view, 1)
+        sums = []
+    else:
+        scale, free_h, mean_ke, slope = load_numbers(numbers.sums, head, position, view, 4)
+        sums = Sums(free_h, mean_ke, slope)
+    return mean, Chunk(gaussian, find_frame(gaussian, inv_var), mean_error, inv_var, min_s, scale, sums)
+
+
+@triton.jit
+def weigh_chunk(centred, chunk, valid):
+    """Return the weights of every block."""
+    _f, s = measure(centred, chunk.mean_error, chunk.gaussian, chunk.frame, valid)
+    relative = weigh_gaps([chunk.min_s - block for block in s], chunk.frame.log2_factor, valid)
+    return [block * chunk.scale for block in relative]
+
+
+@triton.jit
+def mixture_sums(inputs, parameters, numbers, strips, extent, PLAN: tl.constexpr):
+    """Store Σ h, Σ h·f, Σ h·u, Σ w, Σ w·f, Σ w·u and n of a strip of each chunk of one tile's columns, f being d - p, u
+    the gaps, and w relative weights, so that their scale need not be known before.
+    """
+    view = view_of(extent)
+    walk = start_walk(view, True)
+    gaussian = load_gaussian(parameters, walk.head, None, view, PLAN)
+    position = locate(walk.index, walk.head, walk.strip_row, view, PLAN)
+    mean, mean_error, inv_var, min_s = load_numbers(numbers.stats, walk.head, position, view, 4)
+    frame = find_frame(gaussian, inv_var)
+    padding = None if inputs.padding is None else float_of(inputs.padding, PLAN.ACC)
+    sum_h = tl.zeros([PLAN.BLOCK_P, PLAN.BLOCK_C], PLAN.ACC)
+    sum_hf, sum_hu, sum_w, sum_wf, sum_wu, n = sum_h, sum_h, sum_h, sum_h, sum_h, sum_h
+    end = tl.minimum(walk.strip_row + view.strip, view.chunk)
+    for row in range(walk.strip_row, end, PLAN.BLOCK_P * PLAN.N_BLOCKS):
+        tile = place_tile(inputs.mask, walk.index, walk.head, row, view, PLAN)
+        _raw, x = load_blocks(inputs.x, inputs.mask, tile, view, False, PLAN)
+        f, s = measure([block - mean for block in x], mean_error, gaussian, frame, tile.valid)
+        gaps = [min_s - block for block in s]
+        w = weigh_gaps(gaps, frame.log2_factor, tile.valid)
+        h = find_h(load_gradients(inputs, tile, view, False, PLAN), x, padding)
+        for i in tl.static_range(PLAN.N_BLOCKS):
+            hw = h[i] * w[i]
+            sum_h += hw
+            sum_hf += hw * f[i]
+            sum_hu += hw * gaps[i]
+            sum_w += w[i]
+            sum_wf += w[i] * f[i]
+            sum_wu += w[i] * gaps[i]
+        if inputs.mask is not None:
+            n += add_blocks([valid.to(PLAN.ACC) for valid in tile.valid])
+    if inputs.mask is None:
+        n = tl.where(tl.arange(0, PLAN.BLOCK_P)[:, None] == 0, (end - walk.strip_row).to(PLAN.ACC), n)
+    sums = [sum_h, sum_hf, sum_hu, sum_w, sum_wf, sum_wu, n]
+    store_strip_numbers(strips, walk, position, view, [tl.sum(block, 0)[None, :] for block in sums])
+
+
+@triton.jit
+def merge_mixture_sums(strips, parameters, numbers, partials, settings, extent, PLAN: tl.constexpr):
+    """Store the weights' scale, free·Σ h, Σ k·e/n and inv_var·(Σ k·e² + clamped·v)/(n - 1) of the chunks of one tile's
+    columns.
+
+    Strips are added in fp64. Sums of k are differences: where all weight is on one position nothing is left of them, if
+    products are rounded there as they were in `mixture_sums`.
+    """
+    view, head = view_of(extent), tl.program_id(1).to(tl.int64)
+    gaussian = load_gaussian(parameters, head, None, view, PLAN)
+    position = locate_chunks(head, view, PLAN)
+    _mean, _error, inv_var, min_s = load_numbers(numbers.stats, head, position, view, 4)
+    frame, totals = find_frame(gaussian, inv_var), zero_blocks(7, 1, PLAN.BLOCK_C, tl.float64)
+    for first in range(0, view.n_strips, PLAN.BLOCK_P):
+        more = []
+        for i in tl.static_range(7):
+            strip = load_strip_numbers(strips, i, first, head, position, view, 0.0, PLAN).to(tl.float64)
+            more = more + [totals[i] + tl.sum(strip, 0)[None, :]]
+        totals = more
+    sum_h, sum_hf, sum_hu, sum_w, sum_wf, sum_wu, n = [total.to(PLAN.ACC) for total in totals]
+    total = tl.where(sum_w == 0, 1.0, sum_w)
+    scale, free = find_scale(total, min_s, frame, gaussian, settings.log2_eps)
+    all_h = sum_h * scale
+    free_h, clamped = free * all_h, (1.0 - free) * all_h
+    ke = scale * (sum_hf - multiply_rounded(free_h, sum_wf)) + clamped * (frame.origin - gaussian.m)
+    kee = clamped * (min_s + frame.offset_cost) - scale * (sum_hu - multiply_rounded(free_h, sum_wu))
+    inv_count = inverse_count(n)
+    slope = kee * inv_var * inverse_count_less_one(inv_count)
+    store_numbers(numbers.sums, head, position, view, [scale, free_h, ke * inv_count, slope])
+    if partials is not None:
+        inside = columns_inside(position, view) & (inv_count > 0)
+        store_partials(partials, sum_head(ke, kee, clamped, inv_var, inside), head)
+
+
+@triton.jit
+def differentiate_tile(x, mean, chunk, inputs, padding, tile, view, RAW: tl.constexpr, PLAN: tl.constexpr):
+    """Return (dx, grad_y as it came) of every block, and nothing for totals."""
+    centred = [block - mean for block in x]
+    weights = weigh_chunk(centred, chunk, tile.valid)
+    gradients = load_gradients(inputs, tile, view, RAW, PLAN)
+    h = find_h(gradients, x, padding)
+    grad = differentiate_x(
+        gradients, x, centred, chunk.mean_error, h, [], weights, chunk.sums, chunk.gaussian, chunk.inv_var, padding
+    )  # fmt: skip
+    return grad, gradients.raw, [], []
 
 
 # --- On the host ----------------------------------------------------------------------------------
 
 
 def _collect(
-    call: Call, mean_offsets: Tensor, c: Tensor, eps: float, padding: float | None
+    call: Call, mean_offsets: Tensor, c: Tensor, eps: float, _padding: float | None
 ) -> tuple[Parameters, Settings]:  # fmt: skip
     """Return the parameters and the settings as kernels take them."""
     log2_eps = split_float(math.log2(eps)) if eps > 0 else Split(-math.inf, 0.0)
-    bits = None if padding is None else _find_bits(padding, call.inputs.x.data.dtype)
     parameters = Parameters(call.of_heads(mean_offsets), call.of_heads(c), c.shape[1])
-    return parameters, Settings(bits, split_float(eps), log2_eps)
+    return parameters, Settings(split_float(eps), log2_eps)
 
 
-def _find_bits(padding: float, dtype: torch.dtype) -> int:
-    """Return the padding value, rounded to x's dtype, as the bits of an fp64 number."""
-    (bits,) = struct.unpack("<q", struct.pack("<d", torch.tensor(padding, dtype=dtype).item()))
-    return bits
+def _find_numbers(call: Call, parameters: Parameters, settings: Settings) -> Numbers:
+    """Return the statistics of streamed chunks, and the scale of each chunk's weights."""
+    stats, strips = find_stats(call, settings.eps, unbiased=True), call.of_strips(2)
+    numbers = Numbers(stats, call.of_strips(1, strips=1))
+    call.launch(mixture_scales, call.programs, call.inputs, parameters, Numbers(stats), strips)
+    call.launch_merge(merge_scales, strips, parameters, numbers, settings)
+    return numbers
 
 
-def _launch_param_gradients(
-    call: Call, partials: Strided, parameters: Parameters, d_mean_offsets: Strided, d_c: Strided
-) -> None:
-    """Launch what turns partial sums into gradients of the parameters."""
-    args = (partials, parameters, d_mean_offsets, d_c)
-    call.launch_sums(mixture_param_gradients, 1, *args, K=power_of_2(parameters.n), BLOCK=1024)
+def _sum_chunks(
+    call: Call, parameters: Parameters, settings: Settings, numbers: Numbers
+) -> tuple[Strided, Strided | None]:  # fmt: skip
+    """Return the sums of streamed chunks, and totals for the parameters, of a tile's columns each, if needed."""
+    strips, partials = call.of_strips(7), call.partials(4, call.extent.n_tiles)
+    numbers = numbers._replace(sums=call.of_strips(4, strips=1))
+    call.launch(mixture_sums, call.programs, call.inputs, parameters, numbers, strips)
+    call.launch_merge(merge_mixture_sums, strips, parameters, numbers, partials, settings)
+    return numbers.sums, partials
 
 
 KERNELS = passes.Kernels(
     MIXTURE,
-    _collect,
-    constants=lambda n_params: {"K": power_of_2(n_params)},
+    gaussians=power_of_2,
     n_sums=lambda _n_params: 4,
-    find_numbers=mixture_streamed.find_numbers,
-    sum_chunks=mixture_streamed.sum_chunks,
-    launch_param_gradients=_launch_param_gradients,
+    n_column_sums=4,
+    sum_strides=lambda stride: (stride, 0),
+    collect=_collect,
+    find_numbers=_find_numbers,
+    sum_chunks=_sum_chunks,
+    finish=finish_gradients,
     forward=mixture_forward,
     backward=mixture_backward,
     prepare=load_gaussian,
-    open_chunk=mixture_streamed.open_chunk,
-    weigh_chunk=mixture_streamed.weigh_chunk,
-    open_sums=mixture_streamed.open_sums,
-    differentiate=mixture_streamed.differentiate_tile,
+    open_chunk=open_chunk,
+    weigh_chunk=weigh_chunk,
+    differentiate=differentiate_tile,
 )
 forward, backward = partial(passes.forward, KERNELS), partial(passes.backward, KERNELS)

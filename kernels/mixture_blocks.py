@@ -15,7 +15,6 @@ from .blocks import (
     LOG2_SQRT_2PI,
     add_blocks,
     centre,
-    differentiate_weights,
     inverse_count_less_one,
     invert_variance,
     multiply_rounded,
@@ -24,7 +23,7 @@ from .blocks import (
 )
 from .operands import Split, Strided
 from .params import sum_columns
-from .tile import is_padding, zero_padding
+from .tile import zero_padding
 
 FAR = tl.constexpr(1e37)  # s of what is not valid. Not inf: the difference of two of them is NaN
 MAX_PRECISION = tl.constexpr(1099511627776.0)  # 2**40
@@ -39,9 +38,8 @@ class Parameters(NamedTuple):
 
 
 class Settings(NamedTuple):
-    """Hold the padding value as bits of fp64, or None, eps and log2 of eps, as kernels take them."""
+    """Hold eps and log2 of eps as kernels take them."""
 
-    padding: int | None
     eps: Split
     log2_eps: Split
 
@@ -74,6 +72,20 @@ class Sums(NamedTuple):
     slope: tl.tensor
 
 
+class Chunk(NamedTuple):
+    """Hold what the tiles of a streamed chunk share: numbers [1, BLOCK_C] each, the Gaussian, and in the backward pass
+    the Sums.
+    """
+
+    gaussian: Gaussian
+    frame: Frame
+    mean_error: tl.tensor
+    inv_var: tl.tensor
+    min_s: tl.tensor
+    scale: tl.tensor
+    sums: Sums | list
+
+
 # --- The Gaussian of a head, and of a chunk -------------------------------------------------------
 
 
@@ -101,9 +113,9 @@ def load_moments(parameters, head, K: tl.constexpr, ACC: tl.constexpr):
 
 
 @triton.jit
-def load_gaussian(parameters, head, _position, _view, K: tl.constexpr, PLAN: tl.constexpr):
+def load_gaussian(parameters, head, _position, _view, PLAN: tl.constexpr):
     """Return the Gaussian of a head, rounded once."""
-    scale, inside, a, m, v = load_moments(parameters, head, K, PLAN.ACC)
+    scale, inside, a, m, v = load_moments(parameters, head, PLAN.K, PLAN.ACC)
     log2_norm = tl.sum(tl.where(inside, tl.log2(scale) + LOG2_SQRT_2PI, 0.0), 0)
     return Gaussian(a.to(PLAN.ACC), m.to(PLAN.ACC), v.to(PLAN.ACC), log2_norm, (a * HALF_LOG2_E).to(PLAN.ACC))
 
@@ -189,19 +201,6 @@ def find_excess(h, weights, free_h):
 
 
 @triton.jit
-def differentiate_padded(gradients, x, padding):
-    """Return dL/dweights of every block, grad_y·x + grad_weights; padding has none of the first."""
-    if padding is None:
-        return differentiate_weights(gradients, x)
-    else:
-        blocks = []
-        for i in tl.static_range(len(x)):
-            h = tl.where(is_padding(x[i], padding), 0.0, gradients.y[i] * x[i])
-            blocks = blocks + [h if len(gradients.weights) == 0 else h + gradients.weights[i]]
-        return blocks
-
-
-@triton.jit
 def differentiate_x(gradients, x, d, mean_error, h, k, weights, sums, gaussian, inv_var, padding):
     """Return dx of every block. k, where it is not needed otherwise ([]), is not made:
     dx = weights·(grad_y - (h - free·Σ h)·…) takes less.
@@ -212,7 +211,7 @@ def differentiate_x(gradients, x, d, mean_error, h, k, weights, sums, gaussian, 
     for i in tl.static_range(len(h)):
         common, ae = constant + slope * d[i], factor * d[i] - shift
         if padding is not None:
-            padded = is_padding(x[i], padding)
+            padded = x[i] == padding
             direct = tl.where(padded, gradients.y[i], gradients.y[i] * weights[i])
             block = direct + tl.where(padded, 0.0, common) - (h[i] - sums.free_h) * weights[i] * ae
         elif len(k) == 0:
@@ -233,13 +232,13 @@ def sum_head(ke, kee, clamped, inv_var, inside):
 
 
 @triton.jit
-def centre_unpadded(x, tile, mask, settings, view, ACC: tl.constexpr):
+def centre_unpadded(x, padding, tile, mask, eps, view, ACC: tl.constexpr):
     """Return (x - mean of every block, the Centred chunk, inv_var): padding counts as zeros in mean and variance."""
-    chunk = centre(zero_padding(x, settings.padding), tile, mask, view, ACC)
+    chunk = centre(zero_padding(x, padding), tile, mask, view, ACC)
     d = chunk.blocks
-    if settings.padding is not None:
+    if padding is not None:
         d = []
         for i in tl.static_range(len(x)):
             d = d + [tl.where(tile.valid[i], x[i] - chunk.mean, 0.0)]
     inv_divisor = inverse_count_less_one(chunk.inv_count)
-    return d, chunk, invert_variance(chunk.squares, inv_divisor, chunk.inv_count, mask, settings.eps)
+    return d, chunk, invert_variance(chunk.squares, inv_divisor, chunk.inv_count, mask, eps)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -29,12 +30,13 @@ class Strided(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """Hold the tensors of x's shape that a pass reads, None for those there are not."""
+    """Hold the tensors of x's shape that a pass reads, None for those there are not, and a padding value's bits."""
 
     x: Strided
     mask: Strided | None
-    grad_y: Strided | None = None
-    grad_weights: Strided | None = None
+    grad_y: Strided | None
+    grad_weights: Strided | None
+    padding: int | None
 
 
 class Outputs(NamedTuple):
@@ -48,7 +50,7 @@ class Extent(NamedTuple):
     """Hold what kernels know of a call: outer sizes, x's strides, tiles of all outer places, blocks of columns along
     the inner dimension, strips that a chunk is cut into and positions of each (one, of the whole chunk, where a tile
     holds it), positions of a chunk, size of the inner dimension. The eighths of one of these two, and then of the
-    strides too, where x and tensors of its strides are aligned to 8 elements only (`tile.view_of`).
+    strides too, where x and tensors of its strides are aligned to 8 elements only (`walk.view_of`).
     """
 
     sizes: tuple[int, ...]
@@ -167,6 +169,12 @@ def split_float(value: float) -> Split:
     """Return a float as a Split: Triton passes floats as fp32, which is too little for fp64 arithmetic."""
     high = ctypes.c_float(value).value
     return Split(high, value - high)
+
+
+def float_bits(value: float, dtype: torch.dtype) -> int:
+    """Return a float, rounded to a dtype, as the bits of an fp64 number."""
+    (bits,) = struct.unpack("<q", struct.pack("<d", torch.tensor(value, dtype=dtype).item()))
+    return bits
 
 
 def power_of_2(n: int) -> int:

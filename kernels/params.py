@@ -8,7 +8,7 @@ together hold every parameter of a head once; gradients are sums of these, in fi
 import triton
 import triton.language as tl
 
-from .tile import columns_inside
+from .walk import columns_inside
 
 
 @triton.jit
@@ -28,6 +28,12 @@ def load_param(p, default, head, position, view, PLAN: tl.constexpr):
             block = tl.load(start + tl.zeros([1, 1], tl.int32)).to(PLAN.ACC)
         blocks = blocks + [block]
     return blocks
+
+
+@triton.jit
+def load_columns(p, head, columns, inside, default):
+    """Return some columns of a head's parameter in fp64, the default where they are not inside."""
+    return tl.load(p.data + head * p.strides[0] + columns * p.strides[1], inside, default).to(tl.float64)
 
 
 @triton.jit
@@ -125,12 +131,26 @@ def store_partials(partials, totals, head):
         tl.store(start + i * distance, totals[i])
 
 
-@triton.jit
-def sum_partials(partials, n_groups, number, head, BLOCK: tl.constexpr):
-    """Return the sum of one number's partials of a head, added in fixed order and fp64."""
-    places = tl.arange(0, BLOCK)
-    total = tl.zeros([BLOCK], tl.float64)
-    start = partials.data + number * tl.cast(partials.strides[0], tl.int64) + head * partials.strides[1] + places
-    for first in range(0, n_groups, BLOCK):
-        total += tl.load(start + first, first + places < n_groups, 0.0).to(tl.float64)
-    return tl.sum(total, 0)
+@triton.jit(repr=lambda call: f"{call.constants['NAME']}_param_gradients")
+def param_gradients(
+    partials, n_groups, parameters, d_p, d_q, n_columns, N: tl.constexpr, K: tl.constexpr, FINISH: tl.constexpr,
+    NAME: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Store some columns of one head's gradients of both parameters, (heads, columns): what FINISH makes of N partial
+    sums a column, which are added in fixed order and fp64.
+    """
+    head = tl.program_id(1).to(tl.int64)
+    columns = tl.program_id(0).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = columns < n_columns
+    distance, head_stride, group_stride, column_stride = partials.strides
+    start, totals = partials.data + head * head_stride + columns[None, :] * column_stride, []
+    for i in tl.static_range(N):
+        total = tl.zeros([BLOCK, COLUMNS], tl.float64)
+        for first in range(0, n_groups, BLOCK):
+            groups = tl.cast(first, tl.int64) + tl.arange(0, BLOCK)[:, None]
+            pointers = start + tl.cast(distance, tl.int64) * i + groups * group_stride
+            total += tl.load(pointers, inside[None, :] & (groups < n_groups), 0.0).to(tl.float64)
+        totals = totals + [tl.sum(total, 0)]
+    p_gradient, q_gradient = FINISH(totals, parameters, head, columns, inside, K)
+    tl.store(d_p.data + head * d_p.strides[0] + columns, p_gradient.to(d_p.data.dtype.element_ty), inside)
+    tl.store(d_q.data + head * d_q.strides[0] + columns, q_gradient.to(d_q.data.dtype.element_ty), inside)

@@ -6,11 +6,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from . import launch
 from .algorithms import Algorithm
-from .host import Backward, Call, Forward, Numbers
-from .operands import Strided
+from .host import Call, Numbers, Pass
+from .operands import Inputs, Outputs, Strided, float_bits, power_of_2
+from .params import param_gradients
 from .streamed import backward_streamed, forward_streamed
 
 
@@ -18,33 +21,37 @@ from .streamed import backward_streamed, forward_streamed
 class Kernels:
     """Hold the kernels of an algorithm, and what passes ask of it.
 
-    collect(call, p, q, *settings) -> (parameters, settings) as kernels take them; a padding value is the field padding
-        of these. constants(P) -> constants that its kernels take. n_sums(P) -> partial sums of a group.
-    find_numbers(call, parameters, settings, numbers): fill the numbers of streamed chunks that a pass needs.
-    sum_chunks(run, call, parameters, settings, numbers) -> (sums of streamed chunks, partial sums or None).
-    launch_param_gradients(call, partials, parameters, d_p, d_q): turn partial sums into gradients.
-    forward, backward: kernels of chunks on chip. prepare, open_chunk, weigh_chunk, open_sums, differentiate: what
+    gaussians(P) -> Gaussians of a head, as its kernels count them. n_sums(P) -> partial sums that a group of programs
+        leaves of a head. n_column_sums: those that make a column of the gradients; sum_strides(stride) -> (stride from
+        one of them to the next, from a column's to the next column's), where parameters follow no dimension.
+    finish(totals, parameters, head, columns, inside, K) -> a column of both gradients (`params.param_gradients`).
+    collect(call, p, q, *settings) -> (parameters, settings) as kernels take them.
+    find_numbers(call, parameters, settings) -> the numbers of streamed chunks that the forward pass needs.
+    sum_chunks(call, parameters, settings, numbers) -> (sums of streamed chunks, partial sums or None).
+    forward, backward: kernels of chunks on chip. prepare, open_chunk, weigh_chunk, differentiate: what
         `streamed.forward_streamed` and `backward_streamed` take.
     """
 
     algorithm: Algorithm
-    collect: Callable[..., Any]
-    constants: Callable[[int], dict[str, int]]
+    gaussians: Callable[[int], int]
     n_sums: Callable[[int], int]
-    find_numbers: Callable[[Call, Any, Any, Numbers], None]
-    sum_chunks: Callable[[Backward, Call, Any, Any, Numbers], tuple[Strided, Strided | None]]
-    launch_param_gradients: Callable[..., None]
+    n_column_sums: int
+    sum_strides: Callable[[int], tuple[int, int]]
+    collect: Callable[..., Any]
+    find_numbers: Callable[[Call, Any, Any], Numbers]
+    sum_chunks: Callable[[Call, Any, Any, Numbers], tuple[Strided, Strided | None]]
+    finish: Callable
     forward: Callable
     backward: Callable
     prepare: Callable
     open_chunk: Callable
     weigh_chunk: Callable
-    open_sums: Callable
     differentiate: Callable
 
-    def streamed_constants(self, n_params: int) -> dict[str, object]:
-        """Return the constants of a streamed pass but for its own functions."""
-        return {"K": 1, "NAME": self.algorithm.name, "PREPARE": self.prepare} | self.constants(n_params)
+    @property
+    def streamed_constants(self) -> dict[str, object]:
+        """Return the functions of this algorithm that both streamed frames take, and its name."""
+        return {"NAME": self.algorithm.name, "PREPARE": self.prepare, "OPEN": self.open_chunk}
 
 
 def forward(
@@ -55,23 +62,23 @@ def forward(
     settings_and_flags: the algorithm's settings, residual, return_weights, save_stats.
     """
     *settings, residual, return_weights, save_stats = settings_and_flags
-    run = Forward(kernels.algorithm, x, mask, q.shape, axis, return_weights, kernels.algorithm.feature_axis(*settings))
-    for call in run.calls():
+    algorithm, y, weights = kernels.algorithm, _empty_like(x), _empty_like(x) if return_weights else None
+    # not whether weights are written: y is the same to the bit with and without them
+    tensors, feature_axis = (x, mask, y, weights), algorithm.find_setting("feature_axis", settings)
+    padding = _padding_bits(kernels, settings, x)
+    run = Pass(algorithm.forward, kernels.gaussians, q.shape, axis, feature_axis, tensors)
+    for call, (*inputs, call_y, call_weights) in run.calls():
+        call.inputs, outputs = Inputs(*inputs, None, None, padding), Outputs(call_y, call_weights)
         parameters, given = kernels.collect(call, p, q, *settings)
         if call.streamed:
-            scales = call.of_strips(1, strips=1) if kernels.algorithm.scales else None
-            numbers = Numbers(call.of_chunks(run.stats), scales)
-            kernels.find_numbers(call, parameters, given, numbers)
-            padding, constants = getattr(given, "padding", None), kernels.streamed_constants(q.shape[1])
-            call.launch(
-                forward_streamed, call.programs, call.inputs, parameters, padding, numbers, call.outputs,
-                OPEN=kernels.open_chunk, WEIGH=kernels.weigh_chunk, RESIDUAL=residual, **constants,
-            )  # fmt: skip
+            numbers = kernels.find_numbers(call, parameters, given)
+            args = (call.inputs, parameters, numbers, outputs)
+            constants = {"WEIGH": kernels.weigh_chunk} | kernels.streamed_constants
+            call.launch(forward_streamed, call.programs, *args, RESIDUAL=residual, **constants)
         else:
-            constants = kernels.constants(q.shape[1])
-            args = (call.inputs, parameters, call.outputs, given)
-            call.launch(kernels.forward, call.programs, *args, RESIDUAL=residual, **constants)
-    return run.results(save_stats)
+            args = (call.inputs, parameters, outputs, given)
+            call.launch(kernels.forward, call.programs, *args, RESIDUAL=residual)
+    return y, weights, run.stats if save_stats and run.plan.keeps_stats else None
 
 
 def backward(
@@ -83,47 +90,75 @@ def backward(
     settings_and_flags: the algorithm's settings, residual, need_x, need_params.
     """
     *settings, residual, need_x, need_params = settings_and_flags
-    feature_axis, n_params = kernels.algorithm.feature_axis(*settings), q.shape[1]
-    run = Backward(
-        kernels.algorithm, x, mask, grad_y, grad_weights, stats, q.shape, axis, need_x, need_params, feature_axis
-    )  # fmt: skip
-    grads, n_sums = run.param_grads(p, q), kernels.n_sums(n_params)
-    for call in run.calls():
+    dx, grads = _empty_like(x) if need_x else None, (None, None)
+    if need_params:  # zeros where x is empty and nothing will be written
+        grads = tuple(_empty_like(t) if x.numel() else t.new_zeros(t.shape) for t in (p, q))
+    algorithm, tensors, n_sums = kernels.algorithm, (x, mask, grad_y, grad_weights, dx), kernels.n_sums(q.shape[1])
+    feature_axis, weights = algorithm.find_setting("feature_axis", settings), grad_weights is not None
+    padding = _padding_bits(kernels, settings, x)
+    run = Pass(algorithm.backward, kernels.gaussians, q.shape, axis, feature_axis, tensors, weights, stats, need_params)
+    for call, (*inputs, call_dx) in run.calls():
+        call.inputs = Inputs(*inputs, padding)
         parameters, given = kernels.collect(call, p, q, *settings)
         if call.streamed:
-            partials = _backward_streamed(kernels, run, call, parameters, given, residual, n_params)
-        else:
-            programs = call.programs_of_sums(n_sums) if need_params else call.programs
-            partials = run.partials(call, n_sums, call.groups(programs))
-            args = (call.inputs, parameters, call.dx, partials, given)
-            if need_x or need_params:
-                call.launch(kernels.backward, programs, *args, RESIDUAL=residual, **kernels.constants(n_params))
+            partials = _backward_streamed(kernels, call, call_dx, parameters, given, residual, n_sums)
+        elif need_x or need_params:
+            programs, partials = call.share_sums(n_sums) if need_params else (call.programs, None)
+            args = (call.inputs, parameters, call_dx, partials, given)
+            call.launch(kernels.backward, programs, *args, RESIDUAL=residual)
         if need_params:
-            kernels.launch_param_gradients(call, partials, parameters, *map(call.of_heads, grads))
-    return run.dx, *grads
+            _launch_param_gradients(kernels, call, partials, parameters, grads)
+    return dx, *grads
 
 
 def _backward_streamed(
-    kernels: Kernels, run: Backward, call: Call, parameters: Any, given: Any, residual: bool, n_params: int
+    kernels: Kernels, call: Call, dx: Strided | None, parameters: Any, given: Any, residual: bool, n_sums: int
 ) -> Strided | None:
     """Launch the backward pass of streamed chunks and return the partial sums of parameters, None where not needed.
 
     They come from the sums of chunks, but where parameters vary along the chunk.
     """
-    stats = call.of_chunks(run.stats)
-    if run.lacks_stats:
-        kernels.find_numbers(call, parameters, given, Numbers(stats))
-    sums, partials = kernels.sum_chunks(run, call, parameters, given, Numbers(stats))
+    if call.run.lacks_stats:
+        kernels.find_numbers(call, parameters, given)  # fills run.stats; what else it finds is for a forward pass
+    numbers = Numbers(call.of_chunks(call.run.stats))
+    sums, partials = kernels.sum_chunks(call, parameters, given, numbers)
     programs, row_partials = call.programs, None
-    if call.along == "chunk" and run.need_params:
-        n_sums = kernels.n_sums(n_params)
-        programs = call.programs_of_sums(n_sums)
-        partials = row_partials = run.partials(call, n_sums, call.groups(programs))
-    if run.dx is not None or row_partials is not None:
-        padding, numbers = getattr(given, "padding", None), Numbers(stats, sums=sums)
-        call.launch(
-            backward_streamed, programs, call.inputs, parameters, padding, numbers, call.dx, row_partials,
-            OPEN=kernels.open_sums, DIFFERENTIATE=kernels.differentiate, RESIDUAL=residual,
-            **kernels.streamed_constants(n_params),
-        )  # fmt: skip
+    if call.along == "chunk" and call.run.need_params:
+        programs, partials = call.share_sums(n_sums)
+        row_partials = partials
+    if dx is not None or row_partials is not None:
+        args = (call.inputs, parameters, numbers._replace(sums=sums), dx, row_partials)
+        constants = {"DIFFERENTIATE": kernels.differentiate} | kernels.streamed_constants
+        call.launch(backward_streamed, programs, *args, RESIDUAL=residual, **constants)
     return partials
+
+
+def _launch_param_gradients(
+    kernels: Kernels, call: Call, partials: Strided, parameters: Any, grads: tuple[Tensor, Tensor]
+) -> None:
+    """Launch what turns partial sums into gradients of the parameters. Those that follow features are neighbours in
+    memory, and so are their sums: up to 128 a program.
+    """
+    data, (stride, *outer, column_stride) = partials
+    n_params, columns, part = call.run.n_params, 1, call.part
+    if call.run.feature_axis is not None:
+        columns = min(128, power_of_2(n_params))
+    else:
+        stride, column_stride = kernels.sum_strides(stride)
+    partials, gradients = Strided(data, (stride, *outer, column_stride)), map(call.of_heads, grads)
+    launch.launch(
+        param_gradients, (-(-n_params // columns), part.heads), partials, data.shape[2], parameters, *gradients,
+        n_params, device=data.device, N=kernels.n_column_sums, K=kernels.gaussians(n_params), FINISH=kernels.finish,
+        NAME=kernels.algorithm.name, BLOCK=1024 // columns, COLUMNS=columns, num_warps=4,
+    )  # fmt: skip
+
+
+def _padding_bits(kernels: Kernels, settings: list, x: Tensor) -> int | None:
+    """Return the padding value among settings as the bits of an fp64 number, None where there is none."""
+    padding = kernels.algorithm.find_setting("padding", settings)
+    return None if padding is None else float_bits(padding, x.dtype)
+
+
+def _empty_like(t: Tensor) -> Tensor:
+    """Return room for as much, contiguous."""
+    return torch.empty_like(t, memory_format=torch.contiguous_format)

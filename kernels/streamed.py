@@ -21,27 +21,14 @@ from .blocks import add_blocks, add_products, inverse_count, inverse_count_less_
 from .host import Call
 from .operands import Split, Strided
 from .params import add_row_totals, store_totals, zero_totals
-from .tile import (
-    TileIndex,
-    load_blocks,
-    locate,
-    next_tile,
-    number_pointers,
-    place_tile,
-    start_walk,
-    store_dx,
-    store_numbers,
-    store_outputs,
-    store_padded_outputs,
-    view_of,
-    zero_padding,
-)
+from .tile import float_of, load_blocks, number_pointers, store_dx, store_numbers, store_outputs, zero_padding
+from .walk import TileIndex, locate, next_tile, place_tile, start_walk, view_of
 
 
 @triton.jit(repr=lambda call: f"{call.constants['NAME']}_forward_streamed")
 def forward_streamed(
-    inputs, parameters, padding, numbers, outputs, extent, PREPARE: tl.constexpr, OPEN: tl.constexpr,
-    WEIGH: tl.constexpr, NAME: tl.constexpr, RESIDUAL: tl.constexpr, K: tl.constexpr, PLAN: tl.constexpr,
+    inputs, parameters, numbers, outputs, extent, PREPARE: tl.constexpr, OPEN: tl.constexpr,
+    WEIGH: tl.constexpr, NAME: tl.constexpr, RESIDUAL: tl.constexpr, PLAN: tl.constexpr,
 ):  # fmt: skip
     """Store y and the weights of a strip of each chunk, with what PREPARE makes of the parameters, OPEN of that and the
     numbers of a chunk, as (mean, chunk), and WEIGH of x - mean and a chunk.
@@ -49,47 +36,45 @@ def forward_streamed(
     view = view_of(extent)
     walk = start_walk(view, True)
     first = locate(walk.index, walk.head, walk.strip_row, view, PLAN)
-    prepared = PREPARE(parameters, walk.head, first, view, K, PLAN)
+    prepared = PREPARE(parameters, walk.head, first, view, PLAN)
+    padding = None if inputs.padding is None else float_of(inputs.padding, PLAN.ACC)
     index = walk.index
     for _ in range(walk.first_tile, view.n_tiles, walk.tile_step):
         position = locate(index, walk.head, walk.strip_row, view, PLAN)
-        mean, chunk = OPEN(prepared, numbers, walk.head, position, view, K, PLAN)
+        mean, chunk = OPEN(prepared, numbers, walk.head, position, view, PLAN)
         end = tl.minimum(walk.strip_row + view.strip, view.chunk)
         for row in range(walk.strip_row, end, PLAN.BLOCK_P * PLAN.N_BLOCKS):
             tile = place_tile(inputs.mask, index, walk.head, row, view, PLAN)
             raw, x = load_blocks(inputs.x, inputs.mask, tile, view, RESIDUAL, PLAN)
-            weights = WEIGH([block - mean for block in x], chunk, tile.valid, K)
-            if padding is None:
-                store_outputs(outputs, x, raw, weights, tile, view, RESIDUAL, PLAN)
-            else:
-                store_padded_outputs(outputs, x, raw, weights, padding, tile, view, RESIDUAL, PLAN)
+            weights = WEIGH([block - mean for block in x], chunk, tile.valid)
+            store_outputs(outputs, x, raw, weights, padding, tile, view, RESIDUAL, PLAN)
         index = next_tile(index, walk.index_step, view)
 
 
 @triton.jit(repr=lambda call: f"{call.constants['NAME']}_backward_streamed")
 def backward_streamed(
-    inputs, parameters, padding, numbers, dx, partials, extent, PREPARE: tl.constexpr, OPEN: tl.constexpr,
-    DIFFERENTIATE: tl.constexpr, NAME: tl.constexpr, RESIDUAL: tl.constexpr, K: tl.constexpr, PLAN: tl.constexpr,
+    inputs, parameters, numbers, dx, partials, extent, PREPARE: tl.constexpr, OPEN: tl.constexpr,
+    DIFFERENTIATE: tl.constexpr, NAME: tl.constexpr, RESIDUAL: tl.constexpr, PLAN: tl.constexpr,
 ):  # fmt: skip
     """Store dx of a strip of each chunk, and where parameters vary along it their totals of this program.
 
-    DIFFERENTIATE makes of x, x - mean and a chunk (dx, grad_y as it came, he, e), the last two for the totals.
+    DIFFERENTIATE makes of x, its mean and a chunk (dx, grad_y as it came, he, e), the last two for the totals.
     """
     view = view_of(extent)
     walk = start_walk(view, True)
     first = locate(walk.index, walk.head, walk.strip_row, view, PLAN)
-    prepared = PREPARE(parameters, walk.head, first, view, K, PLAN)
+    prepared = PREPARE(parameters, walk.head, first, view, PLAN)
+    padding = None if inputs.padding is None else float_of(inputs.padding, PLAN.ACC)
     totals = [] if partials is None else zero_totals(PLAN)
     index = walk.index
     for _ in range(walk.first_tile, view.n_tiles, walk.tile_step):
         position = locate(index, walk.head, walk.strip_row, view, PLAN)
-        mean, chunk = OPEN(prepared, numbers, walk.head, position, view, K, PLAN)
+        mean, chunk = OPEN(prepared, numbers, walk.head, position, view, PLAN)
         end = tl.minimum(walk.strip_row + view.strip, view.chunk)
         for row in range(walk.strip_row, end, PLAN.BLOCK_P * PLAN.N_BLOCKS):
             tile = place_tile(inputs.mask, index, walk.head, row, view, PLAN)
             _raw, x = load_blocks(inputs.x, inputs.mask, tile, view, False, PLAN)
-            centred = [block - mean for block in x]
-            grad, raw, he, e = DIFFERENTIATE(x, centred, chunk, inputs, tile, view, padding, RESIDUAL, K, PLAN)
+            grad, raw, he, e = DIFFERENTIATE(x, mean, chunk, inputs, padding, tile, view, RESIDUAL, PLAN)
             if dx is not None:
                 store_dx(dx, grad, raw, tile, view, RESIDUAL, PLAN)
             if partials is not None:
@@ -172,10 +157,11 @@ def split_mean(mean, ACC: tl.constexpr):
 
 
 @triton.jit
-def strip_stats(inputs, padding, strips, extent, PLAN: tl.constexpr):
+def strip_stats(inputs, strips, extent, PLAN: tl.constexpr):
     """Store mean, mean_error, Σ (x - mean - mean_error)² and n of a strip of each chunk."""
     view = view_of(extent)
     walk = start_walk(view, False)
+    padding = None if inputs.padding is None else float_of(inputs.padding, PLAN.ACC)
     index = walk.index
     for _ in range(walk.first_tile, view.n_tiles, walk.tile_step):
         position = locate(index, walk.head, walk.strip_row, view, PLAN)
@@ -227,10 +213,9 @@ def merge_strip_stats(strips, stats, eps, extent, UNBIASED: tl.constexpr, PLAN: 
     store_numbers(stats, head, position, view, [mean, mean_error, variance.to(PLAN.ACC), inv_count.to(PLAN.ACC)])
 
 
-def find_stats(
-    call: Call, stats: Strided, eps: Split | None, padding: int | None = None, unbiased: bool = False
-) -> None:
-    """Fill stats with mean, mean_error, 1/(var + eps), or var where eps is None, and 1/n of every chunk."""
-    strips = call.of_strips(4)
-    call.launch(strip_stats, call.programs, call.inputs, padding, strips)
+def find_stats(call: Call, eps: Split | None, unbiased: bool = False) -> Strided:
+    """Return the statistics of the call, filled: mean, mean_error, 1/(var + eps), or var where eps is None, and 1/n."""
+    strips, stats = call.of_strips(4), call.of_chunks(call.run.stats)
+    call.launch(strip_stats, call.programs, call.inputs, strips)
     call.launch_merge(merge_strip_stats, strips, stats, eps, UNBIASED=unbiased)
+    return stats

@@ -43,16 +43,17 @@ LONGEST_CONTIGUOUS, LONGEST_STRIDED = 4096, 256  # positions of a chunk that sta
 @dataclass(frozen=True)
 class Budget:
     """Hold what one pass can have without spilling, which depends on what is alive at once: elements a thread, those of
-    them that it loads at once (8 are 128 bits of bf16), and the longest chunks that stay on chip.
+    them that it loads at once (8 are 128 bits of bf16), and the longest chunks that stay on chip. What is not said of a
+    pass is as density attention's forward pass has it.
     """
 
-    contiguous: int  # elements a thread
-    contiguous_full: int  # with a mask or weights, or parameters for every position
-    contiguous_most: int  # with both
-    strided: int
-    strided_masked: int  # with a mask, or where blocks do not divide the chunk
-    strided_full: int  # with weights, or parameters for every position, or of fp32
-    streamed: int
+    contiguous: int = 32  # elements a thread: a row of 1024 is one warp's
+    contiguous_full: int = 32  # with a mask or weights, or parameters for every position
+    contiguous_most: int = 32  # with both
+    strided: int = 48  # 24 layers two columns at a time, or 12 or 6 blocks of them 64 or 128 bits wide
+    strided_masked: int = 48  # with a mask, or where blocks do not divide the chunk
+    strided_full: int = 24  # with weights, or parameters for every position, or of fp32
+    streamed: int = 32
     contiguous_vector: int = 8
     strided_vector: int = 8
     strided_least_vector: int = 8  # where longer ones would leave a chunk to more lanes
@@ -60,80 +61,50 @@ class Budget:
     longest_contiguous: int = LONGEST_CONTIGUOUS
     longest_strided: int = LONGEST_STRIDED
 
+    def divide(self, divisor: int, least: int = 1) -> Budget:
+        """Return a budget of the same vectors and chunks for so many times the numbers an element."""
+        elements = ("contiguous", "contiguous_full", "contiguous_most", "strided", "strided_masked", "strided_full")
+        names = (*elements, "streamed")
+        return replace(self, **{name: max(least, getattr(self, name) // divisor) for name in names})
 
-FORWARD = Budget(
-    contiguous=32,  # a row of 1024 is one warp's
-    contiguous_full=32,
-    contiguous_most=32,
-    strided=48,  # 24 layers two columns at a time, or 12 or 6 blocks of them 64 or 128 bits wide
-    strided_masked=48,
-    strided_full=24,
-    streamed=32,
-)
+
+FORWARD = Budget()
 # The mixture adds along a chunk five times where density attention does three, so that narrower loads pay for
 # themselves: lanes that share a chunk shuffle for every sum.
-FORWARD_MIXTURE = replace(FORWARD, strided_masked=32, strided_least_vector=4)
-BACKWARD = Budget(  # x, grad_y and the weights are alive at once
-    contiguous=32,
-    contiguous_full=16,
-    contiguous_most=16,
-    strided=48,
-    strided_masked=32,
-    strided_full=16,
-    streamed=16,
-    contiguous_vector=4,
+FORWARD_MIXTURE = Budget(strided_masked=32, strided_least_vector=4)
+FORWARD_GATE = Budget(
+    strided=32, strided_masked=32, strided_full=16, streamed=16, strided_least_vector=4, streamed_vector=4
+)
+# x, grad_y and the weights are alive at once
+BACKWARD = Budget(
+    contiguous_full=16, contiguous_most=16, strided_masked=32, strided_full=16, streamed=16, contiguous_vector=4,
     strided_least_vector=4,
-)
-BACKWARD_MIXTURE = Budget(  # so are k and s
-    contiguous=16,
-    contiguous_full=16,
-    contiguous_most=16,
-    strided=24,
-    strided_masked=24,
-    strided_full=16,
-    streamed=16,
+)  # fmt: skip
+# so are k and s
+BACKWARD_MIXTURE = Budget(
+    contiguous=16, contiguous_full=16, contiguous_most=16, strided=24, strided_masked=24, strided_full=16, streamed=16,
     strided_least_vector=2,
-)
+)  # fmt: skip
+# so are all numbers of up to four Gaussians
+BACKWARD_GATE = Budget(
+    contiguous=16, contiguous_full=8, contiguous_most=8, strided=24, strided_masked=12, strided_full=8, streamed=8,
+    contiguous_vector=4, strided_vector=4, strided_least_vector=2, streamed_vector=4,
+)  # fmt: skip
 
 
 @functools.cache
 def gate_forward(n_gaussians: int) -> Budget:
-    """Return as much as the others have for up to four Gaussians; half as much for up to eight, a quarter for more."""
-    divisor = min(4, _doublings(n_gaussians))
-    return Budget(
-        contiguous=32 // divisor,
-        contiguous_full=32 // divisor,
-        contiguous_most=32 // divisor,
-        strided=32 // divisor,
-        strided_masked=32 // divisor,
-        strided_full=16 // divisor,
-        streamed=16 // divisor,
-        strided_least_vector=4,
-        streamed_vector=4,
-    )
+    """Return the gate's budget, half as much for five to eight Gaussians, a quarter for more."""
+    return FORWARD_GATE.divide(min(4, _doublings(n_gaussians)))
 
 
 @functools.cache
 def gate_backward(n_gaussians: int) -> Budget:
-    """Return half as much as the others have for up to four Gaussians, since all their numbers are alive, and half
-    again for every doubling. Longer chunks are streamed rather than spilled.
-    """
+    """Return the gate's budget, half as much for every doubling. Longer chunks are streamed rather than spilled."""
     divisor = _doublings(n_gaussians)
-    return Budget(
-        contiguous=max(2, 16 // divisor),
-        contiguous_full=max(2, 8 // divisor),
-        contiguous_most=max(2, 8 // divisor),
-        strided=max(2, 24 // divisor),
-        strided_masked=max(2, 12 // divisor),
-        strided_full=max(2, 8 // divisor),
-        streamed=max(2, 8 // divisor),
-        contiguous_vector=4,
-        strided_vector=4,
-        strided_least_vector=2,
-        streamed_vector=4,
-        longest_contiguous=max(32, 2048 // divisor),
-        longest_strided=max(32, 128 // divisor),
-    )
+    longest_contiguous, longest_strided = max(32, 2048 // divisor), max(32, 128 // divisor)
+    budget = BACKWARD_GATE.divide(divisor, least=2)
+    return replace(budget, longest_contiguous=longest_contiguous, longest_strided=longest_strided)
 
 
 def _doublings(n_gaussians: int) -> int:

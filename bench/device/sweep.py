@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import lru_cache, partial
 from unittest import mock
@@ -65,12 +65,12 @@ def find_tiles(workload: Workload, settings: dict) -> dict[str, str]:
 @contextlib.contextmanager
 def plan_with(settings: dict) -> Iterator[None]:
     """Plan passes with other numbers in `tiles.Budget`, which are part of what plans are kept by."""
-    build = host._Pass.__init__
+    build = host.Pass.__init__
 
-    def build_with(one: host._Pass, budget: tiles.Budget, *args, **options) -> None:
-        build(one, replace(budget, **settings), *args, **options)
+    def build_with(one: host.Pass, budget: Callable[[int], tiles.Budget], *args, **options) -> None:
+        build(one, lambda n_params: replace(budget(n_params), **settings), *args, **options)
 
-    with mock.patch.object(host._Pass, "__init__", build_with):
+    with mock.patch.object(host.Pass, "__init__", build_with):
         yield
 
 

@@ -284,8 +284,7 @@ def convert(instruction: Instruction) -> Step:
         half, target = encoder(result[:-2]), instruction.operands[0]
         upper, lower = (reader(operand, source) for operand in instruction.operands[1:])
         return lambda threads: threads.write(
-            target,
-            (half(upper(threads)).astype(np.uint32) << np.uint32(16)) | half(lower(threads)).astype(np.uint32),
+            target, (half(upper(threads)).astype(np.uint32) << np.uint32(16)) | half(lower(threads)).astype(np.uint32)
         )
     rounding = next((ROUNDINGS[word] for word in instruction.modifiers if word in ROUNDINGS), None)
     return step_of(instruction, _conversion(source, result, rounding), [source], result)

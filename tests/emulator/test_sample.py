@@ -74,11 +74,7 @@ def test_agrees_with_float64(case, dtype):
 
 
 @pytest.mark.emulated
-@pytest.mark.parametrize(
-    "shape",
-    [WHOLE, (32, 64), (1, 290, 21), (2, 5000)],
-    ids=str,
-)
+@pytest.mark.parametrize("shape", [WHOLE, (32, 64), (1, 290, 21), (2, 5000)], ids=str)
 def test_a_narrow_gaussian(shape):
     assert all(error < 1e-5 for error in narrow_errors(shape))
 
