@@ -8,10 +8,12 @@ Over the n valid positions of a chunk, e = x - mean - mean_offset and inv_var = 
     dx = grad_y·weights - he + (Σ he + inv_var·(x - mean)·Σ he·e)/n (+ grad_y)
     d_mean_offset = Σ he      d_c = Σ he·e/(2c)
 
+What is in brackets comes with a residual. Sums are over the chunk in dx, and over all that shares the parameter in the
+last line: each program leaves partial sums, and `params.param_gradients` adds them up. Where parameters do not vary
+along the chunk, the sums of a streamed chunk serve as partial sums.
+
 A chunk that fits on chip is read once: statistics, sums and output come from the same registers. A longer one is
 streamed (`streamed.py`): its statistics, in the backward pass its sums, then outputs, each a walk over its strips.
-Gradients of the parameters are sums over all chunks that share them: each program leaves partial sums, for which those
-of streamed chunks serve too unless parameters vary along the chunk, and `params.param_gradients` adds them up.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ from .algorithms import DENSITY
 from .blocks import HALF_LOG2_E, add_blocks, add_products, centre, find_h, invert_variance, multiply_rounded
 from .host import Call, Numbers
 from .operands import Split, Strided, split_float
-from .params import add_totals, load_columns, load_param, store_totals, zero_totals
+from .params import add_totals, load_entries, load_param, store_totals, zero_totals
 from .streamed import find_stats, merge_sums, store_strip_numbers
 from .tile import load_blocks, load_gradients, load_numbers, store_dx, store_outputs
 from .walk import columns_inside, locate, next_tile, place_tile, start_walk, view_of
@@ -42,11 +44,11 @@ class Gaussian(NamedTuple):
 
 
 class Sums(NamedTuple):
-    """Hold what dx takes from the sums over a chunk, [1, BLOCK_C] each; see `differentiate_x`."""
+    """Hold what dx takes from a whole chunk, in shapes that broadcast against [1, BLOCK_C]."""
 
-    factor: tl.tensor
-    mean_bare_he: tl.tensor
-    slope: tl.tensor
+    factor: tl.tensor  # he/bare_he, see `find_factor`
+    mean_bare_he: tl.tensor  # Σ bare_he/n
+    slope: tl.tensor  # inv_var·Σ he·e/n
 
 
 class Chunk(NamedTuple):
@@ -83,7 +85,9 @@ def weigh(centred, mean_error, gaussian, inv_var, valid):
 
 @triton.jit
 def load_gaussian(parameters, head, position, view, PLAN: tl.constexpr):
-    """Return the Gaussian of a program's first tile. All its tiles have the same, by how programs share tiles."""
+    """Return the Gaussian of a program's first tile. All its tiles have the same: where parameters vary along the chunk
+    a strip is one tile, and where they vary across columns a program keeps to the same columns (`tiles.py`).
+    """
     mean_offset = load_param(parameters.mean_offset, 0.0, head, position, view, PLAN)
     c = load_param(parameters.c, 1.0, head, position, view, PLAN)
     return Gaussian(mean_offset, [1.0 / block for block in c])
@@ -91,14 +95,14 @@ def load_gaussian(parameters, head, position, view, PLAN: tl.constexpr):
 
 @triton.jit
 def find_factor(gaussian, inv_var, PLAN: tl.constexpr):
-    """Return inv_var/c, which bare_he lacks where c does not vary along the chunk: sums can have it later. Else 1."""
+    """Return what bare_he is to be multiplied by to give he: inv_var/c, or 1 where c varies along the chunk."""
     return tl.full([1, 1], 1.0, inv_var.dtype) if PLAN.VARIES == "chunk" else gaussian.inv_c[0] * inv_var
 
 
 @triton.jit
 def find_bare_he(h, weights, e, gaussian, inv_var, PLAN: tl.constexpr):
-    """Return he of every block without its factor, each rounded once for all its uses: where all are alike, they and
-    their mean cancel.
+    """Return he of every block without its factor, rounded once for all uses, so that its difference from its mean is 0
+    where all are alike.
     """
     bare_he = []
     for i in tl.static_range(PLAN.N_BLOCKS):
@@ -111,13 +115,13 @@ def find_bare_he(h, weights, e, gaussian, inv_var, PLAN: tl.constexpr):
 
 @triton.jit
 def differentiate_x(gradients, weights, centred, mean_error, bare_he, sums):
-    """Return dx of every block without the residual's part; what is not valid is to be left out by who stores it. The
-    factor comes after the difference: it is large where what that leaves is small. sums.slope is inv_var·Σ he·e/n.
+    """Return dx of every block without the residual's part; what is not valid is left out when it is stored. The factor
+    comes after the difference: it may be large where that is tiny.
     """
-    slope_error, grad = sums.slope * mean_error, []
+    constant, grad = sums.slope * mean_error, []
     for i in tl.static_range(len(bare_he)):
-        # from x - mean, not as k1·x + k0: large means would cancel
-        direct = gradients.y[i] * weights[i] + (sums.slope * centred[i] - slope_error)
+        # slope·(x - mean) from what is centred: in slope·x less a constant large means would cancel
+        direct = gradients.y[i] * weights[i] + (sums.slope * centred[i] - constant)
         grad = grad + [direct + sums.factor * (sums.mean_bare_he - bare_he[i])]
     return grad
 
@@ -129,16 +133,16 @@ def differentiate_x(gradients, weights, centred, mean_error, bare_he, sums):
 def density_forward(inputs, parameters, outputs, eps, extent, RESIDUAL: tl.constexpr, PLAN: tl.constexpr):
     """Store y and the weights."""
     view = view_of(extent)
-    walk = start_walk(view, False)
+    walk = start_walk(view, BACKWARDS=False)
     first = locate(walk.index, walk.head, walk.strip_row, view, PLAN)
     gaussian = load_gaussian(parameters, walk.head, first, view, PLAN)
     index = walk.index
     for _ in range(walk.first_tile, view.n_tiles, walk.tile_step):
         tile = place_tile(inputs.mask, index, walk.head, walk.strip_row, view, PLAN)
         raw, x = load_blocks(inputs.x, inputs.mask, tile, view, RESIDUAL, PLAN)
-        chunk = centre(x, tile, inputs.mask, view, PLAN.ACC)
-        inv_var = invert_variance(chunk.squares, chunk.inv_count, chunk.inv_count, inputs.mask, eps)
-        _e, weights = weigh(chunk.blocks, chunk.mean_error, gaussian, inv_var, tile.valid)
+        centred = centre(x, tile, inputs.mask, view, PLAN.ACC)
+        inv_var = invert_variance(centred.squares, centred.inv_count, centred.inv_count, inputs.mask, eps)
+        _e, weights = weigh(centred.blocks, centred.mean_error, gaussian, inv_var, tile.valid)
         store_outputs(outputs, x, raw, weights, None, tile, view, RESIDUAL, PLAN)
         index = next_tile(index, walk.index_step, view)
 
@@ -147,7 +151,7 @@ def density_forward(inputs, parameters, outputs, eps, extent, RESIDUAL: tl.const
 def density_backward(inputs, parameters, dx, partials, eps, extent, RESIDUAL: tl.constexpr, PLAN: tl.constexpr):
     """Store dx, and this program's sums of he and he·e for every parameter."""
     view = view_of(extent)
-    walk = start_walk(view, False)
+    walk = start_walk(view, BACKWARDS=False)
     first = locate(walk.index, walk.head, walk.strip_row, view, PLAN)
     gaussian = load_gaussian(parameters, walk.head, first, view, PLAN)
     totals = zero_totals(PLAN)
@@ -156,11 +160,11 @@ def density_backward(inputs, parameters, dx, partials, eps, extent, RESIDUAL: tl
         # the forward pass again
         tile = place_tile(inputs.mask, index, walk.head, walk.strip_row, view, PLAN)
         _raw, x = load_blocks(inputs.x, inputs.mask, tile, view, False, PLAN)
-        chunk = centre(x, tile, inputs.mask, view, PLAN.ACC)
-        inv_var = invert_variance(chunk.squares, chunk.inv_count, chunk.inv_count, inputs.mask, eps)
-        if PLAN.VARIES == "chunk":  # sums over columns follow: outside, inv_var is infinite at eps 0
+        centred = centre(x, tile, inputs.mask, view, PLAN.ACC)
+        inv_var = invert_variance(centred.squares, centred.inv_count, centred.inv_count, inputs.mask, eps)
+        if PLAN.VARIES == "chunk":  # sums over columns follow: outside, inv_var is infinite at eps 0, and 0·inf is NaN
             inv_var = tl.where(columns_inside(tile.position, view), inv_var, 0.0)
-        e, weights = weigh(chunk.blocks, chunk.mean_error, gaussian, inv_var, tile.valid)
+        e, weights = weigh(centred.blocks, centred.mean_error, gaussian, inv_var, tile.valid)
         # what reaches the weights, and its sums over the chunk
         gradients = load_gradients(inputs, tile, view, RESIDUAL, PLAN)
         bare_he = find_bare_he(find_h(gradients, x, None), weights, e, gaussian, inv_var, PLAN)
@@ -168,10 +172,11 @@ def density_backward(inputs, parameters, dx, partials, eps, extent, RESIDUAL: tl
         sum_bare_he = tl.sum(add_blocks(bare_he), 0)[None, :]
         sum_he, sum_hee = sum_bare_he * factor, tl.sum(add_products(bare_he, e), 0)[None, :] * factor
         if dx is not None:
-            sums = Sums(factor, chunk.inv_count * sum_bare_he, chunk.inv_count * inv_var * sum_hee)
-            grad = differentiate_x(gradients, weights, chunk.blocks, chunk.mean_error, bare_he, sums)
+            sums = Sums(factor, centred.inv_count * sum_bare_he, centred.inv_count * inv_var * sum_hee)
+            grad = differentiate_x(gradients, weights, centred.blocks, centred.mean_error, bare_he, sums)
             store_dx(dx, grad, gradients.raw, tile, view, RESIDUAL, PLAN)
         if partials is not None:
+            # of blocks where parameters vary along the chunk, else of columns
             totals = add_totals(totals, bare_he, e, sum_he, sum_hee, columns_inside(tile.position, view), PLAN)
         index = next_tile(index, walk.index_step, view)
     if partials is not None:
@@ -179,10 +184,10 @@ def density_backward(inputs, parameters, dx, partials, eps, extent, RESIDUAL: tl
 
 
 @triton.jit
-def finish_gradients(totals, parameters, head, columns, inside, _K: tl.constexpr):
-    """Return the gradients of some columns of both parameters from Σ he and Σ he·e."""
+def finish_gradients(totals, parameters, head, entries, inside, _K: tl.constexpr):
+    """Return the gradients of some entries of both parameters from Σ he and Σ he·e."""
     total_he, total_hee = totals
-    c = load_columns(parameters.c, head, columns, inside, 1.0)
+    c = load_entries(parameters.c, head, entries, inside, 1.0)
     return total_he, total_hee / (2.0 * c)
 
 
@@ -191,7 +196,7 @@ def finish_gradients(totals, parameters, head, columns, inside, _K: tl.constexpr
 
 @triton.jit
 def open_chunk(gaussian, numbers, head, position, view, PLAN: tl.constexpr):
-    """Return (mean, chunk), with the sums where numbers have them."""
+    """Return (mean, chunk); its sums are [] where numbers have none yet."""
     mean, mean_error, inv_var, inv_count = load_numbers(numbers.stats, head, position, view, 4)
     sums = []
     if numbers.sums is not None:
@@ -212,15 +217,15 @@ def weigh_chunk(centred, chunk, valid):
 def density_sums(inputs, parameters, numbers, strips, extent, PLAN: tl.constexpr):
     """Store Σ he, Σ he·e and Σ bare_he of a strip of each chunk."""
     view = view_of(extent)
-    walk = start_walk(view, True)
+    walk = start_walk(view, BACKWARDS=True)
     first = locate(walk.index, walk.head, walk.strip_row, view, PLAN)
     gaussian = load_gaussian(parameters, walk.head, first, view, PLAN)
     index = walk.index
     for _ in range(walk.first_tile, view.n_tiles, walk.tile_step):
         position = locate(index, walk.head, walk.strip_row, view, PLAN)
         mean, chunk = open_chunk(gaussian, numbers, walk.head, position, view, PLAN)
-        sum_he = tl.zeros([PLAN.BLOCK_P, PLAN.BLOCK_C], PLAN.ACC)
-        sum_hee = sum_he
+        total_bare_he = tl.zeros([PLAN.BLOCK_P, PLAN.BLOCK_C], PLAN.ACC)
+        total_bare_hee = total_bare_he
         end = tl.minimum(walk.strip_row + view.strip, view.chunk)
         for row in range(walk.strip_row, end, PLAN.BLOCK_P * PLAN.N_BLOCKS):
             tile = place_tile(inputs.mask, index, walk.head, row, view, PLAN)
@@ -228,18 +233,20 @@ def density_sums(inputs, parameters, numbers, strips, extent, PLAN: tl.constexpr
             e, weights = weigh([block - mean for block in x], chunk.mean_error, gaussian, chunk.inv_var, tile.valid)
             h = find_h(load_gradients(inputs, tile, view, False, PLAN), x, None)
             bare_he = find_bare_he(h, weights, e, gaussian, chunk.inv_var, PLAN)
-            sum_he += add_blocks(bare_he)
-            sum_hee += add_products(bare_he, e)
+            total_bare_he += add_blocks(bare_he)
+            total_bare_hee += add_products(bare_he, e)
         factor = find_factor(gaussian, chunk.inv_var, PLAN)
-        sum_bare_he = tl.sum(sum_he, 0)[None, :]
-        sums = [sum_bare_he * factor, tl.sum(sum_hee, 0)[None, :] * factor, sum_bare_he]
+        sum_bare_he = tl.sum(total_bare_he, 0)[None, :]
+        sums = [sum_bare_he * factor, tl.sum(total_bare_hee, 0)[None, :] * factor, sum_bare_he]
         store_strip_numbers(strips, walk, position, view, sums)
         index = next_tile(index, walk.index_step, view)
 
 
 @triton.jit
 def differentiate_tile(x, mean, chunk, inputs, _padding, tile, view, RAW: tl.constexpr, PLAN: tl.constexpr):
-    """Return (dx, grad_y as it came, he, e) of every block."""
+    """Return (dx without the residual's part, grad_y as it came, bare_he, e) of every block. bare_he is he where it is
+    asked for: where parameters vary along the chunk. Padding is the mixture's.
+    """
     centred = [block - mean for block in x]
     e, weights = weigh(centred, chunk.mean_error, chunk.gaussian, chunk.inv_var, tile.valid)
     gradients = load_gradients(inputs, tile, view, RAW, PLAN)
@@ -258,6 +265,7 @@ def _sum_chunks(call: Call, parameters: Parameters, _eps: Split, numbers: Number
     sums = merge_sums(call, strips, 3)
     if not call.run.need_params or call.along == "chunk":
         return sums, None
+    # (2, …, heads, …) of Σ he and Σ he·e -> (2, heads, 1, P), as one program would leave them
     axis, feature_axis, chunks = call.run.axis, call.run.feature_axis, sums.data[:2]
     kept = (0, axis + 1, 0 if feature_axis is None else feature_axis + 1)
     others = [d for d in range(chunks.dim()) if d not in kept]
@@ -274,7 +282,7 @@ KERNELS = passes.Kernels(
     DENSITY,
     gaussians=lambda _n_params: 1,
     n_sums=lambda _n_params: 2,
-    n_column_sums=2,
+    n_entry_sums=2,
     sum_strides=lambda stride: (stride, 1),
     collect=lambda call, p, q, _axis, eps: (Parameters(call.of_heads(p), call.of_heads(q)), split_float(eps)),
     find_numbers=lambda call, _parameters, eps: Numbers(find_stats(call, eps)),

@@ -25,7 +25,7 @@ from .algorithms import GATE, SIGMA_FLOOR, VARIANCE_FLOOR, WIDTH_FLOOR
 from .blocks import LOG2_SQRT_2PI, add_blocks, centre, find_h, softplus, where_nonempty
 from .host import Call, Numbers
 from .operands import Strided
-from .params import add_lists, load_columns, store_partials, sum_columns, zero_blocks
+from .params import add_lists, load_entries, store_partials, sum_columns, zero_blocks
 from .streamed import find_stats, merge_sums, store_strip_numbers
 from .tile import load_blocks, load_gradients, load_numbers, store_dx, store_outputs
 from .walk import columns_inside, locate, next_tile, place_tile, start_walk, view_of
@@ -201,17 +201,17 @@ def differentiate_x(gradients, d, weights, q, sums):
 def gate_forward(inputs, parameters, outputs, _settings, extent, RESIDUAL: tl.constexpr, PLAN: tl.constexpr):
     """Store y and the weights."""
     view = view_of(extent)
-    walk = start_walk(view, False)
+    walk = start_walk(view, BACKWARDS=False)
     gaussians = load_gaussians(parameters, walk.head, None, view, PLAN)
     index = walk.index
     for _ in range(walk.first_tile, view.n_tiles, walk.tile_step):
         tile = place_tile(inputs.mask, index, walk.head, walk.strip_row, view, PLAN)
         raw, x = load_blocks(inputs.x, inputs.mask, tile, view, RESIDUAL, PLAN)
-        chunk = centre(x, tile, inputs.mask, view, PLAN.ACC)
-        variance = where_nonempty(chunk.squares * chunk.inv_count, chunk.inv_count, inputs.mask, 0.0)
+        centred = centre(x, tile, inputs.mask, view, PLAN.ACC)
+        variance = where_nonempty(centred.squares * centred.inv_count, centred.inv_count, inputs.mask, 0.0)
         std, _inv_std = find_std(variance)
-        scales = scale_gaussians(gaussians, chunk.mean_error, std)
-        weights, _slopes = weigh(chunk.blocks, scales, gaussians, tile.valid)
+        scales = scale_gaussians(gaussians, centred.mean_error, std)
+        weights, _slopes = weigh(centred.blocks, scales, gaussians, tile.valid)
         store_outputs(outputs, x, raw, weights, None, tile, view, RESIDUAL, PLAN)
         index = next_tile(index, walk.index_step, view)
 
@@ -220,29 +220,29 @@ def gate_forward(inputs, parameters, outputs, _settings, extent, RESIDUAL: tl.co
 def gate_backward(inputs, parameters, dx, partials, _settings, extent, RESIDUAL: tl.constexpr, PLAN: tl.constexpr):
     """Store dx, and this program's sums of q and q·z·std + t/sigma for every Gaussian."""
     view = view_of(extent)
-    walk = start_walk(view, False)
+    walk = start_walk(view, BACKWARDS=False)
     gaussians = load_gaussians(parameters, walk.head, None, view, PLAN)
     totals = zero_blocks(2 * PLAN.K, 1, 1, PLAN.ACC)
     index = walk.index
     for _ in range(walk.first_tile, view.n_tiles, walk.tile_step):
         tile = place_tile(inputs.mask, index, walk.head, walk.strip_row, view, PLAN)
         _raw, x = load_blocks(inputs.x, inputs.mask, tile, view, False, PLAN)
-        chunk = centre(x, tile, inputs.mask, view, PLAN.ACC)
-        variance = where_nonempty(chunk.squares * chunk.inv_count, chunk.inv_count, inputs.mask, 0.0)
+        centred = centre(x, tile, inputs.mask, view, PLAN.ACC)
+        variance = where_nonempty(centred.squares * centred.inv_count, centred.inv_count, inputs.mask, 0.0)
         std, inv_std = find_std(variance)
-        scales = scale_gaussians(gaussians, chunk.mean_error, std)
+        scales = scale_gaussians(gaussians, centred.mean_error, std)
         # what reaches the weights, and its sums over the chunk
         gradients = load_gradients(inputs, tile, view, RESIDUAL, PLAN)
         h = find_h(gradients, x, None)
         products = zero_blocks(3 * PLAN.K, PLAN.BLOCK_P, PLAN.BLOCK_C, PLAN.ACC)
-        products = add_tile_products(products, chunk.blocks, h, scales, gaussians)
-        weights, slopes = weigh(chunk.blocks, scales, gaussians, tile.valid)
+        products = add_tile_products(products, centred.blocks, h, scales, gaussians)
+        weights, slopes = weigh(centred.blocks, scales, gaussians, tile.valid)
         q = find_q(h, slopes)
         sum_qzs, more = sum_chunks(products, scales, gaussians, std, columns_inside(tile.position, view))
         if dx is not None:
-            slope = inv_std * (chunk.inv_count * sum_qzs)
-            common = chunk.inv_count * tl.sum(add_blocks(q), 0)[None, :] - slope * chunk.mean_error
-            grad = differentiate_x(gradients, chunk.blocks, weights, q, Sums(common, slope))
+            slope = inv_std * (centred.inv_count * sum_qzs)
+            common = centred.inv_count * tl.sum(add_blocks(q), 0)[None, :] - slope * centred.mean_error
+            grad = differentiate_x(gradients, centred.blocks, weights, q, Sums(common, slope))
             store_dx(dx, grad, gradients.raw, tile, view, RESIDUAL, PLAN)
         if partials is not None:
             totals = add_lists(totals, more)
@@ -252,10 +252,10 @@ def gate_backward(inputs, parameters, dx, partials, _settings, extent, RESIDUAL:
 
 
 @triton.jit
-def finish_gradients(totals, parameters, head, columns, inside, _K: tl.constexpr):
+def finish_gradients(totals, parameters, head, entries, inside, _K: tl.constexpr):
     """Return the gradients of some Gaussians' parameters from Σ q and Σ (q·z·std + t/sigma)."""
     total_q, total_sigma = totals
-    log_sigma = load_columns(parameters.log_sigma, head, columns, inside, 0.0)
+    log_sigma = load_entries(parameters.log_sigma, head, entries, inside, 0.0)
     return -total_q, -total_sigma / (1.0 + tl.exp(-log_sigma))
 
 
@@ -286,7 +286,7 @@ def weigh_chunk(centred, chunk, valid):
 def gate_sums(inputs, parameters, numbers, strips, partials, extent, PLAN: tl.constexpr):
     """Store Σ q and Σ Σ_k q_k·z_k·sigma_k of a strip of each chunk of one tile's columns, and the program's totals."""
     view = view_of(extent)
-    walk = start_walk(view, True)
+    walk = start_walk(view, BACKWARDS=True)
     gaussians = load_gaussians(parameters, walk.head, None, view, PLAN)
     position = locate(walk.index, walk.head, walk.strip_row, view, PLAN)
     mean, mean_error, variance = load_numbers(numbers.stats, walk.head, position, view, 3)
@@ -332,7 +332,7 @@ KERNELS = passes.Kernels(
     GATE,
     gaussians=lambda n_params: n_params,
     n_sums=lambda n_params: 2 * n_params,
-    n_column_sums=2,
+    n_entry_sums=2,
     sum_strides=lambda stride: (stride, 2 * stride),
     collect=lambda call, p, q: (Parameters(call.of_heads(p), call.of_heads(q)), None),
     find_numbers=lambda call, _parameters, _settings: Numbers(find_stats(call, None)),

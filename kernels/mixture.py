@@ -58,7 +58,7 @@ from .mixture_blocks import (
     weigh_gaps,
 )
 from .operands import Split, Strided, power_of_2, split_float
-from .params import add_lists, load_columns, store_partials, zero_blocks
+from .params import add_lists, load_entries, store_partials, zero_blocks
 from .streamed import find_stats, load_strip_numbers, locate_chunks, store_strip_numbers
 from .tile import float_of, load_blocks, load_gradients, load_numbers, store_dx, store_numbers, store_outputs
 from .walk import columns_inside, locate, next_tile, place_tile, start_walk, view_of
@@ -70,18 +70,18 @@ from .walk import columns_inside, locate, next_tile, place_tile, start_walk, vie
 def mixture_forward(inputs, parameters, outputs, settings, extent, RESIDUAL: tl.constexpr, PLAN: tl.constexpr):
     """Store y and the weights."""
     view = view_of(extent)
-    walk = start_walk(view, False)
+    walk = start_walk(view, BACKWARDS=False)
     gaussian = load_gaussian(parameters, walk.head, None, view, PLAN)
     padding = None if inputs.padding is None else float_of(inputs.padding, PLAN.ACC)
     index = walk.index
     for _ in range(walk.first_tile, view.n_tiles, walk.tile_step):
         tile = place_tile(inputs.mask, index, walk.head, walk.strip_row, view, PLAN)
         raw, x = load_blocks(inputs.x, inputs.mask, tile, view, RESIDUAL, PLAN)
-        d, chunk, inv_var = centre_unpadded(x, padding, tile, inputs.mask, settings.eps, view, PLAN.ACC)
+        d, centred, inv_var = centre_unpadded(x, padding, tile, inputs.mask, settings.eps, view, PLAN.ACC)
         frame = find_frame(gaussian, inv_var)
-        _f, s = measure(d, chunk.mean_error, gaussian, frame, tile.valid)
+        _f, s = measure(d, centred.mean_error, gaussian, frame, tile.valid)
         weights, _gaps, _min_s, _free = weigh(
-            s, frame, gaussian, settings.log2_eps, tile.valid, chunk.inv_count, inputs.mask
+            s, frame, gaussian, settings.log2_eps, tile.valid, centred.inv_count, inputs.mask
         )  # fmt: skip
         store_outputs(outputs, x, raw, weights, padding, tile, view, RESIDUAL, PLAN)
         index = next_tile(index, walk.index_step, view)
@@ -91,7 +91,7 @@ def mixture_forward(inputs, parameters, outputs, settings, extent, RESIDUAL: tl.
 def mixture_backward(inputs, parameters, dx, partials, settings, extent, RESIDUAL: tl.constexpr, PLAN: tl.constexpr):
     """Store dx, and this program's sums ke, kee, cr and cl."""
     view = view_of(extent)
-    walk = start_walk(view, False)
+    walk = start_walk(view, BACKWARDS=False)
     gaussian = load_gaussian(parameters, walk.head, None, view, PLAN)
     padding = None if inputs.padding is None else float_of(inputs.padding, PLAN.ACC)
     totals = zero_blocks(4, 1, 1, PLAN.ACC)
@@ -100,9 +100,9 @@ def mixture_backward(inputs, parameters, dx, partials, settings, extent, RESIDUA
         # the forward pass again
         tile = place_tile(inputs.mask, index, walk.head, walk.strip_row, view, PLAN)
         _raw, x = load_blocks(inputs.x, inputs.mask, tile, view, False, PLAN)
-        d, chunk, inv_var = centre_unpadded(x, padding, tile, inputs.mask, settings.eps, view, PLAN.ACC)
-        frame, inv_count = find_frame(gaussian, inv_var), chunk.inv_count
-        f, s = measure(d, chunk.mean_error, gaussian, frame, tile.valid)
+        d, centred, inv_var = centre_unpadded(x, padding, tile, inputs.mask, settings.eps, view, PLAN.ACC)
+        frame, inv_count = find_frame(gaussian, inv_var), centred.inv_count
+        f, s = measure(d, centred.mean_error, gaussian, frame, tile.valid)
         weights, gaps, min_s, free = weigh(s, frame, gaussian, settings.log2_eps, tile.valid, inv_count, inputs.mask)
         # what reaches the weights, and its sums over the chunk
         gradients = load_gradients(inputs, tile, view, RESIDUAL, PLAN)
@@ -114,7 +114,7 @@ def mixture_backward(inputs, parameters, dx, partials, settings, extent, RESIDUA
         kee = clamped * (min_s + frame.offset_cost) - tl.sum(add_products(k, gaps), 0)[None, :]
         if dx is not None:
             sums = Sums(free_h, ke * inv_count, kee * inv_var * inverse_count_less_one(inv_count))
-            grad = differentiate_x(gradients, x, d, chunk.mean_error, h, k, weights, sums, gaussian, inv_var, padding)
+            grad = differentiate_x(gradients, x, d, centred.mean_error, h, k, weights, sums, gaussian, inv_var, padding)
             store_dx(dx, grad, gradients.raw, tile, view, RESIDUAL, PLAN)
         if partials is not None:
             more = sum_head(ke, kee, clamped, inv_var, columns_inside(tile.position, view) & (inv_count > 0))
@@ -125,12 +125,12 @@ def mixture_backward(inputs, parameters, dx, partials, settings, extent, RESIDUA
 
 
 @triton.jit
-def finish_gradients(totals, parameters, head, columns, inside, K: tl.constexpr):
+def finish_gradients(totals, parameters, head, entries, inside, K: tl.constexpr):
     """Return the gradients of some Gaussians' parameters from ke, kee, cr and cl, in fp64: 1/c³ overflows fp32."""
     ke, kee, cr, cl = totals
     _scale, _inside, _a, m, v = load_moments(parameters, head, K, tl.float64)
-    offset = load_columns(parameters.mean_offsets, head, columns, inside, 0.0) - m
-    c = load_columns(parameters.c, head, columns, inside, 1.0)
+    offset = load_entries(parameters.mean_offsets, head, entries, inside, 0.0) - m
+    c = load_entries(parameters.c, head, entries, inside, 1.0)
     c_gradient = (kee - 2.0 * offset * ke + (offset * offset - v) * cr) / c / c / c - cl / c
     return (ke - offset * cr) / c / c, c_gradient
 
@@ -144,7 +144,7 @@ def finish_gradients(totals, parameters, head, columns, inside, K: tl.constexpr)
 def mixture_scales(inputs, parameters, numbers, strips, extent, PLAN: tl.constexpr):
     """Store the least s of a strip of each chunk of one tile's columns, and the sum of the weights relative to it."""
     view = view_of(extent)
-    walk = start_walk(view, True)
+    walk = start_walk(view, BACKWARDS=True)
     gaussian = load_gaussian(parameters, walk.head, None, view, PLAN)
     position = locate(walk.index, walk.head, walk.strip_row, view, PLAN)
     mean, mean_error, inv_var = load_numbers(numbers.stats, walk.head, position, view, 3)
@@ -213,7 +213,7 @@ def mixture_sums(inputs, parameters, numbers, strips, extent, PLAN: tl.constexpr
     the gaps, and w relative weights, so that their scale need not be known before.
     """
     view = view_of(extent)
-    walk = start_walk(view, True)
+    walk = start_walk(view, BACKWARDS=True)
     gaussian = load_gaussian(parameters, walk.head, None, view, PLAN)
     position = locate(walk.index, walk.head, walk.strip_row, view, PLAN)
     mean, mean_error, inv_var, min_s = load_numbers(numbers.stats, walk.head, position, view, 4)
@@ -328,7 +328,7 @@ KERNELS = passes.Kernels(
     MIXTURE,
     gaussians=power_of_2,
     n_sums=lambda _n_params: 4,
-    n_column_sums=4,
+    n_entry_sums=4,
     sum_strides=lambda stride: (stride, 0),
     collect=_collect,
     find_numbers=_find_numbers,

@@ -31,9 +31,9 @@ def load_param(p, default, head, position, view, PLAN: tl.constexpr):
 
 
 @triton.jit
-def load_columns(p, head, columns, inside, default):
-    """Return some columns of a head's parameter in fp64, the default where they are not inside."""
-    return tl.load(p.data + head * p.strides[0] + columns * p.strides[1], inside, default).to(tl.float64)
+def load_entries(p, head, entries, inside, default):
+    """Return some entries of a head's parameter in fp64, the default where they are not inside."""
+    return tl.load(p.data + head * p.strides[0] + entries * p.strides[1], inside, default).to(tl.float64)
 
 
 @triton.jit
@@ -133,24 +133,24 @@ def store_partials(partials, totals, head):
 
 @triton.jit(repr=lambda call: f"{call.constants['NAME']}_param_gradients")
 def param_gradients(
-    partials, n_groups, parameters, d_p, d_q, n_columns, N: tl.constexpr, K: tl.constexpr, FINISH: tl.constexpr,
-    NAME: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr,
+    partials, n_groups, parameters, d_p, d_q, n_entries, N: tl.constexpr, K: tl.constexpr, FINISH: tl.constexpr,
+    NAME: tl.constexpr, BLOCK: tl.constexpr, ENTRIES: tl.constexpr,
 ):  # fmt: skip
-    """Store some columns of one head's gradients of both parameters, (heads, columns): what FINISH makes of N partial
-    sums a column, which are added in fixed order and fp64.
+    """Store some entries of one head's gradients of both parameters, (heads, entries): what FINISH makes of N partial
+    sums an entry, which are added in fixed order and fp64.
     """
     head = tl.program_id(1).to(tl.int64)
-    columns = tl.program_id(0).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
-    inside = columns < n_columns
-    distance, head_stride, group_stride, column_stride = partials.strides
-    start, totals = partials.data + head * head_stride + columns[None, :] * column_stride, []
+    entries = tl.program_id(0).to(tl.int64) * ENTRIES + tl.arange(0, ENTRIES)
+    inside = entries < n_entries
+    distance, head_stride, group_stride, entry_stride = partials.strides
+    start, totals = partials.data + head * head_stride + entries[None, :] * entry_stride, []
     for i in tl.static_range(N):
-        total = tl.zeros([BLOCK, COLUMNS], tl.float64)
+        total = tl.zeros([BLOCK, ENTRIES], tl.float64)
         for first in range(0, n_groups, BLOCK):
             groups = tl.cast(first, tl.int64) + tl.arange(0, BLOCK)[:, None]
             pointers = start + tl.cast(distance, tl.int64) * i + groups * group_stride
             total += tl.load(pointers, inside[None, :] & (groups < n_groups), 0.0).to(tl.float64)
         totals = totals + [tl.sum(total, 0)]
-    p_gradient, q_gradient = FINISH(totals, parameters, head, columns, inside, K)
-    tl.store(d_p.data + head * d_p.strides[0] + columns, p_gradient.to(d_p.data.dtype.element_ty), inside)
-    tl.store(d_q.data + head * d_q.strides[0] + columns, q_gradient.to(d_q.data.dtype.element_ty), inside)
+    p_gradient, q_gradient = FINISH(totals, parameters, head, entries, inside, K)
+    tl.store(d_p.data + head * d_p.strides[0] + entries, p_gradient.to(d_p.data.dtype.element_ty), inside)
+    tl.store(d_q.data + head * d_q.strides[0] + entries, q_gradient.to(d_q.data.dtype.element_ty), inside)

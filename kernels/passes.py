@@ -22,9 +22,9 @@ class Kernels:
     """Hold the kernels of an algorithm, and what passes ask of it.
 
     gaussians(P) -> Gaussians of a head, as its kernels count them. n_sums(P) -> partial sums that a group of programs
-        leaves of a head. n_column_sums: those that make a column of the gradients; sum_strides(stride) -> (stride from
-        one of them to the next, from a column's to the next column's), where parameters follow no dimension.
-    finish(totals, parameters, head, columns, inside, K) -> a column of both gradients (`params.param_gradients`).
+        leaves of a head. n_entry_sums: those that make an entry of the gradients; sum_strides(stride) -> (stride from
+        one of them to the next, from an entry's to the next entry's), where parameters follow no dimension.
+    finish(totals, parameters, head, entries, inside, K) -> some entries of both gradients (`params.param_gradients`).
     collect(call, p, q, *settings) -> (parameters, settings) as kernels take them.
     find_numbers(call, parameters, settings) -> the numbers of streamed chunks that the forward pass needs.
     sum_chunks(call, parameters, settings, numbers) -> (sums of streamed chunks, partial sums or None).
@@ -35,7 +35,7 @@ class Kernels:
     algorithm: Algorithm
     gaussians: Callable[[int], int]
     n_sums: Callable[[int], int]
-    n_column_sums: int
+    n_entry_sums: int
     sum_strides: Callable[[int], tuple[int, int]]
     collect: Callable[..., Any]
     find_numbers: Callable[[Call, Any, Any], Numbers]
@@ -139,17 +139,17 @@ def _launch_param_gradients(
     """Launch what turns partial sums into gradients of the parameters. Those that follow features are neighbours in
     memory, and so are their sums: up to 128 a program.
     """
-    data, (stride, *outer, column_stride) = partials
-    n_params, columns, part = call.run.n_params, 1, call.part
+    data, (stride, *outer, entry_stride) = partials
+    n_params, entries, part = call.run.n_params, 1, call.part
     if call.run.feature_axis is not None:
-        columns = min(128, power_of_2(n_params))
+        entries = min(128, power_of_2(n_params))
     else:
-        stride, column_stride = kernels.sum_strides(stride)
-    partials, gradients = Strided(data, (stride, *outer, column_stride)), map(call.of_heads, grads)
+        stride, entry_stride = kernels.sum_strides(stride)
+    partials, gradients = Strided(data, (stride, *outer, entry_stride)), map(call.of_heads, grads)
     launch.launch(
-        param_gradients, (-(-n_params // columns), part.heads), partials, data.shape[2], parameters, *gradients,
-        n_params, device=data.device, N=kernels.n_column_sums, K=kernels.gaussians(n_params), FINISH=kernels.finish,
-        NAME=kernels.algorithm.name, BLOCK=1024 // columns, COLUMNS=columns, num_warps=4,
+        param_gradients, (-(-n_params // entries), part.heads), partials, data.shape[2], parameters, *gradients,
+        n_params, device=data.device, N=kernels.n_entry_sums, K=kernels.gaussians(n_params), FINISH=kernels.finish,
+        NAME=kernels.algorithm.name, BLOCK=1024 // entries, ENTRIES=entries, num_warps=4,
     )  # fmt: skip
 
 

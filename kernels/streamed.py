@@ -34,7 +34,7 @@ def forward_streamed(
     numbers of a chunk, as (mean, chunk), and WEIGH of x - mean and a chunk.
     """
     view = view_of(extent)
-    walk = start_walk(view, True)
+    walk = start_walk(view, BACKWARDS=True)
     first = locate(walk.index, walk.head, walk.strip_row, view, PLAN)
     prepared = PREPARE(parameters, walk.head, first, view, PLAN)
     padding = None if inputs.padding is None else float_of(inputs.padding, PLAN.ACC)
@@ -61,7 +61,7 @@ def backward_streamed(
     DIFFERENTIATE makes of x, its mean and a chunk (dx, grad_y as it came, he, e), the last two for the totals.
     """
     view = view_of(extent)
-    walk = start_walk(view, True)
+    walk = start_walk(view, BACKWARDS=True)
     first = locate(walk.index, walk.head, walk.strip_row, view, PLAN)
     prepared = PREPARE(parameters, walk.head, first, view, PLAN)
     padding = None if inputs.padding is None else float_of(inputs.padding, PLAN.ACC)
@@ -160,7 +160,7 @@ def split_mean(mean, ACC: tl.constexpr):
 def strip_stats(inputs, strips, extent, PLAN: tl.constexpr):
     """Store mean, mean_error, Σ (x - mean - mean_error)² and n of a strip of each chunk."""
     view = view_of(extent)
-    walk = start_walk(view, False)
+    walk = start_walk(view, BACKWARDS=False)
     padding = None if inputs.padding is None else float_of(inputs.padding, PLAN.ACC)
     index = walk.index
     for _ in range(walk.first_tile, view.n_tiles, walk.tile_step):
