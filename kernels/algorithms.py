@@ -56,7 +56,7 @@ class Algorithm:
 
     def find_setting(self, name: str, settings: Sequence) -> Any:
         """Return one of the settings of a call, None where the algorithm has none of that name."""
-        return dict(zip(self.settings, settings, strict=True)).get(name)
+        return settings[list(self.settings).index(name)] if name in self.settings else None
 
     def settings_of(self, feature_axis: int | None, eps: float | None, padding: float | None) -> tuple:
         """Return the settings of a call, in order, of all those that algorithms have."""

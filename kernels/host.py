@@ -5,7 +5,7 @@ axis, which launches.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -47,14 +47,18 @@ class Numbers(NamedTuple):
 
 class PartPlan(NamedTuple):
     """Hold what a call on one part of x does, whatever its tensors hold: the part, whether that is all of x, tile,
-    extent, the strides of its tensors as kernels take them, those of numbers of its chunks, and the constants of
-    kernels that take tiles, and of those that merge strips.
+    extent, the programs a head that share its tiles; those where each leaves partial sums, and the groups of these that
+    hold every parameter of a head once; the strides of its tensors as kernels take them, those of numbers of its
+    chunks, and the constants of kernels that take tiles, and of those that merge strips.
     """
 
     part: Part
     whole: bool
     tile: tiles.Tile
     extent: Extent
+    programs: int
+    sum_programs: int
+    n_groups: int
     strides: tuple[tuple[int, ...] | None, ...]
     stats_strides: tuple[int, ...] | None
     constants: dict[str, object]
@@ -76,20 +80,22 @@ Spec = tuple[torch.Size, tuple[int, ...], torch.dtype]  # shape, strides and dty
 
 @functools.lru_cache(maxsize=1024)
 def plan(
-    budget: tiles.Budget, gaussians: int, axis: int, heads: int, feature_axis: int | None, weights: bool,
+    budget: tiles.Budget, gaussians: int, n_sums: int, axis: int, heads: int, feature_axis: int | None, weights: bool,
     *specs: Spec | None,
 ) -> Plan:  # fmt: skip
     """Return the plan of a pass on tensors of such specs: x, a mask or None, others, which have x's shape. gaussians:
-    as kernels count them. weights: whether there are gradients of them. Kept: making it takes longer than a launch.
+    as kernels count them. n_sums: partial sums a group. weights: whether there are gradients of them. Kept: making it
+    takes longer than a launch.
     """
     x, *others = (spec and _make_meta(*spec) for spec in specs)
     tensors = [x, *(t if t is None else t.expand(x.shape) for t in others)]
     stats_shape, stats = tiles.stats_shape(budget, x, axis, heads, feature_axis), None
     if stats_shape is not None:
         stats = torch.empty(stats_shape[1:], dtype=acc_dtype(x), device="meta")
+    args = (axis, feature_axis, weights, tensors, stats)
     found = parts(x.shape[axis], heads) if x.numel() else ()
     return Plan(
-        tuple(_plan_part(budget, gaussians, part, axis, feature_axis, weights, tensors, stats) for part in found),
+        tuple(_plan_part(budget, gaussians, n_sums, part, *args) for part in found),
         stats_shape, stats is not None and tiles.worth_keeping(x, axis, heads),
     )  # fmt: skip
 
@@ -100,7 +106,7 @@ def _make_meta(shape: torch.Size, strides: tuple[int, ...], dtype: torch.dtype) 
 
 
 def _plan_part(
-    budget: tiles.Budget, gaussians: int, part: Part, axis: int, feature_axis: int | None, weights: bool,
+    budget: tiles.Budget, gaussians: int, n_sums: int, part: Part, axis: int, feature_axis: int | None, weights: bool,
     tensors: list[Tensor | None], stats: Tensor | None,
 ) -> PartPlan:  # fmt: skip
     """Return the plan of a call. stats: one number of every streamed chunk."""
@@ -123,11 +129,24 @@ def _plan_part(
         tl.float64 if acc_dtype(x) == torch.float64 else tl.float32,
         tl.int32 if tiles.index_bits(layout, tile) == 32 else tl.int64, along, gaussians,
     )  # fmt: skip
+    # few enough that n_sums fp32 numbers a parameter, written and read, cost under 3 % of the 6 bytes an element
+    elements = {"inner": layout.chunk, "chunk": tile.columns, "nothing": tile.length * tile.columns}[along]
+    sum_programs = _count_programs(part, tile, extent, along, -(-24 * n_sums // elements))
+    n_groups = sum_programs // (extent.n_strips * (extent.n_blocks if along == "inner" else 1))
+    programs = _count_programs(part, tile, extent, along)
+    if streamed and along != "chunk":  # but for those that share their parameters, a program a strip
+        programs = extent.n_tiles * extent.n_strips
     merged = constants._replace(BLOCK_P=min(tiles.STRIPS, power_of_2(extent.n_strips)), N_BLOCKS=1)
     return PartPlan(
-        part, part.length == length, tile, extent, tuple(strides), stats_strides,
+        part, part.length == length, tile, extent, programs, sum_programs, n_groups, tuple(strides), stats_strides,
         {"PLAN": constants, "num_warps": tile.num_warps}, {"PLAN": merged, "num_warps": 4},
     )  # fmt: skip
+
+
+def _count_programs(part: Part, tile: tiles.Tile, extent: Extent, along: str, tiles_each: int = 1) -> int:
+    """Return the programs a head, of about so many tiles each, all of which have the same parameters."""
+    multiple = extent.n_blocks if along == "inner" else 1
+    return extent.n_strips * tiles.count_programs(extent.n_tiles, part.heads, tile.num_warps, multiple, tiles_each)
 
 
 def _find_extent(layout: Layout, tile: tiles.Tile, strip: int) -> Extent:
@@ -150,7 +169,7 @@ def _find_extent(layout: Layout, tile: tiles.Tile, strip: int) -> Extent:
 
 
 class Pass:
-    """Hold a pass of an algorithm, of a budget(P) and count(P) Gaussians as its kernels count them.
+    """Hold a pass with a budget, so many Gaussians as kernels count them, and n_sums partial sums a group.
 
     shape: of the parameters, (heads, P). axis, feature_axis: the dimensions of x that are normalised, and that
     parameters follow, if they do. tensors: x, a mask that broadcasts against it, others of x's shape; None for those
@@ -160,14 +179,14 @@ class Pass:
     """
 
     def __init__(
-        self, budget: Callable[[int], tiles.Budget], count: Callable[[int], int], shape: torch.Size, axis: int,
-        feature_axis: int | None, tensors: tuple[Tensor | None, ...], weights: bool = False,
-        stats: Tensor | None = None, need_params: bool = False,
+        self, budget: tiles.Budget, gaussians: int, n_sums: int, shape: torch.Size, axis: int, feature_axis: int | None,
+        tensors: tuple[Tensor | None, ...], weights: bool = False, stats: Tensor | None = None,
+        need_params: bool = False,
     ):  # fmt: skip
         (heads, self.n_params), (self.x, *_) = shape, tensors
         self.axis, self.feature_axis, self.tensors, self.need_params = axis, feature_axis, tensors, need_params
         specs = [None if t is None else (t.shape, t.stride(), t.dtype) for t in tensors]
-        self.plan = plan(budget(self.n_params), count(self.n_params), axis, heads, feature_axis, weights, *specs)
+        self.plan = plan(budget, gaussians, n_sums, axis, heads, feature_axis, weights, *specs)
         self.stats = None if self.plan.stats_shape is None else stats
         self.lacks_stats = stats is None and self.plan.stats_shape is not None
         if self.lacks_stats:
@@ -194,7 +213,7 @@ class Call:
     inputs: Inputs
 
     def __init__(self, run: Pass, plan: PartPlan):
-        self.run, self.plan, self.part, self.extent = run, plan, plan.part, plan.extent
+        self.run, self.plan, self.part, self.extent, self.programs = run, plan, plan.part, plan.extent, plan.programs
         self.streamed, self.along = run.stats is not None, plan.constants["PLAN"].VARIES
 
     def of_chunks(self, t: Tensor) -> Strided:
@@ -221,36 +240,6 @@ class Call:
         n_params = 1 if self.run.feature_axis is None else self.run.n_params
         t = self.run.x.new_empty((n, self.part.heads, groups, n_params), dtype=acc_dtype(self.run.x))
         return Strided(t, t.stride())
-
-    @property
-    def programs(self) -> int:
-        """Return the programs a head that share its tiles: of streamed chunks one to each strip of a tile, but for
-        those that share their parameters.
-        """
-        if self.streamed and self.along != "chunk":
-            return self.extent.n_tiles * self.extent.n_strips
-        return self._count_programs(1)
-
-    def share_sums(self, n: int) -> tuple[int, Strided | None]:
-        """Return (programs a head, room for what each leaves, n partial sums a parameter): so few programs that these
-        fp32 numbers, written and read, cost under 3 % of the 6 bytes an element.
-        """
-        tile, extent = self.plan.tile, self.extent
-        elements = {"inner": extent.chunk, "chunk": tile.columns, "nothing": tile.length * tile.columns}
-        programs = self._count_programs(-(-24 * n // elements[self.along]))
-        # so many programs hold every parameter of a head once, together
-        return programs, self.partials(n, programs // (extent.n_strips * self._multiple))
-
-    def _count_programs(self, tiles_each: int) -> int:
-        """Return the programs a head, whose tiles all have the same parameters, so many a program at most."""
-        n_tiles, num_warps = self.extent.n_tiles, self.plan.tile.num_warps
-        programs = tiles.count_programs(n_tiles, self.part.heads, num_warps, self._multiple, tiles_each)
-        return programs * self.extent.n_strips
-
-    @property
-    def _multiple(self) -> int:
-        """Return the tiles that lie beside each other where parameters vary across them, else 1."""
-        return self.extent.n_blocks if self.along == "inner" else 1
 
     def launch(self, kernel, programs: int, *args, **constants) -> None:
         """Launch on a grid (programs, heads), with the constants of kernels that take tiles."""

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .operands import Extent, Strided
+from .operands import Extent, Split, Strided
 
 MAX_HEADS = 65_535  # heads are grid axis 1
 
@@ -76,12 +76,13 @@ def _launch(kernel, grid: tuple[int, int], args: tuple, device: torch.device, co
         run(*args, *last)
 
 
-def traits(args: tuple) -> list:
+def traits(args: tuple, found: list | None = None) -> list:
     """Return what Triton compiles a kernel for, of each argument: the dtype of a tensor, and whether its data begin at
     a multiple of 16 bytes, which strides do not tell; that a float is one; of an integer whether it is 1 or a multiple
-    of 16, for which its value stands. The same of what tuples hold; strides and `Extent` hold nothing but integers.
+    of 16, for which its value stands. The same of what tuples hold; strides and `Extent` hold nothing but integers,
+    `Split` floats. found: a list to append to.
     """
-    found = []
+    found = [] if found is None else found
     for arg in args:
         kind = type(arg)
         if arg is None:
@@ -89,14 +90,15 @@ def traits(args: tuple) -> list:
         elif kind is Strided:
             data, strides = arg
             found += (data.dtype, data.data_ptr() % 16 == 0, strides)
-        elif kind is float:
-            found.append(float)
         elif kind is Extent:
             found.append(arg)
+        elif kind is float or kind is Split:
+            found.append(kind)
+        elif isinstance(arg, tuple):
+            found += (kind, len(arg))
+            traits(arg, found)
         elif isinstance(arg, Tensor):
             found += (arg.dtype, arg.data_ptr() % 16 == 0)
-        elif isinstance(arg, tuple):
-            found += (kind, len(arg), *traits(arg))
         else:
             found += (kind, arg)
     return found

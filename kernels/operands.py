@@ -9,6 +9,7 @@ tuples, so there may be any number of them.
 from __future__ import annotations
 
 import ctypes
+import functools
 import math
 import struct
 from collections.abc import Sequence
@@ -165,6 +166,7 @@ def acc_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
+@functools.lru_cache
 def split_float(value: float) -> Split:
     """Return a float as a Split: Triton passes floats as fp32, which is too little for fp64 arithmetic."""
     high = ctypes.c_float(value).value

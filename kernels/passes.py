@@ -65,8 +65,9 @@ def forward(
     algorithm, y, weights = kernels.algorithm, _empty_like(x), _empty_like(x) if return_weights else None
     # not whether weights are written: y is the same to the bit with and without them
     tensors, feature_axis = (x, mask, y, weights), algorithm.find_setting("feature_axis", settings)
-    padding = _padding_bits(kernels, settings, x)
-    run = Pass(algorithm.forward, kernels.gaussians, q.shape, axis, feature_axis, tensors)
+    padding, n = algorithm.find_setting("padding", settings), q.shape[1]
+    padding = None if padding is None else float_bits(padding, x.dtype)
+    run = Pass(algorithm.forward(n), kernels.gaussians(n), kernels.n_sums(n), q.shape, axis, feature_axis, tensors)
     for call, (*inputs, call_y, call_weights) in run.calls():
         call.inputs, outputs = Inputs(*inputs, None, None, padding), Outputs(call_y, call_weights)
         parameters, given = kernels.collect(call, p, q, *settings)
@@ -93,17 +94,22 @@ def backward(
     dx, grads = _empty_like(x) if need_x else None, (None, None)
     if need_params:  # zeros where x is empty and nothing will be written
         grads = tuple(_empty_like(t) if x.numel() else t.new_zeros(t.shape) for t in (p, q))
-    algorithm, tensors, n_sums = kernels.algorithm, (x, mask, grad_y, grad_weights, dx), kernels.n_sums(q.shape[1])
+    algorithm, tensors, n = kernels.algorithm, (x, mask, grad_y, grad_weights, dx), q.shape[1]
     feature_axis, weights = algorithm.find_setting("feature_axis", settings), grad_weights is not None
-    padding = _padding_bits(kernels, settings, x)
-    run = Pass(algorithm.backward, kernels.gaussians, q.shape, axis, feature_axis, tensors, weights, stats, need_params)
+    padding, n_sums = algorithm.find_setting("padding", settings), kernels.n_sums(n)
+    padding = None if padding is None else float_bits(padding, x.dtype)
+    run = Pass(
+        algorithm.backward(n), kernels.gaussians(n), n_sums, q.shape, axis, feature_axis, tensors, weights, stats,
+        need_params,
+    )  # fmt: skip
     for call, (*inputs, call_dx) in run.calls():
         call.inputs = Inputs(*inputs, padding)
         parameters, given = kernels.collect(call, p, q, *settings)
         if call.streamed:
             partials = _backward_streamed(kernels, call, call_dx, parameters, given, residual, n_sums)
         elif need_x or need_params:
-            programs, partials = call.share_sums(n_sums) if need_params else (call.programs, None)
+            programs = call.plan.sum_programs if need_params else call.programs
+            partials = call.partials(n_sums, call.plan.n_groups)
             args = (call.inputs, parameters, call_dx, partials, given)
             call.launch(kernels.backward, programs, *args, RESIDUAL=residual)
         if need_params:
@@ -124,7 +130,7 @@ def _backward_streamed(
     sums, partials = kernels.sum_chunks(call, parameters, given, numbers)
     programs, row_partials = call.programs, None
     if call.along == "chunk" and call.run.need_params:
-        programs, partials = call.share_sums(n_sums)
+        programs, partials = call.plan.sum_programs, call.partials(n_sums, call.plan.n_groups)
         row_partials = partials
     if dx is not None or row_partials is not None:
         args = (call.inputs, parameters, numbers._replace(sums=sums), dx, row_partials)
@@ -139,24 +145,19 @@ def _launch_param_gradients(
     """Launch what turns partial sums into gradients of the parameters. Those that follow features are neighbours in
     memory, and so are their sums: up to 128 a program.
     """
-    data, (stride, *outer, entry_stride) = partials
-    n_params, entries, part = call.run.n_params, 1, call.part
+    n_params, entries = call.run.n_params, 1
     if call.run.feature_axis is not None:
         entries = min(128, power_of_2(n_params))
     else:
+        stride, head_stride, group_stride, _one = partials.strides
         stride, entry_stride = kernels.sum_strides(stride)
-    partials, gradients = Strided(data, (stride, *outer, entry_stride)), map(call.of_heads, grads)
+        partials = Strided(partials.data, (stride, head_stride, group_stride, entry_stride))
     launch.launch(
-        param_gradients, (-(-n_params // entries), part.heads), partials, data.shape[2], parameters, *gradients,
-        n_params, device=data.device, N=kernels.n_entry_sums, K=kernels.gaussians(n_params), FINISH=kernels.finish,
-        NAME=kernels.algorithm.name, BLOCK=1024 // entries, ENTRIES=entries, num_warps=4,
+        param_gradients, (-(-n_params // entries), call.part.heads), partials, partials.data.shape[2], parameters,
+        *map(call.of_heads, grads), n_params, device=partials.data.device, N=kernels.n_entry_sums,
+        K=kernels.gaussians(n_params), FINISH=kernels.finish, NAME=kernels.algorithm.name, BLOCK=1024 // entries,
+        ENTRIES=entries, num_warps=4,
     )  # fmt: skip
-
-
-def _padding_bits(kernels: Kernels, settings: list, x: Tensor) -> int | None:
-    """Return the padding value among settings as the bits of an fp64 number, None where there is none."""
-    padding = kernels.algorithm.find_setting("padding", settings)
-    return None if padding is None else float_bits(padding, x.dtype)
 
 
 def _empty_like(t: Tensor) -> Tensor:

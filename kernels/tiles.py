@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -40,8 +41,7 @@ class Tile:
 LONGEST_CONTIGUOUS, LONGEST_STRIDED = 4096, 256  # positions of a chunk that stays on chip
 
 
-@dataclass(frozen=True)
-class Budget:
+class Budget(NamedTuple):
     """Hold what one pass can have without spilling, which depends on what is alive at once: elements a thread, those of
     them that it loads at once (8 are 128 bits of bf16), and the longest chunks that stay on chip. What is not said of a
     pass is as density attention's forward pass has it.
@@ -65,7 +65,7 @@ class Budget:
         """Return a budget of the same vectors and chunks for so many times the numbers an element."""
         elements = ("contiguous", "contiguous_full", "contiguous_most", "strided", "strided_masked", "strided_full")
         names = (*elements, "streamed")
-        return replace(self, **{name: max(least, getattr(self, name) // divisor) for name in names})
+        return self._replace(**{name: max(least, getattr(self, name) // divisor) for name in names})
 
 
 FORWARD = Budget()
@@ -104,7 +104,7 @@ def gate_backward(n_gaussians: int) -> Budget:
     divisor = _doublings(n_gaussians)
     longest_contiguous, longest_strided = max(32, 2048 // divisor), max(32, 128 // divisor)
     budget = BACKWARD_GATE.divide(divisor, least=2)
-    return replace(budget, longest_contiguous=longest_contiguous, longest_strided=longest_strided)
+    return budget._replace(longest_contiguous=longest_contiguous, longest_strided=longest_strided)
 
 
 def _doublings(n_gaussians: int) -> int:

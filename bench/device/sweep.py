@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Iterator
 from functools import lru_cache, partial
 from unittest import mock
 
@@ -67,8 +66,8 @@ def plan_with(settings: dict) -> Iterator[None]:
     """Plan passes with other numbers in `tiles.Budget`, which are part of what plans are kept by."""
     build = host.Pass.__init__
 
-    def build_with(one: host.Pass, budget: Callable[[int], tiles.Budget], *args, **options) -> None:
-        build(one, lambda n_params: replace(budget(n_params), **settings), *args, **options)
+    def build_with(one: host.Pass, budget: tiles.Budget, *args, **options) -> None:
+        build(one, budget._replace(**settings), *args, **options)
 
     with mock.patch.object(host.Pass, "__init__", build_with):
         yield
