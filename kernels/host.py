@@ -129,23 +129,25 @@ def _plan_part(
         tl.float64 if acc_dtype(x) == torch.float64 else tl.float32,
         tl.int32 if tiles.index_bits(layout, tile) == 32 else tl.int64, along, gaussians,
     )  # fmt: skip
+    n_together = extent.n_blocks if along == "inner" else 1  # tiles that hold every parameter of a head once
     # few enough that n_sums fp32 numbers a parameter, written and read, cost under 3 % of the 6 bytes an element
     elements = {"inner": layout.chunk, "chunk": tile.columns, "nothing": tile.length * tile.columns}[along]
-    sum_programs = _count_programs(part, tile, extent, along, -(-24 * n_sums // elements))
-    n_groups = sum_programs // (extent.n_strips * (extent.n_blocks if along == "inner" else 1))
-    programs = _count_programs(part, tile, extent, along)
+    sum_programs = _count_programs(part, tile, extent, n_together, -(-24 * n_sums // elements))
+    programs = _count_programs(part, tile, extent, n_together, 1)
     if streamed and along != "chunk":  # but for those that share their parameters, a program a strip
         programs = extent.n_tiles * extent.n_strips
     merged = constants._replace(BLOCK_P=min(tiles.STRIPS, power_of_2(extent.n_strips)), N_BLOCKS=1)
     return PartPlan(
-        part, part.length == length, tile, extent, programs, sum_programs, n_groups, tuple(strides), stats_strides,
+        part, part.length == length, tile, extent, programs, sum_programs,
+        sum_programs // (extent.n_strips * n_together), tuple(strides), stats_strides,
         {"PLAN": constants, "num_warps": tile.num_warps}, {"PLAN": merged, "num_warps": 4},
     )  # fmt: skip
 
 
-def _count_programs(part: Part, tile: tiles.Tile, extent: Extent, along: str, tiles_each: int = 1) -> int:
-    """Return the programs a head, of about so many tiles each, all of which have the same parameters."""
-    multiple = extent.n_blocks if along == "inner" else 1
+def _count_programs(part: Part, tile: tiles.Tile, extent: Extent, multiple: int, tiles_each: int) -> int:
+    """Return the programs a head, a multiple in each strip, of about so many tiles each: of one all have the same
+    parameters.
+    """
     return extent.n_strips * tiles.count_programs(extent.n_tiles, part.heads, tile.num_warps, multiple, tiles_each)
 
 

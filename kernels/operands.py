@@ -173,8 +173,10 @@ def split_float(value: float) -> Split:
     return Split(high, value - high)
 
 
-def float_bits(value: float, dtype: torch.dtype) -> int:
-    """Return a float, rounded to a dtype, as the bits of an fp64 number."""
+def float_bits(value: float | None, dtype: torch.dtype) -> int | None:
+    """Return a float, rounded to a dtype, as the bits of an fp64 number; None of None."""
+    if value is None:
+        return None
     (bits,) = struct.unpack("<q", struct.pack("<d", torch.tensor(value, dtype=dtype).item()))
     return bits
 

@@ -65,8 +65,7 @@ def forward(
     algorithm, y, weights = kernels.algorithm, _empty_like(x), _empty_like(x) if return_weights else None
     # not whether weights are written: y is the same to the bit with and without them
     tensors, feature_axis = (x, mask, y, weights), algorithm.find_setting("feature_axis", settings)
-    padding, n = algorithm.find_setting("padding", settings), q.shape[1]
-    padding = None if padding is None else float_bits(padding, x.dtype)
+    padding, n = float_bits(algorithm.find_setting("padding", settings), x.dtype), q.shape[1]
     run = Pass(algorithm.forward(n), kernels.gaussians(n), kernels.n_sums(n), q.shape, axis, feature_axis, tensors)
     for call, (*inputs, call_y, call_weights) in run.calls():
         call.inputs, outputs = Inputs(*inputs, None, None, padding), Outputs(call_y, call_weights)
@@ -96,8 +95,7 @@ def backward(
         grads = tuple(_empty_like(t) if x.numel() else t.new_zeros(t.shape) for t in (p, q))
     algorithm, tensors, n = kernels.algorithm, (x, mask, grad_y, grad_weights, dx), q.shape[1]
     feature_axis, weights = algorithm.find_setting("feature_axis", settings), grad_weights is not None
-    padding, n_sums = algorithm.find_setting("padding", settings), kernels.n_sums(n)
-    padding = None if padding is None else float_bits(padding, x.dtype)
+    padding, n_sums = float_bits(algorithm.find_setting("padding", settings), x.dtype), kernels.n_sums(n)
     run = Pass(
         algorithm.backward(n), kernels.gaussians(n), n_sums, q.shape, axis, feature_axis, tensors, weights, stats,
         need_params,
