@@ -21,6 +21,7 @@ PARTS = {
     "counters": ("counters", "jobs"),
     "profile": ("counters", "profile_jobs"),
     "sweep": ("sweep", "jobs"),
+    "streams": ("streams", "jobs"),
 }
 
 

@@ -57,6 +57,8 @@ PLAN: dict[str, tuple[tuple[Part, ...], ...]] = {
     ),
     # in place of the times of `first`, where that found results that are wrong
     "third": ((Part("time", 95, 100, 115),),),
+    # what the memory of a GPU gives, whatever the kernels are
+    "streams": ((Part("streams", 30, 60, 70),),),
 }
 # the tests of the part `tests`, which pytest runs
 TESTS = (
@@ -65,7 +67,7 @@ TESTS = (
 )
 CHOSEN = "(kernel or gpu) and not slow"
 PATIENCE = 45  # seconds that a process may be at one job on a GPU while others wait for it
-NAMED = ("time", "sweep")  # the parts whose jobs --only chooses among; the others are done whole
+NAMED = ("time", "sweep", "streams")  # the parts whose jobs --only chooses among; the others are done whole
 
 
 def expected_seconds(call: str) -> int:

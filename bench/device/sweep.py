@@ -30,11 +30,30 @@ TRIED = {
         for v in (4, 8)
     ],
     "streamed": [{"streamed": n, "streamed_vector": v} for n in (8, 16, 32) for v in (4, 8)],
+    # on chip, of rows that are streamed else
+    "long": [
+        dict.fromkeys(("contiguous", "contiguous_full", "contiguous_most"), n)
+        | {"contiguous_vector": v, "longest_contiguous": 16_384}
+        for n in (16, 32, 64)
+        for v in (4, 8)
+    ],
+}
+# rows of the lengths that the authors' models have, chunks of 24 layers, and rows of a gate
+ROWS = {
+    "contiguous": {"density": (187, 1024, 3750), "mixture": (187, 750, 937, 3750), "gate": (225, 1125)},
+    "long": {"density": (7500, 16384), "mixture": (7500, 15000)},
 }
 SWEPT = [
     *((TIMED[i], "strided") for i in (1, 4, 7, 9)),
     *((TIMED[i], "contiguous") for i in (3, 8, 5)),
     *((TIMED[i], "streamed") for i in (2, 11, 10)),
+    *((Workload("layers", name, (2048, 24, 1024), 1, 1, n), "strided") for name, n in (("density", 1), ("mixture", 4))),
+    *(
+        (Workload("last", name, (2**26 // n, n), 1, 1, 1 if name == "density" else 4), regime)
+        for regime, algorithms in ROWS.items()
+        for name, lengths in algorithms.items()
+        for n in lengths
+    ),
 ]
 ROUNDS = 9
 
