@@ -12,6 +12,7 @@ from torch import Tensor
 
 from daam.kernels.operands import acc_dtype, parts
 
+LOG2_E = 1.4426950408889634
 SLICE = 2**19  # elements, 2 MB in fp32: as measured, with some six temporaries of that size
 
 

@@ -13,9 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from daam.reference.chunks import Chunks, cut_into_slices
-
-LOG2_E = 1.4426950408889634
+from daam.reference.chunks import LOG2_E, Chunks, cut_into_slices
 
 
 def formula(
@@ -28,9 +26,7 @@ def formula(
     z = (d - chunks.param(mean_offset, feature_axis)) * torch.rsqrt(_var_eps(chunks, sum_squares, eps))
     weights = chunks.valid(torch.exp(-z * z / (2 * chunks.param(c, feature_axis))))
     y = chunks.x * weights
-    if residual:
-        y = y + chunks.raw
-    return chunks.merge(y), chunks.merge(weights)
+    return chunks.merge(y + chunks.raw if residual else y), chunks.merge(weights)
 
 
 def gradient(
@@ -48,13 +44,9 @@ def gradient(
     he = h * weights / scale * e * inv_var
     hee = he * e
     dx = chunks.valid(g * weights - he + chunks.mean(he) + inv_var * d * chunks.mean(hee))
-    if residual:
-        dx = dx + raw
-    return (
-        chunks.merge(dx),
-        chunks.param_grad(he, mean_offset, feature_axis),
-        chunks.param_grad(hee / (2 * scale), c, feature_axis),
-    )
+    d_mean_offset = chunks.param_grad(he, mean_offset, feature_axis)
+    d_c = chunks.param_grad(hee / (2 * scale), c, feature_axis)
+    return chunks.merge(dx + raw if residual else dx), d_mean_offset, d_c
 
 
 @cut_into_slices

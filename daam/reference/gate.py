@@ -17,9 +17,8 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from daam.kernels.algorithms import SIGMA_FLOOR, VARIANCE_FLOOR, WIDTH_FLOOR
-from daam.reference.chunks import Chunks, cut_into_parts, cut_into_slices
+from daam.reference.chunks import LOG2_E, Chunks, cut_into_parts, cut_into_slices
 
-LOG2_E = 1.4426950408889634
 DENSITY_AT_0 = 0.3989422804014327  # 1/sqrt(2π)
 
 
@@ -37,9 +36,7 @@ def formula(
         weights = weights + torch.exp(-z * z / 2) * (DENSITY_AT_0 / sigma)
     weights = chunks.valid(weights / log_sigma.shape[1])
     y = chunks.x * weights
-    if residual:
-        y = y + chunks.raw
-    return chunks.merge(y), chunks.merge(weights)
+    return chunks.merge(y + chunks.raw if residual else y), chunks.merge(weights)
 
 
 @cut_into_parts
@@ -65,10 +62,8 @@ def gradient(
         d_sigmas.append(chunks.param_grad(-q * z * std - t / sigma, log_sigma[:, :1]))
     slope = (variance >= VARIANCE_FLOOR).to(d.dtype) / std
     dx = chunks.valid(g * weights + mixture_q - chunks.mean(mixture_q) - d * (slope * chunks.mean(mixture_qzs)))
-    if residual:
-        dx = dx + raw
-    sigmoid = log_sigma.to(d.dtype).sigmoid()
-    return chunks.merge(dx), torch.cat(d_offsets, 1), torch.cat(d_sigmas, 1) * sigmoid
+    d_log_sigma = torch.cat(d_sigmas, 1) * log_sigma.to(d.dtype).sigmoid()
+    return chunks.merge(dx + raw if residual else dx), torch.cat(d_offsets, 1), d_log_sigma
 
 
 @cut_into_parts

@@ -19,9 +19,8 @@ import math
 import torch
 from torch import Tensor
 
-from daam.reference.chunks import Chunks, cut_into_parts, cut_into_slices
+from daam.reference.chunks import LOG2_E, Chunks, cut_into_parts, cut_into_slices
 
-LOG2_E = 1.4426950408889634
 HALF_LOG_2PI = 0.9189385332046727
 
 
@@ -50,9 +49,7 @@ def formula(
     y = chunks.x * weights
     if padding is not None:
         y = torch.where(chunks.padded, chunks.x, y)
-    if residual:
-        y = y + chunks.raw
-    return chunks.merge(y), chunks.merge(weights)
+    return chunks.merge(y + chunks.raw if residual else y), chunks.merge(weights)
 
 
 @cut_into_parts
@@ -82,9 +79,8 @@ def gradient(
         common = common.masked_fill(chunks.padded, 0)
         weights = torch.where(chunks.padded, 1, weights)
     dx = chunks.valid(g * weights + fit.a * fit.inv_var * (common - k * (d - fit.m)))
-    if residual:
-        dx = dx + raw
-    return chunks.merge(dx), *fit.chain(mean_offsets, c, sum_ke, sum_kee, clamped)
+    d_params = fit.chain(mean_offsets, c, sum_ke, sum_kee, clamped)
+    return chunks.merge(dx + raw if residual else dx), *d_params
 
 
 @cut_into_parts
@@ -123,7 +119,7 @@ def backward(
     clamped = sum_h * (1 - free)
     kf = k * f
     sum_ke, sum_kee = fit.sums(chunks.sum(kf), chunks.sum(s * k), clamped)
-    dx = d_mean_offsets = d_c = None
+    dx = None
     if need_x:
         # x - mean = f + origin, x - mean - m = f + (origin - m)
         slope = fit.inv_var * sum_kee / fit.freedom
@@ -133,9 +129,8 @@ def backward(
             weights.masked_fill_(chunks.padded, 1)
         dx = common.sub_(kf).sub_(k.mul_(fit.origin - fit.m)).mul_(fit.a * fit.inv_var)
         dx = chunks.input_grad(dx, g, weights, raw, residual)
-    if need_params:
-        d_mean_offsets, d_c = fit.chain(mean_offsets, c, sum_ke, sum_kee, clamped)
-    return dx, d_mean_offsets, d_c
+    d_params = fit.chain(mean_offsets, c, sum_ke, sum_kee, clamped) if need_params else (None, None)
+    return dx, *d_params
 
 
 def _log_sum_exp(t: Tensor, dim: int) -> Tensor:
@@ -153,8 +148,8 @@ def _var_eps(chunks: Chunks, sum_squares: Tensor, eps: float) -> Tensor:
 
 def _freedom(chunks: Chunks) -> Tensor | int:
     """Return n - 1, by which an unbiased variance divides, at least 1: a tensor under a mask, else a number."""
-    count = chunks.count  # a tensor under a mask; else two or more, as the functional sees to
-    return (count - 1).clamp(min=1) if isinstance(count, Tensor) else count - 1
+    # a number is two or more, as the functional sees to
+    return (chunks.count - 1).clamp(min=1) if isinstance(chunks.count, Tensor) else chunks.count - 1
 
 
 class _Fit:
