@@ -84,9 +84,8 @@ class Operators:
             _lib.impl(f"{name}_{op}", getattr(self, f"_{op}_cpu"), "CPU")
             torch.library.register_fake(f"daam::{name}_{op}", getattr(self, f"_{op}_fake"), lib=_lib)
         _lib.impl(name, self._traced, "CompositeImplicitAutograd")
-        ops = torch.ops.daam
         self.forward_op, self.backward_op, self.op = (
-            getattr(ops, key).default for key in (f"{name}_forward", f"{name}_backward", name)
+            getattr(torch.ops.daam, name + suffix).default for suffix in ("_forward", "_backward", "")
         )
 
     def __call__(self, x, p, q, mask, axis, *settings_residual_weights_backend) -> tuple[Tensor, ...]:
@@ -124,19 +123,14 @@ class Operators:
     def _forward_cpu(self, x, *args):
         if interpreting():
             return self._forward_triton(x, *args)
-        *args, _save_stats = args
-        y, weights = self.eager.forward(x, *args)
-        weights = None if weights is None else weights.contiguous()
-        return y.contiguous(), _or_empty(weights, x), x.new_empty(0, dtype=acc_dtype(x))
+        y, weights = self.eager.forward(x, *args[:-1])  # without save_stats: it keeps none
+        return y.contiguous(), _or_empty(weights, x).contiguous(), x.new_empty(0, dtype=acc_dtype(x))
 
     def _backward_cpu(self, grad_y, grad_weights, x, p, q, mask, stats, *args):
         if interpreting():
             return self._backward_triton(grad_y, grad_weights, x, p, q, mask, stats, *args)
         grads = self.eager.backward(grad_y, grad_weights, x, p, q, mask, *args)
-        return tuple(
-            _or_empty(None if g is None else g.to(like.dtype).contiguous(), like)
-            for g, like in zip(grads, (x, p, q), strict=True)
-        )
+        return tuple(_or_empty(g, t).to(t.dtype).contiguous() for g, t in zip(grads, (x, p, q), strict=True))
 
     def _forward_fake(self, x, p, q, mask, axis, *args):
         *settings, _residual, return_weights, save_stats = args
@@ -145,11 +139,8 @@ class Operators:
             # which chunks are streamed does not depend on the number of parameters, which may be symbolic
             budget, feature_axis = self.algorithm.forward(1), self.algorithm.find_setting("feature_axis", settings)
             stats = tiles.stats_shape(budget, x, axis, q.shape[0], feature_axis)
-        return (
-            x.new_empty(x.shape),
-            x.new_empty(x.shape if return_weights else 0),
-            x.new_empty(0 if stats is None else stats, dtype=acc_dtype(x)),
-        )
+        weights = x.new_empty(x.shape if return_weights else 0)
+        return x.new_empty(x.shape), weights, x.new_empty(stats or 0, dtype=acc_dtype(x))
 
     def _backward_fake(self, grad_y, grad_weights, x, p, q, mask, stats, *args):
         *_how, need_x, need_params = args
@@ -199,8 +190,7 @@ class Attention(torch.autograd.Function):
     def setup_context(ctx, inputs, outputs):
         *tensors, ctx.call = inputs
         stats = outputs[1 + ctx.call.return_weights :]
-        if stats:
-            ctx.mark_non_differentiable(*stats)
+        ctx.mark_non_differentiable(*stats)
         ctx.save_for_backward(*tensors, *stats)
         ctx.set_materialize_grads(False)
 
