@@ -98,11 +98,9 @@ def _find_request(backend: str) -> tuple[str, str]:
     _check(backend, "backend")
     if backend != "auto":
         return backend, "the argument backend"
-    context = getattr(_context, "backend", None)
-    if context is not None:
+    if (context := getattr(_context, "backend", None)) is not None:
         return context, "daam.use_backend"
-    environment = os.environ.get("DAAM_BACKEND")
-    if environment:
+    if environment := os.environ.get("DAAM_BACKEND"):
         _check(environment, "the environment variable DAAM_BACKEND")
         return environment, "the environment variable DAAM_BACKEND"
     return "auto", "default"

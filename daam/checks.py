@@ -40,21 +40,13 @@ def check_tensor(name: str, t: Any) -> None:
     if not isinstance(t, Tensor):
         raise TypeError(f"{name} is a {type(t).__name__}, expected a Tensor")
     if t.layout is not torch.strided or t.is_nested:  # nested ones may be strided
-        raise TypeError(f"{name} is a {_kind(t)} tensor, expected a dense one, of layout torch.strided: {_remedy(t)}")
+        kind, remedy = str(t.layout).removeprefix("torch.").removeprefix("_"), "convert it with .to_dense()"
+        if t.is_nested:
+            kind = f"nested ({kind})"
+            remedy = "pad it with torch.nested.to_padded_tensor, and say with a mask what is valid"
+        raise TypeError(f"{name} is a {kind} tensor, expected a dense one, of layout torch.strided: {remedy}")
     if type(t) not in (Tensor, Parameter):
         _check_subclass(name, t)
-
-
-def _kind(t: Tensor) -> str:
-    """Return what users call a tensor of another layout: "sparse_coo", "nested (jagged)", "mkldnn"."""
-    layout = str(t.layout).removeprefix("torch.").removeprefix("_")
-    return f"nested ({layout})" if t.is_nested else layout
-
-
-def _remedy(t: Tensor) -> str:
-    if t.is_nested:
-        return "pad it with torch.nested.to_padded_tensor, and say with a mask what is valid"
-    return "convert it with .to_dense()"
 
 
 def _check_subclass(name: str, t: Tensor) -> None:
@@ -85,19 +77,18 @@ def check_dtype(x: Tensor, weight: Tensor, layer: str) -> None:
         return
     check_floating({"x": x})
     device, castable = x.device.type, torch.float64 not in (x.dtype, weight.dtype)
-    if castable and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        return
-    raise TypeError(
-        f"x has dtype {x.dtype}, expected {weight.dtype}, the dtype of {layer}'s weight: cast x or the module, "
-        f"x.to({weight.dtype}) or module.to({x.dtype})" + (", or call it under torch.autocast" if castable else "")
-    )
+    if not (castable and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+        raise TypeError(
+            f"x has dtype {x.dtype}, expected {weight.dtype}, the dtype of {layer}'s weight: cast x or the module, "
+            f"x.to({weight.dtype}) or module.to({x.dtype})" + (", or call it under torch.autocast" if castable else "")
+        )
 
 
 def check_params(x: Tensor, params: dict[str, Tensor], axis: int, columns: str) -> None:
     """Check that parameters, which passed `check_floating`, are (num_heads, columns), alike, on x's device, and that
     every head has a position.
     """
-    reference, shape = next(iter(params)), None
+    reference, shape = next(iter(params)), next(iter(params.values())).shape
     for name, p in params.items():
         if p.dim() != 2 or p.shape[0] < 1:
             raise ValueError(
@@ -105,7 +96,6 @@ def check_params(x: Tensor, params: dict[str, Tensor], axis: int, columns: str) 
             )
         if p.shape[1] < 1 and columns == "num_gaussians":
             raise ValueError(f"{name} has shape {tuple(p.shape)}, expected num_gaussians at least 1")
-        shape = p.shape if shape is None else shape
         if p.shape != shape:
             raise ValueError(f"{name} has shape {tuple(p.shape)}, expected {tuple(shape)}, the shape of {reference}")
         if p.device != x.device:
