@@ -50,14 +50,13 @@ def unstack_heads(head_list: str, stacked: dict[str, Tensor], keep_dim: bool = F
 
 def value_of(module: nn.Module, name: str) -> Tensor:
     """Return a parameter as the next forward pass takes it, detached: parametrised, pruned or under weight_norm."""
-    value = getattr(module, name)
+    value = before = getattr(module, name)
     if (hook := _hook_of(module, name)) is not None:
         # what the attribute holds is of the forward pass before, and the hook's tensors may have learned since
         with torch.no_grad():
             hook(module, ())
-        fresh = getattr(module, name)
-        setattr(module, name, value)
-        value = fresh
+        value = getattr(module, name)
+        setattr(module, name, before)
     return value.detach()
 
 
@@ -94,13 +93,9 @@ def take_values(
 
 def _hook_of(module: nn.Module, name: str) -> Callable | None:
     """Return the hook of torch.nn.utils.prune, weight_norm or spectral_norm that computes a parameter."""
-    if name in module._parameters:
-        return None
-    for hook in module._forward_pre_hooks.values():
-        # pruning has the one attribute, both norms have the other
-        if name in (getattr(hook, "_tensor_name", None), getattr(hook, "name", None)):
-            return hook
-    return None
+    hooks = () if name in module._parameters else module._forward_pre_hooks.values()
+    # pruning has the one attribute, both norms have the other
+    return next((h for h in hooks if name in (getattr(h, "_tensor_name", None), getattr(h, "name", None))), None)
 
 
 def _entries_of(state_dict: dict[str, Tensor], key: str) -> list[str]:
