@@ -89,22 +89,25 @@ class MultiHeadDAAM(Published):
 
 
 class _Mixture(Published):
-    """Weigh x by a mixture of densities with parameters mean_offsets and c of any shape (…, num_gaussians)."""
+    """Weigh x by a mixture of densities with parameters mean_offsets and c of shape (*heads, num_gaussians)."""
 
     mean_offsets: Tensor
     c: Tensor
     _published_parameters = ("mean_offsets", "c")
 
     def __init__(
-        self, shape: tuple[int, ...], norm_axis: int, num_heads: int, num_gaussians: int, padding_value: float | None,
+        self, heads: tuple[int, ...], norm_axis: int, num_heads: int, num_gaussians: int, padding_value: float | None,
         mean_offset_init: float, eps: float, backend: str,
     ):  # fmt: skip
         super().__init__()
+        if isinstance(norm_axis, bool) or not isinstance(norm_axis, int):
+            raise ValueError(f"norm_axis is {norm_axis!r}, expected an int")
+        _check_positive(num_heads=num_heads, num_gaussians=num_gaussians)
         self.norm_axis, self.num_heads, self.num_gaussians = norm_axis, num_heads, num_gaussians
         self.padding_value, self.mean_offset_init, self.eps = padding_value, mean_offset_init, eps
         self.backend = backend
-        self.mean_offsets = nn.Parameter(torch.empty(shape))
-        self.c = nn.Parameter(torch.empty(shape))
+        self.mean_offsets = nn.Parameter(torch.empty(*heads, num_gaussians))
+        self.c = nn.Parameter(torch.empty(*heads, num_gaussians))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -156,10 +159,7 @@ class DensityAdaptiveAttention(_Mixture):
         self, norm_axis: int, num_heads: int, num_gaussians: int, padding_value: float | None,
         mean_offset_init: float = 0, eps: float = 1e-8, *, backend: str = "auto",
     ):  # fmt: skip
-        _check_sizes(norm_axis, num_heads, num_gaussians)
-        super().__init__(
-            (num_gaussians,), norm_axis, num_heads, num_gaussians, padding_value, mean_offset_init, eps, backend
-        )  # fmt: skip
+        super().__init__((), norm_axis, num_heads, num_gaussians, padding_value, mean_offset_init, eps, backend)
 
 
 class MultiHeadDensityAdaptiveAttention(_Mixture):
@@ -189,10 +189,7 @@ class MultiHeadDensityAdaptiveAttention(_Mixture):
         self, norm_axis: int, num_heads: int, num_gaussians: int, padding_value: float | None = None,
         eps: float = 1e-8, *, backend: str = "auto",
     ):  # fmt: skip
-        _check_sizes(norm_axis, num_heads, num_gaussians)
-        super().__init__(
-            (num_heads, num_gaussians), norm_axis, num_heads, num_gaussians, padding_value, 0, eps, backend
-        )  # fmt: skip
+        super().__init__((num_heads,), norm_axis, num_heads, num_gaussians, padding_value, 0, eps, backend)
 
 
 class DensityBlock(nn.Module):
@@ -331,12 +328,6 @@ def _expand_mask(mask: Tensor | None, x: Tensor, norm_axis: int) -> Tensor | Non
         return mask
     rank = max(mask.dim(), norm_axis % x.dim() + 1)
     return mask.reshape(*mask.shape, *[1] * (rank - mask.dim())).expand(x.shape[:rank])
-
-
-def _check_sizes(norm_axis: int, num_heads: int, num_gaussians: int) -> None:
-    if isinstance(norm_axis, bool) or not isinstance(norm_axis, int):
-        raise ValueError(f"norm_axis is {norm_axis!r}, expected an int")
-    _check_positive(num_heads=num_heads, num_gaussians=num_gaussians)
 
 
 def _check_positive(**sizes: int) -> None:
