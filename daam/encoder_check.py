@@ -40,18 +40,14 @@ class Findings:
 
     def __str__(self) -> str:
         low, high = self.positions
+        remedy = "equal lengths share a batch" if self.batches == "equal lengths" else "one example at a time"
         summary = f"checked on {self.examples} examples of {low} to {high} positions: calls agree, masks fit, "
         if self.equal:
             summary += f"{self.equal} different ones have the features of another, "
         if self.padding is None:
-            return f"{summary}a batch fails ({self.reason}): {self._remedy()}"
+            return f"{summary}a batch fails ({self.reason}): {remedy}"
         shown = f"beside others an example differs by {self.padding:.1g} standard deviations"
-        return summary + (f"{shown} at most" if self.batches == "any" else f"{shown}: {self._remedy()}")
-
-    def _remedy(self) -> str:
-        if self.batches == "equal lengths":
-            return "equal lengths share a batch"
-        return "one example at a time"
+        return summary + (f"{shown} at most" if self.batches == "any" else f"{shown}: {remedy}")
 
     def as_dict(self) -> dict[str, Any]:
         """Return the findings as plain values, for JSON."""
@@ -141,10 +137,10 @@ def _call_alone(pooling: LayerPooling, batch: Mapping[str, Any], place: int) -> 
         try:
             features, count = pooling.average_and_count(**batch)
         except ValueError:
-            features = None
-        if features is None or len(features) != 1:
+            features = ()
+        if len(features) != 1:
             pooling.batch_first = None
-            features, count = pooling.average_and_count(**batch)
+            raise
     features = features.cpu()
     if not features.isfinite().all():
         raise NotFiniteError(place)
@@ -208,9 +204,8 @@ def _batches(
         return Findings("any", padding, span, len(lengths))
     groups = [[i for i in everything if shapes[i] == shape] for shape in dict.fromkeys(shapes)]
     groups = [group for group in groups if 1 < len(group) < len(everything)]
-    share_batches = len(groups) > 0
     try:
-        share_batches = share_batches and all(difference(group) <= agree for group in groups)
+        share_batches = bool(groups) and all(difference(group) <= agree for group in groups)
     except Exception:  # as above; what lacks memory goes one at a time
         share_batches = False
     return Findings("equal lengths" if share_batches else "one at a time", padding, span, len(lengths), reason)
