@@ -49,9 +49,8 @@ def find_mask(
         ValueError: a mask is none, or which of the encoder's arguments says what is valid is not clear.
     """
     if pooling_mask is not None:
-        if isinstance(pooling_mask, str) and pooling_mask == "all":
-            return None
-        return _check_mask("pooling_mask", pooling_mask)
+        all_valid = isinstance(pooling_mask, str) and pooling_mask == "all"
+        return None if all_valid else _check_mask("pooling_mask", pooling_mask)
     named = {**named} if attention_mask is None else {**named, "attention_mask": attention_mask}
     if "decoder" in layers.split(".") and named.get("decoder_input_ids") is not None:
         mask = named.get("decoder_attention_mask")
@@ -145,10 +144,10 @@ def parts_of(value: Any) -> list[Any]:
 
 def _frames(name: str, valid: Tensor, encoder: nn.Module, positions: int) -> Tensor | None:
     """Return a mask of valid frames, (batch, positions), by one of samples; None where the encoder does not say."""
-    owner = next((m for m in encoder.modules() for n in LENGTHS if hasattr(type(m), n)), None)
+    methods = ((m, getattr(m, n)) for m in encoder.modules() for n in LENGTHS if hasattr(type(m), n))
+    owner, count = next(methods, (None, None))
     if owner is None:
         return None
-    count = next(getattr(owner, n) for n in LENGTHS if hasattr(type(owner), n))
     # adapters come after the layers; those of SEW run on means of several frames
     options = {"add_adapter": False} if "add_adapter" in inspect.signature(count).parameters else {}
     squeeze = getattr(getattr(owner, "config", None), "squeeze_factor", 1)

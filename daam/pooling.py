@@ -44,7 +44,8 @@ class LayerPooling(nn.Module):
         self.encoder = encoder.requires_grad_(False).eval()
         self.batch_first = batch_first
         self._layers = find_layers(unwrap(encoder), layers)  # a plain list: the encoder has registered them
-        if batch_first is None and any(_takes_positions_first(layer) for layer in self._layers):
+        modules = (module for layer in self._layers for module in layer.modules())
+        if batch_first is None and any(isinstance(m, nn.MultiheadAttention) and not m.batch_first for m in modules):
             raise ValueError(
                 "batch_first is None, but the layers hold nn.MultiheadAttention(batch_first=False): pass "
                 "batch_first=False where they give (positions, batch, features), else True"
@@ -110,10 +111,11 @@ class LayerPooling(nn.Module):
         self, inputs: tuple, kwargs: dict[str, Any], attention_mask: Tensor | None, pooling_mask: Any
     ) -> tuple[Tensor, Tensor]:
         encoder = unwrap(self.encoder)
-        parameters, takes_all = _signature(encoder)
-        if attention_mask is not None and (takes_all or "attention_mask" in parameters):
+        signature = inspect.signature(encoder.forward)
+        takes_all = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
+        if attention_mask is not None and (takes_all or "attention_mask" in signature.parameters):
             kwargs = {**kwargs, "attention_mask": attention_mask}
-        named = _name_arguments(encoder, inputs, kwargs)
+        named = _name_arguments(signature, inputs, kwargs)
         mask = find_mask(named, attention_mask, pooling_mask, _path(encoder, self._layers[0]))
         call = _Call(self.encoder, inputs, kwargs, named, mask, self.batch_first)
         with _lock(encoder):
@@ -138,11 +140,7 @@ class _UnclearLayoutError(Exception):
 
 
 class _LayoutFound(Exception):  # noqa: N818 (no error)
-    """Report the layout of a layer's output, which ends a call that nothing else was asked of."""
-
-    def __init__(self, batch_first: bool):
-        super().__init__()
-        self.batch_first = batch_first
+    """Report whether a layer's output has the batch first, which ends a call that nothing else was asked of."""
 
 
 @dataclass
@@ -190,7 +188,7 @@ class _Call:
             self._watch(layers, look)
             self._watch(layers, look, direct=True)
         except _LayoutFound as found:
-            return found.batch_first
+            return found.args[0]
         raise ValueError("layers did not run, expected once each")
 
     def _watch(self, layers: list[nn.Module], keep: Callable, direct: bool = False) -> None:
@@ -275,8 +273,7 @@ def _first_tensor(layer: nn.Module, output: Any) -> Tensor:
 
 def _check_runs(layers: list[nn.Module], averages: dict[nn.Module, list[Tensor]]) -> None:
     expected = Counter(layers)
-    misfits = [i for i, layer in enumerate(layers) if len(averages[layer]) != expected[layer]]
-    if misfits:
+    if misfits := [i for i, layer in enumerate(layers) if len(averages[layer]) != expected[layer]]:
         times = [len(averages[layers[i]]) for i in misfits]
         raise ValueError(
             f"layers {misfits} ran {times} times in one call, expected {[expected[layers[i]] for i in misfits]}: one "
@@ -306,10 +303,7 @@ def _watch_layers(layers: list[nn.Module], keep: Callable, direct: bool) -> Iter
 
     with undo:
         for layer in dict.fromkeys(layers):
-            if direct:
-                undo.callback(_replace_forward(layer, hook))
-            else:
-                undo.callback(layer.register_forward_hook(hook).remove)
+            undo.callback(_replace_forward(layer, hook) if direct else layer.register_forward_hook(hook).remove)
         yield
 
 
@@ -339,25 +333,15 @@ def _lock(encoder: nn.Module) -> threading.RLock:
 @contextlib.contextmanager
 def _run_uncompiled(encoder: nn.Module) -> Iterator[None]:
     """Run compiled parts of an encoder as they are written, since graphs do not see hooks that come and go."""
-    compiled = any(
-        module._compiled_call_impl is not None or "_orig_mod" in module._modules for module in encoder.modules()
-    )
-    if not compiled:
-        yield
-        return
-    with _STANCE, torch.compiler.set_stance("force_eager"):
+    if any(m._compiled_call_impl is not None or "_orig_mod" in m._modules for m in encoder.modules()):
+        with _STANCE, torch.compiler.set_stance("force_eager"):
+            yield
+    else:
         yield
 
 
-def _signature(encoder: nn.Module) -> tuple[Mapping[str, inspect.Parameter], bool]:
-    """Return the parameters of an encoder's forward, and whether it takes keywords of any name."""
-    parameters = inspect.signature(encoder.forward).parameters
-    return parameters, any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-
-
-def _name_arguments(encoder: nn.Module, inputs: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+def _name_arguments(signature: inspect.Signature, inputs: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
     """Return an encoder's arguments by name, in the order of its signature."""
-    signature = inspect.signature(encoder.forward)
     try:
         bound = signature.bind_partial(*inputs, **kwargs).arguments
     except TypeError:  # the encoder says it better
@@ -376,10 +360,6 @@ def _name_arguments(encoder: nn.Module, inputs: tuple, kwargs: dict[str, Any]) -
 def _path(encoder: nn.Module, layer: nn.Module) -> str:
     """Return the name of a layer in its encoder, "" for one that is not registered there."""
     return next((name for name, module in encoder.named_modules() if module is layer), "")
-
-
-def _takes_positions_first(layer: nn.Module) -> bool:
-    return any(isinstance(m, nn.MultiheadAttention) and not m.batch_first for m in layer.modules())
 
 
 def find_layers(encoder: nn.Module, layers: str | Sequence[nn.Module] | None) -> list[nn.Module]:
@@ -401,9 +381,9 @@ def find_layers(encoder: nn.Module, layers: str | Sequence[nn.Module] | None) ->
         if named is not None:
             return [named[i * groups // wanted] for i in range(wanted)]
     lists = {name: m for name, m in encoder.named_modules() if isinstance(m, nn.ModuleList) and len(m)}
-    fitting = [m for m in lists.values() if (len(m) > 1 if wanted is None else len(m) == wanted)]
-    if len(lists) == 1 and wanted is not None:  # the config's number may be the decoder's
-        fitting = list(lists.values())
+    # the only list is taken whatever the config says: its number may be the decoder's
+    fits_any = len(lists) == 1 and wanted is not None
+    fitting = [m for m in lists.values() if fits_any or (len(m) > 1 if wanted is None else len(m) == wanted)]
     if len(fitting) > 1:  # as many convolutions before the layers
         fitting = [m for name, m in lists.items() if m in fitting and "conv" not in name]
     if len(fitting) != 1:
