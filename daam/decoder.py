@@ -162,23 +162,21 @@ class DATDecoder(Published):
         if return_weights and self.daam is None:
             raise ValueError(f"return_weights: attention {self.settings['attention']!r} has no densities")
         if not return_weights:
-            return self._decode(self._attend(x if self.daam is None else self.daam(x)))
+            return self._decode(x if self.daam is None else self.daam(x))
         if isinstance(self.daam, DensityBlock):
             x, details = self.daam(x, return_attention_details=True)
             weights = details["layer_0"]
         else:
             x, weights = self.daam(x, return_weights=True)
-        return self._decode(self._attend(x)), weights
+        return self._decode(x), weights
 
-    def _attend(self, x: Tensor) -> Tensor:
-        """Return x after standard attention, where the decoder has one."""
+    def _decode(self, x: Tensor) -> Tensor:
+        """Return scores of x: by standard attention and normalisation, if any, convolutions and classifier."""
         if isinstance(self.standard, nn.MultiheadAttention):
             x = self.standard(x, x, x, need_weights=False)[0]
         elif self.standard is not None:
             x = self.standard(x)
-        return x if self.norm is None else self.norm(x.transpose(1, 2)).transpose(1, 2)
-
-    def _decode(self, x: Tensor) -> Tensor:
+        x = x if self.norm is None else self.norm(x.transpose(1, 2)).transpose(1, 2)
         x = relu(self.conv1(x.unflatten(-1, self.grid)))
         return self.fc(relu(self.conv2(x)).flatten(1))
 
