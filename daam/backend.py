@@ -21,6 +21,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from daam.checks import check_choice
+
 BACKENDS = ("auto", "triton", "eager")
 
 
@@ -32,7 +34,6 @@ def _is_installed(name: str) -> bool:
 
 
 _TRITON_INSTALLED = _is_installed("triton")
-_NOT_INSTALLED = "Triton is not installed (pip install 'daam-triton[triton]')"
 
 # Not a ContextVar: Dynamo cannot trace one, and fullgraph is part of the contract.
 _context = threading.local()
@@ -77,7 +78,7 @@ def use_backend(backend: str) -> Iterator[None]:
     Raises:
         ValueError: the backend is none of auto, triton, eager.
     """
-    _check(backend, "backend")
+    check_choice("backend", backend, BACKENDS)
     previous = getattr(_context, "backend", None)
     _context.backend = backend
     try:
@@ -95,26 +96,21 @@ def interpreting() -> bool:
 
 
 def _find_request(backend: str) -> tuple[str, str]:
-    _check(backend, "backend")
+    check_choice("backend", backend, BACKENDS)
     if backend != "auto":
         return backend, "the argument backend"
     if (context := getattr(_context, "backend", None)) is not None:
         return context, "daam.use_backend"
     if environment := os.environ.get("DAAM_BACKEND"):
-        _check(environment, "the environment variable DAAM_BACKEND")
+        check_choice("the environment variable DAAM_BACKEND", environment, BACKENDS)
         return environment, "the environment variable DAAM_BACKEND"
     return "auto", "default"
-
-
-def _check(backend: str, name: str) -> None:
-    if backend not in BACKENDS:
-        raise ValueError(f"{name} is {backend!r}, expected one of {', '.join(map(repr, BACKENDS))}")
 
 
 def _problem(x: Tensor) -> str | None:
     """Return why Triton cannot run on x, in words; None where it can."""
     if not _TRITON_INSTALLED:
-        return _NOT_INSTALLED
+        return "Triton is not installed (pip install 'daam-triton[triton]')"
     if x.is_cuda:
         # A fake tensor has no device to ask about, and a tracer may not open a driver: the launch itself would tell.
         return None if torch.compiler.is_compiling() or isinstance(x, FakeTensor) else _driver_problem()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numbers
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -102,6 +103,11 @@ def check_params(x: Tensor, params: dict[str, Tensor], axis: int, columns: str) 
             raise ValueError(f"{name} is on {p.device}, expected x's device {x.device}")
     if shape[0] > x.shape[axis]:
         raise ValueError(f"num_heads is {shape[0]}, more heads than the {x.shape[axis]} positions of norm_axis {axis}")
+
+
+def check_choice(name: str, value: str, choices: Collection[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} is {value!r}, expected one of {', '.join(map(repr, choices))}")
 
 
 def check_eps(eps: Any) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import relu, scaled_dot_product_attention
 
 from daam.checkpoints import Published
-from daam.checks import check_dtype, check_tensor
+from daam.checks import check_choice, check_dtype, check_tensor
 from daam.modules import DensityBlock, MultiHeadDAAM
 
 ATTENTIONS = ("daam", "mixture", "gqdaam", "gqa", "mha", "mha_bn", "none")
@@ -116,8 +116,7 @@ class DATDecoder(Published):
         for name, size in sizes.items():
             if size < 1:
                 raise ValueError(f"{name} is {size}, expected 1 or more")
-        if attention not in ATTENTIONS:
-            raise ValueError(f"attention is {attention!r}, expected one of {', '.join(map(repr, ATTENTIONS))}")
+        check_choice("attention", attention, ATTENTIONS)
         if attention in DENSITIES and num_layers % num_heads:
             raise ValueError(f"num_heads is {num_heads}, expected a divisor of num_layers, {num_layers}")
         if attention == "mixture" and num_layers == num_heads:

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from daam.checks import check_choice
 from daam.decoder import DATDecoder, focal_loss
 from daam.pooling import LayerPooling
 
@@ -63,8 +64,7 @@ class DensityAdaptiveTransformer(nn.Module):
     ):  # fmt: skip
         super().__init__()
         self.pooling, self.decoder = LayerPooling(encoder, layers, batch_first), decoder
-        if loss not in LOSSES:
-            raise ValueError(f"loss is {loss!r}, expected one of {', '.join(map(repr, LOSSES))}")
+        check_choice("loss", loss, LOSSES)
         self.loss = loss
         settings = getattr(decoder, "settings", None)
         if settings is not None and settings["num_layers"] != self.pooling.num_layers:
