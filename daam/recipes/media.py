@@ -79,8 +79,8 @@ def read_image(path: str | Path) -> Image:
         )
     if key_scale and "transparency" in image.info:
         key = image.info["transparency"]
-        scaled = [int(value * key_scale) for value in (key if isinstance(key, tuple) else [key])]
-        image.info["transparency"] = tuple(scaled) if isinstance(key, tuple) else scaled[0]
+        scaled = tuple(int(value * key_scale) for value in key) if isinstance(key, tuple) else int(key * key_scale)
+        image.info["transparency"] = scaled
     return _convert_profile(_flatten(image), profile)
 
 
@@ -100,14 +100,11 @@ def read_sound(path: str | Path, rate: int, seconds: float | None = None) -> np.
     """
     soxr = import_extra("soxr")
     with _open_sound(path) as file:
-        convert = None
+        parts, nothing = _read_blocks(path, file, seconds), np.zeros(0, np.float32)
         if file.samplerate != rate:
             convert = soxr.ResampleStream(file.samplerate, rate, 1, dtype="float32", quality="HQ").resample_chunk
-        frames = None if seconds is None else round(seconds * file.samplerate)
-        parts = [convert(part) if convert else part for part in _read_blocks(path, file, frames)]
-        if convert:
-            parts.append(convert(np.zeros(0, np.float32), last=True))
-    samples = np.concatenate([np.zeros(0, np.float32), *parts])
+            parts = [*map(convert, parts), convert(nothing, last=True)]
+        samples = np.concatenate([nothing, *parts])
     if not len(samples):
         raise DataError(f"{path}: no samples, expected one or more")
     return samples
@@ -129,10 +126,8 @@ def sound_seconds(path: str | Path) -> float:
 def _count_pages(file: Any) -> int:
     if file.format != "TIFF":
         return 1
-    pages = 0
-    for i in range(file.n_frames):
-        file.seek(i)
-        pages += not file.tag_v2.get(PAGE_KIND, 0) & 0b101
+    every = import_extra("PIL.ImageSequence").Iterator(file)
+    pages = sum(not page.tag_v2.get(PAGE_KIND, 0) & 0b101 for page in every)
     file.seek(0)
     return pages
 
@@ -163,10 +158,8 @@ def _flatten(image: Any) -> Image:
     if image.mode == "La":
         image = image.convert("LA")  # there is no direct way
     if image.has_transparency_data:
-        image = image.convert("RGBA")
-        white = import_extra("PIL.Image").new("RGBA", image.size, "white")
-        white.alpha_composite(image)
-        image = white
+        pillow = import_extra("PIL.Image")
+        image = pillow.alpha_composite(pillow.new("RGBA", image.size, "white"), image.convert("RGBA"))
     return image if image.mode == "CMYK" else image.convert("RGB")
 
 
@@ -187,16 +180,12 @@ def _open_sound(path: str | Path) -> Iterator[Any]:
     """Open a sound whose file is complete; errors of the library become a DataError, inside the block too."""
     soundfile = import_extra("soundfile")
     try:
-        with soundfile.SoundFile(str(path)) as file:
-            mp3 = file.format == "MP3"
-            _check_complete(path, file.format)
-            if not mp3:
-                yield file
-        if mp3:
-            # In a file libsndfile guesses the length of MP3 without a header of lengths, and decodes no further than
-            # that, be it half of it. Out of a pipe it reads to the end.
-            with soundfile.SoundFile(_open_pipe(path)) as file:
-                yield file
+        kind = soundfile.info(str(path)).format
+        _check_complete(path, kind)
+        # In a file libsndfile guesses the length of MP3 without a header of lengths, and decodes no further than that,
+        # be it half of it. Out of a pipe it reads to the end.
+        with soundfile.SoundFile(_open_pipe(path) if kind == "MP3" else str(path)) as file:
+            yield file
     except (soundfile.SoundFileError, OSError) as error:
         raise _unreadable(path, "sound", error) from None
 
@@ -217,15 +206,13 @@ def _open_pipe(path: str | Path) -> int:
     return end
 
 
-def _read_blocks(path: str | Path, file: Any, frames: int | None = None) -> Iterator[np.ndarray]:
-    """Yield the mean of the channels, (samples,) in float32, block by block, of the first frames or of all."""
+def _read_blocks(path: str | Path, file: Any, seconds: float | None = None) -> Iterator[np.ndarray]:
+    """Yield the mean of the channels, (samples,) in float32, block by block, of the first seconds or of all."""
     # else soundfile seeks after each block, which fails in FLAC of unknown length
     file.seekable = lambda: False
-    left, done = file.frames if frames is None else min(frames, file.frames), 0
-    while left > 0:
-        block = file.read(min(max(1, BLOCK // file.channels), left), dtype="float32", always_2d=True)
-        if not len(block):
-            break
+    left = file.frames if seconds is None else min(round(seconds * file.samplerate), file.frames)
+    most, done = max(1, BLOCK // file.channels), 0
+    while left > 0 and len(block := file.read(min(most, left), dtype="float32", always_2d=True)):
         if not (finite := np.isfinite(block).all(1)).all():
             index = int(finite.argmin())
             raise DataError(f"{path}: sample {done + index} is {block[index].sum()}, expected finite numbers")
