@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import io
 import json
 import os
 import re
 import threading
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -31,6 +31,7 @@ PART = re.compile(r"(?<![a-z])(train|test|val|dev|eval)(ing|id|idation|uation|el
 PART_END = re.compile(r"[\W_]*(set|data|images|split)?[\W_\d]*", re.I)
 
 COLUMNS = ("text", "label")
+JSON_TYPES = (("text", (str,), "a string"), ("label", (str, int), "a string or a whole number"))
 # Of a cell of CSV, in characters: the most that csv takes on every system.
 LONGEST_CELL = 2**31 - 1
 # csv knows one limit for the process.
@@ -149,12 +150,9 @@ def find_duplicates(examples: Iterable[Example], digests: list[str] | None = Non
 
 def _digest(source: str | Path) -> str:
     total = hashlib.sha256()
-    if isinstance(source, str):
-        total.update(source.encode())
-    else:
-        with source.open("rb") as file:
-            while block := file.read(2**20):
-                total.update(block)
+    with io.BytesIO(source.encode()) if isinstance(source, str) else source.open("rb") as file:
+        while block := file.read(2**20):
+            total.update(block)
     return total.hexdigest()
 
 
@@ -185,21 +183,12 @@ def _lines(path: Path) -> Iterator[str]:
             raise DataError(f"{path}: not in UTF-8 ({error})") from None
 
 
-@contextmanager
-def _long_cells() -> Iterator[None]:
-    with CELL_LIMIT:
-        before = csv.field_size_limit(LONGEST_CELL)
-        try:
-            yield
-        finally:
-            csv.field_size_limit(before)
-
-
 def _read_csv(path: Path) -> list[tuple[int, dict]]:
     reader = csv.DictReader(_lines(path), restval="", strict=True)
     rows = []
-    try:
-        with _long_cells():
+    with CELL_LIMIT:
+        before = csv.field_size_limit(LONGEST_CELL)
+        try:
             reader.fieldnames = _header(path, reader.fieldnames or [])
             for row in reader:
                 if None in row:
@@ -208,9 +197,11 @@ def _read_csv(path: Path) -> list[tuple[int, dict]]:
                         'put a text with commas into "quotes"'
                     )
                 rows.append((reader.line_num, row))
-    except csv.Error as error:
-        # of the last row that was read: a quote that nobody closed runs to the end of the file
-        raise DataError(f"{path}, line {reader.line_num + 1}: broken CSV ({error})") from None
+        except csv.Error as error:
+            # of the last row that was read: a quote that nobody closed runs to the end of the file
+            raise DataError(f"{path}, line {reader.line_num + 1}: broken CSV ({error})") from None
+        finally:
+            csv.field_size_limit(before)
     return rows
 
 
@@ -237,12 +228,11 @@ def _read_jsonl(path: Path) -> Iterator[tuple[int, dict]]:
             raise DataError(f"{path}, line {line}: broken JSON ({error})") from None
         if not isinstance(row, dict):
             raise DataError(f'{path}, line {line}: expected an object, {{"text": ..., "label": ...}}')
-        for column, types in zip(COLUMNS, ((str,), (str, int)), strict=True):
+        for column, types, expected in JSON_TYPES:
             if column not in row:
                 raise DataError(f"{path}, line {line}: no {column}; it has: {', '.join(row)}")
             # by its exact type, since True and False are of int too
             if type(row[column]) not in types:
-                expected = "a string" if types == (str,) else "a string or a whole number"
                 raise DataError(f"{path}, line {line}: the {column} is {row[column]!r}, expected {expected}")
         yield line, row
 
@@ -272,18 +262,13 @@ def _read_folder(root: Path) -> tuple[str, list[Example]]:
         raise DataError(f"{loose[0]} is in no class: expected one subfolder for each class")
     files = [file for file in files if file.parent != root]  # without a README beside the classes
     _check_classes(root, files)
-    first: dict[str | None, Path] = {}
-    for file in files:
-        first.setdefault(_kind(file), file)
+    first = {_kind(file): file for file in reversed(files)}
     if len(first) > 1 or None in first:
-        raise DataError(f"{root}: expected only {FILES}, it holds {' and '.join(map(str, first.values()))}")
+        raise DataError(f"{root}: expected only {FILES}, it holds {' and '.join(map(str, sorted(first.values())))}")
     examples = [Example(file, file.relative_to(root).parts[0]) for file in files]
     names = set(class_names(examples))
-    for name in names:
-        try:
-            name.encode()
-        except UnicodeEncodeError:
-            raise DataError(f"{root}: the name of class {name!a} is not in UTF-8, expected one that is") from None
+    if broken := [name for name in names if name.encode(errors="ignore").decode() != name]:
+        raise DataError(f"{root}: the name of class {broken[0]!a} is not in UTF-8, expected one that is")
     if empty := [str(f) for f in folders if f.name not in names]:
         raise DataError(f"{', '.join(empty)}: no images or sounds, expected some for each class")
     return next(iter(first)), examples
@@ -309,27 +294,22 @@ def _walk(folder: Path, outer: tuple[str, ...]) -> Iterator[Path]:
 def _check_classes(root: Path, files: list[Path]) -> None:
     """Raise a DataError where first-level folders are not the classes, but hold them."""
     files = [file for file in files if _kind(file)]
-    inner: dict[str, set[str]] = {}  # by first-level folder: the names of the folders in it
-    with_files = set()  # the first-level folders that hold files themselves
-    for first, *rest in (file.relative_to(root).parts for file in files):
-        folders = inner.setdefault(first, set())
-        if len(rest) > 1:
-            folders.add(rest[0])
-        else:
-            with_files.add(first)
+    paths = [file.relative_to(root).parts for file in files]
+    names = dict.fromkeys(first for first, *_ in paths)  # of first-level folders
+    with_files = {first for first, *rest in paths if len(rest) == 1}  # those that hold files themselves
     advice = "expected one subfolder for each class: give the path of one of them"
-    parts = {name: part for name in inner if (part := _part(name, name in with_files))}
+    parts = {name: part for name in names if (part := _part(name, name in with_files))}
     if len(set(parts.values())) > 1:
         raise DataError(f"{root} holds {', '.join(parts)}, which are parts of a data set and no classes; {advice}")
-    if len(inner) == 1:
+    if len(names) == 1:
         folder = Path(os.path.commonpath([file.parent for file in files]))
         if all(file.parent != folder for file in files):
-            names = _some({file.relative_to(folder).parts[0] for file in files})
-            raise DataError(f"{root}: expected one subfolder for each class; give {folder}, which holds {names}")
-    nested = {name: folders for name, folders in inner.items() if name not in with_files}
-    counts = Counter(folder for folders in nested.values() for folder in folders)
+            inner = _some({file.relative_to(folder).parts[0] for file in files})
+            raise DataError(f"{root}: expected one subfolder for each class; give {folder}, which holds {inner}")
+    nested = {(first, folder) for first, folder, *_ in paths if first not in with_files}
+    counts = Counter(folder for _, folder in nested)
     if same := {folder for folder, count in counts.items() if count > 1}:
-        holders = [name for name, folders in nested.items() if folders & same]
+        holders = {name for name, folder in nested if folder in same}
         raise DataError(
             f"{root}: {_some(holders)} hold the same folders, {_some(same)}, as parts of a data set do; {advice}, or "
             "put the files of each class directly into its folder"
