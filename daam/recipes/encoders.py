@@ -8,6 +8,7 @@ import inspect
 import json
 import tempfile
 from collections.abc import Callable, Collection, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -100,13 +101,14 @@ def load_encoder(
     if modality not in PREPARATIONS:
         raise EncoderError(f"modality is {modality!r}, expected one of {', '.join(map(repr, PREPARATIONS))}")
     folder = find_model(name)
-    model, missing = _load_model(transformers, folder, name)
+    model, info = _load(transformers.AutoModel, folder, name, "encoder", output_loading_info=True)
+    missing = sorted(info["missing_keys"])  # tensors that its files do not hold: they are drawn at random
     encoder = _part(model, missing, modality)
     prefix = next(f"{path}." if path else "" for path, module in model.named_modules() if module is encoder)
     if layers is not None:  # as they are called in the whole model, or in the part
         layers = ",".join(layer.strip().removeprefix(prefix) for layer in layers.split(","))
     kind, prepare = PREPARATIONS[modality]
-    processor = _load(getattr(transformers, kind).from_pretrained, folder, name, f"preprocessing of {modality}")
+    processor = _load(getattr(transformers, kind), folder, name, f"preprocessing of {modality}")
     try:
         pooling = LayerPooling(encoder, layers)
         collate = prepare(processor, encoder, max_length if modality == "text" else max_seconds)
@@ -124,18 +126,13 @@ def find_model(name: str) -> str:
     imported, or else the name itself, a folder's or that of a model of the hub.
     """
     module = name.replace("-", "_")
-    if not Path(name).is_dir() and module.isidentifier() and (spec := _find_spec(module)):
-        for folder in spec.submodule_search_locations or ():
-            if (Path(folder) / "model" / "config.json").exists():
-                return str(Path(folder) / "model")
+    if not Path(name).is_dir() and module.isidentifier():
+        with suppress(ImportError, ValueError):  # of modules that are no packages, like __main__
+            spec = importlib.util.find_spec(module)
+            for folder in (spec and spec.submodule_search_locations) or ():
+                if (Path(folder) / "model" / "config.json").exists():
+                    return str(Path(folder) / "model")
     return name
-
-
-def _find_spec(module: str) -> Any:
-    try:
-        return importlib.util.find_spec(module)
-    except (ImportError, ValueError):  # of modules that are no packages, like __main__
-        return None
 
 
 def identify(pooling: nn.Module, collate: Callable) -> dict[str, str]:
@@ -154,9 +151,8 @@ def hash_encoder(pooling: nn.Module, random: Collection[str] = ()) -> str:
         settings = {k: v for k, v in config.to_dict().items() if k not in PROVENANCE}
         total.update(json.dumps(settings, sort_keys=True, default=str).encode())
     tensors = {**dict(encoder.named_buffers()), **encoder.state_dict()}
-    for key, value in sorted(tensors.items()):
-        if key in random:
-            continue
+    for key in sorted(tensors.keys() - set(random)):
+        value = tensors[key]
         total.update(key.replace("_orig_mod.", "").encode())  # of parts that are compiled
         if isinstance(value, Tensor) and value.layout is torch.strided and not value.is_quantized:
             total.update(f"{value.dtype} {tuple(value.shape)}".encode())
@@ -185,23 +181,11 @@ def _hash_saved(processor: Any) -> str:
     return total.hexdigest()
 
 
-def _load_model(transformers: Any, folder: str, name: str) -> tuple[nn.Module, list[str]]:
-    """Return a model, and the names of its tensors that its files do not hold: they are drawn at random."""
-
-    def load(source: str) -> Any:
-        return transformers.AutoModel.from_pretrained(source, output_loading_info=True)
-
-    model, info = _load(load, folder, name, "encoder")
-    return model, sorted(info["missing_keys"])
-
-
-def _load(load: Callable[[str], Any], folder: str, name: str, needed: str) -> Any:
+def _load(kind: Any, folder: str, name: str, needed: str, **options: Any) -> Any:
     try:
-        return load(folder)
-    except ImportError:
-        raise
+        return kind.from_pretrained(folder, **options)
     except Exception as error:  # a file of another kind, a truncated one, other shapes: each fails in a way of its own
-        if lacks_memory(error):
+        if isinstance(error, ImportError) or lacks_memory(error):
             raise
         reason = str(error).strip().partition("\n")[0][:160]  # some list every model there is
         raise EncoderError(
