@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -90,27 +91,19 @@ def lora_job(data: Path, encoder: str, cache: Cache, settings: Settings) -> Job:
     def inputs(places: Tensor) -> dict[str, Tensor]:
         return collate([sources[i] for i in places.tolist()])
 
-    return Job(
-        _builder(encoder, modality, options, cache, inputs, pooling.batch_first),
-        inputs,
-        labels,
-        fingerprint(cache),
-        rates_plus if settings.method == "lora+" else Job.rates,
-        groups=find_equal(cache.features),
-    )
+    build = partial(_build, encoder, modality, options, cache, inputs, pooling.batch_first)
+    rates = rates_plus if settings.method == "lora+" else Job.rates
+    return Job(build, inputs, labels, fingerprint(cache), rates, find_equal(cache.features))
 
 
-def _builder(
+def _build(
     encoder: str, modality: str, options: dict, cache: Cache, inputs: Callable, batch_first: bool | None
-) -> Callable[[], nn.Module]:  # fmt: skip
-    def build() -> nn.Module:
-        pooling, _ = load_encoder(encoder, modality, **options)
-        pooling.batch_first = batch_first
-        model = LoRAClassifier(pooling, cache.features.shape[2], len(cache.names))
-        model.freeze_unused(inputs(torch.arange(1)))
-        return model
-
-    return build
+) -> LoRAClassifier:
+    pooling, _ = load_encoder(encoder, modality, **options)
+    pooling.batch_first = batch_first
+    model = LoRAClassifier(pooling, cache.features.shape[2], len(cache.names))
+    model.freeze_unused(inputs(torch.arange(1)))
+    return model
 
 
 def rates_plus(model: nn.Module, rate: float) -> list[dict]:
