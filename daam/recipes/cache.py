@@ -11,13 +11,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-try:
+from daam.recipes.errors import UserError, extra
+
+with extra():
     from safetensors import SafetensorError, safe_open
     from safetensors.torch import save
-except ImportError as error:
-    raise ImportError(f"{error}. The recipes need their extra: pip install 'daam-triton[recipes]'") from error
-
-from daam.recipes.errors import UserError
 
 SIZES = ("examples", "shard", "layers", "features")
 

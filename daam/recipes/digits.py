@@ -18,21 +18,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-try:
-    from sklearn.datasets import load_digits
-except ImportError as error:
-    raise ImportError(f"{error}. The recipes need their extra: pip install 'daam-triton[recipes]'") from error
-
 import daam
 from daam.recipes.arguments import device, positive, seeds
 from daam.recipes.cache import Cache
 from daam.recipes.compare import write_comparison
-from daam.recipes.errors import Parser, UserError, guarded
+from daam.recipes.errors import Parser, UserError, extra, guarded
 from daam.recipes.explain import explain
 from daam.recipes.lock import exclusive
 from daam.recipes.progress import Progress
 from daam.recipes.runs import Settings, check_output
 from daam.recipes.training import cached_job, run
+
+with extra():
+    from sklearn.datasets import load_digits
 
 LAYERS, FEATURES = 12, 64
 # by the folder of a run: its method, the layers it sees (all where none are named), its learning rate

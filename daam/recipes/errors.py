@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NoReturn
 
 from daam.checks import lacks_memory
@@ -14,6 +15,15 @@ from daam.checks import lacks_memory
 
 class UserError(ValueError):
     """Tell of something that the user can mend; the message names it, says what came and what was expected."""
+
+
+@contextlib.contextmanager
+def extra() -> Iterator[None]:
+    """Say how to install what is imported in the block, where it is not installed."""
+    try:
+        yield
+    except ImportError as error:
+        raise ImportError(f"{error}. The recipes need their extra: pip install 'daam-triton[recipes]'") from error
 
 
 class Parser(argparse.ArgumentParser):

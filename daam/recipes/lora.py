@@ -13,6 +13,7 @@ import daam
 from daam.recipes.cache import Cache, fingerprint
 from daam.recipes.data import encode_labels, hash_examples, read_examples
 from daam.recipes.encoders import identify, load_encoder
+from daam.recipes.errors import extra
 from daam.recipes.features import check
 from daam.recipes.runs import RunError, Settings
 from daam.recipes.splits import find_equal
@@ -29,11 +30,9 @@ class LoRAClassifier(nn.Module):
 
     def __init__(self, pooling: daam.LayerPooling, features: int, classes: int):
         super().__init__()
-        try:
+        with extra():
             from peft import LoraConfig
             from peft.functional import cast_adapter_dtype, inject_adapter_in_model
-        except ImportError as error:
-            raise ImportError(f"{error}. The recipes need their extra: pip install 'daam-triton[recipes]'") from error
         self.pooling = pooling
         config = LoraConfig(r=RANK, lora_alpha=ALPHA, lora_dropout=0.0, target_modules=linear_modules(pooling))
         inject_adapter_in_model(config, pooling.encoder)

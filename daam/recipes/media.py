@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from daam.recipes.data import DataError
+from daam.recipes.errors import extra
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -38,10 +39,8 @@ KEY_SCALES = {"L;2": 85, "L;4": 17, "RGB;16B": 1 / 256}
 
 def import_extra(name: str) -> Any:
     """Import a module that the recipes need, or say how to install it."""
-    try:
+    with extra():
         return importlib.import_module(name)
-    except ImportError as error:
-        raise ImportError(f"{error}. The recipes need their extra: pip install 'daam-triton[recipes]'") from error
 
 
 def read_image(path: str | Path) -> Image:

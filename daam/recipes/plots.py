@@ -14,14 +14,14 @@ from typing import Any
 
 import numpy as np
 
-try:
+from daam.recipes.errors import extra
+
+with extra():
     # neither pyplot nor matplotlib.use: who imports a recipe into a notebook keeps the notebook's own backend
     from matplotlib import rc_context
     from matplotlib.axes import Axes
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-except ImportError as error:
-    raise ImportError(f"{error}. The recipes need their extra: pip install 'daam-triton[recipes]'") from error
 
 
 def plot_curves(results: dict[str, Any], path: Path) -> None:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-try:
+from daam.recipes.errors import extra
+
+with extra():
     from tqdm import tqdm
-except ImportError as error:
-    raise ImportError(f"{error}. The recipes need their extra: pip install 'daam-triton[recipes]'") from error
 
 
 class Progress(tqdm):

@@ -6,14 +6,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-try:
+from daam.recipes.errors import extra
+from daam.recipes.runs import RunError, Settings, Split
+
+with extra():
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
     from sklearn.model_selection import StratifiedKFold, train_test_split
-except ImportError as error:
-    raise ImportError(f"{error}. The recipes need their extra: pip install 'daam-triton[recipes]'") from error
-
-from daam.recipes.runs import RunError, Settings, Split
 
 # distance of what counts as equal, in norms of an example: the same text in another batch, padded otherwise, comes out
 # 5e-7 apart, other texts of the same words 0.15
