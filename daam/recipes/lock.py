@@ -52,14 +52,8 @@ def _lock(folder: Path) -> IO[str] | None:
         except OSError:
             file.close()
             return None
-        if _is_there(file, folder / NAME):
-            return file
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), (folder / NAME).stat()):
+                return file
         file.close()  # its holder has deleted it since it was opened: take the next one
     return None
-
-
-def _is_there(file: IO[str], path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(file.fileno()), path.stat())
-    except FileNotFoundError:
-        return False

@@ -29,9 +29,16 @@ def splits(labels: Tensor, settings: Settings, groups: Tensor | None = None) -> 
     those of a class that has too few different ones. Raises a RunError where a class has too few examples.
     """
     check_counts(labels, settings)
-    if groups is not None:
-        groups = keep_together(labels, groups, settings.folds, settings.seeds)
-    return _split(labels, groups, settings.folds, settings.seeds)
+    folds, seeds, places = settings.folds, settings.seeds, torch.arange(len(labels))
+    groups = places if groups is None else keep_together(labels, groups, folds, seeds)
+    first, unit = np.unique(groups.numpy(), return_inverse=True)
+    y = labels.numpy()[first]  # of units, which are split as examples are: where all differ, they are the examples
+    found = []
+    for rest, test in _random_tests(y, seeds) if seeds else _fold_tests(y, folds):
+        train, validation = _hold_out(rest, y, max(len(rest) // 10, len(np.unique(y))), seed=0, spare=1)
+        parts = (np.flatnonzero(np.isin(unit, part)) for part in (train, validation, test))
+        found.append(Split(*map(torch.from_numpy, parts)))
+    return found
 
 
 def check_counts(labels: Tensor, settings: Settings, names: list[str] | None = None) -> None:
@@ -98,23 +105,6 @@ def keep_together(labels: Tensor, groups: Tensor, folds: int, seeds: int | None)
     first = groups.unique()
     different = labels[first].bincount(minlength=int(labels.max()) + 1)
     return torch.where(different[labels] < needed(folds, seeds), torch.arange(len(labels)), groups)
-
-
-def _split(labels: Tensor, groups: Tensor | None, folds: int, seeds: int | None) -> list[Split]:
-    """Split into folds, each of which tests once, or at random for so many seeds; a tenth of the rest validates.
-
-    Every class has `needed` examples or more, and is in all three parts of every split. groups: see `find_equal`; all
-    examples of a group are in one part.
-    """
-    groups = torch.arange(len(labels)) if groups is None else groups
-    first, unit = np.unique(groups.numpy(), return_inverse=True)
-    y = labels.numpy()[first]  # of units, which are split as examples are: where all differ, they are the examples
-    found = []
-    for rest, test in _random_tests(y, seeds) if seeds else _fold_tests(y, folds):
-        train, validation = _hold_out(rest, y, max(len(rest) // 10, len(np.unique(y))), seed=0, spare=1)
-        parts = (np.flatnonzero(np.isin(unit, part)) for part in (train, validation, test))
-        found.append(Split(*map(torch.from_numpy, parts)))
-    return found
 
 
 def _fold_tests(y: np.ndarray, folds: int):
