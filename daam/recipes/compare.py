@@ -11,7 +11,7 @@ from typing import Any
 from daam.recipes.cache import read_cache, write_whole
 from daam.recipes.errors import Parser, guarded
 from daam.recipes.lock import exclusive
-from daam.recipes.plots import plot_comparison
+from daam.recipes.plots import accuracy_of, plot_comparison
 from daam.recipes.runs import write_json
 from daam.recipes.train import add_settings, check_methods, train
 from daam.recipes.training import METHODS
@@ -31,9 +31,8 @@ def table(rows: list[dict[str, Any]]) -> str:
         "|---|---|---|---|---|",
     ]
     for row in sorted(rows, key=lambda row: -row["accuracy"]["mean"]):
-        accuracy = row["accuracy"]
         lines.append(
-            f"| {row['method']} | {accuracy['mean']:.3f} ± {accuracy['std']:.3f} | {row['trainable_parameters']:,} "
+            f"| {row['method']} | {accuracy_of(row)} | {row['trainable_parameters']:,} "
             f"| {row['seconds_per_epoch']:.2f} | {row['memory']['bytes'] / 1e6:.2f} |"
         )
     return "\n".join(lines)

@@ -21,7 +21,7 @@ from daam.recipes.arguments import positive
 from daam.recipes.cache import Cache, fingerprint, read_cache
 from daam.recipes.errors import Parser, guarded
 from daam.recipes.lock import exclusive
-from daam.recipes.plots import describe, plot_gaussians, plot_importance
+from daam.recipes.plots import accuracy_of, describe, plot_gaussians, plot_importance
 from daam.recipes.runs import RunError, Settings, check_output, read_results, write_json
 from daam.recipes.training import cached_job, run
 
@@ -161,8 +161,7 @@ def _explain(args: argparse.Namespace, results: dict[str, Any], cache: Cache) ->
         report["ablation"] = ablate(results, cache, contribution, args.ablate, args.output / "ablation")
         write_json(args.output / "importance.json", report)
     for name, trained in report.get("ablation", {}).items():
-        accuracy = trained["accuracy"]
-        print(f"{name} layers {trained['layers']}: test accuracy {accuracy['mean']:.3f} ± {accuracy['std']:.3f}")
+        print(f"{name} layers {trained['layers']}: test accuracy {accuracy_of(trained)}")
 
 
 if __name__ == "__main__":

@@ -37,9 +37,7 @@ def plot_curves(results: dict[str, Any], path: Path) -> None:
         left.set(xlabel="epoch", ylabel=f"training loss ({results['settings']['loss']})", title="Loss", yscale="log")
         right.set(xlabel="epoch", ylabel="validation accuracy", title="Validation; dots: the epoch that is tested")
         _add_legend(left, fontsize=8)
-        accuracy = results["accuracy"]
-        scores = f"test accuracy {accuracy['mean']:.3f} ± {accuracy['std']:.3f}"
-        _add_title(figure, f"{results['method']}: {scores}\n{describe(results)}")
+        _add_title(figure, f"{results['method']}: test accuracy {accuracy_of(results)}\n{describe(results)}")
 
 
 def plot_comparison(rows: list[dict[str, Any]], path: Path) -> None:
@@ -111,6 +109,11 @@ def describe(results: dict[str, Any]) -> str:
     torch = about.get("torch")
     parts = (cache.get("encoder"), cache.get("source"), about.get("device"), torch and f"torch {torch}")
     return ", ".join(str(part) for part in parts if part)
+
+
+def accuracy_of(results: dict[str, Any]) -> str:
+    """Return the mean test accuracy of a run's parts, and its standard deviation, as pictures and tables show them."""
+    return "{mean:.3f} ± {std:.3f}".format(**results["accuracy"])
 
 
 @contextlib.contextmanager

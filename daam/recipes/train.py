@@ -18,6 +18,7 @@ from daam.recipes.arguments import device, number, positive, seeds
 from daam.recipes.cache import Cache, read_cache
 from daam.recipes.errors import Parser, guarded
 from daam.recipes.lora import lora_job
+from daam.recipes.plots import accuracy_of
 from daam.recipes.runs import RunError, Settings, check_output
 from daam.recipes.splits import check_counts, find_equal, keep_together
 from daam.recipes.training import METHODS, Job, cached_job, check_sizes, heads_for, run
@@ -120,8 +121,7 @@ def main(argv: list[str] | None = None) -> None:
     cache = read_cache(args.cache)
     jobs = check_methods(args, [args.method], cache)
     results = train(args, cache, args.method, args.output, jobs.get(args.method))
-    accuracy = results["accuracy"]
-    print(f"{args.method}: test accuracy {accuracy['mean']:.3f} ± {accuracy['std']:.3f}, {args.output.resolve()}")
+    print(f"{args.method}: test accuracy {accuracy_of(results)}, {args.output.resolve()}")
 
 
 if __name__ == "__main__":
