@@ -76,7 +76,7 @@ def stream(
         for tile in range(tl.program_id(0), n_tiles, tl.num_programs(0)):
             row, block = tile // n_blocks, tile % n_blocks
             offsets = (row * ROWS + rows) * stride + block * COLUMNS + columns
-            values = tl.load(x + offsets)
+            values = tl.load(x + offsets, cache_modifier=".cg")  # what is read again comes from L2, not from L1
             if READS == 2:
                 if ROUNDS == 2:
                     values += tl.load(other + offsets, tl.sum(values, 1)[:, None] != 1.0, 0.0)

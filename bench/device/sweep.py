@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import lru_cache, partial
 from unittest import mock
 
@@ -17,44 +18,46 @@ from bench.device.times import empty_tensors, median_seconds
 from bench.workloads import Workload
 from daam.kernels import host, tiles
 
+STRIDED = ("strided", "strided_masked", "strided_full")
+CONTIGUOUS = ("contiguous", "contiguous_full", "contiguous_most")
 # what is tried of `tiles.Budget`, by regime: elements a thread, and elements that it loads at once
 TRIED = {
     "strided": [
-        dict.fromkeys(("strided", "strided_masked", "strided_full"), n) | {"strided_least_vector": v}
-        for n in (16, 24, 32, 48, 64, 96)
-        for v in (2, 4, 8)
+        dict.fromkeys(STRIDED, n) | {"strided_least_vector": v} for n in (16, 24, 32, 48, 64, 96) for v in (2, 4, 8)
     ],
-    "contiguous": [
-        dict.fromkeys(("contiguous", "contiguous_full", "contiguous_most"), n) | {"contiguous_vector": v}
-        for n in (8, 16, 32, 64)
-        for v in (4, 8)
-    ],
+    "contiguous": [dict.fromkeys(CONTIGUOUS, n) | {"contiguous_vector": v} for n in (8, 16, 32, 64) for v in (4, 8)],
     "streamed": [{"streamed": n, "streamed_vector": v} for n in (8, 16, 32) for v in (4, 8)],
-    # on chip, of rows that are streamed else
-    "long": [
-        dict.fromkeys(("contiguous", "contiguous_full", "contiguous_most"), n)
-        | {"contiguous_vector": v, "longest_contiguous": 16_384}
+    # on chip, of chunks that are streamed else
+    "long rows": [
+        dict.fromkeys(CONTIGUOUS, n) | {"contiguous_vector": v, "longest_contiguous": 16_384}
         for n in (16, 32, 64)
         for v in (4, 8)
     ],
+    "long columns": [
+        dict.fromkeys(STRIDED, n) | {"strided_least_vector": v, "strided_vector": v, "longest_strided": 1024}
+        for n in (32, 48, 64)
+        for v in (2, 4, 8)
+    ],
 }
-# rows of the lengths that the authors' models have, chunks of 24 layers, and rows of a gate
-ROWS = {
-    "contiguous": {"density": (187, 1024, 3750), "mixture": (187, 750, 937, 3750), "gate": (225, 1125)},
-    "long": {"density": (7500, 16384), "mixture": (7500, 15000)},
+# lengths of chunks that the authors' models have, of 24 layers, and of a gate: in rows, then in columns
+LENGTHS = {
+    "contiguous": {"density": (187, 3750), "mixture": (187, 750, 937, 3750), "gate": (225, 1125)},
+    "long rows": {"density": (7500, 16_384), "mixture": (7500, 15_000), "gate": (2250, 5625)},
+    "strided": {"density": (24,), "mixture": (24,), "gate": (24,)},
+    "long columns": {"density": (512,), "mixture": (512,), "gate": (256,)},
 }
 SWEPT = [
     *((TIMED[i], "strided") for i in (1, 4, 7, 9)),
     *((TIMED[i], "contiguous") for i in (3, 8, 5)),
     *((TIMED[i], "streamed") for i in (2, 11, 10)),
-    *((Workload("layers", name, (2048, 24, 1024), 1, 1, n), "strided") for name, n in (("density", 1), ("mixture", 4))),
-    *(
-        (Workload("last", name, (2**26 // n, n), 1, 1, 1 if name == "density" else 4), regime)
-        for regime, algorithms in ROWS.items()
-        for name, lengths in algorithms.items()
-        for n in lengths
-    ),
+    *((replace(TIMED[i], dtype="float32"), "strided") for i in (1, 4, 7)),
+    *((replace(TIMED[i], dtype="float32"), "contiguous") for i in (3, 8, 5)),
 ]
+for regime, algorithms in LENGTHS.items():
+    for name, lengths in algorithms.items():
+        for n in lengths:
+            shape = (2**26 // n, n) if regime in ("contiguous", "long rows") else (2**16 // n, n, 1024)
+            SWEPT.append((Workload("lengths", name, shape, 1, 1, 1 if name == "density" else 4), regime))
 ROUNDS = 9
 
 
