@@ -18,9 +18,7 @@ LOG2_SQRT_2PI = tl.constexpr(1.3257480647361593)
 
 
 class Centred(NamedTuple):
-    """Hold a chunk of each column: x - mean of every block, 0 where not valid, and [1, BLOCK_C] each the mean, what it
-    was short of, Σ (x - mean - mean_error)² and 1/n.
-    """
+    """Hold x - mean of every block, 0 where not valid; [1, BLOCK_C] mean, its error, Σ (x - mean - error)² and 1/n."""
 
     blocks: list
     mean: tl.tensor
@@ -73,9 +71,7 @@ def inverse_count_less_one(inv_count):
 
 @triton.jit
 def reciprocal(x):
-    """Return 1/x of positive x, right to its last bit; 0 of inf and inf of 0. A division takes two instructions more
-    and is approximate.
-    """
+    """Return 1/x of positive x, right to its last bit, 0 of inf, inf of 0; a division is longer and approximate."""
     root = tl.rsqrt(x)
     square = root * root
     inverse = tl.fma(square, tl.fma(-x, square, 1.0), square)  # a step of Newton's
@@ -84,9 +80,7 @@ def reciprocal(x):
 
 @triton.jit
 def softplus(x):
-    """Return log(1 + exp(x)), x beyond 20. log(1 + t) loses t against 1: log(u)·t/(u - 1), u = 1 + t as rounded, does
-    not.
-    """
+    """Return log(1 + exp(x)), x beyond 20: log(u)·t/(u - 1), u = 1 + t as rounded, does not lose t against 1."""
     t = tl.exp(tl.minimum(x, 20.0))
     u = 1.0 + t
     return tl.where(x > 20, x, tl.where(u == 1, t, tl.log(u) * (t / tl.where(u == 1, 1.0, u - 1.0))))
@@ -94,9 +88,7 @@ def softplus(x):
 
 @triton.jit
 def invert_variance(squares, inv_divisor, inv_count, mask, eps):
-    """Return 1/(var + eps), var being squares·inv_divisor; 0 for columns with no valid position, whatever eps is. eps
-    comes as two fp32 numbers, `operands.split_float`.
-    """
+    """Return 1/(var + eps), var = squares·inv_divisor, eps a `Split`; 0 for columns where nothing is valid."""
     inv_var = reciprocal(squares * inv_divisor + (tl.cast(eps.high, squares.dtype) + eps.low))
     return inv_var if mask is None else tl.where(inv_count > 0, inv_var, 0.0)
 

@@ -52,9 +52,7 @@ class Sums(NamedTuple):
 
 
 class Chunk(NamedTuple):
-    """Hold what the tiles of a streamed chunk share: numbers [1, BLOCK_C] each, the Gaussian, and in the backward pass
-    the Sums.
-    """
+    """Hold what tiles of a streamed chunk share: numbers [1, BLOCK_C], the Gaussian, and Sums in the backward pass."""
 
     mean_error: tl.tensor
     inv_var: tl.tensor
@@ -70,8 +68,6 @@ class Parameters(NamedTuple):
 
 
 # --- One block ------------------------------------------------------------------------------------
-
-
 @triton.jit
 def weigh(centred, mean_error, gaussian, inv_var, valid):
     """Return (e, weights) of every block by one exp2 an element; x - mean is centred - mean_error."""
@@ -101,9 +97,7 @@ def find_factor(gaussian, inv_var, PLAN: tl.constexpr):
 
 @triton.jit
 def find_bare_he(h, weights, e, gaussian, inv_var, PLAN: tl.constexpr):
-    """Return he of every block without its factor, rounded once for all uses, so that its difference from its mean is 0
-    where all are alike.
-    """
+    """Return he of every block without its factor, rounded once: where all are alike it is exactly its mean."""
     bare_he = []
     for i in tl.static_range(PLAN.N_BLOCKS):
         if PLAN.VARIES == "chunk":
@@ -127,8 +121,6 @@ def differentiate_x(gradients, weights, centred, mean_error, bare_he, sums):
 
 
 # --- Chunks on chip -------------------------------------------------------------------------------
-
-
 @triton.jit
 def density_forward(inputs, parameters, outputs, eps, extent, RESIDUAL: tl.constexpr, PLAN: tl.constexpr):
     """Store y and the weights."""
@@ -192,8 +184,6 @@ def finish_gradients(totals, parameters, head, entries, inside, _K: tl.constexpr
 
 
 # --- Streamed chunks (`streamed.py`) --------------------------------------------------------------
-
-
 @triton.jit
 def open_chunk(gaussian, numbers, head, position, view, PLAN: tl.constexpr):
     """Return (mean, chunk); its sums are [] where numbers have none yet."""
@@ -256,8 +246,6 @@ def differentiate_tile(x, mean, chunk, inputs, _padding, tile, view, RAW: tl.con
 
 
 # --- On the host ----------------------------------------------------------------------------------
-
-
 def _sum_chunks(call: Call, parameters: Parameters, _eps: Split, numbers: Numbers) -> tuple[Strided, Strided | None]:
     """Return sums of streamed chunks, and partials out of them unless parameters vary along the chunk, or None."""
     strips = call.of_strips(3)

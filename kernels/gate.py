@@ -59,9 +59,7 @@ class Sums(NamedTuple):
 
 
 class Scales(NamedTuple):
-    """Hold [1, BLOCK_C] for each Gaussian, so that scaled z, which is z·sqrt(log2(e)/2), is factor·d - shift; x - mean
-    being d - mean_error.
-    """
+    """Hold [1, BLOCK_C] a Gaussian: z·sqrt(log2(e)/2), scaled z, is factor·d - shift, and x - mean d - mean_error."""
 
     factor: list
     shift: list
@@ -111,8 +109,6 @@ def scale_gaussians(gaussians, mean_error, std):
 
 
 # --- One block ------------------------------------------------------------------------------------
-
-
 @triton.jit
 def weigh_one(d, k: tl.constexpr, scales, gaussians):
     """Return (scaled z, N) of one block and one Gaussian."""
@@ -140,9 +136,7 @@ def weigh(d, scales, gaussians, valid):
 
 @triton.jit
 def add_tile_products(products, d, h, scales, gaussians):
-    """Return Σ t·z, Σ t·z² and Σ t of every Gaussian, z as scaled, with those of one more tile: of every place in a
-    block by itself.
-    """
+    """Return products with one more tile's Σ t·z, Σ t·z² and Σ t of every Gaussian, z as scaled, place by place."""
     more = []
     for k in tl.static_range(len(gaussians.sigma)):
         sum_tz, sum_tzz, sum_t = products[3 * k], products[3 * k + 1], products[3 * k + 2]
@@ -158,9 +152,7 @@ def add_tile_products(products, d, h, scales, gaussians):
 
 @triton.jit
 def sum_chunks(products, scales, gaussians, std, column_mask):
-    """Return Σ Σ_k q_k·z_k·sigma_k of each column, and what its tile adds to every Gaussian's Σ q and
-    Σ (q·z·std + t/sigma), [1, 1] each.
-    """
+    """Return a column's Σ Σ_k q_k·z_k·sigma_k, and [1, 1] of every Gaussian a tile's Σ q and Σ (q·z·std + t/sigma)."""
     sum_qzs = tl.zeros_like(std)
     totals = []
     for k in tl.static_range(len(gaussians.sigma)):
@@ -185,9 +177,7 @@ def find_q(h, slopes):
 
 @triton.jit
 def differentiate_x(gradients, d, weights, q, sums):
-    """Return dx of every block, but for the residual's part. The mean of q, in sums.common, is that of the same
-    numbers: where all are alike nothing is left.
-    """
+    """Return dx of every block but the residual's part. sums.common has the mean of the same q: alike, they cancel."""
     grad = []
     for i in tl.static_range(len(d)):
         grad = grad + [gradients.y[i] * weights[i] + (q[i] - (sums.common + sums.slope * d[i]))]
@@ -195,8 +185,6 @@ def differentiate_x(gradients, d, weights, q, sums):
 
 
 # --- Chunks on chip -------------------------------------------------------------------------------
-
-
 @triton.jit
 def gate_forward(inputs, parameters, outputs, _settings, extent, RESIDUAL: tl.constexpr, PLAN: tl.constexpr):
     """Store y and the weights."""
@@ -260,8 +248,6 @@ def finish_gradients(totals, parameters, head, entries, inside, _K: tl.constexpr
 
 
 # --- Streamed chunks (`streamed.py`) --------------------------------------------------------------
-
-
 @triton.jit
 def open_chunk(gaussians, numbers, head, position, view, _PLAN: tl.constexpr):
     """Return (mean, chunk), with the sums where numbers have them."""
@@ -319,8 +305,6 @@ def differentiate_tile(x, mean, chunk, inputs, _padding, tile, view, RAW: tl.con
 
 
 # --- On the host ----------------------------------------------------------------------------------
-
-
 def _sum_chunks(call: Call, parameters: Parameters, _settings: None, numbers: Numbers) -> tuple:
     """Return the sums of streamed chunks, and every program's totals for the parameters if these are needed."""
     strips, partials = call.of_strips(2), call.partials(2 * call.run.n_params, call.programs)

@@ -15,9 +15,8 @@ from torch import Tensor
 from . import launch, tiles
 from .operands import Extent, Inputs, Layout, Part, Strided, acc_dtype, find_layout, parts, power_of_2, varies
 
+
 # --- Plans ----------------------------------------------------------------------------------------
-
-
 class Constants(NamedTuple):
     """Hold what a kernel is compiled for (PLAN): blocks of a tile, its positions x columns, and how many; whether
     positions, or columns, of a tile may stand outside; the dtypes of arithmetic and of offsets in a tile; what
@@ -36,9 +35,7 @@ class Constants(NamedTuple):
 
 
 class Numbers(NamedTuple):
-    """Hold the numbers of streamed chunks as kernels take them, None where a pass has none: statistics, the mixture's
-    scale of the weights, and sums for the backward pass.
-    """
+    """Hold numbers of streamed chunks or None: statistics, the mixture's scale of weights, the backward pass's sums."""
 
     stats: Strided
     scales: Strided | None = None
@@ -145,9 +142,7 @@ def _plan_part(
 
 
 def _count_programs(part: Part, tile: tiles.Tile, extent: Extent, multiple: int, tiles_each: int) -> int:
-    """Return the programs a head, a multiple in each strip, of about so many tiles each: of one all have the same
-    parameters.
-    """
+    """Return the programs a head, a multiple in each strip, so that all tiles of one have the same parameters."""
     return extent.n_strips * tiles.count_programs(extent.n_tiles, part.heads, tile.num_warps, multiple, tiles_each)
 
 
@@ -168,8 +163,6 @@ def _find_extent(layout: Layout, tile: tiles.Tile, strip: int) -> Extent:
 
 
 # --- Calls ----------------------------------------------------------------------------------------
-
-
 class Pass:
     """Hold a pass with a budget, so many Gaussians as kernels count them, and n_sums partial sums a group.
 
@@ -208,9 +201,7 @@ class Pass:
 
 
 class Call:
-    """Hold a call on one part of x, whose heads have equal length. inputs: the tensors that it reads. streamed: whether
-    chunks are too long for the chip.
-    """
+    """Hold a call on one part of x, whose heads have equal length: its inputs, and whether its chunks are streamed."""
 
     inputs: Inputs
 
@@ -219,9 +210,7 @@ class Call:
         self.streamed, self.along = run.stats is not None, plan.constants["PLAN"].VARIES
 
     def of_chunks(self, t: Tensor) -> Strided:
-        """Return the part's share of a tensor of some numbers a chunk, (numbers, …, heads, …), with the distance of the
-        next number as last stride.
-        """
+        """Return the part's share of numbers (number, …, heads, …); the last stride is the next number's distance."""
         return Strided(self.part.heads_of(t, self.run.axis + 1), (*self.plan.stats_strides, t.stride(0)))
 
     def of_strips(self, n: int, strips: int | None = None) -> Strided:

@@ -23,11 +23,8 @@ def _knobs():
 
 @functools.cache
 def options(num_warps: int, nvidia: bool) -> dict[str, int | bool]:
-    """Return the compiler options of a launch. FP fusion is pinned: Triton 3.10 changes its default, and with it the
-    last bits.
-
-    Registers are limited to what a program of so many warps can have: left alone, ptxas aims at some occupancy and
-    spills a few bytes to reach it.
+    """Return a launch's compiler options: FP fusion is pinned, since Triton 3.10 changes its default and with it the
+    last bits, and registers to what so many warps can have: ptxas would spill some bytes to reach some occupancy.
     """
     return {"enable_fp_fusion": True, **({"maxnreg": min(255, 2048 // num_warps)} if nvidia else {})}
 

@@ -63,9 +63,8 @@ from .streamed import find_stats, load_strip_numbers, locate_chunks, store_strip
 from .tile import float_of, load_blocks, load_gradients, load_numbers, store_dx, store_numbers, store_outputs
 from .walk import columns_inside, locate, next_tile, place_tile, start_walk, view_of
 
+
 # --- Chunks on chip -------------------------------------------------------------------------------
-
-
 @triton.jit
 def mixture_forward(inputs, parameters, outputs, settings, extent, RESIDUAL: tl.constexpr, PLAN: tl.constexpr):
     """Store y and the weights."""
@@ -293,8 +292,6 @@ def differentiate_tile(x, mean, chunk, inputs, padding, tile, view, RAW: tl.cons
 
 
 # --- On the host ----------------------------------------------------------------------------------
-
-
 def _collect(
     call: Call, mean_offsets: Tensor, c: Tensor, eps: float, _padding: float | None
 ) -> tuple[Parameters, Settings]:  # fmt: skip

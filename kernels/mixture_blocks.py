@@ -63,9 +63,7 @@ class Frame(NamedTuple):
 
 
 class Sums(NamedTuple):
-    """Hold what dx takes from the sums over a chunk, [1, BLOCK_C] each: free·Σ h, Σ k·e/n and
-    inv_var·(Σ k·e² + clamped·v)/(n - 1).
-    """
+    """Hold free·Σ h, Σ k·e/n and inv_var·(Σ k·e² + clamped·v)/(n - 1) of a chunk, [1, BLOCK_C] each, which dx takes."""
 
     free_h: tl.tensor
     mean_ke: tl.tensor
@@ -73,9 +71,7 @@ class Sums(NamedTuple):
 
 
 class Chunk(NamedTuple):
-    """Hold what the tiles of a streamed chunk share: numbers [1, BLOCK_C] each, the Gaussian, and in the backward pass
-    the Sums.
-    """
+    """Hold what tiles of a streamed chunk share: the Gaussian, numbers [1, BLOCK_C], and Sums in the backward pass."""
 
     gaussian: Gaussian
     frame: Frame
@@ -87,8 +83,6 @@ class Chunk(NamedTuple):
 
 
 # --- The Gaussian of a head, and of a chunk -------------------------------------------------------
-
-
 @triton.jit
 def load_moments(parameters, head, K: tl.constexpr, ACC: tl.constexpr):
     """Return (|c|, which exist, a, m, v) of a head, all but the first in fp64: an error of a or m is one of all weights
@@ -131,9 +125,7 @@ def find_frame(gaussian, inv_var):
 
 @triton.jit
 def find_scale(total, min_s, frame, gaussian, log2_eps):
-    """Return what relative weights, whose sum is total, are multiplied by, and whether it is free (1.0) or clamped to
-    eps (0.0).
-    """
+    """Return what relative weights of that sum are multiplied by, and whether it is free (1.0) or clamped (0.0)."""
     inverse = reciprocal(total)
     # NaN where eps is 0 and the cap overflows: then it is none
     log2_floor = gaussian.log2_norm + log2_eps.high + log2_eps.low
@@ -142,8 +134,6 @@ def find_scale(total, min_s, frame, gaussian, log2_eps):
 
 
 # --- One block ------------------------------------------------------------------------------------
-
-
 @triton.jit
 def measure(d, mean_error, gaussian, frame, valid):
     """Return (f, s) of every block: d - p, and s where it is valid; x - mean is d - mean_error.
@@ -202,9 +192,7 @@ def find_excess(h, weights, free_h):
 
 @triton.jit
 def differentiate_x(gradients, x, d, mean_error, h, k, weights, sums, gaussian, inv_var, padding):
-    """Return dx of every block. k, where it is not needed otherwise ([]), is not made:
-    dx = weights·(grad_y - (h - free·Σ h)·…) takes less.
-    """
+    """Return dx of every block; without k ([]) it takes less: dx = weights·(grad_y - (h - free·Σ h)·…)."""
     factor = gaussian.a * inv_var
     slope = factor * sums.slope
     constant, shift, grad = factor * sums.mean_ke - slope * mean_error, factor * (mean_error + gaussian.m), []

@@ -13,9 +13,7 @@ from .walk import columns_inside
 
 @triton.jit
 def load_param(p, default, head, position, view, PLAN: tl.constexpr):
-    """Return a head's parameter for each block of a tile, in a shape that broadcasts against it; the default fills
-    the tile's rim.
-    """
+    """Return a head's parameter for each block, in a shape that broadcasts against it; the default fills its rim."""
     start, blocks = p.data + head * p.strides[0], []
     for i in tl.static_range(PLAN.N_BLOCKS):
         if PLAN.VARIES == "chunk":
@@ -56,20 +54,14 @@ def add_lists(a, b):
 
 @triton.jit
 def sum_columns(numbers, column_mask):
-    """Return the sum [1, 1] of numbers of columns, of those inside: carried through a loop as a row, numbers crash
-    LLVM's vectoriser (Triton 3.9).
-    """
+    """Return the sum [1, 1] over columns inside: rows carried through a loop crash LLVM's vectoriser (Triton 3.9)."""
     return tl.sum(tl.where(column_mask, numbers, 0.0), 1)[:, None]
 
 
 # --- Totals of two sums, he and he·e, of parameters that may vary --------------------------------
-
-
 @triton.jit
 def zero_totals(PLAN: tl.constexpr):
-    """Return zeros for Σ he and Σ he·e of every parameter of a tile: [BLOCK_P, 1] for each of its blocks, [1, BLOCK_C]
-    or one number.
-    """
+    """Return zeros for Σ he and Σ he·e of a tile's parameters: [BLOCK_P, 1] a block, [1, BLOCK_C], or one number."""
     if PLAN.VARIES == "chunk":
         return zero_blocks(2 * PLAN.N_BLOCKS, PLAN.BLOCK_P, 1, PLAN.ACC)
     elif PLAN.VARIES == "inner":
@@ -120,8 +112,6 @@ def store_totals(partials, totals, walk, position, view, PLAN: tl.constexpr):
 
 
 # --- Totals of a head -----------------------------------------------------------------------------
-
-
 @triton.jit
 def store_partials(partials, totals, head):
     """Store one program's totals, [1, 1] each, at (number, head, program)."""
@@ -136,9 +126,7 @@ def param_gradients(
     partials, n_groups, parameters, d_p, d_q, n_entries, N: tl.constexpr, K: tl.constexpr, FINISH: tl.constexpr,
     NAME: tl.constexpr, BLOCK: tl.constexpr, ENTRIES: tl.constexpr,
 ):  # fmt: skip
-    """Store some entries of one head's gradients of both parameters, (heads, entries): what FINISH makes of N partial
-    sums an entry, which are added in fixed order and fp64.
-    """
+    """Store entries of a head's gradients, (heads, entries): FINISH of N sums an entry, in fixed order and fp64."""
     head = tl.program_id(1).to(tl.int64)
     entries = tl.program_id(0).to(tl.int64) * ENTRIES + tl.arange(0, ENTRIES)
     inside = entries < n_entries

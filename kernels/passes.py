@@ -58,7 +58,6 @@ def forward(
     kernels: Kernels, x: Tensor, p: Tensor, q: Tensor, mask: Tensor | None, axis: int, *settings_and_flags: object
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Return y, weights and statistics, contiguous; None where not asked for, and the statistics of chunks on chip.
-
     settings_and_flags: the algorithm's settings, residual, return_weights, save_stats.
     """
     *settings, residual, return_weights, save_stats = settings_and_flags
@@ -86,7 +85,6 @@ def backward(
     mask: Tensor | None, stats: Tensor | None, axis: int, *settings_and_flags: object,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """Return the gradients of x, p and q, contiguous; None where not needed. stats are found where None.
-
     settings_and_flags: the algorithm's settings, residual, need_x, need_params.
     """
     *settings, residual, need_x, need_params = settings_and_flags
@@ -119,7 +117,6 @@ def _backward_streamed(
     kernels: Kernels, call: Call, dx: Strided | None, parameters: Any, given: Any, residual: bool, n_sums: int
 ) -> Strided | None:
     """Launch the backward pass of streamed chunks and return the partial sums of parameters, None where not needed.
-
     They come from the sums of chunks, but where parameters vary along the chunk.
     """
     if call.run.lacks_stats:
@@ -140,9 +137,7 @@ def _backward_streamed(
 def _launch_param_gradients(
     kernels: Kernels, call: Call, partials: Strided, parameters: Any, grads: tuple[Tensor, Tensor]
 ) -> None:
-    """Launch what turns partial sums into gradients of the parameters. Those that follow features are neighbours in
-    memory, and so are their sums: up to 128 a program.
-    """
+    """Launch what turns partial sums into gradients, of up to 128 neighbours a program where they follow features."""
     n_params, entries = call.run.n_params, 1
     if call.run.feature_axis is not None:
         entries = min(128, power_of_2(n_params))

@@ -57,7 +57,6 @@ def backward_streamed(
     DIFFERENTIATE: tl.constexpr, NAME: tl.constexpr, RESIDUAL: tl.constexpr, PLAN: tl.constexpr,
 ):  # fmt: skip
     """Store dx of a strip of each chunk, and where parameters vary along it their totals of this program.
-
     DIFFERENTIATE makes of x, its mean and a chunk (dx, grad_y as it came, he, e), the last two for the totals.
     """
     view = view_of(extent)
@@ -85,8 +84,6 @@ def backward_streamed(
 
 
 # --- Numbers of strips ----------------------------------------------------------------------------
-
-
 @triton.jit
 def store_strip_numbers(strips, walk, position, view, numbers):
     """Store numbers of this program's strip of each column's chunk."""
@@ -135,13 +132,9 @@ def merge_sums(call: Call, strips: Strided, n: int) -> Strided:
 
 
 # --- Statistics -----------------------------------------------------------------------------------
-
-
 @triton.jit
 def merge_moments(mean, mean_error, squares, n):
-    """Return mean, Σ (x - mean)² and n of every column, from those of parts of it; parts without a value are allowed.
-    In fp64: they are few, and their errors would be those of the whole.
-    """
+    """Return mean, Σ (x - mean)² and n of every column from those of its parts, empty ones too; few, so in fp64."""
     n, mean = n.to(tl.float64), mean.to(tl.float64) + mean_error.to(tl.float64)
     total_n = tl.sum(n, 0)[None, :]
     total_mean = tl.sum(mean * n, 0)[None, :] * inverse_count(total_n)

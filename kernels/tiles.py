@@ -113,8 +113,6 @@ def _doublings(n_gaussians: int) -> int:
 
 
 # --- The tile of a call -------------------------------------------------------------------------
-
-
 def find_tile(
     budget: Budget, layout: Layout, streamed: bool, along: str, dtype: torch.dtype, mask: bool = False,
     weights: bool = False,
@@ -197,9 +195,7 @@ STRIPS = 32  # merged at a time, in fp64: 64 of 64 columns spill
 
 
 def find_strip(tile: Tile, layout: Layout, along: str) -> int:
-    """Return the positions that one program reads of a streamed chunk: a multiple of its tile's. One tile where
-    parameters vary along the chunk, so that a program has the same for all its tiles.
-    """
+    """Return the positions of a chunk that a program reads: of tiles, of one where parameters vary along the chunk."""
     if along == "chunk":
         return tile.length
     return -(-(STRIP_CONTIGUOUS if layout.contiguous else STRIP_STRIDED) // tile.length) * tile.length
@@ -225,9 +221,7 @@ def stats_shape(
 
 
 def worth_keeping(x: Tensor, axis: int, heads: int) -> bool:
-    """Tell whether a forward pass keeps the statistics of streamed chunks: they save a pass over x, for 5 % of its
-    bytes.
-    """
+    """Tell whether a forward pass keeps streamed chunks' statistics: they save a pass over x, for 5 % of its bytes."""
     return 4 * acc_dtype(x).itemsize * 20 <= x.shape[axis] // heads * x.element_size()
 
 
@@ -238,17 +232,13 @@ FILL = 1056  # warps that keep a large GPU (132 multiprocessors) busy
 
 
 def count_programs(n_tiles: int, heads: int, num_warps: int, multiple: int = 1, tiles_each: int = 1) -> int:
-    """Return the programs a head for a number of tiles: about tiles_each tiles each where that still fills the GPU, and
-    a multiple of `multiple`.
-    """
+    """Return a head's programs: about tiles_each tiles each where that fills the GPU, and a multiple of `multiple`."""
     each = max(1, min(tiles_each, n_tiles * heads * num_warps // FILL), -(-n_tiles // MAX_PROGRAMS))
     return min(n_tiles, -(-n_tiles // (each * multiple)) * multiple)
 
 
 def index_bits(layout: Layout, tile: Tile) -> int:
-    """Return 32, or 64 where an offset inside one tile can pass 2**31 - 1. Offsets of whole tiles are 64 bits wide
-    always.
-    """
+    """Return 32, or 64 where an offset in one tile can pass 2**31 - 1; those of whole tiles have 64 bits always."""
     strides = (t.strides[:2] for t in layout.operands if t is not None)
     reach = max((tile.length - 1) * along + (tile.columns - 1) * across for along, across in strides)
     return 32 if reach < 2**31 else 64

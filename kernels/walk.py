@@ -17,9 +17,7 @@ from .operands import Extent
 
 
 class TileIndex(NamedTuple):
-    """Hold which tile of a head: its outer place, and its block of columns. 32 bits: a 64-bit product of two is one
-    instruction.
-    """
+    """Hold which tile of a head: outer place and block of columns; 32 bits: a 64-bit product is one instruction."""
 
     outer: tl.tensor
     block: tl.tensor
@@ -81,9 +79,7 @@ def view_of(extent):
 
 @triton.jit
 def start_walk(view, BACKWARDS: tl.constexpr):
-    """Return this program's Walk. BACKWARDS: the last program comes first, since what the kernel before read last is
-    still in the cache.
-    """
+    """Return this program's Walk. BACKWARDS: last first, since what was read last may still be in the cache."""
     head, program = tl.program_id(1), tl.program_id(0)
     if BACKWARDS:
         head, program = tl.num_programs(1) - 1 - head, tl.num_programs(0) - 1 - program
