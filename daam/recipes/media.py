@@ -21,16 +21,11 @@ from daam.recipes.errors import extra
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-# Samples of all channels in memory at a time, whatever the length of the file.
-BLOCK = 2**18
-# Programs that write a WAV file to a pipe cannot know its length: they promise 2 or 4 GiB, less a header.
-ENDLESS_BYTES = 0x7FFFF000
-# What libsndfile says where a file does not tell its length.
-ENDLESS_FRAMES = 2**63 - 1
-# Samples of a frame of MP3: by so much a decoder may cut the ends of a whole file.
-SLACK = 1152
-# The longest page of an Ogg file: a header, 255 lengths, 255 segments of 255 bytes.
-OGG_PAGE = 27 + 255 + 255 * 255
+BLOCK = 2**18  # samples of all channels in memory at a time, whatever the length of the file
+ENDLESS_BYTES = 0x7FFFF000  # who writes WAV to a pipe cannot know its length, and promises 2 or 4 GiB, less a header
+ENDLESS_FRAMES = 2**63 - 1  # what libsndfile says where a file does not tell its length
+SLACK = 1152  # samples of a frame of MP3: by so much a decoder may cut the ends of a whole file
+OGG_PAGE = 27 + 255 + 255 * 255  # the longest page of an Ogg file: a header, 255 lengths, 255 segments of 255 bytes
 # Tags of TIFF: its pages' kind (bit 0: a smaller version, bit 2: a mask), and how samples are to be understood.
 PAGE_KIND, BITS, PHOTOMETRIC = 254, 258, 262
 # Pillow scales samples of PNG to 8 bits, but not the colour that is transparent.
@@ -110,12 +105,7 @@ def read_sound(path: str | Path, rate: int, seconds: float | None = None) -> np.
 
 
 def sound_seconds(path: str | Path) -> float:
-    """Return the length of a sound by its header, or by decoding it where the header does not tell.
-
-    Raises:
-        DataError: the file cannot be read, or is shorter than its header says.
-        ImportError: soundfile is not installed.
-    """
+    """Return a sound's seconds by its header, or by decoding it where that does not tell; errors are `read_sound`'s."""
     with _open_sound(path) as file:
         if file.frames < ENDLESS_FRAMES:
             return file.frames / file.samplerate
@@ -179,12 +169,12 @@ def _open_sound(path: str | Path) -> Iterator[Any]:
     """Open a sound whose file is complete; errors of the library become a DataError, inside the block too."""
     soundfile = import_extra("soundfile")
     try:
-        kind = soundfile.info(str(path)).format
-        _check_complete(path, kind)
-        # In a file libsndfile guesses the length of MP3 without a header of lengths, and decodes no further than that,
-        # be it half of it. Out of a pipe it reads to the end.
-        with soundfile.SoundFile(_open_pipe(path) if kind == "MP3" else str(path)) as file:
-            yield file
+        with soundfile.SoundFile(str(path)) as file:
+            _check_complete(path, file.format)
+            # In a file libsndfile guesses the length of MP3 without a header of lengths, and decodes no further than
+            # that, be it half of it. Out of a pipe it reads to the end.
+            with soundfile.SoundFile(_open_pipe(path)) if file.format == "MP3" else file as sound:
+                yield sound
     except (soundfile.SoundFileError, OSError) as error:
         raise _unreadable(path, "sound", error) from None
 
