@@ -69,7 +69,8 @@ def check_methods(args: argparse.Namespace, methods: list[str], cache: Cache) ->
         check_sizes(method, layers, features)
         if method.startswith("lora") and not (args.data and args.encoder):
             raise RunError(f"--method {method} trains the encoder: give --data and --encoder")
-    jobs = {method: job_for(args, cache, method) for method in methods if method.startswith("lora")}
+    lora = {method: settings_from(args, method) for method in methods if method.startswith("lora")}
+    jobs = {method: lora_job(args.data, args.encoder, cache, settings) for method, settings in lora.items()}
     for method in methods:
         if method in DENSITIES:
             print(f"{method}: {heads_for(layers, method)} heads on {layers} layers")
@@ -83,8 +84,7 @@ def check_methods(args: argparse.Namespace, methods: list[str], cache: Cache) ->
 def _tell_equal(cache: Cache, settings: Settings) -> None:
     """Print in a line how many examples equal another, and of which classes equal ones can train and test at once."""
     groups, places = find_equal(cache.features), torch.arange(len(cache.labels))
-    repeated = int((groups != places).sum())
-    if not repeated:
+    if not (repeated := int((groups != places).sum())):
         return
     parted = groups != keep_together(cache.labels, groups, settings.folds, settings.seeds)
     line = f"{repeated} of {len(places)} examples equal an earlier one, and are in one part with it"
@@ -97,18 +97,11 @@ def _tell_equal(cache: Cache, settings: Settings) -> None:
     print(line)
 
 
-def job_for(args: argparse.Namespace, cache: Cache, method: str) -> Job:
-    """Return the job of a method on a cache, with the options of a command line."""
-    settings = settings_from(args, method)
-    if not method.startswith("lora"):
-        return cached_job(cache, settings, args.device)
-    return lora_job(args.data, args.encoder, cache, settings)
-
-
 def train(args: argparse.Namespace, cache: Cache, method: str, output: Path, job: Job | None) -> dict:
     """Train a method with the options of a command line; return its results. job: where `check_methods` has made it."""
-    job = job_for(args, cache, method) if job is None else job
-    return run(job, settings_from(args, method), output, args.device, {"cache": cache.about})
+    settings = settings_from(args, method)
+    job = cached_job(cache, settings, args.device) if job is None else job
+    return run(job, settings, output, args.device, {"cache": cache.about})
 
 
 @guarded
