@@ -14,9 +14,7 @@ with extra():
     from scipy.sparse.csgraph import connected_components
     from sklearn.model_selection import StratifiedKFold, train_test_split
 
-# distance of what counts as equal, in norms of an example: the same text in another batch, padded otherwise, comes out
-# 5e-7 apart, other texts of the same words 0.15
-EQUAL = 1e-5
+EQUAL = 1e-5  # distance in norms of an example: the same text is 5e-7 apart in other batches, others of its words 0.15
 DIRECTIONS = 4  # two equal examples are neighbours along one of them, whatever lies between along another
 REACH = 6  # a projection on a direction of unit variance is apart by six standard deviations of a distance at most
 
@@ -33,8 +31,9 @@ def splits(labels: Tensor, settings: Settings, groups: Tensor | None = None) -> 
     groups = places if groups is None else keep_together(labels, groups, folds, seeds)
     first, unit = np.unique(groups.numpy(), return_inverse=True)
     y = labels.numpy()[first]  # of units, which are split as examples are: where all differ, they are the examples
+    tests = _random_tests(y, seeds) if seeds else StratifiedKFold(folds, shuffle=True, random_state=0).split(y, y)
     found = []
-    for rest, test in _random_tests(y, seeds) if seeds else _fold_tests(y, folds):
+    for rest, test in tests:
         train, validation = _hold_out(rest, y, max(len(rest) // 10, len(np.unique(y))), seed=0, spare=1)
         parts = (np.flatnonzero(np.isin(unit, part)) for part in (train, validation, test))
         found.append(Split(*map(torch.from_numpy, parts)))
@@ -105,10 +104,6 @@ def keep_together(labels: Tensor, groups: Tensor, folds: int, seeds: int | None)
     first = groups.unique()
     different = labels[first].bincount(minlength=int(labels.max()) + 1)
     return torch.where(different[labels] < needed(folds, seeds), torch.arange(len(labels)), groups)
-
-
-def _fold_tests(y: np.ndarray, folds: int):
-    return StratifiedKFold(folds, shuffle=True, random_state=0).split(y, y)
 
 
 def _random_tests(y: np.ndarray, seeds: int):
