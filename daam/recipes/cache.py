@@ -17,7 +17,8 @@ with extra():
     from safetensors import SafetensorError, safe_open
     from safetensors.torch import save
 
-SIZES = ("examples", "shard", "layers", "features")
+KEYS = ("examples", "shard", "layers", "features", "names")
+AGAIN = "delete it and run the command that made the cache again"
 
 
 class CacheError(UserError):
@@ -26,22 +27,16 @@ class CacheError(UserError):
 
 @dataclass
 class Cache:
-    """Hold features, (examples, layers, features) in fp32, labels, (examples,) in int64, the names of the classes, and
-    what cache.json says about them: encoder, modality, source, sizes, a hash of the examples.
-    """
+    """Hold features of examples, their labels, the names of the classes, and what cache.json says about them."""
 
-    features: Tensor
-    labels: Tensor
+    features: Tensor  # (examples, layers, features) in fp32
+    labels: Tensor  # (examples,) in int64
     names: list[str]
-    about: dict
+    about: dict  # encoder, modality, source, sizes, a hash of the examples
 
 
 def read_about(folder: str | Path) -> dict:
-    """Return what the cache.json in a cache's folder says, even if the cache is not complete.
-
-    Raises:
-        CacheError: there is no cache.json, or it is not a cache's.
-    """
+    """Return what cache.json says, of a cache complete or not; raise a CacheError where it is missing or no cache's."""
     path = Path(folder) / "cache.json"
     try:
         about = json.loads(path.read_text(encoding="utf-8"))
@@ -49,10 +44,9 @@ def read_about(folder: str | Path) -> dict:
         raise CacheError(f"{path} does not exist: make a cache with python -m daam.recipes.features") from None
     except (ValueError, RecursionError) as error:
         raise CacheError(f"{path} is no JSON ({error}): delete the folder and make the cache anew") from None
-    keys = (*SIZES, "names")
-    if missing := [key for key in keys if not isinstance(about, dict) or key not in about]:
+    if missing := [key for key in KEYS if not isinstance(about, dict) or key not in about]:
         raise CacheError(
-            f"{path} lacks {', '.join(missing)}, expected a cache's {', '.join(keys)}: make the cache anew"
+            f"{path} lacks {', '.join(missing)}, expected a cache's {', '.join(KEYS)}: make the cache anew"
         )
     if not isinstance(about["names"], list) or not all(isinstance(name, str) for name in about["names"]):
         raise CacheError(f"{path}: names is {about['names']!r}, expected the classes: make the cache anew")
@@ -60,11 +54,8 @@ def read_about(folder: str | Path) -> dict:
 
 
 def read_cache(folder: str | Path) -> Cache:
-    """Read all of a complete cache into memory and return it.
-
-    Raises:
-        CacheError: no cache; shards are missing, truncated or changed; a shape or dtype is not what cache.json says;
-            features are NaN or infinite.
+    """Read all of a complete cache into memory and return it. Raise a CacheError where there is none; shards are
+    missing, truncated or changed; a shape or dtype is not what cache.json says; features are NaN or infinite.
     """
     folder, about = Path(folder), read_about(folder)
     count = _shards(about)
@@ -125,10 +116,7 @@ class Writer:
 
     def write(self, index: int, features: Tensor, labels: Tensor) -> None:
         """Write shard index, as a whole or not at all: features (rows, layers, features) in fp32, labels (rows,) in
-        int64.
-
-        Raises:
-            CacheError: a shape or dtype is wrong; features are NaN or infinite; labels are of no class.
+        int64. Raise a CacheError where a shape or dtype is wrong, features are NaN or infinite, labels are of no class.
         """
         path = _path(self.folder, index)
         tensors = {"features": features.contiguous(), "labels": labels.contiguous()}
@@ -186,15 +174,10 @@ def _read_shard(folder: Path, about: dict, index: int) -> tuple[Tensor, Tensor]:
     return tensors["features"], tensors["labels"]
 
 
-AGAIN = "delete it and run the command that made the cache again"
-
-
 def _check(path: Path, about: dict, index: int, tensors: dict[str, Tensor]) -> None:
     rows = _rows(about, index)
-    wanted = {
-        "features": ((len(rows), about["layers"], about["features"]), torch.float32),
-        "labels": ((len(rows),), torch.int64),
-    }
+    shape = (len(rows), about["layers"], about["features"])
+    wanted = {"features": (shape, torch.float32), "labels": (shape[:1], torch.int64)}
     found = {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()}
     if found != wanted:
         raise CacheError(f"{path} has {_shown(found)}, expected {_shown(wanted)}: {AGAIN}")

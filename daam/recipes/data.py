@@ -32,10 +32,8 @@ PART_END = re.compile(r"[\W_]*(set|data|images|split)?[\W_\d]*", re.I)
 
 COLUMNS = ("text", "label")
 JSON_TYPES = (("text", (str,), "a string"), ("label", (str, int), "a string or a whole number"))
-# Of a cell of CSV, in characters: the most that csv takes on every system.
-LONGEST_CELL = 2**31 - 1
-# csv knows one limit for the process.
-CELL_LIMIT = threading.Lock()
+LONGEST_CELL = 2**31 - 1  # characters of a cell of CSV: the most that csv takes on every system
+CELL_LIMIT = threading.Lock()  # csv knows one limit for the process
 
 
 class DataError(UserError):
@@ -86,11 +84,7 @@ def class_names(examples: Iterable[Example]) -> list[str]:
 
 
 def encode_labels(examples: list[Example], names: list[str]) -> Tensor:
-    """Return (examples,) of int64: the index of each label among the names.
-
-    Raises:
-        DataError: a label is not among them.
-    """
+    """Return (examples,) of int64: the index of each label among the names; raise a DataError where one is missing."""
     index = {name: i for i, name in enumerate(names)}
     for i, example in enumerate(examples):
         if example.label not in index:
@@ -101,22 +95,13 @@ def encode_labels(examples: list[Example], names: list[str]) -> Tensor:
 
 
 def digest_examples(examples: Iterable[Example]) -> list[str]:
-    """Return the SHA-256 of each text, or of each file's content, in hexadecimal digits; labels do not enter.
-
-    Raises:
-        OSError: a file cannot be read.
-    """
+    """Return the SHA-256 of each text or file, labels aside, in hexadecimal; raise OSError where one is unreadable."""
     return [_digest(example.source) for example in examples]
 
 
 def hash_examples(examples: Iterable[Example], digests: list[str] | None = None) -> str:
     """Return the SHA-256 of labels, texts and contents of files, in their order; where files lie does not matter.
-
-    Args:
-        digests: what `digest_examples` returned for the examples; without them the files are read.
-
-    Raises:
-        OSError: a file cannot be read.
+    digests: what `digest_examples` returned; without them the files are read, with an OSError where one cannot be.
     """
     examples = list(examples)
     total = hashlib.sha256()
@@ -130,13 +115,7 @@ def find_duplicates(examples: Iterable[Example], digests: list[str] | None = Non
     """Return the places of examples with one content, a list for each content that there is twice or more often.
 
     Texts are the same if they differ in blanks at their ends only, files if their bytes are. Labels do not enter: a
-    group of several labels is a conflict.
-
-    Args:
-        digests: what `digest_examples` returned for the examples; without them the files are read.
-
-    Raises:
-        OSError: a file cannot be read.
+    group of several labels is a conflict. For digests see `hash_examples`.
     """
     places = defaultdict(list)
     for i, example in enumerate(examples):
@@ -154,9 +133,6 @@ def _digest(source: str | Path) -> str:
         while block := file.read(2**20):
             total.update(block)
     return total.hexdigest()
-
-
-# tables
 
 
 def _example(path: Path, line: int, row: dict) -> Example:
@@ -248,9 +224,6 @@ def _refuse_constant(name: str) -> NoReturn:
 
 
 READERS = {".csv": _read_csv, ".jsonl": _read_jsonl}
-
-
-# folders
 
 
 def _read_folder(root: Path) -> tuple[str, list[Example]]:
