@@ -27,11 +27,17 @@ from daam.recipes.media import import_extra, read_image, read_sound, sound_secon
 MAX_LENGTH, MAX_SECONDS = 128, 30.0  # of a text in tokens, of a sound; what is longer is cut off
 FIRST = 16  # texts, in which few tokens may be unknown
 NO_LIMIT = 2**31  # of positions
+PROVENANCE = ("_name_or_path", "name_or_path", "transformers_version", "dtype")  # not what an encoder is
 # where models of several modalities hold the encoder of one
 PARTS = {
     "text": ("text_model", "language_model", "text_encoder"),
     "vision": ("vision_model", "vision_tower", "visual", "image_model", "vision_encoder"),
     "speech": ("audio_model", "audio_tower", "audio_encoder", "speech_encoder"),
+}
+SAMPLES = {
+    "text": "a few words",
+    "vision": np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8),
+    "speech": np.random.default_rng(0).normal(0, 0.1, 16000).astype(np.float32),
 }
 
 
@@ -122,9 +128,7 @@ def load_encoder(
 
 
 def find_model(name: str) -> str:
-    """Return where a model is to be loaded from: the folder `model` in the installed package of that name, which is not
-    imported, or else the name itself, a folder's or that of a model of the hub.
-    """
+    """Return the folder `model` in the installed package of a name, which is not imported, or else the name itself."""
     module = name.replace("-", "_")
     if not Path(name).is_dir() and module.isidentifier():
         with suppress(ImportError, ValueError):  # of modules that are no packages, like __main__
@@ -143,9 +147,7 @@ def identify(pooling: nn.Module, collate: Callable) -> dict[str, str]:
 
 
 def hash_encoder(pooling: nn.Module, random: Collection[str] = ()) -> str:
-    """Return the SHA-256 of an encoder: its config, its tensors but those that are drawn at random when it loads, and
-    which layers a `LayerPooling` averages.
-    """
+    """Return the SHA-256 of an encoder: config, tensors but those drawn at random, layers a `LayerPooling` averages."""
     encoder, total = unwrap(pooling.encoder if isinstance(pooling, LayerPooling) else pooling), hashlib.sha256()
     if hasattr(config := getattr(encoder, "config", None), "to_dict"):
         settings = {k: v for k, v in config.to_dict().items() if k not in PROVENANCE}
@@ -163,9 +165,6 @@ def hash_encoder(pooling: nn.Module, random: Collection[str] = ()) -> str:
         names = {module: name for name, module in encoder.named_modules()}
         total.update(repr([names.get(layer, "").replace("_orig_mod.", "") for layer in pooling.layers]).encode())
     return total.hexdigest()
-
-
-PROVENANCE = ("_name_or_path", "name_or_path", "transformers_version", "dtype")  # not what an encoder is
 
 
 def _hash_saved(processor: Any) -> str:
@@ -233,13 +232,6 @@ def _check_complete(model: nn.Module, missing: list[str], run: Callable[[], Tens
         )
 
 
-SAMPLES = {
-    "text": "a few words",
-    "vision": np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8),
-    "speech": np.random.default_rng(0).normal(0, 0.1, 16000).astype(np.float32),
-}
-
-
 def _collate(read: Callable, prepare: Callable, encoder: nn.Module, **options: Any) -> Collate:
     names = frozenset(inspect.signature(encoder.forward).parameters)
     dtype = next((p.dtype for p in encoder.parameters() if p.is_floating_point()), torch.float32)
@@ -266,8 +258,7 @@ def _text(tokenizer: Any, encoder: nn.Module, max_length: int | None) -> Collate
 
     def prepare(texts: list[str]) -> dict[str, Tensor]:
         # a token is of a byte at least, so that short texts need no second look
-        long = [text for text in texts if len(text.encode()) + 8 > max_length and text not in cut]
-        if long:
+        if long := [text for text in texts if len(text.encode()) + 8 > max_length and text not in cut]:
             lengths = map(len, tokenizer(long, truncation=False, verbose=False)["input_ids"])
             cut.update(text for text, length in zip(long, lengths, strict=True) if length > max_length)
         batch = tokenizer(
@@ -296,11 +287,7 @@ def _text(tokenizer: Any, encoder: nn.Module, max_length: int | None) -> Collate
 
 
 def _check_vocabulary(tokenizer: Any, encoder: nn.Module) -> int | None:
-    """Return the number of tokens that an encoder knows, where it says so.
-
-    Raises:
-        EncoderError: the tokenizer's is far from it.
-    """
+    """Return how many tokens an encoder knows, if it says so; raise an EncoderError where the tokenizer is far off."""
     try:
         rows = encoder.get_input_embeddings().num_embeddings
     except (AttributeError, NotImplementedError):

