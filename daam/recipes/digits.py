@@ -64,9 +64,7 @@ class Encoder(nn.Module):
 
 
 def train_encoder(images: Tensor, labels: Tensor, epochs: int) -> Encoder:
-    """Return an encoder that has learned to tell the digits 0-4 apart, from images, (examples, 8, 8), and labels,
-    (examples,): by its last layer, pooled, and a linear classifier that is thrown away.
-    """
+    """Return an encoder that learned the digits 0-4 from images, (examples, 8, 8), and labels, (examples,)."""
     encoder, classify = Encoder().to(images.device), nn.Linear(FEATURES, 5).to(images.device)
     optimizer = torch.optim.AdamW([*encoder.parameters(), *classify.parameters()], lr=3e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)

@@ -63,8 +63,7 @@ def guarded(main: Callable[[list[str] | None], None]) -> Callable[..., None]:
 
 
 def _check_one_process() -> None:
-    size = os.environ.get("WORLD_SIZE", "1")
-    if size not in ("", "1"):
+    if (size := os.environ.get("WORLD_SIZE", "1")) not in ("", "1"):
         raise UserError(
             f"WORLD_SIZE is {size}, expected 1: recipes run in one process, and several would write into one folder; "
             "start them without torchrun"

@@ -51,11 +51,7 @@ def settings_of(results: dict[str, Any]) -> Settings:
 
 
 def load_part(folder: Path, i: int, results: dict[str, Any], cache: Cache) -> daam.DATDecoder:
-    """Return the trained decoder of part i of a run.
-
-    Raises:
-        RunError: its file is not there, broken, or of another run.
-    """
+    """Return the trained decoder of part i; raise a RunError where its file is not there, broken, or of another run."""
     path = folder / f"part-{i}.safetensors"
     try:
         decoder = daam.load_decoder(path).eval()
@@ -81,9 +77,7 @@ def average_weights(folder: Path, results: dict[str, Any], cache: Cache) -> daam
 
 
 def explain(folder: Path, results: dict[str, Any], cache: Cache, output: Path) -> dict[str, Any]:
-    """Write importance.json about a run, draw importance.png and gaussians.png, and return what importance.json says.
-    Layers count from 1, features from 0.
-    """
+    """Write importance.json, importance.png, gaussians.png; return the first. Layers count from 1, features from 0."""
     weights = average_weights(folder, results, cache)
     importance, contribution = daam.importance_factor(weights.mean()), daam.layer_contribution(weights.mean())
     decoder = load_part(folder, 0, results, cache)

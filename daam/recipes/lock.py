@@ -23,10 +23,8 @@ def exclusive(folder: str | Path) -> Iterator[None]:
     """Keep a folder, made where there is none, to this process until the block ends or the process dies.
 
     The lock is a file `.lock` in the folder, which goes with the block; one that a killed process left locks nothing.
-    Nothing is locked on Windows, and on file systems that cannot lock.
-
-    Raises:
-        UserError: another process has it, or another block of this one.
+    Nothing is locked on Windows, and on file systems that cannot lock. Raises a UserError where another process has the
+    folder, or another block of this one.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

@@ -24,9 +24,7 @@ B_RATE = 16  # LoRA+: the rate of the B matrices, in rates of the others (arXiv 
 
 
 class LoRAClassifier(nn.Module):
-    """Classify the last layer, of width features, of an encoder with adapters on the linear modules of its layers; the
-    layer is averaged over positions. The adapters are put into the pooling's encoder itself.
-    """
+    """Classify an encoder's last layer, averaged over positions; put adapters into the linear modules of its layers."""
 
     def __init__(self, pooling: daam.LayerPooling, features: int, classes: int):
         super().__init__()

@@ -105,8 +105,7 @@ def plot_gaussians(mean_offset: np.ndarray, c: np.ndarray, about: str, path: Pat
 def describe(results: dict[str, Any]) -> str:
     """Return encoder, data, device and version of torch of a run, from its results, in a line."""
     about = results["about"]
-    cache = about.get("cache") or {}
-    torch = about.get("torch")
+    cache, torch = about.get("cache") or {}, about.get("torch")
     parts = (cache.get("encoder"), cache.get("source"), about.get("device"), torch and f"torch {torch}")
     return ", ".join(str(part) for part in parts if part)
 

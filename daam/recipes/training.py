@@ -35,17 +35,14 @@ METHODS = ("daam", "daamv2", *ATTENTIONS[1:], "linear", "lora", "lora+")
 
 @dataclass
 class Job:
-    """Describe a model to train and its examples: build() makes the model, inputs(places) the arguments of its forward
-    pass. labels: (examples,). identity: a hash of the examples. rates: makes of a model and a rate AdamW's groups of
-    parameters. groups: for every example the first that equals it, see `splits.find_equal`; None where none do.
-    """
+    """Describe a model to train and its examples. rates: makes AdamW's groups of parameters of a model and a rate."""
 
     build: Callable[[], nn.Module]
-    inputs: Callable[[Tensor], dict[str, Tensor]]
-    labels: Tensor
-    identity: str
+    inputs: Callable[[Tensor], dict[str, Tensor]]  # makes of places of examples the arguments of the forward pass
+    labels: Tensor  # (examples,)
+    identity: str  # a hash of the examples
     rates: Callable[[nn.Module, float], list[dict]] = lambda model, rate: [{"params": trainable(model), "lr": rate}]
-    groups: Tensor | None = None
+    groups: Tensor | None = None  # for every example the first that equals it, see `splits.find_equal`; None: none do
 
 
 def heads_for(layers: int, method: str) -> int:
@@ -241,8 +238,7 @@ def _advice(job: Job, split: Split, settings: Settings, device: str) -> str:
 
 
 def _score(part: Part, epoch: int) -> tuple[float, float]:
-    """Return the score of an epoch, by which the best is chosen: its accuracy, then its loss."""
-    # of few examples many epochs get all right
+    """Return the score of an epoch: its accuracy, then its loss, since of few examples many epochs get all right."""
     return part.accuracies[epoch], -part.validation_losses[epoch]
 
 
