@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
-from functools import partial
+from functools import partial, wraps
 from inspect import signature
 
 import torch
@@ -62,9 +61,7 @@ class Chunks:
         return y, weights[0] if weights else None
 
     def gradients(self, grad_y: Tensor | None, grad_weights: Tensor | None) -> tuple[Tensor | int, ...]:
-        """Return (g, h, raw), cut into heads: raw is grad_y as it came, g has zeros where x is not valid, and h =
-        g·x + grad_weights is the gradient of the weights. All that comes of a grad_y of None is 0.
-        """
+        """Return (g, h, raw) in heads: raw is grad_y (None: 0), g the same, 0 where invalid, h = g·x + grad_weights."""
         raw = 0 if grad_y is None else self.split(grad_y)
         g = raw if grad_y is None else self.valid(raw)
         h = 0 if grad_y is None else g * self.x
@@ -74,15 +71,11 @@ class Chunks:
             h = h + self.valid(self.split(grad_weights))
         return g, h, raw
 
-    def input_grad(
-        self, indirect: Tensor, g: Tensor | int, weights: Tensor, raw: Tensor | int, residual: bool
-    ) -> Tensor:
-        """Return dx = g·weights + indirect where x is valid (+ raw), like x; g and raw are those of `gradients`, and
-        indirect, the gradient by way of the weights, is overwritten.
-        """
+    def input_grad(self, dx: Tensor, g: Tensor | int, weights: Tensor, raw: Tensor | int, residual: bool) -> Tensor:
+        """Return dx + g·weights where x is valid (+ raw), like x. dx, the part by way of weights, is overwritten."""
         if isinstance(g, Tensor):
-            indirect.addcmul_(g, weights)
-        dx = self.valid(indirect)
+            dx.addcmul_(g, weights)
+        dx = self.valid(dx)
         if residual:
             dx += raw
         return self.merge(dx)
@@ -134,22 +127,18 @@ class Chunks:
 
 # A function of the reference takes ([grad_y, grad_weights,] x, two parameters, mask, axis, …) and returns (y, weights)
 # or the gradients of (x, both parameters).
-
-
 def cut_into_parts(function: Callable) -> Callable:
     """Let a function of heads of equal length take any: the last head takes the remainder, in a call of its own."""
     x_index = _find_x(function)
 
-    @functools.wraps(function)
+    @wraps(function)
     def run(*args):
         x, params, axis = args[x_index], args[x_index + 1], args[x_index + 4]
         pieces = parts(x.shape[axis], params.shape[0])
         if len(pieces) == 1:
             return function(*args)
-        results = [
-            function(*_cut(args, x_index, partial(piece.positions_of, axis=axis), partial(piece.heads_of, dim=0)))
-            for piece in pieces
-        ]
+        cuts = [(partial(piece.positions_of, axis=axis), partial(piece.heads_of, dim=0)) for piece in pieces]
+        results = [function(*_cut(args, x_index, *cut)) for cut in cuts]
         dims = (axis, 0, 0) if x_index else (axis, axis)
         columns = zip(dims, zip(*results, strict=True), strict=True)
         return tuple(None if ts[0] is None else torch.cat(ts, dim) for dim, ts in columns)
@@ -162,7 +151,7 @@ def cut_into_slices(function: Callable) -> Callable:
     x_index = _find_x(function)
     feature_axis = [i for i, name in enumerate(signature(function).parameters) if name == "feature_axis"]
 
-    @functools.wraps(function)
+    @wraps(function)
     def run(*args):
         x, axes = args[x_index], [args[i] for i in (x_index + 4, *feature_axis)]
         if torch.compiler.is_compiling() or not x.is_cpu or x.numel() < 2 * SLICE:

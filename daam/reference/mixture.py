@@ -29,9 +29,7 @@ def formula(
     x: Tensor, mean_offsets: Tensor, c: Tensor, mask: Tensor | None, axis: int, eps: float, padding: float | None,
     residual: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Return (y, weights): with z_k = (x - mean - mean_offset_k) / sqrt(var + eps) and g_k = exp(-z_k²/(2c_k²)) /
-    sqrt(2π·c_k²), weights = Π_k g_k / max(Σ_chunk Π_k g_k, eps), product and sum in log space; y = x·weights.
-    """
+    """Return (y, weights) of `daam.mixture_attention`, y = x·Π_k g_k / max(Σ_chunk Π_k g_k, eps), in log space."""
     chunks = Chunks(x, c.shape[0], mask, axis, padding)
     d, sum_squares = chunks.centred()
     inv_std = torch.rsqrt(_var_eps(chunks, sum_squares, eps))
@@ -147,8 +145,7 @@ def _var_eps(chunks: Chunks, sum_squares: Tensor, eps: float) -> Tensor:
 
 
 def _freedom(chunks: Chunks) -> Tensor | int:
-    """Return n - 1, by which an unbiased variance divides, at least 1: a tensor under a mask, else a number."""
-    # a number is two or more, as the functional sees to
+    """Return n - 1, by which an unbiased variance divides, at least 1: a tensor under a mask, else a number (n > 1)."""
     return (chunks.count - 1).clamp(min=1) if isinstance(chunks.count, Tensor) else chunks.count - 1
 
 
@@ -169,9 +166,8 @@ class _Fit:
         v = ((offsets - m).square() * precisions).sum(1, keepdim=True) / sum_precisions
         log2 = (scales.abs().log2() + HALF_LOG_2PI * LOG2_E).sum(1, keepdim=True)
         a = sum_precisions * min_scale.reciprocal().clamp(max=2.0**40).square()
-        self.chunks = chunks
+        self.chunks, self.freedom = chunks, _freedom(chunks)
         self.a, self.m, self.v, log2 = (chunks.param(t) for t in (a, m, v, log2))
-        self.freedom = _freedom(chunks)
         var_eps = _var_eps(chunks, sum_squares, eps)
         self.inv_var = 1 / var_eps
         limit = 4 * var_eps.detach().sqrt()
@@ -187,9 +183,7 @@ class _Fit:
         return weights * scale, free
 
     def relative_weights(self, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return (weights without their scale, that scale, 1 where their sum is free and 0 where eps clamps it) of
-        s = (x - mean - origin)·(x - mean - mirror).
-        """
+        """Return weights but for their scale, that scale, and free; s = (x - mean - origin)·(x - mean - mirror)."""
         chunks = self.chunks
         distances = s.detach() if chunks.invalid is None else s.detach().masked_fill(chunks.invalid, math.inf)
         min_s = distances.amin(chunks.dim, keepdim=True)
