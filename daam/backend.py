@@ -25,15 +25,10 @@ from daam.checks import check_choice
 
 BACKENDS = ("auto", "triton", "eager")
 
-
-def _is_installed(name: str) -> bool:
-    try:
-        return importlib.util.find_spec(name) is not None
-    except (ImportError, ValueError):  # an import hook may refuse it
-        return False
-
-
-_TRITON_INSTALLED = _is_installed("triton")
+try:
+    _TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
+except (ImportError, ValueError):  # an import hook may refuse it
+    _TRITON_INSTALLED = False
 
 # Not a ContextVar: Dynamo cannot trace one, and fullgraph is part of the contract.
 _context = threading.local()
@@ -54,13 +49,11 @@ def backend_for(x: Tensor, backend: str = "auto") -> tuple[str, str]:
         RuntimeError: "triton" is asked for and cannot run on x; the message says why.
     """
     name, source = _find_request(backend)
-    if name == "eager":
-        return "eager", f"requested by {source}"
-    problem = _problem(x)
-    if name == "triton":
-        if problem is not None:
-            raise RuntimeError(f'backend "triton", requested by {source}, cannot run: {problem}')
-        return "triton", f"requested by {source}"
+    problem = None if name == "eager" else _problem(x)
+    if name == "triton" and problem is not None:
+        raise RuntimeError(f'backend "triton", requested by {source}, cannot run: {problem}')
+    if name != "auto":
+        return name, f"requested by {source}"
     if problem is None and x.is_cuda:
         return "triton", f"x is on {x.device}, which Triton drives"
     if x.is_cuda and not torch.compiler.is_compiling():
@@ -72,8 +65,7 @@ def backend_for(x: Tensor, backend: str = "auto") -> tuple[str, str]:
 def use_backend(backend: str) -> Iterator[None]:
     """Make every call of this thread that leaves `backend` at "auto" use this one: `with daam.use_backend("eager"): …`.
 
-    Backward passes run on the backend of their forward pass, wherever they are called. Blocks nest; "auto" restores the
-    choice by device.
+    Backward passes run on their forward pass's backend, wherever called. Blocks nest; "auto" lets the device decide.
 
     Raises:
         ValueError: the backend is none of auto, triton, eager.
