@@ -19,26 +19,24 @@ def stack_heads(
     errors, and the keys stay, for it to name them.
     """
     names = "|".join(stacked)
-    for head_list in lists:
-        pattern = re.compile(rf"{re.escape(prefix)}{head_list}\.(\d+)\.({names})")
+    for head_list in (prefix + name for name in lists):
+        pattern = re.compile(rf"{re.escape(head_list)}\.(\d+)\.({names})")
         matches = {key: match for key in state_dict if (match := pattern.fullmatch(key))}
         if not matches:
             continue
         heads, features = next(iter(stacked.values())).shape
         numbers = {int(match[1]) for match in matches.values()}
         if numbers != set(range(heads)) or len(matches) != heads * len(stacked):
-            error_msgs.append(
-                f"{prefix}{head_list} has entries for heads {sorted(numbers)}, expected all of 0 to {heads - 1}"
-            )
+            error_msgs.append(f"{head_list} has entries for heads {sorted(numbers)}, expected all of 0 to {heads - 1}")
         elif misfit := [k for k in matches if tuple(state_dict[k].shape) not in ((features,), (1, features))]:
             error_msgs.append(
                 f"{misfit[0]} has shape {tuple(state_dict[misfit[0]].shape)}, expected ({features},) or (1, {features})"
             )
         elif doubles := [prefix + name for name in stacked if prefix + name in state_dict]:
-            error_msgs.append(f"{prefix}{head_list} and {doubles[0]} are both in the state dict, expected one of them")
+            error_msgs.append(f"{head_list} and {doubles[0]} are both in the state dict, expected one of them")
         else:
             for name in stacked:
-                rows = [state_dict.pop(f"{prefix}{head_list}.{h}.{name}").reshape(features) for h in range(heads)]
+                rows = [state_dict.pop(f"{head_list}.{h}.{name}").reshape(features) for h in range(heads)]
                 state_dict[prefix + name] = torch.stack(rows)
 
 
@@ -110,9 +108,7 @@ def _entries_of(state_dict: dict[str, Tensor], key: str) -> list[str]:
 
 @torch.no_grad()
 def _originals_of(module: nn.Module, name: str, value: Tensor) -> dict[str, Tensor]:
-    """Return {suffix of its name: tensor} for the tensors that a parameter is computed from where it has this value.
-    Raise ValueError where its parametrisations give no such tensors.
-    """
+    """Return {suffix: original} that give a parametrised parameter this value; raise ValueError where none do."""
     chain, current = module.parametrizations[name], getattr(module, name)
     if value.shape != current.shape:
         raise ValueError(f"it has shape {tuple(value.shape)}, expected {tuple(current.shape)}")
@@ -179,13 +175,11 @@ class Published(nn.Module):
 
 
 def to_published_state_dict(module: nn.Module) -> dict[str, Tensor]:
-    """Return the state dict of a module, or of a model that holds some, with the layers of this package under their
-    published names.
+    """Return the state dict of a module, or of a model that holds some, with this package's layers as published.
 
     Returns:
-        A dict of detached tensors that share memory with the module's, as state_dict's do, but for parameters that are
-        parametrised, pruned or under weight_norm: those are the values that the next forward pass takes. Entries of
-        other modules are as they were.
+        Detached tensors that share memory with the module's, as state_dict's do, but for values of parameters that are
+        parametrised, pruned or under weight_norm, as the next forward pass takes them. Other modules' entries stay.
     """
     state_dict = dict(module.state_dict())
     for name, layer in module.named_modules(remove_duplicate=False):

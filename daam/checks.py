@@ -16,15 +16,14 @@ _FLOATING = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float
 def check_x(x: Any, norm_axis: int) -> int:
     """Return norm_axis counted from the front; raise TypeError or ValueError where it, or x, does not fit."""
     check_floating({"x": x})
-    if x.dim() < 2:
-        raise ValueError(f"x has rank {x.dim()} (shape {tuple(x.shape)}), expected rank 2 or more")
+    rank = x.dim()
+    if rank < 2:
+        raise ValueError(f"x has rank {rank} (shape {tuple(x.shape)}), expected rank 2 or more")
     if isinstance(norm_axis, bool) or not isinstance(norm_axis, int):
         raise TypeError(f"norm_axis is {norm_axis!r}, expected an int")
-    if not -x.dim() <= norm_axis < x.dim():
-        raise ValueError(
-            f"norm_axis is {norm_axis}, expected {-x.dim()} to {x.dim() - 1} for x of shape {tuple(x.shape)}"
-        )
-    return norm_axis % x.dim()
+    if not -rank <= norm_axis < rank:
+        raise ValueError(f"norm_axis is {norm_axis}, expected {-rank} to {rank - 1} for x of shape {tuple(x.shape)}")
+    return norm_axis % rank
 
 
 def check_floating(tensors: dict[str, Any]) -> None:
@@ -86,9 +85,7 @@ def check_dtype(x: Tensor, weight: Tensor, layer: str) -> None:
 
 
 def check_params(x: Tensor, params: dict[str, Tensor], axis: int, columns: str) -> None:
-    """Check that parameters, which passed `check_floating`, are (num_heads, columns), alike, on x's device, and that
-    every head has a position.
-    """
+    """Check that floating parameters are (num_heads, columns), alike, on x's device, and each head has a position."""
     reference, shape = next(iter(params)), next(iter(params.values())).shape
     for name, p in params.items():
         if p.dim() != 2 or p.shape[0] < 1:
@@ -119,10 +116,8 @@ def check_mask(x: Tensor, mask: Any, axis: int) -> None:
     check_tensor("mask", mask)
     if mask.dtype != torch.bool:
         raise TypeError(f"mask has dtype {mask.dtype}, expected bool, True where x is valid")
-    if mask.shape != x.shape[: axis + 1]:
-        raise ValueError(
-            f"mask has shape {tuple(mask.shape)}, expected x's shape up to norm_axis, {tuple(x.shape[: axis + 1])}"
-        )
+    if mask.shape != (shape := x.shape[: axis + 1]):
+        raise ValueError(f"mask has shape {tuple(mask.shape)}, expected x's shape up to norm_axis, {tuple(shape)}")
     if mask.device != x.device:
         raise ValueError(f"mask is on {mask.device}, expected x's device {x.device}")
 
