@@ -31,20 +31,17 @@ def density_attention(
         eps: added to the variance.
         mask: bool, x.shape[:norm_axis + 1], True where x is valid. Statistics run over valid positions; elsewhere
             weights and y are 0 (y is x with residual), and nothing that stands there reaches a result or a gradient.
-            Several heads cut the axis with its padding, so that their chunks depend on the padded length; one head does
-            not.
+            Several heads cut the axis with its padding: chunks then depend on the padded length, as one head's do not.
         residual: return x·weights + x.
         return_weights: return the weights too; they are differentiable.
         backend: "auto", "triton" or "eager"; see `daam.backend_for`.
 
     Returns:
-        y, or (y, weights), in x's shape, dtype and memory order. Arithmetic is fp32, or fp64 for fp64 x, under autocast
-        too.
+        y, or (y, weights), in x's shape, dtype and memory order; computed in fp32, fp64 for fp64 x, under autocast too.
 
     Raises:
         TypeError: x, mean_offset, c or mask has the wrong type or dtype, or is a DTensor, sparse or nested.
-        ValueError: rank, norm_axis, num_heads, eps, a shape, a device or the backend does not fit; the message says
-            what came.
+        ValueError: rank, norm_axis, num_heads, eps, a shape, device or backend is wrong; the message says what came.
         RuntimeError: backend "triton" cannot run here; the message says why.
     """
     axis = check_x(x, norm_axis)
@@ -83,9 +80,8 @@ def mixture_attention(
     (arXiv 2401.11143, Algorithm 2, as the package gaussian-adaptive-attention 0.1.5 computes it). The product is one
     Gaussian, so that time and memory do not depend on the number of Gaussians.
 
-    Results differ from that package's where it computes the product itself in x's dtype: where the product under- or
-    overflows, weights there are 0, inf or NaN, while here, in log space, they are what the formula says; and in half
-    precision, since arithmetic here is fp32.
+    Results differ from that package's where its product, computed in x's dtype, under- or overflows to weights of 0,
+    inf or NaN, while log space gives what the formula says; and in half precision, since arithmetic here is fp32.
 
     Args:
         x: (…, norm_axis, …), rank 2 or more, fp16, bf16, fp32 or fp64, any strides; nothing is copied to change them.
@@ -103,8 +99,7 @@ def mixture_attention(
         backend: "auto", "triton" or "eager"; see `daam.backend_for`.
 
     Returns:
-        y, or (y, weights), in x's shape, dtype and memory order. Arithmetic is fp32, or fp64 for fp64 x, under autocast
-        too.
+        y, or (y, weights), in x's shape, dtype and memory order; computed in fp32, fp64 for fp64 x, under autocast too.
 
     Raises:
         TypeError: an argument has the wrong type or dtype, or is a DTensor, sparse or nested.
@@ -158,13 +153,11 @@ def density_gate(
         backend: "auto", "triton" or "eager"; see `daam.backend_for`.
 
     Returns:
-        y, or (y, weights), in x's shape, dtype and memory order. Arithmetic is fp32, or fp64 for fp64 x, under autocast
-        too.
+        y, or (y, weights), in x's shape, dtype and memory order; computed in fp32, fp64 for fp64 x, under autocast too.
 
     Raises:
         TypeError: an argument has the wrong type or dtype, or is a DTensor, sparse or nested.
-        ValueError: rank, norm_axis, num_heads, a shape, a device or the backend does not fit; the message says what
-            came.
+        ValueError: rank, norm_axis, num_heads, a shape, device or backend is wrong; the message says what came.
         RuntimeError: backend "triton" cannot run here; the message says why.
     """
     axis = check_x(x, norm_axis)
@@ -188,8 +181,7 @@ def _in_memory_order(
     if mask is not None:
         check_mask(x, mask, axes[0])
         mask = mask.reshape(*mask.shape, *[1] * (x.dim() - mask.dim()))
-    name, _ = backend_for(x, backend)
-    attend, options = ops.OPERATORS[algorithm], (*settings, residual, return_weights, name)
+    attend, options = ops.OPERATORS[algorithm], (*settings, residual, return_weights, backend_for(x, backend)[0])
     if x.is_contiguous() or 0 in x.stride():  # the order of expanded dimensions means nothing
         outputs = attend(x, *params, mask, *axes, *options)
     else:

@@ -20,14 +20,11 @@ def importance_factor(weights: Tensor) -> Tensor:
     """
     weights = _check_weights(weights)
     low, high = weights.aminmax()
-    # a constant map: 0/1
-    return (weights - low) / torch.where(high > low, high - low, 1)
+    return (weights - low) / torch.where(high > low, high - low, 1)  # a constant map: 0/1
 
 
 def layer_contribution(weights: Tensor) -> Tensor:
-    """Return the percentage of a map's weights in each of its layers, (layers, features) to (layers,), with a sum of
-    100; equal percentages where all weights are 0.
-    """
+    """Return each layer's percentage of a map (layers, features), (layers,) that sum to 100, equal if all is 0."""
     weights = _check_weights(weights)
     if weights.dim() != 2:
         raise ValueError(f"weights has shape {tuple(weights.shape)}, expected (layers, features)")

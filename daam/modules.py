@@ -68,9 +68,7 @@ class MultiHeadDAAM(Published):
     def forward(
         self, x: Tensor, mask: Tensor | None = None, return_weights: bool = False
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Return y, or (y, weights), each like x. mask: bool, x.shape[:norm_axis + 1], True where x is valid. See
-        `daam.density_attention`.
-        """
+        """Return y or (y, weights) of `daam.density_attention`; mask: bool, x.shape[:norm_axis + 1], True if valid."""
         check_tensor("x", x)
         if x.dim() > 1 and x.shape[-1] != self.num_features:
             raise ValueError(
@@ -118,9 +116,9 @@ class _Mixture(Published):
     def forward(
         self, x: Tensor, return_attention_details: bool = False, *, mask: Tensor | None = None, residual: bool = False
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Return y, or (y, weights), each like x. The weights are detached, as published: those of
-        `daam.mixture_attention` are differentiable. mask: bool, x.shape[:norm_axis + 1], True where x is valid, not
-        together with padding_value. residual: add x to y.
+        """Return y, or (y, weights), each like x; weights are detached as published, unlike `daam.mixture_attention`'s.
+
+        mask: bool, x.shape[:norm_axis + 1], True where x is valid, not with padding_value. residual: add x to y.
         """
         mean_offsets, c = (p.reshape(-1, self.num_gaussians) for p in (self.mean_offsets, self.c))
         out = mixture_attention(
@@ -151,8 +149,7 @@ class DensityAdaptiveAttention(_Mixture):
     Parameters mean_offsets and c (standard normal) have shape (num_gaussians,).
 
     Raises:
-        ValueError: norm_axis is no int, num_heads or num_gaussians no positive int; forward's errors are those of
-            `daam.mixture_attention`.
+        ValueError: norm_axis is no int, num_heads or num_gaussians no positive int; forward's: see `mixture_attention`.
     """
 
     def __init__(
@@ -170,17 +167,14 @@ class MultiHeadDensityAdaptiveAttention(_Mixture):
         num_heads: contiguous chunks that norm_axis is cut into, of two positions or more; the last takes the remainder.
         num_gaussians: Gaussians whose product makes a head's weights.
         padding_value: positions of x equal to it count as zeros in mean and variance and pass x through; None for none.
-        eps: added to the variance, and the least sum that weights are divided by. The published heads ignore it and use
-            1e-8.
+        eps: added to the variance, and the least sum that weights are divided by. Published heads always use 1e-8.
         backend: "auto", "triton" or "eager"; see `daam.backend_for`.
 
-    Parameters mean_offsets (0) and c (standard normal) have shape (num_heads, num_gaussians). Published checkpoints
-    (`attention_heads.{h}.mean_offsets` and `….c`, each (num_gaussians,)) load as they are;
-    `daam.to_published_state_dict` gives them back.
+    Parameters mean_offsets (0) and c (standard normal) are (num_heads, num_gaussians). Published checkpoints, whose
+    `attention_heads.{h}.mean_offsets` and `….c` are (num_gaussians,), load; `daam.to_published_state_dict` gives them.
 
     Raises:
-        ValueError: norm_axis is no int, num_heads or num_gaussians no positive int; forward's errors are those of
-            `daam.mixture_attention`.
+        ValueError: norm_axis is no int, num_heads or num_gaussians no positive int; forward's: see `mixture_attention`.
     """
 
     _published_lists = ("attention_heads",)
@@ -223,8 +217,7 @@ class DensityBlock(nn.Module):
     ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
         """Return y, or (y, {"layer_0": weights, …}), each like x, the weights detached as published.
 
-        mask: bool, of x's shape up to the first of the normalised axes at most, True where x is valid; it holds for all
-        positions along further axes.
+        mask: bool, of x's shape up to the first normalised axis at most, True where x is valid, along all further axes.
         """
         check_tensor("x", x)
         if mask is not None:
@@ -272,8 +265,7 @@ class DensityGate(Published):
     def forward(self, x: Tensor, *, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return (y, gate) of shapes (batch, in_ch, length) and (batch, 1, length); x may be without a batch.
 
-        x: of the convolution's dtype, or under autocast. mask: bool, (batch, length), True where x is valid. Elsewhere
-        the gate is 0 and y is x.
+        x: of the convolution's dtype, or under autocast. mask: bool, (batch, length): if False, gate is 0 and y is x.
         """
         check_tensor("x", x)
         check_dtype(x, self.to_attn.weight, "to_attn")
@@ -321,9 +313,7 @@ GaussianBlock = DensityBlock
 
 
 def _expand_mask(mask: Tensor | None, x: Tensor, norm_axis: int) -> Tensor | None:
-    """Return a mask of x's first dimensions as one of its dimensions up to norm_axis; one that does not fit as it came,
-    for the attention to say what is wrong.
-    """
+    """Return a mask of x's first dimensions expanded up to norm_axis; as it came if it does not fit, for an error."""
     if mask is None or x.dim() == 0 or mask.shape != x.shape[: mask.dim()]:
         return mask
     rank = max(mask.dim(), norm_axis % x.dim() + 1)

@@ -54,8 +54,7 @@ def _forward_mode() -> bool:
 
 
 class Operators:
-    """Define the operators of an algorithm, `{name}_forward`, `{name}_backward` and the composite `{name}`, and call
-    them.
+    """Define and call the operators of an algorithm: `{name}_forward`, `{name}_backward` and the composite `{name}`.
 
     An instance is called with (x, p, q, mask, axis, *settings, residual, return_weights, backend) and returns (y,) or
     (y, weights), differentiable, on either backend, in eager mode and compiled.
