@@ -164,9 +164,8 @@ class DATDecoder(Published):
             return self._decode(x if self.daam is None else self.daam(x))
         if isinstance(self.daam, DensityBlock):
             x, details = self.daam(x, return_attention_details=True)
-            weights = details["layer_0"]
-        else:
-            x, weights = self.daam(x, return_weights=True)
+            return self._decode(x), details["layer_0"]
+        x, weights = self.daam(x, return_weights=True)
         return self._decode(x), weights
 
     def _decode(self, x: Tensor) -> Tensor:
@@ -181,11 +180,9 @@ class DATDecoder(Published):
 
 
 def _density(features: int, attention: str, heads: int, gaussians: int, backend: str) -> nn.Module | None:
-    if attention not in DENSITIES:
-        return None
     if attention == "mixture":
         return DensityBlock([-2], [heads], [gaussians], 1, backend=backend)
-    return MultiHeadDAAM(features, heads, backend=backend)
+    return MultiHeadDAAM(features, heads, backend=backend) if attention in DENSITIES else None
 
 
 def _standard(features: int, attention: str) -> nn.Module | None:

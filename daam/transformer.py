@@ -1,6 +1,4 @@
-"""The density adaptive transformer of arXiv 2401.11143: a frozen encoder, its layers' outputs averaged over positions,
-and a decoder that is trained on them.
-"""
+"""The density adaptive transformer, arXiv 2401.11143: a decoder on a frozen encoder's layers, each averaged."""
 
 from __future__ import annotations
 
@@ -14,6 +12,8 @@ from torch import Tensor, nn
 from daam.checks import check_choice
 from daam.decoder import DATDecoder, focal_loss
 from daam.pooling import LayerPooling
+
+LOSSES = {"cross_entropy": nn.functional.cross_entropy, "focal": focal_loss}
 
 
 class Output(dict):
@@ -37,16 +37,9 @@ class Output(dict):
     def __getitem__(self, key: str | int | slice) -> Any:
         return super().__getitem__(key) if isinstance(key, str) else self.to_tuple()[key]
 
-    def __reduce__(self) -> tuple:
-        return _output, (dict(self),)
-
     def to_tuple(self) -> tuple[Tensor, ...]:
         """Return the entries there are, in order."""
         return tuple(self.values())
-
-
-def _output(entries: dict[str, Tensor]) -> Output:
-    return Output(**entries)
 
 
 class DensityAdaptiveTransformer(nn.Module):
@@ -83,15 +76,13 @@ class DensityAdaptiveTransformer(nn.Module):
         input_features: Tensor | None = None, pooling_mask: Tensor | Literal["all"] | None = None,
         labels: Tensor | None = None, return_weights: bool = False, **kwargs: Any,
     ) -> Output:  # fmt: skip
-        """Classify a batch.
+        """Classify a batch, with features in the dtype of the decoder's parameters.
 
         Args:
             labels: (batch,) of integers, for a loss.
             return_weights: also the densities' weights, where the decoder has some.
             inputs and all others: see `LayerPooling.average`. Those of Hugging Face's encoders have names here, since
                 its Trainer drops columns that a signature does not name.
-
-        Features reach the decoder in the dtype of its parameters.
         """
         named = {
             "input_ids": input_ids, "token_type_ids": token_type_ids, "pixel_values": pixel_values,
@@ -121,9 +112,6 @@ class DensityAdaptiveTransformer(nn.Module):
         from safetensors.torch import load_file
 
         self.decoder.load_state_dict(load_file(path))
-
-
-LOSSES = {"cross_entropy": nn.functional.cross_entropy, "focal": focal_loss}
 
 
 def save_decoder(decoder: nn.Module, path: str | Path) -> None:
