@@ -14,8 +14,7 @@ from daam.checks import lacks_memory
 from daam.pooling import LayerPooling
 
 TRIED = 16  # examples
-# differences, in standard deviations of a layer's features, up to which two calls agree: many times what the order of
-# sums makes, a hundredth of what padding makes where it counts
+# how far calls may differ, in standard deviations: many times what the order of sums makes, a hundredth of padding's
 AGREE = {torch.float64: 1e-8, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 
@@ -81,12 +80,13 @@ def check_encoder(
         raise ValueError(f"{len(examples)} examples, expected two or more to compare")
     with torch.no_grad():
         inputs = [collate([example]) for example in examples]
-        order = sorted(range(len(examples)), key=lambda i: -_size(inputs[i]))
+        sizes = [sum(value.numel() for value in batch.values() if isinstance(value, Tensor)) for batch in inputs]
+        order = sorted(range(len(examples)), key=lambda i: -sizes[i])
         results = {i: _call_alone(pooling, inputs[i], i) for i in order}
         averages, counts = zip(*(results[i] for i in range(len(examples))), strict=True)
-        if len(sizes := {tuple(average.shape[1:]) for average in averages}) > 1:
+        if len(layouts := {tuple(average.shape[1:]) for average in averages}) > 1:
             raise ValueError(
-                f"examples have features of shapes {', '.join(map(str, sorted(sizes)))}, expected one: layers must "
+                f"examples have features of shapes {', '.join(map(str, sorted(layouts)))}, expected one: layers must "
                 "give (batch, positions, features)"
             )
         features, lengths = torch.cat(averages), torch.cat(counts).tolist()
@@ -119,10 +119,6 @@ def pooling_dtype(pooling: LayerPooling) -> torch.dtype:
     """Return the coarsest floating dtype of an encoder's parameters, fp32 where it has none."""
     dtypes = {p.dtype for p in pooling.encoder.parameters() if p.dtype in AGREE}
     return max(dtypes, key=AGREE.__getitem__, default=torch.float32)
-
-
-def _size(batch: Mapping[str, Any]) -> int:
-    return sum(value.numel() for value in batch.values() if isinstance(value, Tensor))
 
 
 def _call_alone(pooling: LayerPooling, batch: Mapping[str, Any], place: int) -> tuple[Tensor, Tensor]:

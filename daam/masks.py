@@ -18,8 +18,8 @@ NAMELESS = "an input by position"  # where an encoder's forward is (*args)
 # in names of arguments that say which positions are valid
 MASK_WORDS = "mask|pad|valid|bias"
 LENGTH_WORDS = "len(s|gths?)?$|frames$|(n|num)_tokens$|^sizes$"
-# what such words in a name do not say
-OTHERS = ("head_mask", "bool_masked_pos", "mask_time_indices", "decoder", "cross")
+OTHERS = ("head_mask", "bool_masked_pos", "mask_time_indices", "decoder", "cross")  # such names say something else
+_ANY = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
 def unwrap(encoder: nn.Module) -> nn.Module:
@@ -30,9 +30,6 @@ def unwrap(encoder: nn.Module) -> nn.Module:
             if child is None or any(p.kind not in _ANY for p in inspect.signature(encoder.forward).parameters.values()):
                 return encoder
         encoder = child
-
-
-_ANY = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
 def find_mask(
@@ -65,8 +62,9 @@ def find_mask(
     if given:
         return _check_mask(given[0], named[given[0]])
     doubtful = [name for name, value in named.items() if _is_doubtful(name, value)]
-    if len(doubtful) == 1 and _are_lengths(named[doubtful[0]]):
-        counts = named[doubtful[0]]
+    counts = named[doubtful[0]] if len(doubtful) == 1 else None
+    is_flat = isinstance(counts, Tensor) and counts.dim() == 1
+    if is_flat and not counts.is_floating_point() and counts.dtype != torch.bool:
         positions = torch.arange(int(counts.max()), device=counts.device)
         return _check_mask(doubtful[0], positions < counts.unsqueeze(1))
     if doubtful:
@@ -80,8 +78,7 @@ def find_mask(
 def as_valid(
     mask: tuple[str, Tensor] | None, named: dict[str, Any], encoder: nn.Module, hidden: Tensor
 ) -> Tensor | None:
-    """Return a mask of the valid positions of a layer's output (batch, positions, features), (batch, positions) of
-    bool, or None where all are valid.
+    """Return the valid positions of a layer's output (batch, positions, features), bool (batch, positions); None: all.
 
     Raises:
         ValueError: the mask does not fit the positions.
@@ -113,12 +110,6 @@ def _check_mask(name: str, mask: Any) -> tuple[str, Tensor]:
     if empty := (~(mask > 0).any(1)).nonzero().flatten().tolist():
         raise ValueError(f"{name} has no valid position in example {empty[0]} of the batch, expected one or more")
     return name, mask
-
-
-def _are_lengths(value: Any) -> bool:
-    return (
-        isinstance(value, Tensor) and value.dim() == 1 and not value.is_floating_point() and value.dtype != torch.bool
-    )
 
 
 def _is_doubtful(name: str, value: Any) -> bool:

@@ -116,7 +116,8 @@ class LayerPooling(nn.Module):
         if attention_mask is not None and (takes_all or "attention_mask" in signature.parameters):
             kwargs = {**kwargs, "attention_mask": attention_mask}
         named = _name_arguments(signature, inputs, kwargs)
-        mask = find_mask(named, attention_mask, pooling_mask, _path(encoder, self._layers[0]))
+        path = next((name for name, module in encoder.named_modules() if module is self._layers[0]), "")
+        mask = find_mask(named, attention_mask, pooling_mask, path)
         call = _Call(self.encoder, inputs, kwargs, named, mask, self.batch_first)
         with _lock(encoder):
             try:
@@ -171,17 +172,21 @@ class _Call:
             self._watch(layers, keep, direct=True)
         _check_runs(layers, averages)
         runs = {layer: iter(runs) for layer, runs in averages.items()}
-        return _stack([next(runs[layer]) for layer in layers]), counts[-1]
+        means = [next(runs[layer]) for layer in layers]
+        if len(widths := {mean.shape[-1] for mean in means}) > 1:
+            raise ValueError(
+                f"layers have {', '.join(map(str, sorted(widths)))} features, expected one width: name the layers of "
+                "one stage with layers=, like 'encoder.layers.2.blocks'"
+            )
+        return torch.stack(means, 1), counts[-1]
 
     def tells_batch_first(self, layers: list[nn.Module]) -> bool:
         """Tell the layout from a call on one example, which ends after its first layer."""
 
         def look(layer: nn.Module, output: Any) -> None:
-            shape = _first_tensor(layer, output).shape
+            shape = tuple(_first_tensor(layer, output).shape)
             if shape[:2].count(1) != 1:
-                raise ValueError(
-                    f"as many examples as positions, and one alone gives {tuple(shape)}: pass batch_first="
-                )
+                raise ValueError(f"as many examples as positions, and one alone gives {shape}: pass batch_first=")
             raise _LayoutFound(shape[0] == 1)
 
         try:
@@ -222,9 +227,7 @@ class _Call:
         return hidden
 
     def _batch(self, positions_first: int | None = None) -> int | None:
-        """Return the number of examples, by the first tensor that goes in or by the mask. Where layers give positions
-        first, what goes in may do so too: then it is positions_first, if that is one of its first two sizes.
-        """
+        """Return the number of examples by the first input, or mask: positions_first if one of its first two sizes."""
         if self.mask is not None and positions_first is not None:
             return len(self.mask[1])
         values = [t for v in self.named.values() for t in (parts_of(v) if isinstance(v, Mapping | tuple) else [v])]
@@ -281,20 +284,9 @@ def _check_runs(layers: list[nn.Module], averages: dict[nn.Module, list[Tensor]]
         )
 
 
-def _stack(averages: list[Tensor]) -> Tensor:
-    if len(widths := {average.shape[-1] for average in averages}) > 1:
-        raise ValueError(
-            f"layers have {', '.join(map(str, sorted(widths)))} features, expected one width: name the layers of one "
-            "stage with layers=, like 'encoder.layers.2.blocks'"
-        )
-    return torch.stack(averages, 1)
-
-
 @contextlib.contextmanager
 def _watch_layers(layers: list[nn.Module], keep: Callable, direct: bool) -> Iterator[None]:
-    """Call keep(layer, output) whenever a layer ran in the block, in this thread: by hooks, or, where an encoder calls
-    `layer.forward`, by a forward that stands in for it.
-    """
+    """Call keep(layer, output) whenever a layer ran in this thread, by hooks or, if direct, by a replaced forward."""
     thread, undo = threading.get_ident(), contextlib.ExitStack()
 
     def hook(layer: nn.Module, args: Any, output: Any) -> None:
@@ -355,11 +347,6 @@ def _name_arguments(signature: inspect.Signature, inputs: tuple, kwargs: dict[st
         else:
             named[name] = value
     return named
-
-
-def _path(encoder: nn.Module, layer: nn.Module) -> str:
-    """Return the name of a layer in its encoder, "" for one that is not registered there."""
-    return next((name for name, module in encoder.named_modules() if module is layer), "")
 
 
 def find_layers(encoder: nn.Module, layers: str | Sequence[nn.Module] | None) -> list[nn.Module]:
