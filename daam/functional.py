@@ -31,7 +31,7 @@ def density_attention(
         eps: added to the variance.
         mask: bool, x.shape[:norm_axis + 1], True where x is valid. Statistics run over valid positions; elsewhere
             weights and y are 0 (y is x with residual), and nothing that stands there reaches a result or a gradient.
-            Several heads cut the axis with its padding: chunks then depend on the padded length, as one head's do not.
+            Several heads cut the axis with its padding: then chunks depend on the padded length; one head's do not.
         residual: return x·weights + x.
         return_weights: return the weights too; they are differentiable.
         backend: "auto", "triton" or "eager"; see `daam.backend_for`.

