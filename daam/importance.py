@@ -24,7 +24,7 @@ def importance_factor(weights: Tensor) -> Tensor:
 
 
 def layer_contribution(weights: Tensor) -> Tensor:
-    """Return each layer's percentage of a map (layers, features), (layers,) that sum to 100, equal if all is 0."""
+    """Return the percentage of a map's weights (layers, features) in each layer, (layers,); all alike of zeros."""
     weights = _check_weights(weights)
     if weights.dim() != 2:
         raise ValueError(f"weights has shape {tuple(weights.shape)}, expected (layers, features)")

@@ -78,7 +78,8 @@ def find_mask(
 def as_valid(
     mask: tuple[str, Tensor] | None, named: dict[str, Any], encoder: nn.Module, hidden: Tensor
 ) -> Tensor | None:
-    """Return the valid positions of a layer's output (batch, positions, features), bool (batch, positions); None: all.
+    """Return which positions of a layer's output (batch, positions, features) are valid, bool (batch, positions), or
+    None for all.
 
     Raises:
         ValueError: the mask does not fit the positions.

@@ -68,7 +68,10 @@ class MultiHeadDAAM(Published):
     def forward(
         self, x: Tensor, mask: Tensor | None = None, return_weights: bool = False
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Return y or (y, weights) of `daam.density_attention`; mask: bool, x.shape[:norm_axis + 1], True if valid."""
+        """Return y, or (y, weights), each like x, of `daam.density_attention`.
+
+        mask: bool, x.shape[:norm_axis + 1], True where x is valid.
+        """
         check_tensor("x", x)
         if x.dim() > 1 and x.shape[-1] != self.num_features:
             raise ValueError(
@@ -265,7 +268,8 @@ class DensityGate(Published):
     def forward(self, x: Tensor, *, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return (y, gate) of shapes (batch, in_ch, length) and (batch, 1, length); x may be without a batch.
 
-        x: of the convolution's dtype, or under autocast. mask: bool, (batch, length): if False, gate is 0 and y is x.
+        x: of the convolution's dtype, or under autocast. mask: bool, (batch, length), True where x is valid:
+        elsewhere the gate is 0 and y is x.
         """
         check_tensor("x", x)
         check_dtype(x, self.to_attn.weight, "to_attn")

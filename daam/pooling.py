@@ -227,7 +227,9 @@ class _Call:
         return hidden
 
     def _batch(self, positions_first: int | None = None) -> int | None:
-        """Return the number of examples by the first input, or mask: positions_first if one of its first two sizes."""
+        """Return the number of examples, by the mask or the first input. Where layers give positions first, what goes
+        in may do so too: then it is positions_first, if that is one of its first two sizes.
+        """
         if self.mask is not None and positions_first is not None:
             return len(self.mask[1])
         values = [t for v in self.named.values() for t in (parts_of(v) if isinstance(v, Mapping | tuple) else [v])]

@@ -37,9 +37,16 @@ class Output(dict):
     def __getitem__(self, key: str | int | slice) -> Any:
         return super().__getitem__(key) if isinstance(key, str) else self.to_tuple()[key]
 
+    def __reduce__(self) -> tuple:
+        return _output, (dict(self),)
+
     def to_tuple(self) -> tuple[Tensor, ...]:
         """Return the entries there are, in order."""
         return tuple(self.values())
+
+
+def _output(entries: dict[str, Tensor]) -> Output:
+    return Output(**entries)
 
 
 class DensityAdaptiveTransformer(nn.Module):

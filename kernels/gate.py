@@ -59,7 +59,7 @@ class Sums(NamedTuple):
 
 
 class Scales(NamedTuple):
-    """Hold [1, BLOCK_C] a Gaussian: z·sqrt(log2(e)/2), scaled z, is factor·d - shift, and x - mean d - mean_error."""
+    """Hold [1, BLOCK_C] a Gaussian: scaled z, z·sqrt(log2(e)/2), is factor·d - shift; d is x - mean + mean_error."""
 
     factor: list
     shift: list
@@ -177,7 +177,7 @@ def find_q(h, slopes):
 
 @triton.jit
 def differentiate_x(gradients, d, weights, q, sums):
-    """Return dx of every block but the residual's part. sums.common has the mean of the same q: alike, they cancel."""
+    """Return dx of every block but the residual's part. sums.common has the mean of the same q: equal ones cancel."""
     grad = []
     for i in tl.static_range(len(d)):
         grad = grad + [gradients.y[i] * weights[i] + (q[i] - (sums.common + sums.slope * d[i]))]

@@ -142,7 +142,7 @@ def _plan_part(
 
 
 def _count_programs(part: Part, tile: tiles.Tile, extent: Extent, multiple: int, tiles_each: int) -> int:
-    """Return the programs a head, a multiple in each strip, so that all tiles of one have the same parameters."""
+    """Return the programs a head, of some tiles_each tiles, a multiple in each strip: one's tiles share parameters."""
     return extent.n_strips * tiles.count_programs(extent.n_tiles, part.heads, tile.num_warps, multiple, tiles_each)
 
 

@@ -125,7 +125,7 @@ def find_frame(gaussian, inv_var):
 
 @triton.jit
 def find_scale(total, min_s, frame, gaussian, log2_eps):
-    """Return what relative weights of that sum are multiplied by, and whether it is free (1.0) or clamped (0.0)."""
+    """Return what relative weights of sum total are multiplied by, and whether that is free (1.0) or eps's (0.0)."""
     inverse = reciprocal(total)
     # NaN where eps is 0 and the cap overflows: then it is none
     log2_floor = gaussian.log2_norm + log2_eps.high + log2_eps.low

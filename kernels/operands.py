@@ -198,7 +198,7 @@ def find_layout(
     x: Tensor, others: Sequence[Tensor | None], axis: int, heads: int, feature_axis: int | None = None,
     length: int | None = None,
 ) -> Layout:  # fmt: skip
-    """Return the layout of a call on x and others of its dimensions (stride 0: broadcast); length: of all the axis."""
+    """Return the layout of a call on x and others like it (stride 0: broadcast). length: of the axis x is a part of."""
     inner, keep = inner_dim(x, axis, feature_axis), varies(axis, feature_axis) == "inner"
     tensors = [t for t in (x, *others) if t is not None]
     groups: list[_Group] = []  # slowest first

@@ -13,7 +13,7 @@ from .walk import columns_inside
 
 @triton.jit
 def load_param(p, default, head, position, view, PLAN: tl.constexpr):
-    """Return a head's parameter for each block, in a shape that broadcasts against it; the default fills its rim."""
+    """Return a head's parameter for each block, in a shape that broadcasts to it; the default fills the tile's rim."""
     start, blocks = p.data + head * p.strides[0], []
     for i in tl.static_range(PLAN.N_BLOCKS):
         if PLAN.VARIES == "chunk":

@@ -195,7 +195,7 @@ STRIPS = 32  # merged at a time, in fp64: 64 of 64 columns spill
 
 
 def find_strip(tile: Tile, layout: Layout, along: str) -> int:
-    """Return the positions of a chunk that a program reads: of tiles, of one where parameters vary along the chunk."""
+    """Return the positions of a streamed chunk that a program reads: tiles, one where parameters vary along it."""
     if along == "chunk":
         return tile.length
     return -(-(STRIP_CONTIGUOUS if layout.contiguous else STRIP_STRIDED) // tile.length) * tile.length

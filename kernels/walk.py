@@ -79,7 +79,7 @@ def view_of(extent):
 
 @triton.jit
 def start_walk(view, BACKWARDS: tl.constexpr):
-    """Return this program's Walk. BACKWARDS: last first, since what was read last may still be in the cache."""
+    """Return this program's Walk. BACKWARDS: the last program first, as what was read last may be cached."""
     head, program = tl.program_id(1), tl.program_id(0)
     if BACKWARDS:
         head, program = tl.num_programs(1) - 1 - head, tl.num_programs(0) - 1 - program

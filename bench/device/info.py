@@ -32,7 +32,7 @@ def describe(session: Session) -> Iterator[dict]:
     yield {
         **core.about(),
         "packages": {name: importlib.util.find_spec(name) is not None for name in PACKAGES},
-        "tools": {name: shutil.which(name) for name in TOOLS},
+        "tools": [name for name in TOOLS if shutil.which(name)],
         "prepared": machine.read_prepared(),
         "prepared is of these sources": machine.is_prepared(),
         "environment": {k: v for k, v in os.environ.items() if k.startswith(("TRITON", "TORCH", "CUDA", "PYTORCH"))},

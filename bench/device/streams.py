@@ -1,8 +1,8 @@
 """Times of kernels that only move memory: how much a GPU moves, by what is in flight and how long its accesses are.
 
 A program takes every so many tiles [ROWS, COLUMNS] of a matrix, and has one of them in flight at a time: COLUMNS fp16
-values that stand side by side, ROWS times, so many bytes a thread. As many programs stand on a multiprocessor as are
-launched for it.
+values that stand side by side, ROWS times, so many bytes a thread. Where nothing is written, the compiler adds up the
+first values before it asks for the last.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
+from typing import Any
 
 import torch
 import triton
@@ -22,6 +23,7 @@ from bench.device.times import median_seconds
 
 LENGTH, WIDTH = 131_072, 1024  # of a matrix: 256 MiB
 MULTIPROCESSORS = 132  # where there is no GPU to ask
+REGISTERS = 65_536  # of a multiprocessor
 
 
 @dataclass(frozen=True)
@@ -29,8 +31,8 @@ class Stream:
     """Describe a kernel and its launch.
 
     reads, writes: matrices. rounds: 2, where the second matrix is loaded once sums of the first are known. thread:
-    bytes of one matrix that a thread loads at once. warps: on a multiprocessor. run: bytes side by side. mib: of one
-    matrix. times: how often all of it is gone through.
+    bytes of one matrix that a thread loads at once. warps: launched for a multiprocessor, which may have registers for
+    fewer. run: bytes side by side. mib: of one matrix. times: how often all of it is gone through.
     """
 
     reads: int = 1
@@ -58,10 +60,15 @@ class Stream:
         return 32 * self.num_warps * self.thread // self.run
 
     @property
-    def in_flight(self) -> int:
-        """Return the bytes that a multiprocessor loads at once."""
+    def asked(self) -> int:
+        """Return the bytes that so many warps ask for before they need the first of them."""
         both = self.reads if self.rounds == 1 else 1
         return 32 * self.warps * self.thread * both
+
+    def resident(self, registers: int) -> int:
+        """Return how many of the warps stand on a multiprocessor with so many registers a thread."""
+        fit = REGISTERS // (-(-32 * registers // 256) * 256)  # a warp has whole units of 256
+        return min(self.warps, fit // self.num_warps * self.num_warps)
 
 
 @triton.jit
@@ -111,7 +118,7 @@ def name(one: Stream) -> str:
 
 
 def time_stream(session: Session, one: Stream) -> Iterator[dict]:
-    """Yield what a stream takes: microseconds, GB/s of all that it reads and writes."""
+    """Yield what a stream takes, microseconds and GB/s of all that it reads and writes, and how many warps fit."""
     if session.compiling:
         matrices = (torch.empty(1, dtype=torch.float16) for _ in range(3))
         launch(one, *matrices, torch.empty(1), MULTIPROCESSORS)
@@ -121,15 +128,17 @@ def time_stream(session: Session, one: Stream) -> Iterator[dict]:
     count = torch.cuda.get_device_properties(core.DEVICE).multi_processor_count
     seconds = median_seconds(core.Step(lambda: None, lambda _: launch(one, *matrices, count)), 9)
     moved = (one.reads + one.writes) * one.times * one.mib << 20
-    about = asdict(one) | {"in_flight": one.in_flight, "num_warps": one.num_warps}
+    registers = launch(one, *matrices, count).n_regs
+    about = {"asked": one.asked, "num_warps": one.num_warps, "registers": registers}
+    about |= asdict(one) | {"resident_warps": one.resident(registers)}
     yield {"us": round(1e6 * seconds, 2), "gb_per_s": round(moved / seconds / 1e9), **about}
 
 
-def launch(one: Stream, x: Tensor, other: Tensor, y: Tensor, totals: Tensor, multiprocessors: int) -> None:
-    """Launch a stream on so many multiprocessors."""
+def launch(one: Stream, x: Tensor, other: Tensor, y: Tensor, totals: Tensor, multiprocessors: int) -> Any:
+    """Launch a stream on so many multiprocessors and return the compiled kernel."""
     n_blocks = WIDTH // one.columns
     n_tiles = (one.mib << 19) // (one.rows * one.columns)
-    stream[(multiprocessors * one.warps // one.num_warps,)](
+    return stream[(multiprocessors * one.warps // one.num_warps,)](
         x, other, y, totals, n_tiles, n_blocks, WIDTH, one.times, READS=one.reads, WRITES=one.writes, ROUNDS=one.rounds,
         ROWS=one.rows, COLUMNS=one.columns, num_warps=one.num_warps, num_stages=1,
     )  # fmt: skip

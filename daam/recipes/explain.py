@@ -77,7 +77,10 @@ def average_weights(folder: Path, results: dict[str, Any], cache: Cache) -> daam
 
 
 def explain(folder: Path, results: dict[str, Any], cache: Cache, output: Path) -> dict[str, Any]:
-    """Write importance.json, importance.png, gaussians.png; return the first. Layers count from 1, features from 0."""
+    """Write importance.json, importance.png and gaussians.png; return what the first says.
+
+    Layers count from 1, features from 0.
+    """
     weights = average_weights(folder, results, cache)
     importance, contribution = daam.importance_factor(weights.mean()), daam.layer_contribution(weights.mean())
     decoder = load_part(folder, 0, results, cache)

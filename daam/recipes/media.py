@@ -105,7 +105,7 @@ def read_sound(path: str | Path, rate: int, seconds: float | None = None) -> np.
 
 
 def sound_seconds(path: str | Path) -> float:
-    """Return a sound's seconds by its header, or by decoding it where that does not tell; errors are `read_sound`'s."""
+    """Return a sound's seconds by its header, else by decoding it; raise a DataError where it cannot be read."""
     with _open_sound(path) as file:
         if file.frames < ENDLESS_FRAMES:
             return file.frames / file.samplerate

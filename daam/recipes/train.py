@@ -98,7 +98,7 @@ def _tell_equal(cache: Cache, settings: Settings) -> None:
 
 
 def train(args: argparse.Namespace, cache: Cache, method: str, output: Path, job: Job | None) -> dict:
-    """Train a method with the options of a command line; return its results. job: where `check_methods` has made it."""
+    """Train a method with a command line's options; return its results. job: what `check_methods` made, if any."""
     settings = settings_from(args, method)
     job = cached_job(cache, settings, args.device) if job is None else job
     return run(job, settings, output, args.device, {"cache": cache.about})

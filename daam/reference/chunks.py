@@ -61,7 +61,9 @@ class Chunks:
         return y, weights[0] if weights else None
 
     def gradients(self, grad_y: Tensor | None, grad_weights: Tensor | None) -> tuple[Tensor | int, ...]:
-        """Return (g, h, raw) in heads: raw is grad_y (None: 0), g the same, 0 where invalid, h = g·x + grad_weights."""
+        """Return (g, h, raw), cut into heads: raw is grad_y as it came, g has zeros where x is not valid, and h =
+        g·x + grad_weights is the gradient of the weights. All that comes of a grad_y of None is 0.
+        """
         raw = 0 if grad_y is None else self.split(grad_y)
         g = raw if grad_y is None else self.valid(raw)
         h = 0 if grad_y is None else g * self.x

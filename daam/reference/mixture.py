@@ -29,7 +29,9 @@ def formula(
     x: Tensor, mean_offsets: Tensor, c: Tensor, mask: Tensor | None, axis: int, eps: float, padding: float | None,
     residual: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Return (y, weights) of `daam.mixture_attention`, y = x·Π_k g_k / max(Σ_chunk Π_k g_k, eps), in log space."""
+    """Return (y, weights): with z_k = (x - mean - mean_offset_k) / sqrt(var + eps) and g_k = exp(-z_k²/(2c_k²)) /
+    sqrt(2π·c_k²), weights = Π_k g_k / max(Σ_chunk Π_k g_k, eps), product and sum in log space; y = x·weights.
+    """
     chunks = Chunks(x, c.shape[0], mask, axis, padding)
     d, sum_squares = chunks.centred()
     inv_std = torch.rsqrt(_var_eps(chunks, sum_squares, eps))
@@ -183,7 +185,9 @@ class _Fit:
         return weights * scale, free
 
     def relative_weights(self, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return weights but for their scale, that scale, and free; s = (x - mean - origin)·(x - mean - mirror)."""
+        """Return (weights without their scale, that scale, 1 where their sum is free and 0 where eps clamps it) of
+        s = (x - mean - origin)·(x - mean - mirror).
+        """
         chunks = self.chunks
         distances = s.detach() if chunks.invalid is None else s.detach().masked_fill(chunks.invalid, math.inf)
         min_s = distances.amin(chunks.dim, keepdim=True)

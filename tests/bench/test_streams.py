@@ -23,8 +23,13 @@ def test_streams_move_what_they_say(one, device):
         assert not y.any() and abs(totals.double().sum() - expected) < 0.001 * expected
 
 
+def test_what_is_asked_for_and_what_fits():
+    assert Stream(2, 1, thread=64, warps=16).asked == 2 * Stream(2, 1, rounds=2).asked == 2 * 64 * 32 * 16
+    assert [Stream(warps=64).resident(registers) for registers in (32, 33, 64, 65)] == [64, 50, 32, 28]
+    assert Stream(warps=8).resident(255) == 8
+
+
 def test_tiles_hold_what_threads_load():
     for one in streams.STREAMS:
         assert one.rows * one.columns * 2 == 32 * one.num_warps * one.thread
-        assert one.in_flight == 32 * one.warps * one.thread * (2 if (one.reads, one.rounds) == (2, 1) else 1)
         assert one.warps // one.num_warps <= 32 and (one.mib << 19) % (one.rows * streams.WIDTH) == 0
