@@ -149,7 +149,7 @@ def figures(target: str, recorded: Launch, compiled: Compiled) -> Figures:
         registers=compiled.registers,
         stack=compiled.stack,
         shared=compiled.shared,
-        warps=_resident_warps(compiled, num_warps) if compiled.cubin else None,
+        warps=resident_warps(compiled.registers, compiled.shared, num_warps) if compiled.cubin else None,
         load_bits=max((one.bits for one in code if one.loads), default=0),
         store_bits=max((one.bits for one in code if one.bits and not one.loads), default=0),
         loads=round(moved[0], 3),
@@ -160,12 +160,12 @@ def figures(target: str, recorded: Launch, compiled: Compiled) -> Figures:
     )
 
 
-def _resident_warps(compiled: Compiled, num_warps: int) -> int:
-    """Return how many warps, in whole programs, a multiprocessor holds at once: NVIDIA's have 65,536 registers, 227 KB
-    of shared memory and room for 64 warps.
+def resident_warps(registers: int, shared: int, num_warps: int) -> int:
+    """Return how many warps, in whole programs of so many, a multiprocessor holds at once: NVIDIA's have 65,536
+    registers, 227 KB of shared memory and room for 64 warps. registers: a thread. shared: bytes a program.
     """
-    by_registers = 65_536 // (-(-compiled.registers // 8) * 8 * 32 * num_warps)
-    by_memory = 227 * 1024 // (compiled.shared + 1024)
+    by_registers = 65_536 // (-(-registers // 8) * 8 * 32 * num_warps)
+    by_memory = 227 * 1024 // (shared + 1024)
     return num_warps * min(by_registers, by_memory, 32, 64 // num_warps)
 
 

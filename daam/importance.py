@@ -24,7 +24,7 @@ def importance_factor(weights: Tensor) -> Tensor:
 
 
 def layer_contribution(weights: Tensor) -> Tensor:
-    """Return the percentage of a map's weights (layers, features) in each layer, (layers,); all alike of zeros."""
+    """Return the percentage of a map's weights (layers, features) in each layer, (layers,); equal where all are 0."""
     weights = _check_weights(weights)
     if weights.dim() != 2:
         raise ValueError(f"weights has shape {tuple(weights.shape)}, expected (layers, features)")

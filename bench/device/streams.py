@@ -18,12 +18,12 @@ import triton.language as tl
 from torch import Tensor
 
 from bench import core
+from bench.audit import resident_warps
 from bench.device.session import Job, Session
 from bench.device.times import median_seconds
 
 LENGTH, WIDTH = 131_072, 1024  # of a matrix: 256 MiB
 MULTIPROCESSORS = 132  # where there is no GPU to ask
-REGISTERS = 65_536  # of a multiprocessor
 
 
 @dataclass(frozen=True)
@@ -65,10 +65,9 @@ class Stream:
         both = self.reads if self.rounds == 1 else 1
         return 32 * self.warps * self.thread * both
 
-    def resident(self, registers: int) -> int:
-        """Return how many of the warps stand on a multiprocessor with so many registers a thread."""
-        fit = REGISTERS // (-(-32 * registers // 256) * 256)  # a warp has whole units of 256
-        return min(self.warps, fit // self.num_warps * self.num_warps)
+    def resident(self, registers: int, shared: int = 0) -> int:
+        """Return how many of the warps stand on a multiprocessor, by registers a thread and bytes a program shares."""
+        return min(self.warps, resident_warps(registers, shared, self.num_warps))
 
 
 @triton.jit
@@ -128,10 +127,16 @@ def time_stream(session: Session, one: Stream) -> Iterator[dict]:
     count = torch.cuda.get_device_properties(core.DEVICE).multi_processor_count
     seconds = median_seconds(core.Step(lambda: None, lambda _: launch(one, *matrices, count)), 9)
     moved = (one.reads + one.writes) * one.times * one.mib << 20
-    registers = launch(one, *matrices, count).n_regs
-    about = {"asked": one.asked, "num_warps": one.num_warps, "registers": registers}
-    about |= asdict(one) | {"resident_warps": one.resident(registers)}
-    yield {"us": round(1e6 * seconds, 2), "gb_per_s": round(moved / seconds / 1e9), **about}
+    compiled = launch(one, *matrices, count)
+    yield {
+        "us": round(1e6 * seconds, 2),
+        "gb_per_s": round(moved / seconds / 1e9),
+        **asdict(one),
+        "num_warps": one.num_warps,
+        "asked": one.asked,
+        "registers": compiled.n_regs,
+        "resident_warps": one.resident(compiled.n_regs, compiled.metadata.shared),
+    }
 
 
 def launch(one: Stream, x: Tensor, other: Tensor, y: Tensor, totals: Tensor, multiprocessors: int) -> Any:

@@ -103,18 +103,18 @@ def load_encoder(
             for the modality, or another encoder's; layers that are not clear.
         ImportError: transformers is not installed, or Pillow, soundfile or soxr.
     """
-    import_extra("transformers")
+    transformers = import_extra("transformers")
     if modality not in PREPARATIONS:
         raise EncoderError(f"modality is {modality!r}, expected one of {', '.join(map(repr, PREPARATIONS))}")
     folder = find_model(name)
-    model, info = _load("AutoModel", folder, name, "encoder", output_loading_info=True)
+    model, info = _load(transformers, "AutoModel", folder, name, "encoder", output_loading_info=True)
     missing = sorted(info["missing_keys"])  # tensors that its files do not hold: they are drawn at random
     encoder = _part(model, missing, modality)
     prefix = next(f"{path}." if path else "" for path, module in model.named_modules() if module is encoder)
     if layers is not None:  # as they are called in the whole model, or in the part
         layers = ",".join(layer.strip().removeprefix(prefix) for layer in layers.split(","))
     kind, prepare = PREPARATIONS[modality]
-    processor = _load(kind, folder, name, f"preprocessing of {modality}")
+    processor = _load(transformers, kind, folder, name, f"preprocessing of {modality}")
     try:
         pooling = LayerPooling(encoder, layers)
         collate = prepare(processor, encoder, max_length if modality == "text" else max_seconds)
@@ -180,9 +180,9 @@ def _hash_saved(processor: Any) -> str:
     return total.hexdigest()
 
 
-def _load(kind: str, folder: str, name: str, needed: str, **options: Any) -> Any:
+def _load(transformers: Any, kind: str, folder: str, name: str, needed: str, **options: Any) -> Any:
     try:
-        return getattr(import_extra("transformers"), kind).from_pretrained(folder, **options)
+        return getattr(transformers, kind).from_pretrained(folder, **options)
     except Exception as error:  # a file of another kind, a truncated one, other shapes: each fails in a way of its own
         if isinstance(error, ImportError) or lacks_memory(error):
             raise
