@@ -36,11 +36,14 @@ TARGETS = {
 
 @dataclass(frozen=True)
 class Launch:
-    """Hold a kernel and the arguments it was launched with; tensors among them may be on the meta device."""
+    """Hold a kernel and the arguments it was launched with; tensors among them may be on the meta device. grid: the
+    programs, by dimension.
+    """
 
     kernel: Any
     args: tuple
     meta: dict
+    grid: tuple[int, ...] = (1,)
 
     @property
     def name(self) -> str:
@@ -97,7 +100,7 @@ def recording() -> Iterator[list[Launch]]:
     launches: list[Launch] = []
 
     def record(kernel, grid, *args, device, **meta):
-        launches.append(Launch(kernel, args, meta))
+        launches.append(Launch(kernel, args, meta, grid))
 
     with mock.patch.object(launch, "launch", record):
         yield launches

@@ -1,13 +1,17 @@
 """Static audit of the kernels: what the compiler makes of every shipped configuration, without a GPU.
 
     python -m bench.audit [--targets sm_90 …] [--dtypes bf16 fp32] [--output audit.json]
+    python -m bench.audit --gpu h200
 
 Per kernel: registers a thread, stack (what spilled) and shared memory in bytes, widest load and store in bits, warps
 that a multiprocessor can hold (NVIDIA); and of the main loop, an element of x: elements loaded and stored, instructions
-and special-function operations. For sm_90 the modelled share of an H200's memory roof, of the bytes the kernel must
-move: a multiprocessor issues four instructions and starts sixteen special functions a clock, and the slowest of issue,
-special functions and memory decides (stalls, and masks or weights, are not modelled).
-Configurations: bf16 and fp32, aligned, 4 Gaussians, 1024 columns; other dtypes and --full on demand.
+and special-function operations. Of NVIDIA's also what waiting depends on: bytes that a thread asks for before it uses
+the first of them (asked), rounds of loads that wait for each other, bytes that a thread stores in the end (stored),
+bytes side by side in an access of a warp (run), and bytes in flight on a multiprocessor: what all its warps ask for and
+store. And the share of a copy's bandwidth that `bench/model.py` gives the kernel: on an A100, an H200 and a B200.
+
+Configurations: bf16 and fp32, aligned, 2^26 elements, 4 Gaussians, 1024 columns; other dtypes and --full on demand.
+With --gpu, instead: what the model makes of both passes of each, and of the workloads of the benchmarks.
 
 The same compiler gives the same figures.
 bench/history/audit keeps those of the code as it is, a file a target, and the tests compare with them exactly.
@@ -16,7 +20,6 @@ bench/history/audit keeps those of the code as it is, a file a target, and the t
 from __future__ import annotations
 
 import argparse
-import importlib
 import itertools
 import json
 from collections.abc import Iterator
@@ -26,8 +29,13 @@ from pathlib import Path
 import torch
 import triton
 
-from bench.aot import TARGETS, Compiled, Launch, compile_for, recording
+from bench import model
+from bench.aot import TARGETS, Compiled, Launch, compile_for
+from bench.gpus import GPUS, Gpu
 from bench.machine_code import instructions, main_loop
+from bench.modelled import Modelled, count_elements, find_run, launched, model_pass, model_workload, record_passes
+from bench.timeline import find_timeline
+from bench.workloads import workloads
 from daam.kernels.algorithms import ALGORITHMS, count_tensors
 from daam.kernels.tiles import LONGEST_CONTIGUOUS, LONGEST_STRIDED
 
@@ -35,8 +43,8 @@ FEATURES = 1024
 GAUSSIANS = 4
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
 AUDITED = ["bf16", "fp32"]  # unless told
-# an H200, per element a thread handles: picoseconds of an issue slot, a special function, a byte of memory
-ISSUE, SPECIAL, BYTE = 0.0299, 0.239, 0.2325
+ELEMENTS = 2**26  # of x
+MODELLED = {GPUS[name].target: GPUS[name] for name in ("a100", "h200", "b200")}
 
 
 @dataclass(frozen=True)
@@ -58,33 +66,23 @@ class Configuration:
         parts = (self.algorithm, self.order, self.along, self.chunk, self.dtype, *(["full"] if self.full else []))
         return "-".join(map(str, parts))
 
-    def launches(self) -> list[Launch]:
+    def passes(self) -> dict[str, list[Launch]]:
         """Return the launches of a forward and a backward pass, with gradients of everything."""
-        shape, axis = ((64, self.chunk), 1) if self.order == "rows" else ((8, self.chunk, FEATURES), 1)
-        if (self.order, self.along) == ("rows", "inner"):
-            shape, axis = (8, FEATURES, self.chunk), 2
+        shape, axis = (ELEMENTS // self.chunk, self.chunk), 1
+        if self.order == "columns":
+            shape = (ELEMENTS // (self.chunk * FEATURES), self.chunk, FEATURES)
+        elif self.along == "inner":
+            shape, axis = (ELEMENTS // (self.chunk * FEATURES), FEATURES, self.chunk), 2
         feature_axis = {"chunk": axis, "inner": 3 - axis, "nothing": None}[self.along]
         x = torch.empty(shape, dtype=DTYPES[self.dtype], device="meta")
         columns = {"chunk": self.chunk, "inner": FEATURES, "nothing": 1 if self.algorithm == "density" else GAUSSIANS}
         p = torch.empty(1, columns[self.along], device="meta")
         mask = torch.empty(shape, dtype=torch.bool, device="meta")[..., :1] if self.full else None
-        return launches(self.algorithm, x, p, mask, axis, feature_axis, self.full)
+        return record_passes(self.algorithm, x, p, mask, axis, feature_axis, self.full)
 
-
-def launches(
-    algorithm: str, x: torch.Tensor, p: torch.Tensor, mask: torch.Tensor | None, axis: int, feature_axis: int | None,
-    full: bool, padding: float | None = None,
-) -> list[Launch]:  # fmt: skip
-    """Return the launches of a forward and a backward pass of an algorithm, x and p on the meta device. full: with
-    weights, their gradient and residual.
-    """
-    kernels = importlib.import_module(f"daam.kernels.{algorithm}")
-    settings = ALGORITHMS[algorithm].settings_of(feature_axis, None, padding)
-    args, how = (x, p, p, mask), (axis, *settings, full)
-    with recording() as recorded:
-        stats = kernels.forward(*args, *how, full, True)[2]
-        kernels.backward(x, x if full else None, *args, stats, *how, True, True)
-    return recorded
+    def launches(self) -> list[Launch]:
+        """Return the launches of both passes."""
+        return list(itertools.chain(*self.passes().values()))
 
 
 # chunk lengths: of models, powers of two and others, the longest on chip, and streamed ones
@@ -113,7 +111,9 @@ ONE_A_REGIME = [
 
 @dataclass(frozen=True)
 class Figures:
-    """Hold what one kernel of a configuration needs on a target, in the units that the module names."""
+    """Hold what one kernel of a configuration needs on a target, in the units that the module names; None for what is
+    counted on NVIDIA's only.
+    """
 
     registers: int
     stack: int
@@ -125,48 +125,53 @@ class Figures:
     stores: float
     instructions: float
     special: float
-    roof: float | None
+    asked: int | None
+    rounds: int | None
+    stored: int | None
+    run: int | None
+    in_flight: int | None
+    share: float | None
 
 
 def figures(target: str, recorded: Launch, compiled: Compiled) -> Figures:
-    """Return the figures of a launch that was compiled for a target. In one turn the main loop handles the elements of
-    the tile that are inside the chunk.
-    """
+    """Return the figures of a launch that was compiled for a target."""
     code = instructions(compiled.code)
-    loop, extent = main_loop(code), recorded.args[-1]
-    plan, num_warps = recorded.meta["PLAN"], recorded.meta["num_warps"]
-    rows = min(extent.chunk, plan.BLOCK_P * plan.N_BLOCKS)
-    elements = rows * plan.BLOCK_C / (TARGETS[target].warp_size * num_warps)
+    loop, num_warps = main_loop(code), recorded.meta["num_warps"]
+    turn = code[loop[0] : loop[1] + 1] if loop else code
+    elements = count_elements(recorded, code) / (TARGETS[target].warp_size * num_warps)
     itemsize = recorded.args[0].x.data.itemsize
-    reads, writes = count_tensors(recorded.name)
-    loads, stores = ([one.bits for one in loop if one.bits and one.loads == wanted] for wanted in (True, False))
-    if extent.chunk > rows:  # streamed: LLVM may have unrolled the loop
-        elements *= max(1, int(sum(loads) / 8 / itemsize / elements / reads))
+    loads, stores = ([one.bits for one in turn if one.bits and one.loads == wanted] for wanted in (True, False))
     moved = [sum(bits) / 8 / itemsize / elements for bits in (loads, stores)]
-    issued, special = len(loop) / elements, sum(one.special for one in loop) / elements
-    memory = (reads + writes) * itemsize * BYTE
     return Figures(
         registers=compiled.registers,
         stack=compiled.stack,
         shared=compiled.shared,
-        warps=resident_warps(compiled.registers, compiled.shared, num_warps) if compiled.cubin else None,
         load_bits=max((one.bits for one in code if one.loads), default=0),
         store_bits=max((one.bits for one in code if one.bits and not one.loads), default=0),
         loads=round(moved[0], 3),
         stores=round(moved[1], 3),
-        instructions=round(issued, 2),
-        special=round(special, 3),
-        roof=round(memory / max(memory, issued * ISSUE, special * SPECIAL), 3) if target == "sm_90" else None,
+        instructions=round(len(turn) / elements, 2),
+        special=round(sum(one.special for one in turn) / elements, 3),
+        **_count_waiting(recorded, compiled, MODELLED.get(target)),
     )
 
 
-def resident_warps(registers: int, shared: int, num_warps: int) -> int:
-    """Return how many warps, in whole programs of so many, a multiprocessor holds at once: NVIDIA's have 65,536
-    registers, 227 KB of shared memory and room for 64 warps. registers: a thread. shared: bytes a program.
-    """
-    by_registers = 65_536 // (-(-registers // 8) * 8 * 32 * num_warps)
-    by_memory = 227 * 1024 // (shared + 1024)
-    return num_warps * min(by_registers, by_memory, 32, 64 // num_warps)
+def _count_waiting(recorded: Launch, compiled: Compiled, gpu: Gpu | None) -> dict[str, int | float | None]:
+    """Return the figures of what a kernel waits for on a GPU, and of its share of a copy."""
+    if gpu is None:
+        return dict.fromkeys(("warps", "asked", "rounds", "stored", "run", "in_flight", "share"))
+    launch = launched(recorded, compiled)
+    timeline = find_timeline(launch.code, gpu, launch.num_warps, gpu.latency)
+    copied = (launch.read + launch.written) / gpu.copy / 1e9
+    return {
+        "warps": launch.resident,
+        "asked": timeline.asked,
+        "rounds": timeline.rounds,
+        "stored": timeline.stored,
+        "run": find_run(recorded, compiled),
+        "in_flight": 32 * launch.resident * (timeline.asked + timeline.stored),
+        "share": round(copied / model.estimate(launch, gpu).seconds, 3),
+    }
 
 
 def audit(target: str, configurations: list[Configuration]) -> Iterator[tuple[str, Figures]]:
@@ -177,15 +182,35 @@ def audit(target: str, configurations: list[Configuration]) -> Iterator[tuple[st
                 yield f"{configuration}/{recorded.name}", figures(target, recorded, compile_for(target, recorded))
 
 
+def print_model(gpu: Gpu, configurations: list[Configuration]) -> None:
+    """Print what the model makes of the passes of configurations, and of the benchmarks' workloads, on a GPU."""
+    print(f"{gpu.name}: microseconds, share of a copy, what takes longest; forward, then backward")
+    for one in configurations:
+        moved = 2 * ELEMENTS * DTYPES[one.dtype].itemsize
+        least = {"forward": moved, "backward": 3 * moved / 2}
+        print(f"{one!s:64}", *(_text(model_pass(made, least[name], gpu)) for name, made in one.passes().items()))
+    for workload in workloads("cuda"):
+        print(f"{workload!s:64}", *map(_text, model_workload(workload, gpu).values()), flush=True)
+
+
+def _text(one: Modelled) -> str:
+    """Return a modelled pass as text."""
+    return f"{one.us:9.1f} {one.share:6.2f} {one.limit:9}"
+
+
 def main() -> None:
     """Run the command line: print the figures, and write them as JSON where --output says."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=AUDITED)
     parser.add_argument("--full", action="store_true", help="with mask, weights, their gradient and residual")
+    parser.add_argument("--gpu", choices=GPUS, help="print what the model makes of every configuration on it")
     parser.add_argument("--output", type=Path, help="write the figures as JSON")
     args = parser.parse_args()
     chosen = [replace(one, dtype=dtype, full=args.full) for dtype in args.dtypes for one in CONFIGURATIONS]
+    if args.gpu:
+        print_model(GPUS[args.gpu], chosen)
+        return
     names = list(Figures.__dataclass_fields__)
     found: dict[str, dict[str, dict]] = {}
     for target in args.targets:

@@ -1,10 +1,15 @@
 """Machine code of compiled kernels, for NVIDIA and AMD GPUs: its instructions, and its main loop.
 
-main_loop(instructions(compiled))
+main_loop(instructions(compiled.code))
+
+Of NVIDIA's also which registers an instruction reads and writes: general ones (R), those that all threads share (UR),
+and predicates (P, UP). Where an operand may be a pair it is taken for one: what then waits for a register
+too many waits for one that was written together with it.
 """
 
 from __future__ import annotations
 
+import itertools
 import re
 import subprocess
 import tempfile
@@ -15,16 +20,32 @@ import triton
 
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 _WIDTHS = {"U8": 8, "S8": 8, "U16": 16, "S16": 16, "64": 64, "128": 128}
+_REGISTER = re.compile(r"(?<![\w.])(U?R\d+|U?P\d)(?!\w)(\.64)?")
+_PREDICATE = re.compile(r"!?U?P[\dT]")
+# what has no result: its operands are read
+_WITHOUT_RESULT = ("STG", "STS", "STL", "RED", "BAR", "BRA", "EXIT", "CALL", "RET", "WARPSYNC", "BSYNC", "BSSY")
+_OF_MEMORY = ("LDG", "STG", "LDS", "STS", "LDL", "STL", "LDC", "LDCU", "ULDC")
+_OF_PAIRS = ("DADD", "DMUL", "DFMA", "DSETP", "FADD2", "FMUL2", "FFMA2")
 _AMD_WIDTHS = {"dword": 32, "ubyte": 8, "sbyte": 8, "byte": 8, "ushort": 16, "sshort": 16, "short": 16}
 
 
 @dataclass(frozen=True)
 class Instruction:
-    """Hold one instruction of a warp: its name with modifiers, the labels before it, and the label it may jump to."""
+    """Hold one instruction of a warp: its name with modifiers, the labels before it, the label it may jump to, whether
+    a predicate decides about it, and the registers that it reads and writes (NVIDIA).
+    """
 
     name: str
     labels: tuple[str, ...] = ()
     target: str | None = None
+    predicated: bool = False
+    reads: tuple[str, ...] = ()
+    writes: tuple[str, ...] = ()
+
+    @property
+    def operation(self) -> str:
+        """Return its name without modifiers."""
+        return self.name.partition(".")[0]
 
     @property
     def bits(self) -> int:
@@ -64,22 +85,71 @@ def instructions(text: str) -> list[Instruction]:
         if label := re.fullmatch(r"(\.L\w+):(?:\s*[;/].*)?", line.strip()):
             labels = (*labels, label[1])
             continue
-        nvidia = re.fullmatch(r"\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)(.*)", line)
-        amd = re.fullmatch(r"\t([sv]_\w+|global_\w+|buffer_\w+|flat_\w+|ds_\w+)(.*)", line)
+        nvidia = re.fullmatch(r"\s*/\*[0-9a-f]+\*/\s+(?:@!?(U?P\w+)\s+)?([A-Z][\w.]*)(.*?);?\s*", line)
+        amd = re.fullmatch(r"\t()([sv]_\w+|global_\w+|buffer_\w+|flat_\w+|ds_\w+)(.*)", line)
         if match := nvidia or amd:
-            jump = re.search(r"(\.L\w+)", match[2]) if match[1].startswith(("BRA", "s_cbranch", "s_branch")) else None
-            if match[1] not in ("NOP", "s_nop"):
-                found.append(Instruction(match[1], labels, jump[1] if jump else None))
+            predicate, name, rest = match.groups()
+            jump = re.search(r"(\.L\w+)", rest) if name.startswith(("BRA", "s_cbranch", "s_branch")) else None
+            if name not in ("NOP", "s_nop"):
+                reads, writes = _registers(name, rest, predicate) if nvidia else ((), ())
+                target = jump[1] if jump else None
+                found.append(Instruction(name, labels, target, bool(predicate), reads, writes))
                 labels = ()
     return found
 
 
-def main_loop(code: list[Instruction]) -> list[Instruction]:
-    """Return the longest of the innermost loops that move global memory; all of the code where none does."""
+def _registers(name: str, operands: str, predicate: str | None) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return the registers that an instruction of NVIDIA's (reads, writes): results come first among its operands.
+    Where a predicate decides, what is written is read too, since it may stay as it was.
+    """
+    parts, operation = [part.strip() for part in operands.split(",")], name.partition(".")[0]
+    width, results = _count_registers(name), _count_results(operation, parts)
+    reads, writes = [predicate] if predicate else [], []
+    for place, part in enumerate(parts):
+        for register, pair in _REGISTER.findall(part):
+            if place < results:
+                writes += _span(register, width)
+            else:
+                stored = operation in ("STG", "STS", "STL") and place + 1 == len(parts)
+                addend = "WIDE" in name and place + 1 == len(parts)
+                reads += _span(register, width if stored else 2 if pair or addend or operation in _OF_PAIRS else 1)
+    return tuple(reads + writes if predicate else reads), tuple(writes)
+
+
+def _count_results(operation: str, parts: list[str]) -> int:
+    """Return how many of an instruction's operands are results: a register and up to two predicates, or up to two
+    predicates, and what a shuffle gives beside one.
+    """
+    if operation in _WITHOUT_RESULT or not parts[0]:
+        return 0
+    if _PREDICATE.fullmatch(parts[0]):
+        return 2 if len(parts) > 1 and (operation == "SHFL" or _PREDICATE.fullmatch(parts[1])) else 1
+    predicates = itertools.takewhile(_PREDICATE.fullmatch, parts[1:3])
+    found = 1 + sum(not part.startswith("!") for part in predicates)
+    return found if found < len(parts) else 1  # what selects by a predicate ends with it
+
+
+def _count_registers(name: str) -> int:
+    """Return how many registers stand behind an operand of as many bits as the name tells."""
+    operation, *modifiers = name.split(".")
+    if operation in _OF_MEMORY:
+        return 4 if "128" in modifiers else 2 if "64" in modifiers else 1
+    return 2 if operation in _OF_PAIRS or {"WIDE", "64", "F64"} & set(modifiers) else 1
+
+
+def _span(register: str, count: int) -> list[str]:
+    """Return a register and those after it; a predicate stands alone."""
+    kind, number = register.rstrip("0123456789"), int(register.lstrip("URP"))
+    return [f"{kind}{number + i}" for i in range(count if kind.endswith("R") else 1)]
+
+
+def main_loop(code: list[Instruction]) -> tuple[int, int] | None:
+    """Return the places of the first and last instruction of the longest innermost loop that loads from global memory;
+    None where none does.
+    """
     places = {label: i for i, step in enumerate(code) for label in step.labels}
     # (first, last) place of each loop, which an instruction ends that jumps back
     loops = {(places[step.target], i) for i, step in enumerate(code) if places.get(step.target, i) < i}
-    moving = [(a, b) for a, b in loops if any(step.bits for step in code[a : b + 1])]
-    inner = [(a, b) for a, b in moving if not any((c, d) != (a, b) and a <= c and d <= b for c, d in moving)]
-    a, b = max(inner, key=lambda loop: loop[1] - loop[0], default=(0, len(code) - 1))
-    return code[a : b + 1]
+    loading = [(a, b) for a, b in loops if any(step.loads for step in code[a : b + 1])]
+    inner = [(a, b) for a, b in loading if not any((c, d) != (a, b) and a <= c and d <= b for c, d in loading)]
+    return max(inner, key=lambda loop: loop[1] - loop[0], default=None)

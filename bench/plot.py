@@ -3,7 +3,7 @@
     python -m bench.plot RESULTS.json [--history bench/history] [--output plots]
 
 latency, throughput and memory against length; speed-up against the fastest other provider; the history of the device's
-dated runs and this one; and, from the audits in the history, instructions and modelled share of the roof.
+dated runs and this one; and, from the audits in the history, instructions and modelled share of a copy.
 """
 
 from __future__ import annotations
@@ -245,7 +245,7 @@ def _workload(case: Case) -> str:
 
 def audit(run: Run) -> Figure | None:
     """Draw an audit in bf16, a panel a kind of chunk: instructions an element and, where it is modelled, the share of
-    the roof; None where it holds no bf16.
+    a copy's bandwidth; None where it holds no bf16.
     """
     panels = defaultdict(dict)
     for name, figures in run.rows.items():
@@ -253,17 +253,17 @@ def audit(run: Run) -> Figure | None:
             panels[found[1]][int(found[2]), found[3]] = figures
     if not panels:
         return None
-    modelled = any(figures["roof"] is not None for figures in run.rows.values())
+    modelled = any(figures["share"] is not None for figures in run.rows.values())
     columns = -(-len(panels) // 2)
     quantities = 2 if modelled else 1  # of each kind of chunk, below each other
     figure, grid = _grid(2 * quantities, columns, f"Static audit, bf16\n{run.title}")
     figure.set_size_inches(3 * columns + 1, 5 * quantities + 0.8)
     instructions = grid[::quantities]
-    roofs = grid[1::quantities] if modelled else []
+    shares = grid[1::quantities] if modelled else []
     for (title, found), axes in zip(panels.items(), itertools.chain(*instructions), strict=False):
         _audit_bars(axes, title, found, "instructions", "instructions an element")
-    for (title, found), axes in zip(panels.items(), itertools.chain(*roofs), strict=False):
-        _audit_bars(axes, title, found, "roof", "modelled share of the roof")
+    for (title, found), axes in zip(panels.items(), itertools.chain(*shares), strict=False):
+        _audit_bars(axes, title, found, "share", "modelled share of a copy")
         axes.set_ylim(0, 1.05)
     for axes in itertools.chain(*grid):
         if not axes.has_data():

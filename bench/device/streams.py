@@ -18,9 +18,9 @@ import triton.language as tl
 from torch import Tensor
 
 from bench import core
-from bench.audit import resident_warps
 from bench.device.session import Job, Session
 from bench.device.times import median_seconds
+from bench.model import resident_warps
 
 LENGTH, WIDTH = 131_072, 1024  # of a matrix: 256 MiB
 MULTIPROCESSORS = 132  # where there is no GPU to ask

@@ -11,10 +11,10 @@ from unittest import mock
 import torch
 
 from bench import core
-from bench.audit import launches
 from bench.device.cases import TIMED
 from bench.device.session import Job, Session
 from bench.device.times import empty_tensors, median_seconds
+from bench.modelled import launches
 from bench.workloads import Workload
 from daam.kernels import host, tiles
 from daam.kernels.algorithms import ALGORITHMS

@@ -15,7 +15,8 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 from helpers import ALGORITHMS
 
 from bench.aot import TARGETS, compile_for
-from bench.audit import CONFIGURATIONS, DTYPES, GAUSSIANS, ONE_A_REGIME, OTHERS, Configuration, launches
+from bench.audit import CONFIGURATIONS, DTYPES, GAUSSIANS, ONE_A_REGIME, OTHERS, Configuration
+from bench.modelled import launches
 from daam.kernels.algorithms import count_tensors
 
 

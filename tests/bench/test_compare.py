@@ -20,7 +20,7 @@ CASE = {
 }  # fmt: skip
 FIGURES = {
     "registers": 120, "stack": 0, "shared": 0, "warps": 16, "load_bits": 128, "store_bits": 128, "loads": 1.0,
-    "stores": 1.0, "instructions": 20.0, "special": 1.0, "roof": 1.0,
+    "stores": 1.0, "instructions": 20.0, "special": 1.0, "share": 1.0,
 }  # fmt: skip
 
 
@@ -164,7 +164,7 @@ def test_what_is_no_time_fails(figures, figure, side, tmp_path, capsys):
     ("figure", "value"),
     [
         *(("instructions", value) for value in (NAN, INF, -1.0, "20", None, [20.0])),
-        *((name, NAN) for name in ("registers", "load_bits", "stack", "roof", "warps")),
+        *((name, NAN) for name in ("registers", "load_bits", "stack", "share", "warps")),
         ("warps", "16"),
     ],
 )

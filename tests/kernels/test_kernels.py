@@ -28,7 +28,7 @@ from helpers import (
 )
 
 from bench.aot import recording
-from bench.audit import launches
+from bench.modelled import launches
 from daam.kernels import launch, tiles
 from daam.kernels.algorithms import count_tensors
 from daam.kernels.host import plan
