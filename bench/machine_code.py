@@ -23,8 +23,9 @@ _WIDTHS = {"U8": 8, "S8": 8, "U16": 16, "S16": 16, "64": 64, "128": 128}
 _REGISTER = re.compile(r"(?<![\w.])(U?R\d+|U?P\d)(?!\w)(\.64)?")
 _PREDICATE = re.compile(r"!?U?P[\dT]")
 # what has no result: its operands are read
-_WITHOUT_RESULT = ("STG", "STS", "STL", "RED", "BAR", "BRA", "EXIT", "CALL", "RET", "WARPSYNC", "BSYNC", "BSSY")
-_OF_MEMORY = ("LDG", "STG", "LDS", "STS", "LDL", "STL", "LDC", "LDCU", "ULDC")
+_STORES = ("STG", "STS", "STL", "STSM")
+_WITHOUT_RESULT = (*_STORES, "RED", "BAR", "BRA", "EXIT", "CALL", "RET", "WARPSYNC", "BSYNC", "BSSY")
+_OF_MEMORY = (*_STORES, "LDG", "LDS", "LDL", "LDSM", "LDC", "LDCU", "ULDC")
 _OF_PAIRS = ("DADD", "DMUL", "DFMA", "DSETP", "FADD2", "FMUL2", "FFMA2")
 _AMD_WIDTHS = {"dword": 32, "ubyte": 8, "sbyte": 8, "byte": 8, "ushort": 16, "sshort": 16, "short": 16}
 
@@ -93,7 +94,8 @@ def instructions(text: str) -> list[Instruction]:
             if name not in ("NOP", "s_nop"):
                 reads, writes = _registers(name, rest, predicate) if nvidia else ((), ())
                 target = jump[1] if jump else None
-                found.append(Instruction(name, labels, target, bool(predicate), reads, writes))
+                decided = bool(predicate or (jump and reads))
+                found.append(Instruction(name, labels, target, decided, reads, writes))
                 labels = ()
     return found
 
@@ -110,20 +112,20 @@ def _registers(name: str, operands: str, predicate: str | None) -> tuple[tuple[s
             if place < results:
                 writes += _span(register, width)
             else:
-                stored = operation in ("STG", "STS", "STL") and place + 1 == len(parts)
+                stored = operation in _STORES and place + 1 == len(parts)
                 addend = "WIDE" in name and place + 1 == len(parts)
                 reads += _span(register, width if stored else 2 if pair or addend or operation in _OF_PAIRS else 1)
     return tuple(reads + writes if predicate else reads), tuple(writes)
 
 
 def _count_results(operation: str, parts: list[str]) -> int:
-    """Return how many of an instruction's operands are results: a register and up to two predicates, or up to two
-    predicates, and what a shuffle gives beside one.
+    """Return how many of an instruction's operands are results: a register and up to two predicates, or a predicate and
+    another one or a register.
     """
     if operation in _WITHOUT_RESULT or not parts[0]:
         return 0
     if _PREDICATE.fullmatch(parts[0]):
-        return 2 if len(parts) > 1 and (operation == "SHFL" or _PREDICATE.fullmatch(parts[1])) else 1
+        return 1 if operation == "FCHK" else 2
     predicates = itertools.takewhile(_PREDICATE.fullmatch, parts[1:3])
     found = 1 + sum(not part.startswith("!") for part in predicates)
     return found if found < len(parts) else 1  # what selects by a predicate ends with it
@@ -133,8 +135,11 @@ def _count_registers(name: str) -> int:
     """Return how many registers stand behind an operand of as many bits as the name tells."""
     operation, *modifiers = name.split(".")
     if operation in _OF_MEMORY:
-        return 4 if "128" in modifiers else 2 if "64" in modifiers else 1
-    return 2 if operation in _OF_PAIRS or {"WIDE", "64", "F64"} & set(modifiers) else 1
+        return 4 if {"128", "4"} & set(modifiers) else 2 if {"64", "2"} & set(modifiers) else 1
+    if operation in ("F2F", "I2F"):  # what it makes stands before what it makes that of
+        return 2 if modifiers[:1] == ["F64"] else 1
+    pair = operation in _OF_PAIRS or {"WIDE", "64"} & set(modifiers) or (operation == "CS2R" and "32" not in modifiers)
+    return 2 if pair else 1
 
 
 def _span(register: str, count: int) -> list[str]:
@@ -143,11 +148,16 @@ def _span(register: str, count: int) -> list[str]:
     return [f"{kind}{number + i}" for i in range(count if kind.endswith("R") else 1)]
 
 
+def find_labels(code: list[Instruction]) -> dict[str, int]:
+    """Return the place of every label."""
+    return {label: i for i, step in enumerate(code) for label in step.labels}
+
+
 def main_loop(code: list[Instruction]) -> tuple[int, int] | None:
     """Return the places of the first and last instruction of the longest innermost loop that loads from global memory;
     None where none does.
     """
-    places = {label: i for i, step in enumerate(code) for label in step.labels}
+    places = find_labels(code)
     # (first, last) place of each loop, which an instruction ends that jumps back
     loops = {(places[step.target], i) for i, step in enumerate(code) if places.get(step.target, i) < i}
     loading = [(a, b) for a, b in loops if any(step.loads for step in code[a : b + 1])]
