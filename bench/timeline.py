@@ -14,15 +14,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from bench.gpus import Gpu
-from bench.machine_code import Instruction, main_loop
+from bench.machine_code import Instruction, find_labels, main_loop
 
-_FP32 = {"FADD", "FMUL", "FFMA", "FADD2", "FMUL2", "FFMA2", "HFMA2", "HADD2", "HMUL2", "IMAD"}
+_FP32 = {"FADD", "FMUL", "FFMA", "FADD2", "FMUL2", "FFMA2", "HFMA2", "HADD2", "HMUL2", "FHADD", "IMAD"}
 _UNITS = {
     **dict.fromkeys(_FP32, "fp32"),
     **dict.fromkeys(("MUFU", "I2F", "F2I", "F2F"), "special"),
     **dict.fromkeys(("DADD", "DMUL", "DFMA", "DSETP"), "fp64"),
     **dict.fromkeys(("LDG", "STG"), "memory"),
-    **dict.fromkeys(("LDS", "STS"), "shared"),
+    **dict.fromkeys(("LDS", "STS", "LDSM", "STSM"), "shared"),
     **dict.fromkeys(("LDC", "ULDC", "LDCU", "S2R", "S2UR"), "constant"),
     **dict.fromkeys(("BAR", "BRA", "EXIT", "BSSY", "BSYNC", "WARPSYNC"), "control"),
     "SHFL": "shuffle",
@@ -67,7 +67,8 @@ def find_timeline(code: list[Instruction], gpu: Gpu, num_warps: int, latency: fl
     """
     loop = main_loop(code)
     first, last = loop or (0, len(code) - 1)
-    before, turn, after = (list(_until_exit(part)) for part in (code[:first], code[first : last + 1], code[last + 1 :]))
+    before, turn = list(_follow(code, 0, first)), list(_follow(code, first, last + 1))
+    after = list(_follow(code, last, len(code)))[1:]  # where what closes the loop leads, if not back
     latencies = [gpu.l2_latency * gpu.clock] * len(before) + [latency * gpu.clock] * (4 * len(turn) + len(after))
     clocks = list(_issue([*before, *4 * turn, *after], latencies, gpu, num_warps))
     places = [len(before) + n * len(turn) for n in range(5)]
@@ -85,12 +86,22 @@ def find_timeline(code: list[Instruction], gpu: Gpu, num_warps: int, latency: fl
     )  # fmt: skip
 
 
-def _until_exit(part: list[Instruction]) -> Iterator[Instruction]:
-    """Yield instructions up to the one that ends the program whatever happened."""
-    for step in part:
+def _follow(code: list[Instruction], place: int, end: int) -> Iterator[Instruction]:
+    """Yield the instructions from a place on, up to an end: past branches about which something decides, and along
+    others, but for jumps back, after which comes what an earlier branch leads to. What is called is left out.
+    """
+    labels = find_labels(code)
+    while place < end:
+        step = code[place]
         yield step
-        if step.operation == "EXIT" and not step.predicated:
-            return
+        place += 1
+        if step.predicated or step.operation not in ("EXIT", "RET", "BRA"):
+            continue
+        target = labels.get(step.target, -1)
+        if target < place:
+            reached = (labels.get(earlier.target, -1) for earlier in code[:place] if step.operation == "BRA")
+            target = min((one for one in reached if one >= place), default=end)
+        place = target
 
 
 def _issue(steps: list[Instruction], latencies: list[float], gpu: Gpu, num_warps: int) -> Iterator[float]:
