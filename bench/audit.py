@@ -32,7 +32,7 @@ import triton
 from bench import model
 from bench.aot import TARGETS, Compiled, Launch, compile_for
 from bench.gpus import GPUS, Gpu
-from bench.machine_code import instructions, main_loop
+from bench.machine_code import find_turn, instructions
 from bench.modelled import Modelled, count_elements, find_run, launched, model_pass, model_workload, record_passes
 from bench.timeline import find_timeline
 from bench.workloads import workloads
@@ -136,9 +136,8 @@ class Figures:
 def figures(target: str, recorded: Launch, compiled: Compiled) -> Figures:
     """Return the figures of a launch that was compiled for a target."""
     code = instructions(compiled.code)
-    loop, num_warps = main_loop(code), recorded.meta["num_warps"]
-    turn = code[loop[0] : loop[1] + 1] if loop else code
-    elements = count_elements(recorded, code) / (TARGETS[target].warp_size * num_warps)
+    turn, threads = find_turn(code), TARGETS[target].warp_size * recorded.meta["num_warps"]
+    elements = count_elements(recorded, code) / threads
     itemsize = recorded.args[0].x.data.itemsize
     loads, stores = ([one.bits for one in turn if one.bits and one.loads == wanted] for wanted in (True, False))
     moved = [sum(bits) / 8 / itemsize / elements for bits in (loads, stores)]
@@ -168,7 +167,7 @@ def _count_waiting(recorded: Launch, compiled: Compiled, gpu: Gpu | None) -> dic
         "asked": timeline.asked,
         "rounds": timeline.rounds,
         "stored": timeline.stored,
-        "run": find_run(recorded, compiled),
+        "run": find_run(recorded, launch.code),
         "in_flight": 32 * launch.resident * (timeline.asked + timeline.stored),
         "share": round(copied / model.estimate(launch, gpu).seconds, 3),
     }

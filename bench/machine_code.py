@@ -163,3 +163,9 @@ def main_loop(code: list[Instruction]) -> tuple[int, int] | None:
     loading = [(a, b) for a, b in loops if any(step.loads for step in code[a : b + 1])]
     inner = [(a, b) for a, b in loading if not any((c, d) != (a, b) and a <= c and d <= b for c, d in loading)]
     return max(inner, key=lambda loop: loop[1] - loop[0], default=None)
+
+
+def find_turn(code: list[Instruction]) -> list[Instruction]:
+    """Return the instructions of the main loop; all of them where there is none."""
+    first, last = main_loop(code) or (0, len(code) - 1)
+    return code[first : last + 1]

@@ -13,10 +13,10 @@ import torch
 from bench import byte_model, model
 from bench.aot import Compiled, Launch, compile_for, recording
 from bench.gpus import Gpu
-from bench.machine_code import Instruction, instructions, main_loop
+from bench.machine_code import Instruction, find_turn, instructions, main_loop
 from bench.workloads import Workload
 from daam.kernels.algorithms import ALGORITHMS, count_tensors
-from daam.kernels.operands import Extent
+from daam.kernels.operands import Extent, Outputs
 
 
 @dataclass(frozen=True)
@@ -52,54 +52,81 @@ def launches(*args, **options) -> list[Launch]:
     return list(itertools.chain(*record_passes(*args, **options).values()))
 
 
+def count_unrolled(recorded: Launch, code: list[Instruction]) -> int:
+    """Return how many tiles of x a turn of the main loop handles: as often as LLVM unrolled a loop over strips."""
+    plan, extent = recorded.meta["PLAN"], recorded.args[-1]
+    rows, itemsize = plan.BLOCK_P * plan.N_BLOCKS, recorded.args[0].x.data.itemsize
+    if extent.chunk <= rows:
+        return 1
+    return max(1, int(_count_loaded(recorded, code) / (rows * plan.BLOCK_C * itemsize) / count_moved(recorded)[0]))
+
+
+def _count_loaded(recorded: Launch, code: list[Instruction]) -> float:
+    """Return the bytes that a program loads in a turn of the main loop."""
+    return sum(step.bits for step in find_turn(code) if step.loads) / 8 * 32 * recorded.meta["num_warps"]
+
+
 def count_elements(recorded: Launch, code: list[Instruction]) -> float:
-    """Return how many elements of x a turn of the main loop handles, of one program: those of the tile that are inside
-    the chunk, as often as LLVM unrolled a loop over strips.
+    """Return how many elements of x a turn of the main loop handles, of one program: those of its tiles that are inside
+    the chunk.
     """
     plan, extent = recorded.meta["PLAN"], recorded.args[-1]
-    rows = min(extent.chunk, plan.BLOCK_P * plan.N_BLOCKS)
-    elements = rows * plan.BLOCK_C
-    if extent.chunk > rows and (loop := main_loop(code)):
-        reads, _writes = count_tensors(recorded.name)
-        itemsize = recorded.args[0].x.data.itemsize
-        loaded = sum(step.bits for step in code[loop[0] : loop[1] + 1] if step.loads) / 8 / itemsize
-        threads = 32 * recorded.meta["num_warps"]
-        elements *= max(1, int(loaded * threads / elements / reads))
-    return elements
+    return min(extent.chunk, plan.BLOCK_P * plan.N_BLOCKS) * plan.BLOCK_C * count_unrolled(recorded, code)
+
+
+def count_moved(recorded: Launch) -> tuple[int, int]:
+    """Return how many tensors of x's size a launch (reads, writes): `count_tensors`, with those of the weights."""
+    (reads, writes), (inputs, *others) = count_tensors(recorded.name), recorded.args
+    reads += reads > 1 and inputs.grad_weights is not None
+    return reads, writes + any(isinstance(one, Outputs) and one.weights is not None for one in others)
+
+
+def count_turns(recorded: Launch, code: list[Instruction]) -> float:
+    """Return how many turns of the main loop a program takes, on average."""
+    programs, plan, extent = math.prod(recorded.grid), recorded.meta.get("PLAN"), recorded.args[-1]
+    if count_tensors(recorded.name):
+        tiles = extent.n_tiles * -(-extent.chunk // (plan.BLOCK_P * plan.N_BLOCKS)) * recorded.grid[1]
+        return tiles / programs / count_unrolled(recorded, code)
+    if isinstance(extent, Extent):
+        return -(-extent.n_strips // plan.BLOCK_P)
+    if main_loop(code) is None:
+        return 1
+    # a loop, which may be unrolled, for each of N sums: the main one takes the turns of all but what the others take
+    partials, groups, *_ = recorded.args
+    block, entries, n_sums = (recorded.meta[name] for name in ("BLOCK", "ENTRIES", "N"))
+    read = n_sums * -(-groups // block) * block * entries * partials.data.itemsize
+    return max(1.0, read / _count_loaded(recorded, code) - (n_sums - 1))
 
 
 def launched(recorded: Launch, compiled: Compiled, earlier: float = 0.0) -> model.Launched:
     """Return a launch for an NVIDIA GPU as the model takes it; earlier: bytes that launches of the pass have read."""
-    code, programs = instructions(compiled.code), math.prod(recorded.grid)
-    read = written = cached = 0.0
-    run, extent = None, recorded.args[-1]
-    if tensors := count_tensors(recorded.name):
-        x = recorded.args[0].x.data
-        elements = math.prod(extent.sizes) * extent.inner * extent.chunk * recorded.grid[1]
-        turns = elements / programs / count_elements(recorded, code)
-        read, written = (n * elements * x.itemsize for n in tensors)
+    code, run, extent = instructions(compiled.code), None, recorded.args[-1]
+    if count_tensors(recorded.name):
+        read, written = (float(n * recorded.args[0].x.data.nbytes) for n in count_moved(recorded))
         cached = min(read, earlier)
-        run = find_run(recorded, compiled) if extent.strides[0] != 1 else None
-    elif isinstance(extent, Extent):  # numbers of strips, or of chunks
-        turns = -(-extent.n_strips // recorded.meta["PLAN"].BLOCK_P)
-    else:
-        partials, groups, *_ = recorded.args
-        turns = -(-groups // recorded.meta["BLOCK"])
-        read = cached = float(partials.data.nbytes)
-    num_warps = recorded.meta["num_warps"]
+        run = None if _rows(extent) else find_run(recorded, code)
+    else:  # sums that the launch before has written
+        read = cached = float(recorded.args[0].data.nbytes)
+        written = 0.0
     return model.Launched(
-        code, compiled.registers, compiled.shared, num_warps, programs, turns, read, written, cached, run
-    )
+        code, compiled.registers, compiled.shared, recorded.meta["num_warps"], math.prod(recorded.grid),
+        count_turns(recorded, code), read, written, cached, run,
+    )  # fmt: skip
 
 
-def find_run(recorded: Launch, compiled: Compiled) -> int:
+def _rows(extent: Extent) -> bool:
+    """Tell whether neighbours of a chunk adjoin in memory; other strides than 1 may be in eighths."""
+    return extent.strides[0] == 1 and extent.inner_eighths is None
+
+
+def find_run(recorded: Launch, code: list[Instruction]) -> int:
     """Return the bytes side by side in memory that one access of a warp touches: lanes go along what is contiguous."""
     plan, extent = recorded.meta["PLAN"], recorded.args[-1]
-    x, lanes = recorded.args[0].x.data, 32 * compiled.load_bits // 8
-    if extent.strides[0] != 1:
-        return min(lanes, plan.BLOCK_C * x.itemsize)
+    x, lanes = recorded.args[0].x.data, 32 * max((step.bits for step in find_turn(code) if step.loads), default=0) // 8
+    if not _rows(extent):
+        return min(lanes, min(plan.BLOCK_C, extent.inner) * x.itemsize)
     whole = plan.N_BLOCKS == 1 and extent.chunk == plan.BLOCK_P  # rows follow each other
-    return min(lanes, extent.chunk * x.itemsize * (plan.BLOCK_C if whole else 1))
+    return min(lanes, min(plan.BLOCK_P, extent.chunk) * x.itemsize * (plan.BLOCK_C if whole else 1))
 
 
 def estimate(recorded: list[Launch], gpu: Gpu) -> Iterator[tuple[str, model.Estimate]]:
