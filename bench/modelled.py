@@ -99,7 +99,9 @@ def count_turns(recorded: Launch, code: list[Instruction]) -> float:
 
 
 def launched(recorded: Launch, compiled: Compiled, earlier: float = 0.0) -> model.Launched:
-    """Return a launch for an NVIDIA GPU as the model takes it; earlier: bytes that launches of the pass have read."""
+    """Return a launch for an NVIDIA GPU as the model takes it; earlier: bytes that launches on the same part
+    of x have read.
+    """
     code, run, extent = instructions(compiled.code), None, recorded.args[-1]
     if count_tensors(recorded.name):
         read, written = (float(n * recorded.args[0].x.data.nbytes) for n in count_moved(recorded))
@@ -131,12 +133,13 @@ def find_run(recorded: Launch, code: list[Instruction]) -> int:
 
 def estimate(recorded: list[Launch], gpu: Gpu) -> Iterator[tuple[str, model.Estimate]]:
     """Yield (the kernel's name, its Estimate) of the launches of a pass, in order."""
-    earlier = 0.0
+    earlier: dict[int, float] = {}  # bytes that were read, by where a part of x begins
     for one in recorded:
-        launch = launched(one, compile_for(gpu.target, one), earlier)
+        start = one.args[0].x.data.storage_offset() if count_tensors(one.name) else None
+        launch = launched(one, compile_for(gpu.target, one), earlier.get(start, 0.0))
         yield one.name, model.estimate(launch, gpu)
-        if count_tensors(one.name):
-            earlier = max(earlier, launch.read)
+        if start is not None:
+            earlier[start] = max(earlier.get(start, 0.0), launch.read)
 
 
 def model_pass(recorded: list[Launch], least_bytes: float, gpu: Gpu) -> Modelled:

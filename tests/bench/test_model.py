@@ -213,6 +213,13 @@ def test_streamed_pass():
     assert found.limit == max(estimates.values(), key=lambda one: one.seconds).limit and 0 < found.share < 1
 
 
+def test_parts_of_x():
+    """Check that no part of the axis, heads of other length, is taken to have been read with another."""
+    first, second = modelled.estimate(passes((64, 3 * 128 + 1), heads=3)["forward"], GPU)
+    assert first[1].memory == pytest.approx(2 * second[1].memory, rel=0.01)
+    assert second[1].memory == pytest.approx(2 * 2 * 64 * 129 / GPU.copy / 1e9)
+
+
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
 def test_figures_of_waiting(target):
     """Check what can be counted by hand: a thread loads its share of 24 positions of some columns, and stores it."""
