@@ -75,10 +75,11 @@ class Estimate:
 
 
 def resident_warps(registers: int, shared: int, num_warps: int) -> int:
-    """Return how many warps, in whole programs of so many, a multiprocessor holds at once: NVIDIA's have 65,536
-    registers, 227 KB of shared memory and room for 64 warps. registers: a thread. shared: bytes a program.
+    """Return how many warps, in whole programs of so many, a multiprocessor holds at once: NVIDIA's have 16,384
+    registers in each of four parts, 227 KB of shared memory and room for 64 warps. registers: a thread. shared: bytes a
+    program.
     """
-    by_registers = 65_536 // (-(-registers // 8) * 8 * 32 * num_warps)
+    by_registers = SCHEDULERS * (16_384 // (-(-registers // 8) * 8 * 32)) // num_warps
     by_memory = 227 * 1024 // (shared + 1024)
     return num_warps * min(by_registers, by_memory, 32, 64 // num_warps)
 

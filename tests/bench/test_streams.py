@@ -25,7 +25,7 @@ def test_streams_move_what_they_say(one, device):
 
 def test_what_is_asked_for_and_what_fits():
     assert Stream(2, 1, thread=64, warps=16).asked == 2 * Stream(2, 1, rounds=2).asked == 2 * 64 * 32 * 16
-    assert [Stream(warps=64).resident(registers) for registers in (32, 33, 64, 65)] == [64, 50, 32, 28]
+    assert [Stream(warps=64).resident(registers) for registers in (32, 33, 64, 65)] == [64, 48, 32, 28]
     assert Stream(warps=8).resident(255) == 8
 
 
