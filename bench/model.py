@@ -11,7 +11,8 @@ programs as registers, shared memory and warps allow stand on a multiprocessor, 
 That is BW(f) = bytes in flight/latency of those published laws whose latency is that of a kernel that only moves
 memory: here it is the kernel's own, with its rounds of loads, shuffles, barriers and arithmetic. Beside it stand memory
 (what is read and written, at the bandwidth of such a mix, less where accesses are short; what L2 keeps at L2's) and the
-units of a multiprocessor, the slowest of issue, fp32, integer, special functions, and shuffles with shared memory:
+units of a multiprocessor, the slowest of issue, fp32, fp64, integer, special functions, and shuffles with shared
+memory:
 
     seconds = (waiting^p + memory^p + units^p)^(1/p)
 
@@ -104,6 +105,7 @@ def find_busy(counts: Mapping[str, float], gpu: Gpu) -> dict[str, float]:
     return {
         "issue": counts["all"] / SCHEDULERS,
         "fp32": counts["fp32"] * 32 / gpu.fp32,
+        "fp64": counts["fp64"] * 32 / 64,
         "integer": counts["integer"] * 32 / 64,
         "special": counts["special"] * 32 / 16,
         "shuffle": counts["shuffle"] + counts["shared"],

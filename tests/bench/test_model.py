@@ -116,7 +116,12 @@ def test_units():
 
 @pytest.mark.parametrize(
     ("values", "limit"),
-    [({"read": 2e12}, "memory"), ({"programs": 1}, "waiting"), ({"code": instructions(EXPONENTIALS)}, "special")],
+    [
+        ({"read": 2e12}, "memory"),
+        ({"programs": 1}, "waiting"),
+        ({"code": instructions(EXPONENTIALS)}, "special"),
+        ({"code": instructions(EXPONENTIALS.replace("MUFU.EX2 R9, R4", "DADD R10, R4, R6"))}, "fp64"),
+    ],
 )
 def test_limit(values, limit):
     found = model.estimate(changed(**{"read": 1.0, "written": 0.0, "registers": 32} | values), GPU)
