@@ -152,13 +152,13 @@ def density_backward(inputs, parameters, dx, partials, eps, extent, RESIDUAL: tl
         # the forward pass again
         tile = place_tile(inputs.mask, index, walk.head, walk.strip_row, view, PLAN)
         _raw, x = load_blocks(inputs.x, inputs.mask, tile, view, False, PLAN)
+        gradients = load_gradients(inputs, tile, view, RESIDUAL, PLAN)
         centred = centre(x, tile, inputs.mask, view, PLAN.ACC)
         inv_var = invert_variance(centred.squares, centred.inv_count, centred.inv_count, inputs.mask, eps)
         if PLAN.VARIES == "chunk":  # sums over columns follow: outside, inv_var is infinite at eps 0, and 0·inf is NaN
             inv_var = tl.where(columns_inside(tile.position, view), inv_var, 0.0)
         e, weights = weigh(centred.blocks, centred.mean_error, gaussian, inv_var, tile.valid)
         # what reaches the weights, and its sums over the chunk
-        gradients = load_gradients(inputs, tile, view, RESIDUAL, PLAN)
         bare_he = find_bare_he(find_h(gradients, x, None), weights, e, gaussian, inv_var, PLAN)
         factor = find_factor(gaussian, inv_var, PLAN)
         sum_bare_he = tl.sum(add_blocks(bare_he), 0)[None, :]

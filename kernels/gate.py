@@ -215,12 +215,12 @@ def gate_backward(inputs, parameters, dx, partials, _settings, extent, RESIDUAL:
     for _ in range(walk.first_tile, view.n_tiles, walk.tile_step):
         tile = place_tile(inputs.mask, index, walk.head, walk.strip_row, view, PLAN)
         _raw, x = load_blocks(inputs.x, inputs.mask, tile, view, False, PLAN)
+        gradients = load_gradients(inputs, tile, view, RESIDUAL, PLAN)
         centred = centre(x, tile, inputs.mask, view, PLAN.ACC)
         variance = where_nonempty(centred.squares * centred.inv_count, centred.inv_count, inputs.mask, 0.0)
         std, inv_std = find_std(variance)
         scales = scale_gaussians(gaussians, centred.mean_error, std)
         # what reaches the weights, and its sums over the chunk
-        gradients = load_gradients(inputs, tile, view, RESIDUAL, PLAN)
         h = find_h(gradients, x, None)
         products = zero_blocks(3 * PLAN.K, PLAN.BLOCK_P, PLAN.BLOCK_C, PLAN.ACC)
         products = add_tile_products(products, centred.blocks, h, scales, gaussians)

@@ -18,15 +18,15 @@ from .operands import Extent, Inputs, Layout, Part, Strided, acc_dtype, find_lay
 
 # --- Plans ----------------------------------------------------------------------------------------
 class Constants(NamedTuple):
-    """Hold what a kernel is compiled for (PLAN): blocks of a tile, its positions x columns, and how many; whether
-    positions, or columns, of a tile may stand outside; the dtypes of arithmetic and of offsets in a tile; what
-    parameters vary along; and the Gaussians of a head, for the mixture the next power of two.
+    """Hold what a kernel is compiled for (PLAN): blocks of a tile, its positions x columns, and how many; in how many
+    of them, the last, positions may stand outside, and whether columns may; the dtypes of arithmetic and of offsets in
+    a tile; what parameters vary along; and the Gaussians of a head, for the mixture the next power of two.
     """
 
     BLOCK_P: int
     BLOCK_C: int
     N_BLOCKS: int
-    RAGGED_P: bool
+    RAGGED_P: int
     RAGGED_C: bool
     ACC: tl.dtype
     INDEX: tl.dtype
@@ -121,8 +121,11 @@ def _plan_part(
         down, across, *outer = mask_strides
         mask_strides = (down, *outer) if across == 0 else mask_strides  # one mask for all of the inner dimension
     strides = [() if found == x_strides else found for found in (x_strides, mask_strides, *others)]
+    ragged = 0 if layout.chunk % tile.length == 0 else tile.n_blocks
+    if ragged and not streamed:  # a tile holds a whole chunk, and ends in its last blocks
+        ragged -= layout.chunk // tile.rows
     constants = Constants(
-        tile.rows, tile.columns, tile.n_blocks, layout.chunk % tile.length != 0, layout.inner % tile.columns != 0,
+        tile.rows, tile.columns, tile.n_blocks, ragged, layout.inner % tile.columns != 0,
         tl.float64 if acc_dtype(x) == torch.float64 else tl.float32,
         tl.int32 if tiles.index_bits(layout, tile) == 32 else tl.int64, along, gaussians,
     )  # fmt: skip

@@ -99,12 +99,12 @@ def mixture_backward(inputs, parameters, dx, partials, settings, extent, RESIDUA
         # the forward pass again
         tile = place_tile(inputs.mask, index, walk.head, walk.strip_row, view, PLAN)
         _raw, x = load_blocks(inputs.x, inputs.mask, tile, view, False, PLAN)
+        gradients = load_gradients(inputs, tile, view, RESIDUAL, PLAN)
         d, centred, inv_var = centre_unpadded(x, padding, tile, inputs.mask, settings.eps, view, PLAN.ACC)
         frame, inv_count = find_frame(gaussian, inv_var), centred.inv_count
         f, s = measure(d, centred.mean_error, gaussian, frame, tile.valid)
         weights, gaps, min_s, free = weigh(s, frame, gaussian, settings.log2_eps, tile.valid, inv_count, inputs.mask)
         # what reaches the weights, and its sums over the chunk
-        gradients = load_gradients(inputs, tile, view, RESIDUAL, PLAN)
         h = find_h(gradients, x, padding)
         sum_h = tl.sum(add_products(h, weights), 0)[None, :]
         free_h, clamped = free * sum_h, (1.0 - free) * sum_h

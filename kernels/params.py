@@ -131,14 +131,15 @@ def param_gradients(
     entries = tl.program_id(0).to(tl.int64) * ENTRIES + tl.arange(0, ENTRIES)
     inside = entries < n_entries
     distance, head_stride, group_stride, entry_stride = partials.strides
-    start, totals = partials.data + head * head_stride + entries[None, :] * entry_stride, []
-    for i in tl.static_range(N):
-        total = tl.zeros([BLOCK, ENTRIES], tl.float64)
-        for first in range(0, n_groups, BLOCK):
-            groups = tl.cast(first, tl.int64) + tl.arange(0, BLOCK)[:, None]
+    start = partials.data + head * head_stride + entries[None, :] * entry_stride
+    totals = zero_blocks(N, BLOCK, ENTRIES, tl.float64)
+    for first in range(0, n_groups, BLOCK):
+        groups, more = tl.cast(first, tl.int64) + tl.arange(0, BLOCK)[:, None], []
+        for i in tl.static_range(N):
             pointers = start + tl.cast(distance, tl.int64) * i + groups * group_stride
-            total += tl.load(pointers, inside[None, :] & (groups < n_groups), 0.0).to(tl.float64)
-        totals = totals + [tl.sum(total, 0)]
+            more = more + [tl.load(pointers, inside[None, :] & (groups < n_groups), 0.0).to(tl.float64)]
+        totals = add_lists(totals, more)
+    totals = [tl.sum(total, 0) for total in totals]
     p_gradient, q_gradient = FINISH(totals, parameters, head, entries, inside, K)
     tl.store(d_p.data + head * d_p.strides[0] + entries, p_gradient.to(d_p.data.dtype.element_ty), inside)
     tl.store(d_q.data + head * d_q.strides[0] + entries, q_gradient.to(d_q.data.dtype.element_ty), inside)

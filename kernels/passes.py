@@ -137,10 +137,10 @@ def _backward_streamed(
 def _launch_param_gradients(
     kernels: Kernels, call: Call, partials: Strided, parameters: Any, grads: tuple[Tensor, Tensor]
 ) -> None:
-    """Launch what turns partial sums into gradients, of up to 128 neighbours a program where they follow features."""
+    """Launch what turns partial sums into gradients, of up to 16 neighbours a program where they follow features."""
     n_params, entries = call.run.n_params, 1
     if call.run.feature_axis is not None:
-        entries = min(128, power_of_2(n_params))
+        entries = min(16, power_of_2(n_params))
     else:
         stride, head_stride, group_stride, _one = partials.strides
         stride, entry_stride = kernels.sum_strides(stride)
@@ -148,7 +148,7 @@ def _launch_param_gradients(
     launch.launch(
         param_gradients, (-(-n_params // entries), call.part.heads), partials, partials.data.shape[2], parameters,
         *map(call.of_heads, grads), n_params, device=partials.data.device, N=kernels.n_entry_sums,
-        K=kernels.gaussians(n_params), FINISH=kernels.finish, NAME=kernels.algorithm.name, BLOCK=1024 // entries,
+        K=kernels.gaussians(n_params), FINISH=kernels.finish, NAME=kernels.algorithm.name, BLOCK=2048 // entries,
         ENTRIES=entries, num_warps=4,
     )  # fmt: skip
 

@@ -47,7 +47,7 @@ class Budget(NamedTuple):
     pass is as density attention's forward pass has it.
     """
 
-    contiguous: int = 32  # elements a thread: a row of 1024 is one warp's
+    contiguous: int = 32  # elements a thread: a row of 1024 is one warp's, and waits for no barrier
     contiguous_full: int = 32  # with a mask or weights, or parameters for every position
     contiguous_most: int = 32  # with both
     strided: int = 48  # 24 layers two columns at a time, or 12 or 6 blocks of them 64 or 128 bits wide
@@ -56,7 +56,7 @@ class Budget(NamedTuple):
     streamed: int = 32
     contiguous_vector: int = 8
     strided_vector: int = 8
-    strided_least_vector: int = 8  # where longer ones would leave a chunk to more lanes
+    strided_least_vector: int = 4  # where longer ones would leave a chunk to more lanes
     streamed_vector: int = 8
     longest_contiguous: int = LONGEST_CONTIGUOUS
     longest_strided: int = LONGEST_STRIDED
@@ -69,25 +69,22 @@ class Budget(NamedTuple):
 
 
 FORWARD = Budget()
-# The mixture adds along a chunk five times where density attention does three, so that narrower loads pay for
-# themselves: lanes that share a chunk shuffle for every sum.
-FORWARD_MIXTURE = Budget(strided_masked=32, strided_least_vector=4)
+FORWARD_MIXTURE = Budget(strided_masked=32, longest_contiguous=2 * LONGEST_CONTIGUOUS)
 FORWARD_GATE = Budget(
-    strided=32, strided_masked=32, strided_full=16, streamed=16, strided_least_vector=4, streamed_vector=4
+    contiguous=36, strided_masked=32, strided_full=16, streamed=16, strided_vector=4, streamed_vector=4
 )
 # x, grad_y and the weights are alive at once
 BACKWARD = Budget(
-    contiguous_full=16, contiguous_most=16, strided_masked=32, strided_full=16, streamed=16, contiguous_vector=4,
-    strided_least_vector=4,
-)  # fmt: skip
+    contiguous_full=16, contiguous_most=16, strided_masked=32, strided_full=16, contiguous_vector=4, strided_vector=4
+)
 # so are k and s
 BACKWARD_MIXTURE = Budget(
-    contiguous=16, contiguous_full=16, contiguous_most=16, strided=24, strided_masked=24, strided_full=16, streamed=16,
-    strided_least_vector=2,
+    contiguous_full=16, contiguous_most=16, strided_masked=24, strided_full=16, strided_vector=4,
+    longest_contiguous=2 * LONGEST_CONTIGUOUS,
 )  # fmt: skip
 # so are all numbers of up to four Gaussians
 BACKWARD_GATE = Budget(
-    contiguous=16, contiguous_full=8, contiguous_most=8, strided=24, strided_masked=12, strided_full=8, streamed=8,
+    contiguous_full=8, contiguous_most=8, strided=24, strided_masked=12, strided_full=8, streamed=8,
     contiguous_vector=4, strided_vector=4, strided_least_vector=2, streamed_vector=4,
 )  # fmt: skip
 
@@ -121,11 +118,12 @@ def find_tile(
 
     along: what parameters vary along (`operands.varies`). Where that is the inner dimension, they shrink a tile to its
     size; otherwise a batch may be part of it and nothing does. Threads hold a quarter in fp64, where a value and all
-    made of it take two registers, and half where strides keep accesses narrow, since then every element has an address
-    of its own; of columns that are streamed, or have a mask or weights, a quarter.
+    made of it take two registers. Where strides keep accesses narrow, elements of columns have addresses of their own:
+    half, and a quarter if they are streamed, or have a mask or weights. Of rows, those with a mask or weights do: half.
     """
-    narrow = 4 if (mask or weights or streamed) and not layout.contiguous else 2
-    divisor = (4 if dtype == torch.float64 else 1) * (narrow if layout.unit == 1 else 1)
+    divisor = 4 if dtype == torch.float64 else 1
+    if layout.unit == 1:
+        divisor *= (2 if mask or weights or streamed else 1) * (1 if layout.contiguous else 2)
 
     def shared(n: int) -> int:
         return max(1, n // divisor)
@@ -135,7 +133,9 @@ def find_tile(
     elif layout.contiguous:
         n_more = (mask or weights) + (along == "chunk")
         elements = (budget.contiguous, budget.contiguous_full, budget.contiguous_most)[n_more]
-        tile = _contiguous(layout.chunk, shared(elements), shared(budget.contiguous_vector))
+        # of loads that are of one element whatever a block holds, those of several short rows are too many at once
+        vector, together = (budget.contiguous_vector, elements) if layout.unit > 1 else (2, elements // 2)
+        tile = _contiguous(layout.chunk, shared(elements), shared(vector), shared(together))
     else:
         # fp32 moves twice the bytes an element: it has instructions to spare, and more warps hide more latency
         full = weights or dtype.itemsize > 2 or along == "chunk"
@@ -149,17 +149,18 @@ def find_tile(
     return replace(tile, columns=min(tile.columns, power_of_2(layout.inner))) if along == "inner" else tile
 
 
-def _contiguous(chunk: int, elements: int, vector: int) -> Tile:
+def _contiguous(chunk: int, elements: int, vector: int, together: int) -> Tile:
     """Return a tile of one warp a row while it can hold it: a row spread over more costs a barrier a sum. Blocks are of
-    as few positions as a warp loads at once: a row of 768 is three of them. Up to 32 short rows share a program.
+    as few positions as a warp loads at once: a row of 768 is three of them. Up to 32 short rows share a program, so
+    that a thread has `together` elements.
     """
     vector = min(vector, elements)
-    num_warps = max(1, power_of_2(chunk) // (32 * elements))
+    num_warps = power_of_2(-(-chunk // (32 * elements)))
     least = max(min(16, power_of_2(chunk)), power_of_2(-(-chunk * min(4, vector) // elements)))
     sizes = [n for n in (least << k for k in range(8)) if n <= max(least, 32 * vector * num_warps)]
     rows = min(sizes, key=lambda n: (-(-chunk // n) * n, -n))
     n_blocks = -(-chunk // rows)
-    columns = 32 * num_warps * elements // (rows * n_blocks)
+    columns = 32 * num_warps * together // (rows * n_blocks)
     return Tile(rows, min(32, _power_below(columns)), num_warps, n_blocks)
 
 
@@ -227,7 +228,7 @@ def worth_keeping(x: Tensor, axis: int, heads: int) -> bool:
 
 # --- Programs -----------------------------------------------------------------------------------
 
-MAX_PROGRAMS = 4096  # per head; beyond that programs take several tiles and load their parameters once
+MAX_PROGRAMS = 8192  # per head; beyond that programs take several tiles and load their parameters once
 FILL = 1056  # warps that keep a large GPU (132 multiprocessors) busy
 
 

@@ -163,7 +163,7 @@ def place_tile(mask, index, head, row, view, PLAN: tl.constexpr):
     row_masks, inside = [], []
     for i in tl.static_range(PLAN.N_BLOCKS):
         row_mask = tl.full([1, 1], True, tl.int1)
-        if PLAN.RAGGED_P:
+        if i >= PLAN.N_BLOCKS - PLAN.RAGGED_P:
             row_mask = (position.row + i * PLAN.BLOCK_P + position.rows < view.chunk)[:, None]
         row_masks = row_masks + [row_mask]
         if PLAN.RAGGED_C:
