@@ -91,11 +91,10 @@ def count_turns(recorded: Launch, code: list[Instruction]) -> float:
         return -(-extent.n_strips // plan.BLOCK_P)
     if main_loop(code) is None:
         return 1
-    # a loop, which may be unrolled, for each of N sums: the main one takes the turns of all but what the others take
-    partials, groups, *_ = recorded.args
+    partials, groups, *_ = recorded.args  # of N sums in one loop, which may be unrolled
     block, entries, n_sums = (recorded.meta[name] for name in ("BLOCK", "ENTRIES", "N"))
     read = n_sums * -(-groups // block) * block * entries * partials.data.itemsize
-    return max(1.0, read / _count_loaded(recorded, code) - (n_sums - 1))
+    return max(1.0, read / _count_loaded(recorded, code))
 
 
 def launched(recorded: Launch, compiled: Compiled, earlier: float = 0.0) -> model.Launched:

@@ -54,6 +54,7 @@ class Budget(NamedTuple):
     strided_masked: int = 48  # with a mask, or where blocks do not divide the chunk
     strided_full: int = 24  # with weights, or parameters for every position, or of fp32
     streamed: int = 32
+    streamed_full: int = 32  # with parameters for every position
     contiguous_vector: int = 8
     strided_vector: int = 8
     strided_least_vector: int = 4  # where longer ones would leave a chunk to more lanes
@@ -64,7 +65,7 @@ class Budget(NamedTuple):
     def divide(self, divisor: int, least: int = 1) -> Budget:
         """Return a budget of the same vectors and chunks for so many times the numbers an element."""
         elements = ("contiguous", "contiguous_full", "contiguous_most", "strided", "strided_masked", "strided_full")
-        names = (*elements, "streamed")
+        names = (*elements, "streamed", "streamed_full")
         return self._replace(**{name: max(least, getattr(self, name) // divisor) for name in names})
 
 
@@ -75,8 +76,9 @@ FORWARD_GATE = Budget(
 )
 # x, grad_y and the weights are alive at once
 BACKWARD = Budget(
-    contiguous_full=16, contiguous_most=16, strided_masked=32, strided_full=16, contiguous_vector=4, strided_vector=4
-)
+    contiguous_full=16, contiguous_most=16, strided_masked=32, strided_full=16, streamed_full=16, contiguous_vector=4,
+    strided_vector=4,
+)  # fmt: skip
 # so are k and s
 BACKWARD_MIXTURE = Budget(
     contiguous_full=16, contiguous_most=16, strided_masked=24, strided_full=16, strided_vector=4,
@@ -129,7 +131,8 @@ def find_tile(
         return max(1, n // divisor)
 
     if streamed:
-        tile = _streamed(shared(budget.streamed), shared(budget.streamed_vector), layout.contiguous)
+        elements = budget.streamed_full if along == "chunk" else budget.streamed
+        tile = _streamed(shared(elements), shared(budget.streamed_vector), layout.contiguous)
     elif layout.contiguous:
         n_more = (mask or weights) + (along == "chunk")
         elements = (budget.contiguous, budget.contiguous_full, budget.contiguous_most)[n_more]
