@@ -11,7 +11,8 @@ bytes side by side in an access of a warp (run), and bytes in flight on a multip
 store. And the share of a copy's bandwidth that `bench/model.py` gives the kernel: on an A100, an H200 and a B200.
 
 Configurations: bf16 and fp32, aligned, 2^26 elements, 4 Gaussians, 1024 columns; other dtypes and --full on demand.
-With --gpu, instead: what the model makes of both passes of each, and of the workloads of the benchmarks.
+With --gpu, instead: what the model makes of both passes of each, of the workloads of the benchmarks, and of chunks as
+long as the authors' models have.
 
 The same compiler gives the same figures.
 bench/history/audit keeps those of the code as it is, a file a target, and the tests compare with them exactly.
@@ -35,7 +36,7 @@ from bench.gpus import GPUS, Gpu
 from bench.machine_code import find_turn, instructions
 from bench.modelled import Modelled, count_elements, find_run, launched, model_pass, model_workload, record_passes
 from bench.timeline import find_timeline
-from bench.workloads import workloads
+from bench.workloads import lengths, workloads
 from daam.kernels.algorithms import ALGORITHMS, count_tensors
 from daam.kernels.tiles import LONGEST_CONTIGUOUS, LONGEST_STRIDED
 
@@ -182,13 +183,13 @@ def audit(target: str, configurations: list[Configuration]) -> Iterator[tuple[st
 
 
 def print_model(gpu: Gpu, configurations: list[Configuration]) -> None:
-    """Print what the model makes of the passes of configurations, and of the benchmarks' workloads, on a GPU."""
+    """Print what the model makes of the passes of configurations, and of the workloads, on a GPU."""
     print(f"{gpu.name}: microseconds, share of a copy, what takes longest; forward, then backward")
     for one in configurations:
         moved = 2 * ELEMENTS * DTYPES[one.dtype].itemsize
         least = {"forward": moved, "backward": 3 * moved / 2}
         print(f"{one!s:64}", *(_text(model_pass(made, least[name], gpu)) for name, made in one.passes().items()))
-    for workload in workloads("cuda"):
+    for workload in (*workloads("cuda"), *lengths()):
         print(f"{workload!s:64}", *map(_text, model_workload(workload, gpu).values()), flush=True)
 
 

@@ -94,6 +94,32 @@ _CPU = [
 ]
 
 
+# lengths of chunks that the authors' models have, of 24 layers by 8 heads or one, and of a gate, by algorithm: in rows
+# that stay on chip and in longer ones, in columns that do and in longer ones
+LENGTHS = {
+    "contiguous": {"density": (187, 3750), "mixture": (187, 750, 937, 3750), "gate": (225, 1125)},
+    "long rows": {"density": (7500, 16_384), "mixture": (7500, 15_000), "gate": (2250, 5625)},
+    "strided": {"density": (3, 24), "mixture": (3, 24), "gate": (3, 24)},
+    "long columns": {"density": (512,), "mixture": (512,), "gate": (256,)},
+}
+
+
+def chunks_of(name: str, regime: str, length: int) -> Workload:
+    """Return a workload of 2^26 elements: rows of a length, or columns, 1024 of them side by side."""
+    shape = (2**26 // length, length) if regime in ("contiguous", "long rows") else (2**16 // length, length, 1024)
+    return Workload("lengths", name, shape, 1, 1, 1 if ALGORITHMS[name].features else 4)
+
+
+def lengths() -> dict[Workload, str]:
+    """Return the workloads of LENGTHS, with the regime of each."""
+    return {
+        chunks_of(name, regime, length): regime
+        for regime, algorithms in LENGTHS.items()
+        for name, found in algorithms.items()
+        for length in found
+    }
+
+
 def workloads(device: str) -> list[Workload]:
     """Return the workloads of a device, those first that begin a family: in bf16 on a GPU, in fp32 on a CPU. Those that
     begin a family come in the other dtype too, on a CPU only the first of them.

@@ -15,9 +15,8 @@ from bench.device.cases import TIMED
 from bench.device.session import Job, Session
 from bench.device.times import empty_tensors, median_seconds
 from bench.modelled import launches
-from bench.workloads import Workload
+from bench.workloads import Workload, lengths
 from daam.kernels import host, tiles
-from daam.kernels.algorithms import ALGORITHMS
 
 STRIDED = ("strided", "strided_masked", "strided_full")
 CONTIGUOUS = ("contiguous", "contiguous_full", "contiguous_most")
@@ -40,33 +39,13 @@ TRIED = {
         for v in (2, 4, 8)
     ],
 }
-# lengths of chunks that the authors' models have, of 24 layers, and of a gate: in rows, then in columns
-LENGTHS = {
-    "contiguous": {"density": (187, 3750), "mixture": (187, 750, 937, 3750), "gate": (225, 1125)},
-    "long rows": {"density": (7500, 16_384), "mixture": (7500, 15_000), "gate": (2250, 5625)},
-    "strided": {"density": (24,), "mixture": (24,), "gate": (24,)},
-    "long columns": {"density": (512,), "mixture": (512,), "gate": (256,)},
-}
-
-
-def chunks_of(name: str, regime: str, length: int) -> Workload:
-    """Return a workload of 2^26 elements: rows of a length, or columns, 1024 of them side by side."""
-    shape = (2**26 // length, length) if regime in ("contiguous", "long rows") else (2**16 // length, length, 1024)
-    return Workload("lengths", name, shape, 1, 1, 1 if ALGORITHMS[name].features else 4)
-
-
 SWEPT = [
     *((TIMED[i], "strided") for i in (1, 4, 7, 9)),
     *((TIMED[i], "contiguous") for i in (3, 8, 5)),
     *((TIMED[i], "streamed") for i in (2, 11, 10)),
     *((replace(TIMED[i], dtype="float32"), "strided") for i in (1, 4, 7)),
     *((replace(TIMED[i], dtype="float32"), "contiguous") for i in (3, 8, 5)),
-    *(
-        (chunks_of(name, regime, length), regime)
-        for regime, algorithms in LENGTHS.items()
-        for name, lengths in algorithms.items()
-        for length in lengths
-    ),
+    *lengths().items(),
 ]
 ROUNDS = 9
 

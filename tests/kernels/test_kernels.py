@@ -77,7 +77,7 @@ DENSITY = [
     Case((32, 512), -1, params="one"),
     Case((2, 128, 64), 1),
     Case((2, 131, 9), 1),
-    Case((1, 2048), 1),
+    Case((1, 4096), 1),
     Case((1, 5, 1), 1, params="one"),
     Case((1, 1), 0),
 ]
@@ -111,7 +111,7 @@ OTHERS = [
     Case((2, 24, 40), 1, heads=2),
     Case((5, 72), -1),
     Case((2, 128, 64), 1),
-    Case((1, 2048), 1),
+    Case((1, 4096), 1),
 ]
 # Sums of the weights on both sides of their clamp, positions that hold the padding value, and both.
 MIXTURE = [
