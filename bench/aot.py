@@ -15,10 +15,11 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from unittest import mock
 
+import torch
 import triton
 from triton import knobs
 from triton.backends.compiler import GPUTarget
@@ -37,13 +38,14 @@ TARGETS = {
 @dataclass(frozen=True)
 class Launch:
     """Hold a kernel and the arguments it was launched with; tensors among them may be on the meta device. grid: the
-    programs, by dimension.
+    programs, by dimension. options: of the compiler, beside num_warps, which meta has; None: those of this project.
     """
 
     kernel: Any
     args: tuple
     meta: dict
     grid: tuple[int, ...] = (1,)
+    options: dict | None = None
 
     @property
     def name(self) -> str:
@@ -106,9 +108,33 @@ def recording() -> Iterator[list[Launch]]:
         yield launches
 
 
+@contextlib.contextmanager
+def recording_triton() -> Iterator[list[Launch]]:
+    """Record launches that go through Triton, kernel[grid](…), as `recording` does those of this project. When the
+    block ends their tensors move to the meta device.
+    """
+    launches: list[Launch] = []
+
+    def record(kernel, *args, grid, warmup, **meta):
+        launches.append(Launch(kernel, args, meta, grid, {"enable_fp_fusion": True}))
+
+    with mock.patch.object(triton.JITFunction, "run", record):
+        yield launches
+    launches[:] = [replace(one, args=tuple(map(_drop_memory, one.args))) for one in launches]
+
+
+def _drop_memory(arg: Any) -> Any:
+    """Return a tensor's like on the meta device, and anything else as it is."""
+    if isinstance(arg, torch.Tensor):
+        return torch.empty_strided(arg.shape, arg.stride(), dtype=arg.dtype, device="meta")
+    return arg
+
+
 def compile_for(target: str, recorded: Launch) -> Compiled:
     """Compile a recorded launch for the target of that name in TARGETS, and return what the compiler made of it."""
-    options = launch.options(recorded.meta["num_warps"], nvidia=TARGETS[target].backend == "cuda")
+    options = recorded.options
+    if options is None:
+        options = launch.options(recorded.meta["num_warps"], nvidia=TARGETS[target].backend == "cuda")
     with mock.patch.object(triton.runtime.driver, "_active", _Offline(target)), knobs.compilation.scope():
         knobs.compilation.disable_line_info = True
         kernel = recorded.kernel.warmup(*recorded.args, **launch.wrap(recorded.meta), **options, grid=(1,))

@@ -52,18 +52,24 @@ def launches(*args, **options) -> list[Launch]:
     return list(itertools.chain(*record_passes(*args, **options).values()))
 
 
-def count_unrolled(recorded: Launch, code: list[Instruction]) -> int:
+def count_unrolled(code: list[Instruction], loaded: float, num_warps: int) -> int:
+    """Return how often LLVM unrolled the main loop, a turn of which loads so many bytes as it was written."""
+    return max(1, int(_count_loaded(code, num_warps) / loaded))
+
+
+def _count_loaded(code: list[Instruction], num_warps: int) -> float:
+    """Return the bytes that a program loads in a turn of the main loop."""
+    return sum(step.bits for step in find_turn(code) if step.loads) / 8 * 32 * num_warps
+
+
+def count_tiles(recorded: Launch, code: list[Instruction]) -> int:
     """Return how many tiles of x a turn of the main loop handles: as often as LLVM unrolled a loop over strips."""
     plan, extent = recorded.meta["PLAN"], recorded.args[-1]
     rows, itemsize = plan.BLOCK_P * plan.N_BLOCKS, recorded.args[0].x.data.itemsize
     if extent.chunk <= rows:
         return 1
-    return max(1, int(_count_loaded(recorded, code) / (rows * plan.BLOCK_C * itemsize) / count_moved(recorded)[0]))
-
-
-def _count_loaded(recorded: Launch, code: list[Instruction]) -> float:
-    """Return the bytes that a program loads in a turn of the main loop."""
-    return sum(step.bits for step in find_turn(code) if step.loads) / 8 * 32 * recorded.meta["num_warps"]
+    loaded = rows * plan.BLOCK_C * itemsize * count_moved(recorded)[0]
+    return count_unrolled(code, loaded, recorded.meta["num_warps"])
 
 
 def count_elements(recorded: Launch, code: list[Instruction]) -> float:
@@ -71,7 +77,7 @@ def count_elements(recorded: Launch, code: list[Instruction]) -> float:
     the chunk.
     """
     plan, extent = recorded.meta["PLAN"], recorded.args[-1]
-    return min(extent.chunk, plan.BLOCK_P * plan.N_BLOCKS) * plan.BLOCK_C * count_unrolled(recorded, code)
+    return min(extent.chunk, plan.BLOCK_P * plan.N_BLOCKS) * plan.BLOCK_C * count_tiles(recorded, code)
 
 
 def count_moved(recorded: Launch) -> tuple[int, int]:
@@ -86,7 +92,7 @@ def count_turns(recorded: Launch, code: list[Instruction]) -> float:
     programs, plan, extent = math.prod(recorded.grid), recorded.meta.get("PLAN"), recorded.args[-1]
     if count_tensors(recorded.name):
         tiles = extent.n_tiles * -(-extent.chunk // (plan.BLOCK_P * plan.N_BLOCKS)) * recorded.grid[1]
-        return tiles / programs / count_unrolled(recorded, code)
+        return tiles / programs / count_tiles(recorded, code)
     if isinstance(extent, Extent):
         return -(-extent.n_strips // plan.BLOCK_P)
     if main_loop(code) is None:
@@ -94,7 +100,7 @@ def count_turns(recorded: Launch, code: list[Instruction]) -> float:
     partials, groups, *_ = recorded.args  # of N sums in one loop, which may be unrolled
     block, entries, n_sums = (recorded.meta[name] for name in ("BLOCK", "ENTRIES", "N"))
     read = n_sums * -(-groups // block) * block * entries * partials.data.itemsize
-    return max(1.0, read / _count_loaded(recorded, code))
+    return max(1.0, read / _count_loaded(code, recorded.meta["num_warps"]))
 
 
 def launched(recorded: Launch, compiled: Compiled, earlier: float = 0.0) -> model.Launched:
@@ -109,9 +115,18 @@ def launched(recorded: Launch, compiled: Compiled, earlier: float = 0.0) -> mode
     else:  # sums that the launch before has written
         read = cached = float(recorded.args[0].data.nbytes)
         written = 0.0
+    return take(recorded, compiled, code, count_turns(recorded, code), read, written, cached, run)
+
+
+def take(
+    recorded: Launch, compiled: Compiled, code: list[Instruction], turns: float, read: float, written: float,
+    cached: float = 0.0, run: int | None = None,
+) -> model.Launched:  # fmt: skip
+    """Return any launch for an NVIDIA GPU as the model takes it; `model.Launched` says what is what."""
+    num_warps = recorded.meta.get("num_warps", 4)  # as many as Triton's own default
     return model.Launched(
-        code, compiled.registers, compiled.shared, recorded.meta["num_warps"], math.prod(recorded.grid),
-        count_turns(recorded, code), read, written, cached, run,
+        code, compiled.registers, compiled.shared, num_warps, math.prod(recorded.grid), turns, read, written, cached,
+        run,
     )  # fmt: skip
 
 
