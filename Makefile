@@ -8,8 +8,8 @@ SHELL := bash
 
 AUDITS := audit-sm_80 audit-sm_90 audit-sm_100 audit-gfx942
 
-.PHONY: demo test test-daam test-others test-emulated test-emulated-sample margins lint bench audit test-slow gpu gpu-dry \
-	gpu-prepare clean
+.PHONY: demo test test-daam test-others test-emulated test-emulated-sample margins lint bench audit audit-model test-slow \
+	gpu gpu-dry gpu-prepare clean
 
 demo: $(INSTALLED)
 	$(BIN)/python -m daam.recipes.digits $(ARGS)
@@ -56,12 +56,17 @@ bench: $(INSTALLED)
 	$(BIN)/python -m pytest bench --benchmark-only --benchmark-json=$(OUT)/bench.json $(ARGS)
 	$(BIN)/python -m bench.plot $(OUT)/bench.json --output $(OUT)/plots
 
-# What the compiler makes of every configuration, on every target, against what is committed.
-audit: $(AUDITS)
+# What the compiler makes of every configuration, on every target, and the performance model of what was measured,
+# against what is committed.
+audit: $(AUDITS) audit-model
 
 $(AUDITS): audit-%: $(INSTALLED)
 	$(BIN)/python -m bench.audit --targets $* --output build/audit/$*.json
 	$(BIN)/python -m bench.compare bench/history/audit/$*.json build/audit/$*.json --plot build/audit/$*.png
+
+audit-model: $(INSTALLED)
+	$(BIN)/python -m bench.validate --output build/audit/model.json
+	diff bench/history/model.json build/audit/model.json
 
 # The full product of cases: hours.
 test-slow: $(INSTALLED)
