@@ -1,6 +1,6 @@
 """Hold the performance model (`bench/model.py`) against clocks, without a GPU: modelled and measured microseconds.
 
-    python -m bench.validate [--output bench/history/model.json]
+    python -m bench.validate [--tiles] [--output bench/history/model.json]
     python -m bench.validate --fit
 
 - streams: kernels that only move memory, on an H200; from them, and from nothing else, come the constants of its
@@ -8,8 +8,9 @@
   streams: laws that were published have 1.75.
 - liger: norms of liger-kernel, which this project measured on an H200.
 - published: norms and softmax that others measured on an H100 and a B200 (`PUBLISHED`).
-- ours: this project's kernels in tiles that were tried on an H200: of every workload and pass the fastest and the
-  slowest that spills nothing, and what was shipped.
+- ours, with --tiles: this project's kernels in tiles that were tried on an H200: of every workload and pass the fastest
+  and the slowest that spills nothing, and what was shipped. Kernels were what they were in commit 8f22c6c: put its
+  folder kernels/ in place of today's for a fair test.
 
 Of what spills the model knows nothing: such rows are shown, but no median counts them. The same compiler gives the same
 figures. What ran on the H200 was compiled by Triton 3.6.0, and the fair test is a Python that has it; sums of several
@@ -45,10 +46,8 @@ from daam.kernels import host, tiles
 MEASURED = Path(__file__).parent / "history" / "nvidia-h200"
 DAY = "2026-11-27-3"
 WORST = 6  # rows that a table shows of many
-GROUPS = (
-    *("streams", "liger forward", "liger backward", "published forward", "published backward"),
-    *("ours, one warp", "ours, several warps"),
-)
+OTHERS = ("streams", "liger forward", "liger backward", "published forward", "published backward")
+OURS = ("ours, one warp", "ours, several warps")
 
 
 @dataclass(frozen=True)
@@ -68,9 +67,10 @@ class Row:
         return self.modelled / self.us - 1
 
 
-def rows() -> Iterator[Row]:
-    """Yield all rows, group by group."""
-    return itertools.chain(stream_rows(GPUS["h200"]), liger_rows(), published_rows(), tile_rows())
+def rows(with_tiles: bool) -> Iterator[Row]:
+    """Yield all rows, group by group; those of this project's kernels in tiles where they are asked for."""
+    others = stream_rows(GPUS["h200"]), liger_rows(), published_rows()
+    return itertools.chain(*others, tile_rows() if with_tiles else ())
 
 
 def read(what: str) -> list[dict]:
@@ -213,7 +213,7 @@ def tile_row(case: str, us: float, **_) -> Row:
         made = record_passes(algorithm, workload.x, p, None, workload.axis, workload.feature_axis, full=False)[which]
     gpu = GPUS["h200"]
     spills = max(aot.compile_for(gpu.target, one).stack for one in made)
-    group = "ours, one warp" if num_warps == 1 else "ours, several warps"
+    group = OURS[0] if num_warps == 1 else OURS[1]
     return Row(group, case, "h200", us, model_pass(made, 1, gpu).us, spills)
 
 
@@ -273,13 +273,14 @@ def main() -> None:
     """Run the command line: print tables, and write all rows where --output says."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, help="write all rows as JSON")
+    parser.add_argument("--tiles", action="store_true", help="with this project's kernels in tiles that were tried")
     parser.add_argument("--fit", action="store_true", help="print what streams make of other constants, and no table")
     args = parser.parse_args()
     if args.fit:
         print_fits()
         return
-    found: dict[str, list[Row]] = {group: [] for group in GROUPS}
-    for row in rows():
+    found: dict[str, list[Row]] = {group: [] for group in (*OTHERS, *(OURS if args.tiles else ()))}
+    for row in rows(args.tiles):
         found[row.group].append(row)
     print_tables(found)
     if args.output:

@@ -50,6 +50,7 @@ class Budget(NamedTuple):
     contiguous: int = 32  # elements a thread: a row of 1024 is one warp's, and waits for no barrier
     contiguous_full: int = 32  # with a mask or weights, or parameters for every position
     contiguous_most: int = 32  # with both
+    together: int = 32  # of several rows that share a program
     strided: int = 48  # 24 layers two columns at a time, or 12 or 6 blocks of them 64 or 128 bits wide
     strided_masked: int = 48  # with a mask, or where blocks do not divide the chunk
     strided_full: int = 24  # with weights, or parameters for every position, or of fp32
@@ -65,7 +66,7 @@ class Budget(NamedTuple):
     def divide(self, divisor: int, least: int = 1) -> Budget:
         """Return a budget of the same vectors and chunks for so many times the numbers an element."""
         elements = ("contiguous", "contiguous_full", "contiguous_most", "strided", "strided_masked", "strided_full")
-        names = (*elements, "streamed", "streamed_full")
+        names = (*elements, "together", "streamed", "streamed_full")
         return self._replace(**{name: max(least, getattr(self, name) // divisor) for name in names})
 
 
@@ -86,8 +87,8 @@ BACKWARD_MIXTURE = Budget(
 )  # fmt: skip
 # so are all numbers of up to four Gaussians
 BACKWARD_GATE = Budget(
-    contiguous_full=8, contiguous_most=8, strided=24, strided_masked=12, strided_full=8, streamed=8,
-    contiguous_vector=4, strided_vector=4, strided_least_vector=2, streamed_vector=4,
+    contiguous_full=8, contiguous_most=8, together=24, strided=24, strided_masked=12, strided_full=8, streamed=8,
+    contiguous_vector=2, strided_vector=4, strided_least_vector=2, streamed_vector=4,
 )  # fmt: skip
 
 
@@ -137,7 +138,9 @@ def find_tile(
         n_more = (mask or weights) + (along == "chunk")
         elements = (budget.contiguous, budget.contiguous_full, budget.contiguous_most)[n_more]
         # of loads that are of one element whatever a block holds, those of several short rows are too many at once
-        vector, together = (budget.contiguous_vector, elements) if layout.unit > 1 else (2, elements // 2)
+        narrow = layout.unit == 1
+        together = min(budget.together, elements // 2 if narrow else elements)
+        vector = 2 if narrow else budget.contiguous_vector
         tile = _contiguous(layout.chunk, shared(elements), shared(vector), shared(together))
     else:
         # fp32 moves twice the bytes an element: it has instructions to spare, and more warps hide more latency
