@@ -41,7 +41,7 @@ class Gpu:
     l2: int
     l2_read: float
     l2_latency: float
-    l1: float = 24
+    l1: float = 16
     fp32: int = 128
     launch: float = 2.5
     next: float = 1.3
@@ -53,14 +53,14 @@ READ_RUNS: Mapping[int, float] = MappingProxyType({32: 0.80, 64: 0.94, 128: 1.0}
 WRITE_RUNS: Mapping[int, float] = MappingProxyType({32: 0.56, 64: 0.78, 128: 1.0})
 
 GPUS = {
-    # [streams], 80 GB: f0 of 13.3 KB is 757 ns, of which two thirds are taken, as of the H200's; L2: 7.2 TB/s and 200
+    # [streams], 80 GB: f0 of 13.3 KB is 757 ns, of which seven tenths are taken, as of the H200's; L2: 7.2 TB/s and 200
     # clocks (PMC10448217, table 3); half the fp32 operations of later ones [guide]
-    "a100": Gpu("A100 80 GB", "sm_80", 108, 1.41, 1897, 1740, 1800, 500, 2.0, 30_000_000, 7200, 142, fp32=64),
-    # bandwidths [quack]; latency: f0 of the PCIe part, 12.3 KB, is 695 ns, of which two thirds; L2 as the H200's
-    "h100": Gpu("H100 SXM", "sm_90", 132, 1.75, 2900, 2900, 2900, 460, 2.0, 40_000_000, 9700, 150),
-    # [here]; published f0 of 18.3 KB would be 620 ns and p 1.75; L2 [streams]: 9.6 to 9.9 TB/s up to 40 MB
-    "h200": Gpu("H200", "sm_90", 132, 1.9, 4280, 4000, 4200, 411, 2.0, 40_000_000, 9700, 150),
+    "a100": Gpu("A100 80 GB", "sm_80", 108, 1.41, 1897, 1740, 1800, 537, 2.75, 30_000_000, 7200, 142, fp32=64),
+    # bandwidths [quack]; f0 of the PCIe part, 12.3 KB, is 695 ns, of which seven tenths, and its p; L2 as the H200's
+    "h100": Gpu("H100 SXM", "sm_90", 132, 1.75, 2900, 2900, 2900, 493, 2.35, 40_000_000, 9700, 150),
+    # [here]; published f0 of 18.3 KB would be 620 ns, and p 1.75; L2 [streams]: 9.6 to 9.9 TB/s up to 40 MB
+    "h200": Gpu("H200", "sm_90", 132, 1.9, 4280, 4000, 4200, 440, 2.5, 40_000_000, 9700, 150),
     # nine tenths of the 8 TB/s of the data sheet; the rest as the H200's, none being published: a third more bytes in
     # flight, which CCCL asks of it (64 KB for 48), are as many nanoseconds
-    "b200": Gpu("B200", "sm_100", 148, 1.9, 7200, 6900, 7000, 411, 2.0, 100_000_000, 16000, 150),
+    "b200": Gpu("B200", "sm_100", 148, 1.9, 7200, 6900, 7000, 440, 2.5, 100_000_000, 16000, 150),
 }
