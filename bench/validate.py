@@ -4,7 +4,8 @@
     python -m bench.validate --fit
 
 - streams: kernels that only move memory, on an H200; from them, and from nothing else, come the constants of its
-  memory: --fit prints how well others would do, best first.
+  memory: --fit prints how well others would do, best first. Of those that are best in the mean, all but equal, the
+  worst stream is least wrong by the ones chosen.
 - liger: norms of liger-kernel, which this project measured on an H200.
 - published: norms and softmax that others measured on an H100 and a B200 (`PUBLISHED`).
 - ours, with --tiles: this project's kernels in tiles that were tried on an H200: of every workload and pass the fastest
