@@ -149,7 +149,7 @@ def _launch_param_gradients(
         param_gradients, (-(-n_params // entries), call.part.heads), partials, partials.data.shape[2], parameters,
         *map(call.of_heads, grads), n_params, device=partials.data.device, N=kernels.n_entry_sums,
         K=kernels.gaussians(n_params), FINISH=kernels.finish, NAME=kernels.algorithm.name, BLOCK=2048 // entries,
-        ENTRIES=entries, num_warps=4,
+        ENTRIES=entries, num_warps=8,
     )  # fmt: skip
 
 

@@ -133,6 +133,8 @@ def find_tile(
 
     if streamed:
         elements = budget.streamed_full if along == "chunk" else budget.streamed
+        if (mask or weights) and dtype.itemsize > 2:  # fp32 values leave no room for more
+            elements //= 2
         tile = _streamed(shared(elements), shared(budget.streamed_vector), layout.contiguous)
     elif layout.contiguous:
         n_more = (mask or weights) + (along == "chunk")
@@ -184,9 +186,11 @@ def _strided(chunk: int, elements: int, least: int, most: int) -> Tile:
 
 
 def _streamed(elements: int, vector: int, contiguous: bool) -> Tile:
-    """Return a tile of blocks of four warps, of a row, or 16 rows of 64 columns of bf16."""
+    """Return a tile of blocks of four warps, of a row, or 8 rows of 128 columns: of bf16 these are 256 bytes, as long a
+    run as memory needs to be as fast as it can.
+    """
     vector = min(vector, elements)
-    rows, columns = (128 * vector, 1) if contiguous else (16, 8 * vector)
+    rows, columns = (128 * vector, 1) if contiguous else (8, 16 * vector)
     return Tile(rows, columns, 4, elements // vector)
 
 
@@ -198,7 +202,7 @@ def _power_below(n: int) -> int:
 # --- Streamed chunks ----------------------------------------------------------------------------
 
 STRIP_CONTIGUOUS, STRIP_STRIDED = 16_384, 512  # positions of a strip: its numbers are 16 bytes, 2 % of what it reads
-STRIPS = 32  # merged at a time, in fp64: 64 of 64 columns spill
+STRIPS = 16  # merged at a time, in fp64: 32 of 128 columns spill
 
 
 def find_strip(tile: Tile, layout: Layout, along: str) -> int:
