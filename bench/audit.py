@@ -7,8 +7,9 @@ Per kernel: registers a thread, stack (what spilled) and shared memory in bytes,
 that a multiprocessor can hold (NVIDIA); and of the main loop, an element of x: elements loaded and stored, instructions
 and special-function operations. Of NVIDIA's also what waiting depends on: bytes that a thread asks for before it uses
 the first of them (asked), rounds of loads that wait for each other, bytes that a thread stores in the end (stored),
-bytes side by side in an access of a warp (run), and bytes in flight on a multiprocessor: what all its warps ask for and
-store. And the share of a copy's bandwidth that `bench/model.py` gives the kernel: on an A100, an H200 and a B200.
+bytes side by side in an access of a warp (run), and bytes in flight on a multiprocessor: what all its warps ask for
+first, and store. And the share of a copy's bandwidth that `bench/model.py` gives the kernel: on an A100, an H200 and a
+B200.
 
 Configurations: bf16 and fp32, aligned, 2^26 elements, 4 Gaussians, 1024 columns; other dtypes and --full on demand.
 With --gpu, instead: what the model makes of both passes of each, of the workloads of the benchmarks, and of chunks as
@@ -209,6 +210,8 @@ def main() -> None:
     args = parser.parse_args()
     chosen = [replace(one, dtype=dtype, full=args.full) for dtype in args.dtypes for one in CONFIGURATIONS]
     if args.gpu:
+        if args.full or args.output:
+            parser.error("--gpu prints what is modelled without masks and weights: neither --full nor --output")
         print_model(GPUS[args.gpu], chosen)
         return
     names = list(Figures.__dataclass_fields__)

@@ -7,8 +7,8 @@ grew by more than max(5 %, 3·IQR of base) on a GPU, by more than 25 % on a CPU 
 project's. The latter must also have grown so much in multiples of all copies and layer_norms of the run: a busy moment
 moves one of the two, slower code both. Lesser changes are only reported. Counted figures fail on any increase: bytes;
 of the audit stack, shared memory, loads, stores, instructions and special functions an element, narrower accesses,
-registers past 128 and warps below 16. So does a case of ours that is missing, and any case with a figure that is none:
-missing, infinite, negative, not a number, or a time of 0. Exit code 1 on a failure, 2 where there is nothing to
+shorter runs, a smaller share of a copy, registers past 128 and warps below 16. So does a case of ours that is missing,
+and any case with a figure that is none: missing, infinite, negative, not a number, or a time of 0. Exit code 1 on a failure, 2 where there is nothing to
 compare.
 """
 
@@ -166,6 +166,7 @@ def _audit(name: str, base: dict, new: dict) -> list[Change]:
     base, new = (case | {"warps": case.get("warps") or 0} for case in (base, new))  # 0 where the compiler does not tell
     fewer = [_fewer(name, key, base, new) for key in WIDTHS]
     fewer.append(_fewer(name, "warps", base, new, new["warps"] < WARPS))
+    fewer += [_fewer(name, key, base, new) for key in ("run", "share") if base.get(key) and new.get(key)]
     registers = _counted(name, "registers", base, new, new["registers"] > REGISTERS)
     return [registers, *fewer, *(_counted(name, key, base, new) for key in COUNTED)]
 

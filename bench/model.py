@@ -28,7 +28,7 @@ from dataclasses import dataclass
 
 from bench.gpus import READ_RUNS, WRITE_RUNS, Gpu
 from bench.machine_code import Instruction
-from bench.timeline import SCHEDULERS, find_timeline
+from bench.timeline import RATES, SCHEDULERS, find_timeline
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,10 @@ def resident_warps(registers: int, shared: int, num_warps: int) -> int:
 
 
 def estimate(launch: Launched, gpu: Gpu) -> Estimate:
-    """Return the Estimate of a launch, without what launching takes."""
+    """Return the Estimate of a launch, without what launching takes; raise a ValueError where no program of it fits."""
+    if not launch.resident:
+        needs = f"{launch.num_warps} warps of {launch.registers} registers a thread and {launch.shared} bytes"
+        raise ValueError(f"launch needs {needs} a program, expected what a multiprocessor holds")
     cached = launch.cached_share(gpu)
     latency = cached * gpu.l2_latency + (1 - cached) * gpu.latency
     timeline = find_timeline(launch.code, gpu, launch.num_warps, latency)
@@ -105,9 +108,7 @@ def find_busy(counts: Mapping[str, float], gpu: Gpu) -> dict[str, float]:
     return {
         "issue": counts["all"] / SCHEDULERS,
         "fp32": counts["fp32"] * 32 / gpu.fp32,
-        "fp64": counts["fp64"] * 32 / 64,
-        "integer": counts["integer"] * 32 / 64,
-        "special": counts["special"] * 32 / 16,
+        **{unit: counts[unit] * 32 / RATES[unit] for unit in ("fp64", "integer", "special")},
         "shuffle": counts["shuffle"] + counts["shared"],
     }
 

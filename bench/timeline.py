@@ -27,13 +27,13 @@ _UNITS = {
     **dict.fromkeys(("BAR", "BRA", "EXIT", "BSSY", "BSYNC", "WARPSYNC"), "control"),
     "SHFL": "shuffle",
 }
-# Clocks from issue to result. 4 of arithmetic, and others [ampere]; 29 of shared memory [hopper]; a barrier with the
-# warps already there, and constants that are cached: some 30
+# Clocks from issue to result, by the sources that `gpus` names: 4 of arithmetic [ampere], and half a one that dependent
+# instructions lose; 29 of shared memory [hopper]. Others are estimates, of what is published on Volta to Hopper
 _LATENCY = {
     "fp32": 4.5, "integer": 4.5, "special": 20, "fp64": 8, "shared": 29, "shuffle": 24, "constant": 30, "control": 30,
 }  # fmt: skip
 # Results that a multiprocessor starts in a clock [guide]; half of a100's fp32, which `Gpu.fp32` says
-_RATES = {"integer": 64, "special": 16, "fp64": 64, "shared": 32, "shuffle": 32, "constant": 128, "control": 128}
+RATES = {"integer": 64, "special": 16, "fp64": 64, "shared": 32, "shuffle": 32, "constant": 128, "control": 128}
 SCHEDULERS = 4
 
 
@@ -128,7 +128,7 @@ def occupied(step: Instruction, gpu: Gpu) -> float:
         return max(1.0, 32 * step.bits / 8 / gpu.l1)
     if unit in ("shared", "shuffle"):
         return 1.0  # one for all four schedulers: `model` counts it
-    rate = gpu.fp32 if unit == "fp32" else _RATES[unit]
+    rate = gpu.fp32 if unit == "fp32" else RATES[unit]
     return 32 * SCHEDULERS / rate
 
 

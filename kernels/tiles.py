@@ -39,6 +39,7 @@ class Tile:
 
 
 LONGEST_CONTIGUOUS, LONGEST_STRIDED = 4096, 256  # positions of a chunk that stays on chip
+LONG_ROW = 32  # elements a thread of longer ones, which only the mixture keeps on chip
 
 
 class Budget(NamedTuple):
@@ -143,7 +144,9 @@ def find_tile(
         narrow = layout.unit == 1
         together = min(budget.together, elements // 2 if narrow else elements)
         vector = 2 if narrow else budget.contiguous_vector
-        tile = _contiguous(layout.chunk, shared(elements), shared(vector), shared(together))
+        # eight warps have 255 registers a thread and sixteen 128, which do not hold half as much
+        elements = LONG_ROW if layout.chunk > LONGEST_CONTIGUOUS else shared(elements)
+        tile = _contiguous(layout.chunk, elements, shared(vector), shared(together))
     else:
         # fp32 moves twice the bytes an element: it has instructions to spare, and more warps hide more latency
         full = weights or dtype.itemsize > 2 or along == "chunk"
@@ -179,8 +182,8 @@ def _strided(chunk: int, elements: int, least: int, most: int) -> Tile:
     """
     vector = min(most, elements, max(least, _power_below(elements // chunk)))
     rows = power_of_2(-(-chunk * vector // elements))
-    if rows == 1 and chunk * vector > 40:
-        rows = 2  # twelve blocks of one row are too many addresses: a few bytes spill
+    if rows == 1 and chunk * vector > 48:
+        rows = 2  # more blocks of one row are too many addresses
     columns = max(16, 32 * vector // rows)
     return Tile(rows, columns, max(1, rows * columns // (32 * vector)), -(-chunk // rows))
 
@@ -219,7 +222,7 @@ def streams(budget: Budget, x: Tensor, axis: int, heads: int, feature_axis: int 
     contiguous = axis_is_fastest(x, axis, inner_dim(x, axis, feature_axis))
     longest = budget.longest_contiguous if contiguous else budget.longest_strided
     last = parts(x.shape[axis], heads)[-1]
-    return last.length // last.heads > (longest // 4 if x.dtype == torch.float64 else longest)
+    return last.length // last.heads > (min(longest, LONGEST_CONTIGUOUS) // 4 if x.dtype == torch.float64 else longest)
 
 
 def stats_shape(

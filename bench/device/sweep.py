@@ -19,14 +19,16 @@ from bench.workloads import Workload, lengths
 from daam.kernels import host, tiles
 
 STRIDED = ("strided", "strided_masked", "strided_full")
-CONTIGUOUS = ("contiguous", "contiguous_full", "contiguous_most")
+CONTIGUOUS = ("contiguous", "contiguous_full", "contiguous_most", "together")
 # what is tried of `tiles.Budget`, by regime: elements a thread, and elements that it loads at once
 TRIED = {
     "strided": [
-        dict.fromkeys(STRIDED, n) | {"strided_least_vector": v} for n in (16, 24, 32, 48, 64, 96) for v in (2, 4, 8)
+        dict.fromkeys(STRIDED, n) | {"strided_least_vector": v, "strided_vector": 8}
+        for n in (16, 24, 32, 48, 64, 96)
+        for v in (2, 4, 8)
     ],
     "contiguous": [dict.fromkeys(CONTIGUOUS, n) | {"contiguous_vector": v} for n in (8, 16, 32, 64) for v in (4, 8)],
-    "streamed": [{"streamed": n, "streamed_vector": v} for n in (8, 16, 32) for v in (4, 8)],
+    "streamed": [{"streamed": n, "streamed_full": n, "streamed_vector": v} for n in (8, 16, 32) for v in (4, 8)],
     # on chip, of chunks that are streamed else
     "long rows": [
         dict.fromkeys(CONTIGUOUS, n) | {"contiguous_vector": v, "longest_contiguous": 16_384}

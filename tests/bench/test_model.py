@@ -248,6 +248,7 @@ def test_command(capsys):
         mock.patch.object(sys, "argv", ["audit", "--gpu", "h200", "--dtypes", "bf16"]),
         mock.patch.object(audit, "CONFIGURATIONS", [configuration]),
         mock.patch.object(audit, "workloads", lambda _device: [workload]),
+        mock.patch.object(audit, "lengths", dict),
     ):
         audit.main()
     title, *lines = capsys.readouterr().out.splitlines()
