@@ -8,8 +8,8 @@ project's. The latter must also have grown so much in multiples of all copies an
 moves one of the two, slower code both. Lesser changes are only reported. Counted figures fail on any increase: bytes;
 of the audit stack, shared memory, loads, stores, instructions and special functions an element, narrower accesses,
 shorter runs, a smaller share of a copy, registers past 128 and warps below 16. So does a case of ours that is missing,
-and any case with a figure that is none: missing, infinite, negative, not a number, or a time of 0. Exit code 1 on a failure, 2 where there is nothing to
-compare.
+and any case with a figure that is none: missing, infinite, negative, not a number, or a time of 0. Exit code 1 on a
+failure, 2 where there is nothing to compare.
 """
 
 from __future__ import annotations

@@ -137,7 +137,7 @@ class Operators:
         if save_stats and tiles.worth_keeping(x, axis, q.shape[0]) and (x.device.type != "cpu" or interpreting()):
             # which chunks are streamed does not depend on the number of parameters, which may be symbolic
             budget, feature_axis = self.algorithm.forward(1), self.algorithm.find_setting("feature_axis", settings)
-            stats = tiles.stats_shape(budget, x, axis, q.shape[0], feature_axis)
+            stats = tiles.stats_shape(budget, x, axis, q.shape[0], feature_axis, mask is not None)
         weights = x.new_empty(x.shape if return_weights else 0)
         return x.new_empty(x.shape), weights, x.new_empty(stats or 0, dtype=acc_dtype(x))
 

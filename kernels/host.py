@@ -86,7 +86,8 @@ def plan(
     """
     x, *others = (spec and _make_meta(*spec) for spec in specs)
     tensors = [x, *(t if t is None else t.expand(x.shape) for t in others)]
-    stats_shape, stats = tiles.stats_shape(budget, x, axis, heads, feature_axis), None
+    masked = others[0] is not None
+    stats_shape, stats = tiles.stats_shape(budget, x, axis, heads, feature_axis, masked), None
     if stats_shape is not None:
         stats = torch.empty(stats_shape[1:], dtype=acc_dtype(x), device="meta")
     args = (axis, feature_axis, weights, tensors, stats)

@@ -39,7 +39,6 @@ class Tile:
 
 
 LONGEST_CONTIGUOUS, LONGEST_STRIDED = 4096, 256  # positions of a chunk that stays on chip
-LONG_ROW = 32  # elements a thread of longer ones, which only the mixture keeps on chip
 
 
 class Budget(NamedTuple):
@@ -51,6 +50,7 @@ class Budget(NamedTuple):
     contiguous: int = 32  # elements a thread: a row of 1024 is one warp's, and waits for no barrier
     contiguous_full: int = 32  # with a mask or weights, or parameters for every position
     contiguous_most: int = 32  # with both
+    long: int = 32  # of rows past LONGEST_CONTIGUOUS, which only the mixture keeps on chip
     together: int = 32  # of several rows that share a program
     strided: int = 48  # 24 layers two columns at a time, or 12 or 6 blocks of them 64 or 128 bits wide
     strided_masked: int = 48  # with a mask, or where blocks do not divide the chunk
@@ -145,7 +145,7 @@ def find_tile(
         together = min(budget.together, elements // 2 if narrow else elements)
         vector = 2 if narrow else budget.contiguous_vector
         # eight warps have 255 registers a thread and sixteen 128, which do not hold half as much
-        elements = LONG_ROW if layout.chunk > LONGEST_CONTIGUOUS else shared(elements)
+        elements = budget.long if layout.chunk > LONGEST_CONTIGUOUS else shared(elements)
         tile = _contiguous(layout.chunk, elements, shared(vector), shared(together))
     else:
         # fp32 moves twice the bytes an element: it has instructions to spare, and more warps hide more latency
@@ -215,21 +215,26 @@ def find_strip(tile: Tile, layout: Layout, along: str) -> int:
     return -(-(STRIP_CONTIGUOUS if layout.contiguous else STRIP_STRIDED) // tile.length) * tile.length
 
 
-def streams(budget: Budget, x: Tensor, axis: int, heads: int, feature_axis: int | None = None) -> bool:
+def streams(
+    budget: Budget, x: Tensor, axis: int, heads: int, feature_axis: int | None = None, masked: bool = False
+) -> bool:
     """Tell whether chunks are too long to stay on chip between their statistics and their output: all of them where the
-    longest, the last, is. Depends on nothing but x and the axis.
+    longest, the last, is. Depends on nothing but x, the axis, and whether there is a mask, which takes registers that
+    rows past LONGEST_CONTIGUOUS do not leave.
     """
     contiguous = axis_is_fastest(x, axis, inner_dim(x, axis, feature_axis))
     longest = budget.longest_contiguous if contiguous else budget.longest_strided
+    if masked or x.dtype == torch.float64:
+        longest = min(longest, LONGEST_CONTIGUOUS)
     last = parts(x.shape[axis], heads)[-1]
-    return last.length // last.heads > (min(longest, LONGEST_CONTIGUOUS) // 4 if x.dtype == torch.float64 else longest)
+    return last.length // last.heads > (longest // 4 if x.dtype == torch.float64 else longest)
 
 
 def stats_shape(
-    budget: Budget, x: Tensor, axis: int, heads: int, feature_axis: int | None = None
+    budget: Budget, x: Tensor, axis: int, heads: int, feature_axis: int | None = None, masked: bool = False
 ) -> tuple[int, ...] | None:
     """Return the shape of the statistics of streamed chunks, four numbers each; None where chunks stay on chip."""
-    if not streams(budget, x, axis, heads, feature_axis):
+    if not streams(budget, x, axis, heads, feature_axis, masked):
         return None
     return (4, *x.shape[:axis], heads, *x.shape[axis + 1 :])
 

@@ -16,8 +16,6 @@ sys.path.append(str(ROOT / "tests"))  # the cases, their inputs and the rule are
 import helpers
 from helpers import ALGORITHMS, Case, Inputs
 
-from daam.kernels.tiles import LONGEST_CONTIGUOUS, LONGEST_STRIDED
-
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 Typed = tuple[Case, torch.dtype]
 
@@ -51,7 +49,7 @@ def _regimes() -> list[Typed]:
     """Return chunks along the fastest dimension and along another one, on chip and streamed, as the audit has them."""
     found = []
     for name in ALGORITHMS:
-        found += [(case(name, (24, n), 1, 1), BF16) for n in (4, 16, 64, 200, 512, 768, 4096)]
+        found += [(case(name, (24, n), 1, 1), BF16) for n in (4, 16, 64, 200, 512, 768, 4096, 8000)]
         for n in (1, 3, 6, 12, 37, 64, 128, 256, 8192):
             if n > 1 or name != "mixture":
                 found.append((case(name, (2, n, 64 if n > 256 else 256), 1, 1, weights=n <= 256), BF16))
@@ -104,7 +102,8 @@ def representative() -> list[Typed]:
     for case, dtype in correct_cases():
         length = case.shape[case.axis] // case.heads
         by_row = case.positive_axis == len(case.shape) - 1
-        streamed = length > (LONGEST_CONTIGUOUS if by_row else LONGEST_STRIDED)
+        budget = case.spec.record.forward(4)
+        streamed = length > (budget.longest_contiguous if by_row else budget.longest_strided)
         key = (case.algorithm, by_row, streamed, dtype.itemsize, case.mask)
         if key not in smallest or math.prod(case.shape) < math.prod(smallest[key][0].shape):
             smallest[key] = case, dtype

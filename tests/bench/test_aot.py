@@ -18,6 +18,7 @@ from bench.aot import TARGETS, compile_for
 from bench.audit import CONFIGURATIONS, DTYPES, GAUSSIANS, ONE_A_REGIME, OTHERS, Configuration
 from bench.modelled import launches
 from daam.kernels.algorithms import count_tensors
+from daam.kernels.tiles import LONGEST_CONTIGUOUS
 
 
 def seldom(*values):
@@ -66,6 +67,15 @@ ON_CHIP = [one for one in ONE_A_REGIME if one.chunk <= 1024]
 def test_sm_90_in_full(configuration):
     """Add what takes registers: a mask, weights, their gradient, a residual."""
     check("sm_90", replace(configuration, full=True))
+
+
+@pytest.mark.parametrize("n", [2 * LONGEST_CONTIGUOUS, 7500])
+def test_the_longest_rows_on_chip_fit(n):
+    """Check rows of the mixture that take eight warps, with weights, their gradient and a residual, and no mask."""
+    x, p = torch.empty(64, n, dtype=torch.bfloat16, device="meta"), torch.empty(1, GAUSSIANS, device="meta")
+    forward, backward, _sums = launches("mixture", x, p, None, 1, None, True)
+    assert [one.name for one in (forward, backward)] == ["mixture_forward", "mixture_backward"]
+    assert all(compile_for("sm_90", one).stack == 0 and one.meta["num_warps"] == 8 for one in (forward, backward))
 
 
 def on_other_targets():

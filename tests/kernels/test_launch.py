@@ -42,7 +42,7 @@ def test_no_number_of_rows_changes_a_tile(n):
 def test_resident_tiles_hold_a_chunk(n, rows, dtype):
     for budget, tile, streamed in tiles_of_passes((5, n) if rows else (5, n, 100), 1, 1 if rows else 2, dtype):
         longest = budget.longest_contiguous if rows else budget.longest_strided
-        assert streamed == (n > longest // (4 if dtype == torch.float64 else 1))
+        assert streamed == (n > (min(longest, 4096) // 4 if dtype == torch.float64 else longest))
         assert streamed or n <= tile.length < n + tile.rows, "a chunk, and no block that holds nothing of it"
         assert tile.num_warps <= 16 and tile.length * tile.columns <= 2**16
 
@@ -123,6 +123,13 @@ def test_stats_are_kept_for_long_chunks_only_and_cost_little():
     assert not tiles.worth_keeping(torch.empty(2, 79, 9, dtype=torch.float64), 1, 1)
     assert tiles.worth_keeping(torch.empty(2, 80, 9, dtype=torch.float64), 1, 1)
     assert tiles.stats_shape(tiles.FORWARD, torch.empty(2, 256, 9), 1, 1, 2) is None
+
+
+def test_a_mask_leaves_no_room_for_the_longest_rows():
+    x = torch.empty(3, 8192, dtype=torch.bfloat16)
+    for masked, shape in ((False, None), (True, (4, 3, 1))):
+        assert tiles.stats_shape(tiles.FORWARD_MIXTURE, x, 1, 1, None, masked) == shape
+        assert tiles.stats_shape(tiles.BACKWARD_MIXTURE, x, 1, 1, None, masked) == shape
 
 
 def test_stats_of_heads_of_unequal_length():
