@@ -221,7 +221,7 @@ def tile_row(case: str, us: float, **_) -> Row:
 def planning(tile: tiles.Tile) -> Iterator[None]:
     """Plan passes in a tile until the block ends, streamed where it does not hold a chunk, whatever budgets say."""
 
-    def is_streamed(budget, x: torch.Tensor, axis: int, heads: int, feature_axis: int | None = None) -> bool:
+    def is_streamed(budget, x: torch.Tensor, axis: int, heads: int, feature_axis: int | None, masked: bool) -> bool:
         return tile.length < x.shape[axis] // heads
 
     host.plan.cache_clear()
