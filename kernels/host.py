@@ -84,10 +84,9 @@ def plan(
     as kernels count them. n_sums: partial sums a group. weights: whether there are gradients of them. Kept: making it
     takes longer than a launch.
     """
-    x, *others = (spec and _make_meta(*spec) for spec in specs)
-    tensors = [x, *(t if t is None else t.expand(x.shape) for t in others)]
-    masked = others[0] is not None
-    stats_shape, stats = tiles.stats_shape(budget, x, axis, heads, feature_axis, masked), None
+    x, mask, *others = (spec and _make_meta(*spec) for spec in specs)
+    tensors = [x, *(t if t is None else t.expand(x.shape) for t in (mask, *others))]
+    stats_shape, stats = tiles.stats_shape(budget, x, axis, heads, feature_axis, mask is not None), None
     if stats_shape is not None:
         stats = torch.empty(stats_shape[1:], dtype=acc_dtype(x), device="meta")
     args = (axis, feature_axis, weights, tensors, stats)
