@@ -134,7 +134,7 @@ def find_tile(
 
     if streamed:
         elements = budget.streamed_full if along == "chunk" else budget.streamed
-        if (mask or weights) and dtype.itemsize > 2:  # fp32 values leave no room for more
+        if (mask or weights) and dtype == torch.float32:  # which leaves no room for more
             elements //= 2
         tile = _streamed(shared(elements), shared(budget.streamed_vector), layout.contiguous)
     elif layout.contiguous:
