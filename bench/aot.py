@@ -13,6 +13,7 @@ interpreted functions cannot be compiled.
 from __future__ import annotations
 
 import contextlib
+import functools
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -24,7 +25,7 @@ import triton
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 
-from bench.machine_code import read_cubin
+from bench.machine_code import Instruction, instructions, read_cubin
 from daam.kernels import launch
 
 TARGETS = {
@@ -66,10 +67,15 @@ class Compiled:
     assembly: str
     cubin: bytes | None
 
-    @property
+    @functools.cached_property
     def code(self) -> str:
         """Return the machine code as text: SASS for NVIDIA GPUs, the assembly for others."""
         return self.assembly if self.cubin is None else read_cubin(self.cubin, "nvdisasm", "-c")
+
+    @functools.cached_property
+    def instructions(self) -> list[Instruction]:
+        """Return the machine code's instructions, in order."""
+        return instructions(self.code)
 
     @property
     def load_bits(self) -> int:

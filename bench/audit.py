@@ -34,9 +34,8 @@ import triton
 from bench import model
 from bench.aot import TARGETS, Compiled, Launch, compile_for
 from bench.gpus import GPUS, Gpu
-from bench.machine_code import find_turn, instructions
+from bench.machine_code import find_turn
 from bench.modelled import Modelled, count_elements, find_run, launched, model_pass, model_workload, record_passes
-from bench.timeline import find_timeline
 from bench.workloads import lengths, workloads
 from daam.kernels.algorithms import ALGORITHMS, count_tensors
 from daam.kernels.tiles import LONGEST_CONTIGUOUS, LONGEST_STRIDED
@@ -137,7 +136,7 @@ class Figures:
 
 def figures(target: str, recorded: Launch, compiled: Compiled) -> Figures:
     """Return the figures of a launch that was compiled for a target."""
-    code = instructions(compiled.code)
+    code = compiled.instructions
     turn, threads = find_turn(code), TARGETS[target].warp_size * recorded.meta["num_warps"]
     elements = count_elements(recorded, code) / threads
     itemsize = recorded.args[0].x.data.itemsize
@@ -162,7 +161,8 @@ def _count_waiting(recorded: Launch, compiled: Compiled, gpu: Gpu | None) -> dic
     if gpu is None:
         return dict.fromkeys(("warps", "asked", "rounds", "stored", "run", "in_flight", "share"))
     launch = launched(recorded, compiled)
-    timeline = find_timeline(launch.code, gpu, launch.num_warps, gpu.latency)
+    estimate = model.estimate(launch, gpu)
+    timeline = estimate.timeline
     copied = (launch.read + launch.written) / gpu.copy / 1e9
     return {
         "warps": launch.resident,
@@ -171,7 +171,7 @@ def _count_waiting(recorded: Launch, compiled: Compiled, gpu: Gpu | None) -> dic
         "stored": timeline.stored,
         "run": find_run(recorded, launch.code),
         "in_flight": 32 * launch.resident * (timeline.asked + timeline.stored),
-        "share": round(copied / model.estimate(launch, gpu).seconds, 3),
+        "share": round(copied / estimate.seconds, 3),
     }
 
 

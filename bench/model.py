@@ -28,7 +28,7 @@ from dataclasses import dataclass
 
 from bench.gpus import READ_RUNS, WRITE_RUNS, Gpu
 from bench.machine_code import Instruction
-from bench.timeline import RATES, SCHEDULERS, find_timeline
+from bench.timeline import RATES, SCHEDULERS, Timeline, find_timeline
 
 
 @dataclass(frozen=True)
@@ -61,12 +61,15 @@ class Launched:
 
 @dataclass(frozen=True)
 class Estimate:
-    """Hold seconds that a launch takes, and what they are made of: waiting, memory, and the busiest unit."""
+    """Hold seconds that a launch takes, what they are made of: waiting, memory, and the busiest unit; and the timeline
+    of one of its warps.
+    """
 
     seconds: float
     waiting: float
     memory: float
     units: Mapping[str, float]
+    timeline: Timeline
 
     @property
     def limit(self) -> str:
@@ -100,7 +103,8 @@ def estimate(launch: Launched, gpu: Gpu) -> Estimate:
     warps = launch.programs * launch.num_warps / gpu.multiprocessors
     units = {unit: warps * n / gpu.clock / 1e9 for unit, n in find_busy(counts, gpu).items()}
     memory = find_memory_time(launch, gpu)
-    return Estimate(add_times((waiting, memory, max(units.values())), gpu.sharpness), waiting, memory, units)
+    seconds = add_times((waiting, memory, max(units.values())), gpu.sharpness)
+    return Estimate(seconds, waiting, memory, units, timeline)
 
 
 def find_busy(counts: Mapping[str, float], gpu: Gpu) -> dict[str, float]:
@@ -109,7 +113,7 @@ def find_busy(counts: Mapping[str, float], gpu: Gpu) -> dict[str, float]:
         "issue": counts["all"] / SCHEDULERS,
         "fp32": counts["fp32"] * 32 / gpu.fp32,
         **{unit: counts[unit] * 32 / RATES[unit] for unit in ("fp64", "integer", "special")},
-        "shuffle": counts["shuffle"] + counts["shared"],
+        "shuffle": sum(counts[unit] * 32 / RATES[unit] for unit in ("shuffle", "shared")),
     }
 
 

@@ -13,7 +13,7 @@ import torch
 from bench import byte_model, model
 from bench.aot import Compiled, Launch, compile_for, recording
 from bench.gpus import Gpu
-from bench.machine_code import Instruction, find_turn, instructions, main_loop
+from bench.machine_code import Instruction, find_turn, main_loop
 from bench.workloads import Workload
 from daam.kernels.algorithms import ALGORITHMS, count_tensors
 from daam.kernels.operands import Extent, Outputs
@@ -107,7 +107,7 @@ def launched(recorded: Launch, compiled: Compiled, earlier: float = 0.0) -> mode
     """Return a launch for an NVIDIA GPU as the model takes it; earlier: bytes that launches on the same part
     of x have read.
     """
-    code, run, extent = instructions(compiled.code), None, recorded.args[-1]
+    code, run, extent = compiled.instructions, None, recorded.args[-1]
     if count_tensors(recorded.name):
         read, written = (float(n * recorded.args[0].x.data.nbytes) for n in count_moved(recorded))
         cached = min(read, earlier)

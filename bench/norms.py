@@ -26,7 +26,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bench import aot, model
 from bench.gpus import Gpu
-from bench.machine_code import instructions
 from bench.modelled import count_unrolled, take
 
 ITEM = 2  # bytes of an element of bf16
@@ -246,7 +245,7 @@ def _estimate(step: Step, gpu: Gpu) -> float:
         launch = model.Launched([], 32, 0, 4, 1, 1, step.read, step.written, step.cached)
         return model.find_memory_time(launch, gpu) + gpu.latency / 1e9
     compiled = aot.compile_for(gpu.target, step.recorded)
-    code = instructions(compiled.code)
+    code = compiled.instructions
     unrolled = count_unrolled(code, step.loaded, step.recorded.meta["num_warps"]) if step.loaded else 1
     launch = take(step.recorded, compiled, code, step.rows / unrolled, step.read, step.written, step.cached)
     return model.estimate(launch, gpu).seconds

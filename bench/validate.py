@@ -38,8 +38,7 @@ from bench import aot, model, norms
 from bench.device import streams
 from bench.device.streams import Stream
 from bench.gpus import GPUS, Gpu
-from bench.machine_code import instructions
-from bench.modelled import count_unrolled, model_pass, record_passes, take
+from bench.modelled import count_unrolled, estimate, record_passes, take
 from bench.workloads import Workload
 from daam.kernels import host, tiles
 
@@ -103,7 +102,7 @@ def compile_stream(one: Stream) -> tuple[model.Launched, int]:
         streams.launch(one, *matrices, torch.empty(1, device="meta"), streams.MULTIPROCESSORS)
     (recorded,) = made
     compiled = aot.compile_for(GPUS["h200"].target, recorded)
-    code, nbytes = instructions(compiled.code), one.mib << 20
+    code, nbytes = compiled.instructions, one.mib << 20
     unrolled = count_unrolled(code, one.reads * 32 * one.num_warps * one.thread, one.num_warps)
     launch = take(recorded, compiled, code, 1 / unrolled, one.reads * nbytes, one.writes * nbytes, run=one.run)
     return launch, nbytes // (32 * one.num_warps * one.thread)
@@ -214,7 +213,8 @@ def tile_row(case: str, us: float, **_) -> Row:
     gpu = GPUS["h200"]
     spills = max(aot.compile_for(gpu.target, one).stack for one in made)
     group = OURS[0] if num_warps == 1 else OURS[1]
-    return Row(group, case, "h200", us, model_pass(made, 1, gpu).us, spills)
+    seconds = [one.seconds for _, one in estimate(made, gpu)]
+    return Row(group, case, "h200", us, 1e6 * model.add_launches(seconds, gpu), spills)
 
 
 @contextlib.contextmanager
