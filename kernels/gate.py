@@ -118,36 +118,35 @@ def weigh_one(d, k: tl.constexpr, scales, gaussians):
 
 @triton.jit
 def weigh(d, scales, gaussians, valid):
-    """Return (weights, slopes) of every block: slopes are Σ_k N_k·z_k/width_k, both factors as scaled."""
-    weights, slopes = [], []
+    """Return the weights of every block."""
+    weights = []
     for i in tl.static_range(len(d)):
-        z, weight = weigh_one(d[i], 0, scales, gaussians)
-        slope = weight * z * scales.factor[0]
-        for k in tl.static_range(1, len(gaussians.sigma)):
-            z, density = weigh_one(d[i], k, scales, gaussians)
-            weight += density
-            slope += density * z * scales.factor[k]
-        weights, slopes = weights + [weight], slopes + [slope]
-    masked = []
-    for i in tl.static_range(len(d)):
-        masked = masked + [tl.where(valid[i], weights[i], 0.0)]
-    return masked, slopes
+        weight = 0.0
+        for k in tl.static_range(len(gaussians.sigma)):
+            _z, density = weigh_one(d[i], k, scales, gaussians)
+            weight = density if k == 0 else weight + density
+        weights = weights + [tl.where(valid[i], weight, 0.0)]
+    return weights
 
 
 @triton.jit
-def add_tile_products(products, d, h, scales, gaussians):
-    """Return products with one more tile's Σ t·z, Σ t·z² and Σ t of every Gaussian, z as scaled, place by place."""
-    more = []
-    for k in tl.static_range(len(gaussians.sigma)):
-        sum_tz, sum_tzz, sum_t = products[3 * k], products[3 * k + 1], products[3 * k + 2]
-        for i in tl.static_range(len(d)):
+def weigh_products(products, d, h, scales, gaussians, valid):
+    """Return (products with one more tile's Σ t·z, Σ t·z² and Σ t of every Gaussian, place by place, z as scaled, the
+    weights and q of every block). One block after the other: of all at once the densities would not fit.
+    """
+    weights, q = [], []
+    for i in tl.static_range(len(d)):
+        more, weight, slope = [], 0.0, 0.0
+        for k in tl.static_range(len(gaussians.sigma)):
             z, density = weigh_one(d[i], k, scales, gaussians)
             t = h[i] * density
-            sum_tz += t * z
-            sum_tzz += t * z * z
-            sum_t += t
-        more = more + [sum_tz, sum_tzz, sum_t]
-    return more
+            tz = t * z
+            more = more + [products[3 * k] + tz, products[3 * k + 1] + tz * z, products[3 * k + 2] + t]
+            weight = density if k == 0 else weight + density
+            slope = tz * scales.factor[k] if k == 0 else slope + tz * scales.factor[k]
+        products, weights = more, weights + [tl.where(valid[i], weight, 0.0)]
+        q = q + [slope * -INV_HALF_LOG2_E]
+    return products, weights, q
 
 
 @triton.jit
@@ -164,15 +163,6 @@ def sum_chunks(products, scales, gaussians, std, column_mask):
         sum_sigma = sum_qz * std + tl.sum(products[3 * k + 2], 0)[None, :] / sigma
         totals = totals + [sum_columns(sum_q, column_mask), sum_columns(sum_sigma, column_mask)]
     return sum_qzs, totals
-
-
-@triton.jit
-def find_q(h, slopes):
-    """Return q of every block."""
-    q = []
-    for i in tl.static_range(len(h)):
-        q = q + [h[i] * -INV_HALF_LOG2_E * slopes[i]]
-    return q
 
 
 @triton.jit
@@ -199,7 +189,7 @@ def gate_forward(inputs, parameters, outputs, _settings, extent, RESIDUAL: tl.co
         variance = where_nonempty(centred.squares * centred.inv_count, centred.inv_count, inputs.mask, 0.0)
         std, _inv_std = find_std(variance)
         scales = scale_gaussians(gaussians, centred.mean_error, std)
-        weights, _slopes = weigh(centred.blocks, scales, gaussians, tile.valid)
+        weights = weigh(centred.blocks, scales, gaussians, tile.valid)
         store_outputs(outputs, x, raw, weights, None, tile, view, RESIDUAL, PLAN)
         index = next_tile(index, walk.index_step, view)
 
@@ -223,9 +213,7 @@ def gate_backward(inputs, parameters, dx, partials, _settings, extent, RESIDUAL:
         # what reaches the weights, and its sums over the chunk
         h = find_h(gradients, x, None)
         products = zero_blocks(3 * PLAN.K, PLAN.BLOCK_P, PLAN.BLOCK_C, PLAN.ACC)
-        products = add_tile_products(products, centred.blocks, h, scales, gaussians)
-        weights, slopes = weigh(centred.blocks, scales, gaussians, tile.valid)
-        q = find_q(h, slopes)
+        products, weights, q = weigh_products(products, centred.blocks, h, scales, gaussians, tile.valid)
         sum_qzs, more = sum_chunks(products, scales, gaussians, std, columns_inside(tile.position, view))
         if dx is not None:
             slope = inv_std * (centred.inv_count * sum_qzs)
@@ -264,8 +252,7 @@ def open_chunk(gaussians, numbers, head, position, view, _PLAN: tl.constexpr):
 @triton.jit
 def weigh_chunk(centred, chunk, valid):
     """Return the weights of every block."""
-    weights, _slopes = weigh(centred, chunk.scales, chunk.gaussians, valid)
-    return weights
+    return weigh(centred, chunk.scales, chunk.gaussians, valid)
 
 
 @triton.jit
@@ -286,9 +273,8 @@ def gate_sums(inputs, parameters, numbers, strips, partials, extent, PLAN: tl.co
         _raw, x = load_blocks(inputs.x, inputs.mask, tile, view, False, PLAN)
         h = find_h(load_gradients(inputs, tile, view, False, PLAN), x, None)
         d = [block - mean for block in x]
-        _weights, slopes = weigh(d, scales, gaussians, tile.valid)
-        total_q += add_blocks(find_q(h, slopes))
-        products = add_tile_products(products, d, h, scales, gaussians)
+        products, _weights, q = weigh_products(products, d, h, scales, gaussians, tile.valid)
+        total_q += add_blocks(q)
     sum_qzs, totals = sum_chunks(products, scales, gaussians, std, columns_inside(position, view))
     store_strip_numbers(strips, walk, position, view, [tl.sum(total_q, 0)[None, :], sum_qzs])
     if partials is not None:
@@ -299,8 +285,8 @@ def gate_sums(inputs, parameters, numbers, strips, partials, extent, PLAN: tl.co
 def differentiate_tile(x, mean, chunk, inputs, _padding, tile, view, RAW: tl.constexpr, PLAN: tl.constexpr):
     """Return (dx, grad_y as it came) of every block, and nothing for totals."""
     gradients, centred = load_gradients(inputs, tile, view, RAW, PLAN), [block - mean for block in x]
-    weights, slopes = weigh(centred, chunk.scales, chunk.gaussians, tile.valid)
-    q = find_q(find_h(gradients, x, None), slopes)
+    h, none = find_h(gradients, x, None), zero_blocks(3 * PLAN.K, 1, 1, PLAN.ACC)  # products nobody uses are not made
+    _products, weights, q = weigh_products(none, centred, h, chunk.scales, chunk.gaussians, tile.valid)
     return differentiate_x(gradients, centred, weights, q, chunk.sums), gradients.raw, [], []
 
 

@@ -100,20 +100,22 @@ def mixture_backward(inputs, parameters, dx, partials, settings, extent, RESIDUA
         tile = place_tile(inputs.mask, index, walk.head, walk.strip_row, view, PLAN)
         _raw, x = load_blocks(inputs.x, inputs.mask, tile, view, False, PLAN)
         gradients = load_gradients(inputs, tile, view, RESIDUAL, PLAN)
+        h = find_h(gradients, x, padding)
         d, centred, inv_var = centre_unpadded(x, padding, tile, inputs.mask, settings.eps, view, PLAN.ACC)
         frame, inv_count = find_frame(gaussian, inv_var), centred.inv_count
         f, s = measure(d, centred.mean_error, gaussian, frame, tile.valid)
         weights, gaps, min_s, free = weigh(s, frame, gaussian, settings.log2_eps, tile.valid, inv_count, inputs.mask)
-        # what reaches the weights, and its sums over the chunk
-        h = find_h(gradients, x, padding)
+        # sums over the chunk of what reaches the weights
         sum_h = tl.sum(add_products(h, weights), 0)[None, :]
         free_h, clamped = free * sum_h, (1.0 - free) * sum_h
         k = find_excess(h, weights, free_h)
-        ke = tl.sum(add_products(k, f), 0)[None, :] + clamped * (frame.origin - gaussian.m)
         kee = clamped * (min_s + frame.offset_cost) - tl.sum(add_products(k, gaps), 0)[None, :]
+        ke = tl.sum(add_products(k, f), 0)[None, :] + clamped * (frame.origin - gaussian.m)
         if dx is not None:
             sums = Sums(free_h, ke * inv_count, kee * inv_var * inverse_count_less_one(inv_count))
-            grad = differentiate_x(gradients, x, d, centred.mean_error, h, k, weights, sums, gaussian, inv_var, padding)
+            grad = differentiate_x(
+                gradients, x, d, centred.mean_error, f, frame, h, k, weights, sums, gaussian, inv_var, padding
+            )  # fmt: skip
             store_dx(dx, grad, gradients.raw, tile, view, RESIDUAL, PLAN)
         if partials is not None:
             more = sum_head(ke, kee, clamped, inv_var, columns_inside(tile.position, view) & (inv_count > 0))
@@ -199,11 +201,18 @@ def open_chunk(gaussian, numbers, head, position, view, _PLAN: tl.constexpr):
 
 
 @triton.jit
+def weigh_centred(centred, chunk, valid):
+    """Return (f, weights) of every block."""
+    f, s = measure(centred, chunk.mean_error, chunk.gaussian, chunk.frame, valid)
+    relative = weigh_gaps([chunk.min_s - block for block in s], chunk.frame.log2_factor, valid)
+    return f, [block * chunk.scale for block in relative]
+
+
+@triton.jit
 def weigh_chunk(centred, chunk, valid):
     """Return the weights of every block."""
-    _f, s = measure(centred, chunk.mean_error, chunk.gaussian, chunk.frame, valid)
-    relative = weigh_gaps([chunk.min_s - block for block in s], chunk.frame.log2_factor, valid)
-    return [block * chunk.scale for block in relative]
+    _f, weights = weigh_centred(centred, chunk, valid)
+    return weights
 
 
 @triton.jit
@@ -281,12 +290,11 @@ def merge_mixture_sums(strips, parameters, numbers, partials, settings, extent, 
 @triton.jit
 def differentiate_tile(x, mean, chunk, inputs, padding, tile, view, RAW: tl.constexpr, PLAN: tl.constexpr):
     """Return (dx, grad_y as it came) of every block, and nothing for totals."""
-    centred = [block - mean for block in x]
-    weights = weigh_chunk(centred, chunk, tile.valid)
-    gradients = load_gradients(inputs, tile, view, RAW, PLAN)
-    h = find_h(gradients, x, padding)
+    d, gradients = [block - mean for block in x], load_gradients(inputs, tile, view, RAW, PLAN)
+    (f, weights), h = weigh_centred(d, chunk, tile.valid), find_h(gradients, x, padding)
     grad = differentiate_x(
-        gradients, x, centred, chunk.mean_error, h, [], weights, chunk.sums, chunk.gaussian, chunk.inv_var, padding
+        gradients, x, d, chunk.mean_error, f, chunk.frame, h, [], weights, chunk.sums, chunk.gaussian, chunk.inv_var,
+        padding,
     )  # fmt: skip
     return grad, gradients.raw, [], []
 

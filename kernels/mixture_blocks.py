@@ -191,13 +191,15 @@ def find_excess(h, weights, free_h):
 
 
 @triton.jit
-def differentiate_x(gradients, x, d, mean_error, h, k, weights, sums, gaussian, inv_var, padding):
-    """Return dx of every block; without k ([]) it takes less: dx = weights·(grad_y - (h - free·Σ h)·…)."""
+def differentiate_x(gradients, x, d, mean_error, f, frame, h, k, weights, sums, gaussian, inv_var, padding):
+    """Return dx of every block; without k ([]) it takes less: dx = weights·(grad_y - (h - free·Σ h)·…). e is f less
+    m - p, which is 0 but far out.
+    """
     factor = gaussian.a * inv_var
     slope = factor * sums.slope
-    constant, shift, grad = factor * sums.mean_ke - slope * mean_error, factor * (mean_error + gaussian.m), []
+    constant, shift, grad = factor * sums.mean_ke - slope * mean_error, factor * (gaussian.m - frame.origin), []
     for i in tl.static_range(len(h)):
-        common, ae = constant + slope * d[i], factor * d[i] - shift
+        common, ae = constant + slope * d[i], factor * f[i] - shift
         if padding is not None:
             padded = x[i] == padding
             direct = tl.where(padded, gradients.y[i], gradients.y[i] * weights[i])

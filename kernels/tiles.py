@@ -55,6 +55,8 @@ class Budget(NamedTuple):
     strided: int = 48  # 24 layers two columns at a time, or 12 or 6 blocks of them 64 or 128 bits wide
     strided_masked: int = 48  # with a mask, or where blocks do not divide the chunk
     strided_full: int = 24  # with weights, or parameters for every position, or of fp32
+    strided_long: int = 32  # of chunks past 32 positions that have none of these, two of them at once
+    strided_alone: int = 0  # the longest chunk that is one thread's whatever that makes of loads: two of them fit
     streamed: int = 32
     streamed_full: int = 32  # with parameters for every position
     contiguous_vector: int = 8
@@ -63,19 +65,21 @@ class Budget(NamedTuple):
     streamed_vector: int = 8
     longest_contiguous: int = LONGEST_CONTIGUOUS
     longest_strided: int = LONGEST_STRIDED
+    longest_long: int = LONGEST_STRIDED  # the longest chunk that has strided_long
 
     def divide(self, divisor: int, least: int = 1) -> Budget:
         """Return a budget of the same vectors and chunks for so many times the numbers an element."""
         elements = ("contiguous", "contiguous_full", "contiguous_most", "strided", "strided_masked", "strided_full")
-        names = (*elements, "together", "streamed", "streamed_full")
+        names = (*elements, "together", "strided_long", "strided_alone", "streamed", "streamed_full")
         return self._replace(**{name: max(least, getattr(self, name) // divisor) for name in names})
 
 
 FORWARD = Budget()
 FORWARD_MIXTURE = Budget(strided_masked=32, longest_contiguous=2 * LONGEST_CONTIGUOUS)
 FORWARD_GATE = Budget(
-    contiguous=36, strided_masked=32, strided_full=16, streamed=16, strided_vector=4, streamed_vector=4
-)
+    contiguous=36, strided_masked=32, strided_full=16, strided_alone=12, streamed=16, strided_vector=4,
+    streamed_vector=4,
+)  # fmt: skip
 # x, grad_y and the weights are alive at once
 BACKWARD = Budget(
     contiguous_full=16, contiguous_most=16, strided_masked=32, strided_full=16, streamed_full=16, contiguous_vector=4,
@@ -88,8 +92,8 @@ BACKWARD_MIXTURE = Budget(
 )  # fmt: skip
 # so are all numbers of up to four Gaussians
 BACKWARD_GATE = Budget(
-    contiguous_full=8, contiguous_most=8, together=24, strided=24, strided_masked=12, strided_full=8, streamed=8,
-    contiguous_vector=2, strided_vector=4, strided_least_vector=2, streamed_vector=4,
+    contiguous_full=8, contiguous_most=8, together=24, strided=24, strided_masked=12, strided_full=8, strided_alone=12,
+    streamed=8, longest_long=64, contiguous_vector=2, strided_vector=4, strided_least_vector=2, streamed_vector=4,
 )  # fmt: skip
 
 
@@ -151,10 +155,13 @@ def find_tile(
         # fp32 moves twice the bytes an element: it has instructions to spare, and more warps hide more latency
         full = weights or dtype.itemsize > 2 or along == "chunk"
         elements = budget.strided_full if full else budget.strided_masked if mask else budget.strided
-        vectors = shared(budget.strided_least_vector), shared(budget.strided_vector)
-        tile = _strided(layout.chunk, shared(elements), *vectors)
-        if layout.chunk % tile.rows:
-            tile = _strided(layout.chunk, shared(min(elements, budget.strided_masked)), *vectors)
+        limits = budget.strided_alone // divisor, shared(budget.strided_least_vector), shared(budget.strided_vector)
+        tile = _strided(layout.chunk, shared(elements), *limits)
+        if 32 < layout.chunk <= budget.longest_long and not (mask or weights or along == "chunk"):
+            # lanes that share a chunk shuffle for every sum: as few as can hold it
+            tile = _strided(layout.chunk, shared(budget.strided_long), 0, shared(2), shared(2))
+        elif layout.chunk % tile.rows:
+            tile = _strided(layout.chunk, shared(min(elements, budget.strided_masked)), *limits)
     if tile.num_warps > 16:  # fewer columns instead
         tile = replace(tile, columns=max(1, tile.columns * 16 // tile.num_warps), num_warps=16)
     return replace(tile, columns=min(tile.columns, power_of_2(layout.inner))) if along == "inner" else tile
@@ -175,11 +182,14 @@ def _contiguous(chunk: int, elements: int, vector: int, together: int) -> Tile:
     return Tile(rows, min(32, _power_below(columns)), num_warps, n_blocks)
 
 
-def _strided(chunk: int, elements: int, least: int, most: int) -> Tile:
+def _strided(chunk: int, elements: int, alone: int, least: int, most: int) -> Tile:
     """Return a tile of one warp, whose threads load `most` elements at a time, or less, down to `least`, where that
-    leaves a chunk to fewer lanes: sums over it need no barrier, and for the shortest ones no other thread. Columns no
-    fewer than 16, so that accesses stay whole sectors, with more warps where that takes them.
+    leaves a chunk to fewer lanes: sums over it need no barrier, and for the shortest ones no other thread. A chunk up
+    to `alone` is one thread's, which has no more elements than two such. Columns no fewer than 16, so that accesses
+    stay whole sectors, with more warps where that takes them.
     """
+    if chunk <= min(alone, elements):
+        elements, least = min(2 * alone, elements), 1
     vector = min(most, elements, max(least, _power_below(elements // chunk)))
     rows = power_of_2(-(-chunk * vector // elements))
     if rows == 1 and chunk * vector > 48:

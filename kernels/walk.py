@@ -140,9 +140,9 @@ def pointers_of(t, position, view, PLAN: tl.constexpr):
             t.strides, view, position.outer, position.axis_row, position.column, position.rows, position.columns
         )
         row_stride = t.strides[0]
-    start, pointers = t.data + base, []
-    for i in tl.static_range(PLAN.N_BLOCKS):
-        pointers = pointers + [start + (within + tl.cast(row_stride, PLAN.INDEX) * (i * PLAN.BLOCK_P))]
+    start, pointers = t.data + (base + within), []
+    for i in tl.static_range(PLAN.N_BLOCKS):  # by a distance that is one for all threads, and theirs to share
+        pointers = pointers + [start + tl.cast(row_stride, PLAN.INDEX) * (i * PLAN.BLOCK_P)]
     return pointers
 
 
