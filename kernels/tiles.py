@@ -92,8 +92,9 @@ BACKWARD_MIXTURE = Budget(
 )  # fmt: skip
 # so are all numbers of up to four Gaussians
 BACKWARD_GATE = Budget(
-    contiguous_full=8, contiguous_most=8, together=24, strided=24, strided_masked=12, strided_full=8, strided_alone=12,
-    streamed=8, longest_long=64, contiguous_vector=2, strided_vector=4, strided_least_vector=2, streamed_vector=4,
+    contiguous=36, contiguous_full=8, contiguous_most=8, together=24, strided=24, strided_masked=12, strided_full=8,
+    strided_alone=12, streamed=8, longest_long=64, contiguous_vector=2, strided_vector=4, strided_least_vector=2,
+    streamed_vector=4,
 )  # fmt: skip
 
 
