@@ -55,7 +55,7 @@ class Budget(NamedTuple):
     strided: int = 48  # 24 layers two columns at a time, or 12 or 6 blocks of them 64 or 128 bits wide
     strided_masked: int = 48  # with a mask, or where blocks do not divide the chunk
     strided_full: int = 24  # with weights, or parameters for every position, or of fp32
-    strided_long: int = 32  # of chunks past 32 positions that have none of these, two of them at once
+    strided_long: int = 32  # of chunks that are longer than these, where there is nothing else, two of them at once
     strided_alone: int = 0  # the longest chunk that is one thread's whatever that makes of loads: two of them fit
     streamed: int = 32
     streamed_full: int = 32  # with parameters for every position
@@ -157,12 +157,12 @@ def find_tile(
         full = weights or dtype.itemsize > 2 or along == "chunk"
         elements = budget.strided_full if full else budget.strided_masked if mask else budget.strided
         limits = budget.strided_alone // divisor, shared(budget.strided_least_vector), shared(budget.strided_vector)
-        tile = _strided(layout.chunk, shared(elements), *limits)
-        if 32 < layout.chunk <= budget.longest_long and not (mask or weights or along == "chunk"):
+        tile, fits = _strided(layout.chunk, shared(elements), *limits), min(elements, budget.strided_masked)
+        if fits < layout.chunk <= budget.longest_long and not (mask or weights or along == "chunk"):
             # lanes that share a chunk shuffle for every sum: as few as can hold it
             tile = _strided(layout.chunk, shared(budget.strided_long), 0, shared(2), shared(2))
         elif layout.chunk % tile.rows:
-            tile = _strided(layout.chunk, shared(min(elements, budget.strided_masked)), *limits)
+            tile = _strided(layout.chunk, shared(fits), *limits)
     if tile.num_warps > 16:  # fewer columns instead
         tile = replace(tile, columns=max(1, tile.columns * 16 // tile.num_warps), num_warps=16)
     return replace(tile, columns=min(tile.columns, power_of_2(layout.inner))) if along == "inner" else tile
