@@ -291,7 +291,8 @@ def merge_mixture_sums(strips, parameters, numbers, partials, settings, extent, 
 def differentiate_tile(x, mean, chunk, inputs, padding, tile, view, RAW: tl.constexpr, PLAN: tl.constexpr):
     """Return (dx, grad_y as it came) of every block, and nothing for totals."""
     d, gradients = [block - mean for block in x], load_gradients(inputs, tile, view, RAW, PLAN)
-    (f, weights), h = weigh_centred(d, chunk, tile.valid), find_h(gradients, x, padding)
+    f, weights = weigh_centred(d, chunk, tile.valid)
+    h = find_h(gradients, x, padding)
     grad = differentiate_x(
         gradients, x, d, chunk.mean_error, f, chunk.frame, h, [], weights, chunk.sums, chunk.gaussian, chunk.inv_var,
         padding,
