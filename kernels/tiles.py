@@ -56,7 +56,7 @@ class Budget(NamedTuple):
     strided_masked: int = 48  # with a mask, or where blocks do not divide the chunk
     strided_full: int = 24  # with weights, or parameters for every position, or of fp32
     strided_long: int = 32  # of chunks that are longer than these, where there is nothing else, two of them at once
-    strided_alone: int = 0  # the longest chunk that is one thread's whatever that makes of loads: two of them fit
+    strided_alone: int = 24  # the longest chunk that is one thread's whatever that makes of loads: two of them fit
     streamed: int = 32
     streamed_full: int = 32  # with parameters for every position
     contiguous_vector: int = 8
@@ -87,7 +87,7 @@ BACKWARD = Budget(
 )  # fmt: skip
 # so are k and s
 BACKWARD_MIXTURE = Budget(
-    contiguous_full=16, contiguous_most=16, strided_masked=24, strided_full=16, strided_vector=4,
+    contiguous_full=16, contiguous_most=16, strided_masked=24, strided_full=16, strided_alone=0, strided_vector=4,
     longest_contiguous=2 * LONGEST_CONTIGUOUS,
 )  # fmt: skip
 # so are all numbers of up to four Gaussians
