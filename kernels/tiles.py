@@ -56,7 +56,7 @@ class Budget(NamedTuple):
     strided_masked: int = 48  # with a mask, or where blocks do not divide the chunk
     strided_full: int = 24  # with weights, or parameters for every position, or of fp32
     strided_long: int = 32  # of chunks that are longer than these, where there is nothing else, two of them at once
-    strided_alone: int = 24  # the longest chunk that is one thread's whatever that makes of loads: two of them fit
+    strided_alone: int = 24  # the longest chunk that is one thread's, with its neighbour: loads get as narrow as that
     streamed: int = 32
     streamed_full: int = 32  # with parameters for every position
     contiguous_vector: int = 8
@@ -186,11 +186,11 @@ def _contiguous(chunk: int, elements: int, vector: int, together: int) -> Tile:
 def _strided(chunk: int, elements: int, alone: int, least: int, most: int) -> Tile:
     """Return a tile of one warp, whose threads load `most` elements at a time, or less, down to `least`, where that
     leaves a chunk to fewer lanes: sums over it need no barrier, and for the shortest ones no other thread. A chunk up
-    to `alone` is one thread's, which has no more elements than two such. Columns no fewer than 16, so that accesses
-    stay whole sectors, with more warps where that takes them.
+    to `alone` is one thread's where that can hold two, and holds no more than two of `alone`. Columns no fewer than 16,
+    so that accesses stay whole sectors, with more warps where that takes them.
     """
-    if chunk <= min(alone, elements):
-        elements, least = min(2 * alone, elements), 1
+    if chunk <= alone and 2 * chunk <= elements:
+        elements, least = min(2 * alone, elements), 2
     vector = min(most, elements, max(least, _power_below(elements // chunk)))
     rows = power_of_2(-(-chunk * vector // elements))
     if rows == 1 and chunk * vector > 48:
