@@ -140,8 +140,11 @@ def pointers_of(t, position, view, PLAN: tl.constexpr):
             t.strides, view, position.outer, position.axis_row, position.column, position.rows, position.columns
         )
         row_stride = t.strides[0]
+    if PLAN.N_BLOCKS == 1:
+        return [t.data + base + within]
+    # blocks are apart by one number for all threads, in a register that these share
     start, pointers = t.data + (base + within), []
-    for i in tl.static_range(PLAN.N_BLOCKS):  # by a distance that is one for all threads, and theirs to share
+    for i in tl.static_range(PLAN.N_BLOCKS):
         pointers = pointers + [start + tl.cast(row_stride, PLAN.INDEX) * (i * PLAN.BLOCK_P)]
     return pointers
 
