@@ -88,7 +88,7 @@ BACKWARD = Budget(
 # so are k and s
 BACKWARD_MIXTURE = Budget(
     contiguous_full=16, contiguous_most=16, strided_masked=24, strided_full=16, strided_vector=4,
-    longest_contiguous=2 * LONGEST_CONTIGUOUS,
+    strided_least_vector=2, longest_contiguous=2 * LONGEST_CONTIGUOUS,
 )  # fmt: skip
 # so are all numbers of up to four Gaussians
 BACKWARD_GATE = Budget(
