@@ -285,8 +285,9 @@ def gate_sums(inputs, parameters, numbers, strips, partials, extent, PLAN: tl.co
 def differentiate_tile(x, mean, chunk, inputs, _padding, tile, view, RAW: tl.constexpr, PLAN: tl.constexpr):
     """Return (dx, grad_y as it came) of every block, and nothing for totals."""
     gradients, centred = load_gradients(inputs, tile, view, RAW, PLAN), [block - mean for block in x]
-    h, none = find_h(gradients, x, None), zero_blocks(3 * PLAN.K, 1, 1, PLAN.ACC)  # products nobody uses are not made
-    _products, weights, q = weigh_products(none, centred, h, chunk.scales, chunk.gaussians, tile.valid)
+    # q is rounded as in the sums, so that equal ones cancel; of its products, which nothing reads, no code is made
+    h, unused = find_h(gradients, x, None), zero_blocks(3 * PLAN.K, 1, 1, PLAN.ACC)
+    _products, weights, q = weigh_products(unused, centred, h, chunk.scales, chunk.gaussians, tile.valid)
     return differentiate_x(gradients, centred, weights, q, chunk.sums), gradients.raw, [], []
 
 

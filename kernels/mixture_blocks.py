@@ -193,7 +193,7 @@ def find_excess(h, weights, free_h):
 @triton.jit
 def differentiate_x(gradients, x, d, mean_error, f, frame, h, k, weights, sums, gaussian, inv_var, padding):
     """Return dx of every block; without k ([]) it takes less: dx = weights·(grad_y - (h - free·Σ h)·…). e is f less
-    m - p, which is 0 but far out.
+    m - p, which is 0 unless m is beyond four standard deviations.
     """
     factor = gaussian.a * inv_var
     slope = factor * sums.slope

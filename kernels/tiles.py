@@ -55,8 +55,9 @@ class Budget(NamedTuple):
     strided: int = 48  # 24 layers two columns at a time, or 12 or 6 blocks of them 64 or 128 bits wide
     strided_masked: int = 48  # with a mask, or where blocks do not divide the chunk
     strided_full: int = 24  # with weights, or parameters for every position, or of fp32
-    strided_long: int = 32  # of chunks that are longer than these, where there is nothing else, two of them at once
-    strided_alone: int = 24  # the longest chunk that is one thread's, with its neighbour: loads get as narrow as that
+    # of chunks longer than these, two loaded at once, where there is no mask, no weights, and parameters do not follow
+    strided_long: int = 32
+    strided_alone: int = 24  # the longest chunk that is one thread's, if that can hold two; loads get as narrow as 2
     streamed: int = 32
     streamed_full: int = 32  # with parameters for every position
     contiguous_vector: int = 8
@@ -65,7 +66,7 @@ class Budget(NamedTuple):
     streamed_vector: int = 8
     longest_contiguous: int = LONGEST_CONTIGUOUS
     longest_strided: int = LONGEST_STRIDED
-    longest_long: int = LONGEST_STRIDED  # the longest chunk that has strided_long
+    longest_long: int = LONGEST_STRIDED  # that has strided_long
 
     def divide(self, divisor: int, least: int = 1) -> Budget:
         """Return a budget of the same vectors and chunks for so many times the numbers an element."""
@@ -157,9 +158,10 @@ def find_tile(
         full = weights or dtype.itemsize > 2 or along == "chunk"
         elements = budget.strided_full if full else budget.strided_masked if mask else budget.strided
         limits = budget.strided_alone // divisor, shared(budget.strided_least_vector), shared(budget.strided_vector)
-        tile, fits = _strided(layout.chunk, shared(elements), *limits), min(elements, budget.strided_masked)
+        tile = _strided(layout.chunk, shared(elements), *limits)
+        fits = min(elements, budget.strided_masked)
         if fits < layout.chunk <= budget.longest_long and not (mask or weights or along == "chunk"):
-            # lanes that share a chunk shuffle for every sum: as few as can hold it
+            # lanes that share a chunk shuffle for every sum: few do where loads are narrow
             tile = _strided(layout.chunk, shared(budget.strided_long), 0, shared(2), shared(2))
         elif layout.chunk % tile.rows:
             tile = _strided(layout.chunk, shared(fits), *limits)
@@ -186,8 +188,8 @@ def _contiguous(chunk: int, elements: int, vector: int, together: int) -> Tile:
 def _strided(chunk: int, elements: int, alone: int, least: int, most: int) -> Tile:
     """Return a tile of one warp, whose threads load `most` elements at a time, or less, down to `least`, where that
     leaves a chunk to fewer lanes: sums over it need no barrier, and for the shortest ones no other thread. A chunk up
-    to `alone` is one thread's where that can hold two, and holds no more than two of `alone`. Columns no fewer than 16,
-    so that accesses stay whole sectors, with more warps where that takes them.
+    to `alone` is one thread's where that can hold two, and then has no more than 2·alone elements. Columns no fewer
+    than 16, so that accesses stay whole sectors, with more warps where that takes them.
     """
     if chunk <= alone and 2 * chunk <= elements:
         elements, least = min(2 * alone, elements), 2
