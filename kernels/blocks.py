@@ -100,9 +100,9 @@ def where_nonempty(values, inv_count, mask, default):
 
 
 @triton.jit
-def centre(x, tile, mask, view, ACC: tl.constexpr):
-    """Return the Centred chunks of a tile that holds whole ones; x is 0 where it is not valid."""
-    count = tl.zeros([1, 1], ACC) + view.chunk
+def centre(x, tile, mask, length, ACC: tl.constexpr):
+    """Return the Centred chunks, of some length, of a tile that holds whole ones; x is 0 where it is not valid."""
+    count = tl.zeros([1, 1], ACC) + length
     if mask is not None:
         count = tl.sum(add_blocks([valid.to(ACC) for valid in tile.valid]), 0)[None, :]
     inv_count = inverse_count(count)

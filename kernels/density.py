@@ -29,7 +29,7 @@ from . import passes
 from .algorithms import DENSITY
 from .blocks import HALF_LOG2_E, add_blocks, add_products, centre, find_h, invert_variance, multiply_rounded
 from .host import Call, Numbers
-from .operands import Split, Strided, split_float
+from .operands import Split, Strided, split_float, strided_of
 from .params import add_totals, load_entries, load_param, store_totals, zero_totals
 from .streamed import find_stats, merge_sums, store_strip_numbers
 from .tile import load_blocks, load_gradients, load_numbers, store_dx, store_outputs
@@ -130,9 +130,9 @@ def density_forward(inputs, parameters, outputs, eps, extent, RESIDUAL: tl.const
     gaussian = load_gaussian(parameters, walk.head, first, view, PLAN)
     index = walk.index
     for _ in range(walk.first_tile, view.n_tiles, walk.tile_step):
-        tile = place_tile(inputs.mask, index, walk.head, walk.strip_row, view, PLAN)
+        tile = place_tile(inputs.mask, index, walk, walk.strip_row, view, PLAN)
         raw, x = load_blocks(inputs.x, inputs.mask, tile, view, RESIDUAL, PLAN)
-        centred = centre(x, tile, inputs.mask, view, PLAN.ACC)
+        centred = centre(x, tile, inputs.mask, walk.length, PLAN.ACC)
         inv_var = invert_variance(centred.squares, centred.inv_count, centred.inv_count, inputs.mask, eps)
         _e, weights = weigh(centred.blocks, centred.mean_error, gaussian, inv_var, tile.valid)
         store_outputs(outputs, x, raw, weights, None, tile, view, RESIDUAL, PLAN)
@@ -150,10 +150,10 @@ def density_backward(inputs, parameters, dx, partials, eps, extent, RESIDUAL: tl
     index = walk.index
     for _ in range(walk.first_tile, view.n_tiles, walk.tile_step):
         # the forward pass again
-        tile = place_tile(inputs.mask, index, walk.head, walk.strip_row, view, PLAN)
+        tile = place_tile(inputs.mask, index, walk, walk.strip_row, view, PLAN)
         _raw, x = load_blocks(inputs.x, inputs.mask, tile, view, False, PLAN)
         gradients = load_gradients(inputs, tile, view, RESIDUAL, PLAN)
-        centred = centre(x, tile, inputs.mask, view, PLAN.ACC)
+        centred = centre(x, tile, inputs.mask, walk.length, PLAN.ACC)
         inv_var = invert_variance(centred.squares, centred.inv_count, centred.inv_count, inputs.mask, eps)
         if PLAN.VARIES == "chunk":  # sums over columns follow: outside, inv_var is infinite at eps 0, and 0·inf is NaN
             inv_var = tl.where(columns_inside(tile.position, view), inv_var, 0.0)
@@ -216,9 +216,8 @@ def density_sums(inputs, parameters, numbers, strips, extent, PLAN: tl.constexpr
         mean, chunk = open_chunk(gaussian, numbers, walk.head, position, view, PLAN)
         total_bare_he = tl.zeros([PLAN.BLOCK_P, PLAN.BLOCK_C], PLAN.ACC)
         total_bare_hee = total_bare_he
-        end = tl.minimum(walk.strip_row + view.strip, view.chunk)
-        for row in range(walk.strip_row, end, PLAN.BLOCK_P * PLAN.N_BLOCKS):
-            tile = place_tile(inputs.mask, index, walk.head, row, view, PLAN)
+        for row in range(walk.strip_row, walk.strip_end, PLAN.BLOCK_P * PLAN.N_BLOCKS):
+            tile = place_tile(inputs.mask, index, walk, row, view, PLAN)
             _raw, x = load_blocks(inputs.x, inputs.mask, tile, view, False, PLAN)
             e, weights = weigh([block - mean for block in x], chunk.mean_error, gaussian, chunk.inv_var, tile.valid)
             h = find_h(load_gradients(inputs, tile, view, False, PLAN), x, None)
@@ -251,10 +250,10 @@ def _sum_chunks(call: Call, parameters: Parameters, _eps: Split, numbers: Number
     strips = call.of_strips(3)
     call.launch(density_sums, call.programs, call.inputs, parameters, numbers, strips)
     sums = merge_sums(call, strips, 3)
-    if not call.run.need_params or call.along == "chunk":
+    if not call.need_params or call.along == "chunk":
         return sums, None
     # (2, …, heads, …) of Σ he and Σ he·e -> (2, heads, 1, P), as one program would leave them
-    axis, feature_axis, chunks = call.run.axis, call.run.feature_axis, sums.data[:2]
+    axis, feature_axis, chunks = call.axis, call.feature_axis, sums.data[:2]
     kept = (0, axis + 1, 0 if feature_axis is None else feature_axis + 1)
     others = [d for d in range(chunks.dim()) if d not in kept]
     totals = chunks.sum(others, dtype=torch.float64) if others else chunks  # sum([]) would sum everything
@@ -263,7 +262,7 @@ def _sum_chunks(call: Call, parameters: Parameters, _eps: Split, numbers: Number
     elif feature_axis < axis:
         totals = totals.transpose(1, 2)
     totals = totals.unsqueeze(2).contiguous()
-    return sums, Strided(totals, totals.stride())
+    return sums, strided_of(totals)
 
 
 KERNELS = passes.Kernels(
@@ -272,7 +271,7 @@ KERNELS = passes.Kernels(
     n_sums=lambda _n_params: 2,
     n_entry_sums=2,
     sum_strides=lambda stride: (stride, 1),
-    collect=lambda call, p, q, _axis, eps: (Parameters(call.of_heads(p), call.of_heads(q)), split_float(eps)),
+    collect=lambda call, p, q, _axis, eps: (Parameters(strided_of(p), strided_of(q)), split_float(eps)),
     find_numbers=lambda call, _parameters, eps: Numbers(find_stats(call, eps)),
     sum_chunks=_sum_chunks,
     finish=finish_gradients,

@@ -24,7 +24,7 @@ from . import passes
 from .algorithms import GATE, SIGMA_FLOOR, VARIANCE_FLOOR, WIDTH_FLOOR
 from .blocks import LOG2_SQRT_2PI, add_blocks, centre, find_h, softplus, where_nonempty
 from .host import Call, Numbers
-from .operands import Strided
+from .operands import Strided, strided_of
 from .params import add_lists, load_entries, store_partials, sum_columns, zero_blocks
 from .streamed import find_stats, merge_sums, store_strip_numbers
 from .tile import load_blocks, load_gradients, load_numbers, store_dx, store_outputs
@@ -183,9 +183,9 @@ def gate_forward(inputs, parameters, outputs, _settings, extent, RESIDUAL: tl.co
     gaussians = load_gaussians(parameters, walk.head, None, view, PLAN)
     index = walk.index
     for _ in range(walk.first_tile, view.n_tiles, walk.tile_step):
-        tile = place_tile(inputs.mask, index, walk.head, walk.strip_row, view, PLAN)
+        tile = place_tile(inputs.mask, index, walk, walk.strip_row, view, PLAN)
         raw, x = load_blocks(inputs.x, inputs.mask, tile, view, RESIDUAL, PLAN)
-        centred = centre(x, tile, inputs.mask, view, PLAN.ACC)
+        centred = centre(x, tile, inputs.mask, walk.length, PLAN.ACC)
         variance = where_nonempty(centred.squares * centred.inv_count, centred.inv_count, inputs.mask, 0.0)
         std, _inv_std = find_std(variance)
         scales = scale_gaussians(gaussians, centred.mean_error, std)
@@ -203,10 +203,10 @@ def gate_backward(inputs, parameters, dx, partials, _settings, extent, RESIDUAL:
     totals = zero_blocks(2 * PLAN.K, 1, 1, PLAN.ACC)
     index = walk.index
     for _ in range(walk.first_tile, view.n_tiles, walk.tile_step):
-        tile = place_tile(inputs.mask, index, walk.head, walk.strip_row, view, PLAN)
+        tile = place_tile(inputs.mask, index, walk, walk.strip_row, view, PLAN)
         _raw, x = load_blocks(inputs.x, inputs.mask, tile, view, False, PLAN)
         gradients = load_gradients(inputs, tile, view, RESIDUAL, PLAN)
-        centred = centre(x, tile, inputs.mask, view, PLAN.ACC)
+        centred = centre(x, tile, inputs.mask, walk.length, PLAN.ACC)
         variance = where_nonempty(centred.squares * centred.inv_count, centred.inv_count, inputs.mask, 0.0)
         std, inv_std = find_std(variance)
         scales = scale_gaussians(gaussians, centred.mean_error, std)
@@ -267,9 +267,8 @@ def gate_sums(inputs, parameters, numbers, strips, partials, extent, PLAN: tl.co
     scales = scale_gaussians(gaussians, mean_error, std)
     products = zero_blocks(3 * PLAN.K, PLAN.BLOCK_P, PLAN.BLOCK_C, PLAN.ACC)
     total_q = tl.zeros([PLAN.BLOCK_P, PLAN.BLOCK_C], PLAN.ACC)
-    end = tl.minimum(walk.strip_row + view.strip, view.chunk)
-    for row in range(walk.strip_row, end, PLAN.BLOCK_P * PLAN.N_BLOCKS):
-        tile = place_tile(inputs.mask, walk.index, walk.head, row, view, PLAN)
+    for row in range(walk.strip_row, walk.strip_end, PLAN.BLOCK_P * PLAN.N_BLOCKS):
+        tile = place_tile(inputs.mask, walk.index, walk, row, view, PLAN)
         _raw, x = load_blocks(inputs.x, inputs.mask, tile, view, False, PLAN)
         h = find_h(load_gradients(inputs, tile, view, False, PLAN), x, None)
         d = [block - mean for block in x]
@@ -294,7 +293,7 @@ def differentiate_tile(x, mean, chunk, inputs, _padding, tile, view, RAW: tl.con
 # --- On the host ----------------------------------------------------------------------------------
 def _sum_chunks(call: Call, parameters: Parameters, _settings: None, numbers: Numbers) -> tuple:
     """Return the sums of streamed chunks, and every program's totals for the parameters if these are needed."""
-    strips, partials = call.of_strips(2), call.partials(2 * call.run.n_params, call.programs)
+    strips, partials = call.of_strips(2), call.partials(2 * call.n_params, call.programs)
     call.launch(gate_sums, call.programs, call.inputs, parameters, numbers, strips, partials)
     return merge_sums(call, strips, 2), partials
 
@@ -305,7 +304,7 @@ KERNELS = passes.Kernels(
     n_sums=lambda n_params: 2 * n_params,
     n_entry_sums=2,
     sum_strides=lambda stride: (stride, 2 * stride),
-    collect=lambda call, p, q: (Parameters(call.of_heads(p), call.of_heads(q)), None),
+    collect=lambda call, p, q: (Parameters(strided_of(p), strided_of(q)), None),
     find_numbers=lambda call, _parameters, _settings: Numbers(find_stats(call, None)),
     sum_chunks=_sum_chunks,
     finish=finish_gradients,

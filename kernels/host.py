@@ -1,11 +1,8 @@
-"""What a pass does on the host, whatever the algorithm: a plan, made once a layout, and a `Call` for every part of the
-axis, which launches.
-"""
+"""What a pass does on the host, whatever the algorithm: a plan, made once a layout, and a `Call`, which launches."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -13,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launch, tiles
-from .operands import Extent, Inputs, Layout, Part, Strided, acc_dtype, find_layout, parts, power_of_2, varies
+from .operands import Extent, Inputs, Layout, Strided, acc_dtype, find_layout, power_of_2, strided_of, varies
 
 
 # --- Plans ----------------------------------------------------------------------------------------
@@ -42,34 +39,25 @@ class Numbers(NamedTuple):
     sums: Strided | None = None
 
 
-class PartPlan(NamedTuple):
-    """Hold what a call on one part of x does, whatever its tensors hold: the part, whether that is all of x, tile,
-    extent, the programs a head that share its tiles; those where each leaves partial sums, and the groups of these that
-    hold every parameter of a head once; the strides of its tensors as kernels take them, those of numbers of its
-    chunks, and the constants of kernels that take tiles, and of those that merge strips.
+class Plan(NamedTuple):
+    """Hold what a pass does, whatever its tensors hold: tile, extent, the programs a head that share its tiles; those
+    where each leaves partial sums, and the groups of these that hold every parameter of a head once; the strides of its
+    tensors as kernels take them; of streamed chunks the shape of their statistics, the strides of numbers of them, and
+    whether a forward pass keeps the statistics; the constants of kernels that take tiles, and of those that merge
+    strips.
     """
 
-    part: Part
-    whole: bool
     tile: tiles.Tile
     extent: Extent
     programs: int
     sum_programs: int
     n_groups: int
     strides: tuple[tuple[int, ...] | None, ...]
+    stats_shape: tuple[int, ...] | None
     stats_strides: tuple[int, ...] | None
+    keeps_stats: bool
     constants: dict[str, object]
     merge_constants: dict[str, object]
-
-
-class Plan(NamedTuple):
-    """Hold what a pass does: a plan for every part of x, none where that is empty, the shape of the statistics of
-    streamed chunks, None where these stay on chip, and whether a forward pass keeps them.
-    """
-
-    parts: tuple[PartPlan, ...]
-    stats_shape: tuple[int, ...] | None
-    keeps_stats: bool
 
 
 Spec = tuple[torch.Size, tuple[int, ...], torch.dtype]  # shape, strides and dtype of a tensor
@@ -85,15 +73,37 @@ def plan(
     takes longer than a launch.
     """
     x, mask, *others = (spec and _make_meta(*spec) for spec in specs)
-    tensors = [x, *(t if t is None else t.expand(x.shape) for t in (mask, *others))]
-    stats_shape, stats = tiles.stats_shape(budget, x, axis, heads, feature_axis, mask is not None), None
-    if stats_shape is not None:
-        stats = torch.empty(stats_shape[1:], dtype=acc_dtype(x), device="meta")
-    args = (axis, feature_axis, weights, tensors, stats)
-    found = parts(x.shape[axis], heads) if x.numel() else ()
+    others = [t if t is None else t.expand(x.shape) for t in (mask, *others)]
+    stats_shape = tiles.stats_shape(budget, x, axis, heads, feature_axis, mask is not None)
+    streamed = stats_shape is not None
+    if streamed:
+        others.append(torch.empty(stats_shape[1:], dtype=acc_dtype(x), device="meta"))
+    layout, along = find_layout(x, others, axis, heads, feature_axis), varies(axis, feature_axis)
+    tile = tiles.find_tile(budget, layout, streamed, along, x.dtype, mask is not None, weights)
+    extent = _find_extent(layout, tile, tiles.find_strip(tile, layout, along) if streamed else layout.longest)
+    strides, stats_strides = _find_strides(layout, streamed)
+    ragged = tile.n_blocks
+    if not streamed:  # a tile holds a whole chunk, which ends in its last blocks
+        ragged -= layout.chunk // tile.rows
+    elif layout.chunk == layout.longest and layout.chunk % tile.length == 0:
+        ragged = 0
+    constants = Constants(
+        tile.rows, tile.columns, tile.n_blocks, ragged, layout.inner % tile.columns != 0,
+        tl.float64 if acc_dtype(x) == torch.float64 else tl.float32,
+        tl.int32 if tiles.index_bits(layout, tile) == 32 else tl.int64, along, gaussians,
+    )  # fmt: skip
+    n_together = max(1, extent.n_blocks) if along == "inner" else 1  # tiles that hold every parameter of a head once
+    # few enough that n_sums fp32 numbers a parameter, written and read, cost under 3 % of the 6 bytes an element
+    elements = {"inner": layout.chunk, "chunk": tile.columns, "nothing": tile.length * tile.columns}[along]
+    sum_programs = _count_programs(heads, tile, extent, n_together, -(-24 * n_sums // elements))
+    programs = _count_programs(heads, tile, extent, n_together, 1)
+    if streamed and along != "chunk":  # but for those that share their parameters, a program a strip
+        programs = extent.n_tiles * extent.n_strips
+    merged = constants._replace(BLOCK_P=min(tiles.STRIPS, power_of_2(extent.n_strips)), N_BLOCKS=1)
     return Plan(
-        tuple(_plan_part(budget, gaussians, n_sums, part, *args) for part in found),
-        stats_shape, stats is not None and tiles.worth_keeping(x, axis, heads),
+        tile, extent, programs, sum_programs, sum_programs // (extent.n_strips * n_together), strides, stats_shape,
+        stats_strides, streamed and tiles.worth_keeping(x, axis, heads),
+        {"PLAN": constants, "num_warps": tile.num_warps}, {"PLAN": merged, "num_warps": 4},
     )  # fmt: skip
 
 
@@ -102,51 +112,20 @@ def _make_meta(shape: torch.Size, strides: tuple[int, ...], dtype: torch.dtype) 
     return torch.empty_strided(shape, strides, dtype=dtype, device="meta")
 
 
-def _plan_part(
-    budget: tiles.Budget, gaussians: int, n_sums: int, part: Part, axis: int, feature_axis: int | None, weights: bool,
-    tensors: list[Tensor | None], stats: Tensor | None,
-) -> PartPlan:  # fmt: skip
-    """Return the plan of a call. stats: one number of every streamed chunk."""
-    whole, *_ = tensors
-    x, mask, *others = (t if t is None else part.positions_of(t, axis) for t in tensors)
-    streamed, length = stats is not None, whole.shape[axis]
-    if streamed:
-        others.append(part.heads_of(stats, axis))
-    layout, along = find_layout(x, [mask, *others], axis, part.heads, feature_axis, length), varies(axis, feature_axis)
-    tile = tiles.find_tile(budget, layout, streamed, along, x.dtype, mask is not None, weights)
-    extent = _find_extent(layout, tile, tiles.find_strip(tile, layout, along) if streamed else layout.chunk)
+def _find_strides(layout: Layout, streamed: bool) -> tuple[tuple, tuple[int, ...] | None]:
+    """Return the strides of a call's tensors as kernels take them, and those of the numbers of streamed chunks."""
     x_strides, mask_strides, *others = (t and t.strides for t in layout.operands)
     stats_strides = others.pop() if streamed else None
-    if mask is not None:
+    if mask_strides is not None:
         down, across, *outer = mask_strides
         mask_strides = (down, *outer) if across == 0 else mask_strides  # one mask for all of the inner dimension
-    strides = [() if found == x_strides else found for found in (x_strides, mask_strides, *others)]
-    ragged = 0 if layout.chunk % tile.length == 0 else tile.n_blocks
-    if ragged and not streamed:  # a tile holds a whole chunk, and ends in its last blocks
-        ragged -= layout.chunk // tile.rows
-    constants = Constants(
-        tile.rows, tile.columns, tile.n_blocks, ragged, layout.inner % tile.columns != 0,
-        tl.float64 if acc_dtype(x) == torch.float64 else tl.float32,
-        tl.int32 if tiles.index_bits(layout, tile) == 32 else tl.int64, along, gaussians,
-    )  # fmt: skip
-    n_together = extent.n_blocks if along == "inner" else 1  # tiles that hold every parameter of a head once
-    # few enough that n_sums fp32 numbers a parameter, written and read, cost under 3 % of the 6 bytes an element
-    elements = {"inner": layout.chunk, "chunk": tile.columns, "nothing": tile.length * tile.columns}[along]
-    sum_programs = _count_programs(part, tile, extent, n_together, -(-24 * n_sums // elements))
-    programs = _count_programs(part, tile, extent, n_together, 1)
-    if streamed and along != "chunk":  # but for those that share their parameters, a program a strip
-        programs = extent.n_tiles * extent.n_strips
-    merged = constants._replace(BLOCK_P=min(tiles.STRIPS, power_of_2(extent.n_strips)), N_BLOCKS=1)
-    return PartPlan(
-        part, part.length == length, tile, extent, programs, sum_programs,
-        sum_programs // (extent.n_strips * n_together), tuple(strides), stats_strides,
-        {"PLAN": constants, "num_warps": tile.num_warps}, {"PLAN": merged, "num_warps": 4},
-    )  # fmt: skip
+    found = (x_strides, mask_strides, *others)
+    return tuple(() if strides == x_strides else strides for strides in found), stats_strides
 
 
-def _count_programs(part: Part, tile: tiles.Tile, extent: Extent, multiple: int, tiles_each: int) -> int:
+def _count_programs(heads: int, tile: tiles.Tile, extent: Extent, multiple: int, tiles_each: int) -> int:
     """Return the programs a head, of some tiles_each tiles, a multiple in each strip: one's tiles share parameters."""
-    return extent.n_strips * tiles.count_programs(extent.n_tiles, part.heads, tile.num_warps, multiple, tiles_each)
+    return extent.n_strips * tiles.count_programs(extent.n_tiles, heads, tile.num_warps, multiple, tiles_each)
 
 
 def _find_extent(layout: Layout, tile: tiles.Tile, strip: int) -> Extent:
@@ -158,89 +137,69 @@ def _find_extent(layout: Layout, tile: tiles.Tile, strip: int) -> Extent:
         strides = tuple(step if i == fastest else step // 8 for i, step in enumerate(strides))
     n_blocks = -(-layout.inner // tile.columns)
     return Extent(
-        layout.sizes, strides, layout.places * n_blocks, n_blocks, -(-layout.chunk // strip), strip,
-        layout.chunk, layout.inner,
+        layout.sizes, strides, layout.places * n_blocks, n_blocks, -(-layout.longest // strip), strip, layout.chunk,
+        layout.longest - layout.chunk or None, layout.inner,
         layout.chunk // 8 if eighths and layout.contiguous else None,
         layout.inner // 8 if eighths and not layout.contiguous else None,
     )  # fmt: skip
 
 
 # --- Calls ----------------------------------------------------------------------------------------
-class Pass:
+class Call:
     """Hold a pass with a budget, so many Gaussians as kernels count them, and n_sums partial sums a group.
 
     shape: of the parameters, (heads, P). axis, feature_axis: the dimensions of x that are normalised, and that
-    parameters follow, if they do. tensors: x, a mask that broadcasts against it, others of x's shape; None for those
-    there are not. weights: whether there is a gradient of the weights. need_params: whether gradients of the parameters
-    are needed. stats: statistics of streamed chunks, or room for them where None came, as lacks_stats tells. None,
-    whatever came, where chunks stay on chip: a copy of x that autograd kept may lie in memory otherwise than x did.
+    parameters follow, if they do. tensors: x, a mask that broadcasts against it, others of x's
+    shape; None for those there are not; then strided, as kernels take them. weights: whether there is a gradient of the
+    weights. need_params: whether gradients of the parameters are needed. stats: statistics of streamed chunks, or room
+    for them where None came, as lacks_stats tells. None, whatever came, where chunks stay on chip: a copy of x that
+    autograd kept may lie in memory otherwise than x did.
     """
+
+    inputs: Inputs
 
     def __init__(
         self, budget: tiles.Budget, gaussians: int, n_sums: int, shape: torch.Size, axis: int, feature_axis: int | None,
         tensors: tuple[Tensor | None, ...], weights: bool = False, stats: Tensor | None = None,
         need_params: bool = False,
     ):  # fmt: skip
-        (heads, self.n_params), (self.x, *_) = shape, tensors
-        self.axis, self.feature_axis, self.tensors, self.need_params = axis, feature_axis, tensors, need_params
+        (self.heads, self.n_params), (self.x, *_) = shape, tensors
+        self.axis, self.feature_axis, self.need_params = axis, feature_axis, need_params
         specs = [None if t is None else (t.shape, t.stride(), t.dtype) for t in tensors]
-        self.plan = plan(budget, gaussians, n_sums, axis, heads, feature_axis, weights, *specs)
-        self.stats = None if self.plan.stats_shape is None else stats
-        self.lacks_stats = stats is None and self.plan.stats_shape is not None
+        self.plan = found = plan(budget, gaussians, n_sums, axis, self.heads, feature_axis, weights, *specs)
+        self.extent, self.programs, self.along = found.extent, found.programs, found.constants["PLAN"].VARIES
+        self.streamed = found.stats_shape is not None
+        self.stats = stats if self.streamed else None
+        self.lacks_stats = self.streamed and stats is None
         if self.lacks_stats:
-            self.stats = self.x.new_empty(self.plan.stats_shape, dtype=acc_dtype(self.x))
-
-    def calls(self) -> Iterator[tuple[Call, list[Strided | None]]]:
-        """Yield a call for every part of the axis, one or two, and its tensors; none where x is empty."""
-        x, mask, *others = self.tensors
-        if len(self.plan.parts) > 1 and mask is not None:
-            mask = mask.expand(x.shape)
-        for part in self.plan.parts:
-            tensors = (x, mask, *others)
-            if not part.whole:
-                tensors = [t if t is None else part.part.positions_of(t, self.axis) for t in tensors]
-            pairs = zip(tensors, part.strides, strict=True)
-            yield Call(self, part), [None if t is None else Strided(t, strides) for t, strides in pairs]
-
-
-class Call:
-    """Hold a call on one part of x, whose heads have equal length: its inputs, and whether its chunks are streamed."""
-
-    inputs: Inputs
-
-    def __init__(self, run: Pass, plan: PartPlan):
-        self.run, self.plan, self.part, self.extent, self.programs = run, plan, plan.part, plan.extent, plan.programs
-        self.streamed, self.along = run.stats is not None, plan.constants["PLAN"].VARIES
+            self.stats = self.x.new_empty(found.stats_shape, dtype=acc_dtype(self.x))
+        pairs = zip(tensors, found.strides, strict=True)
+        self.tensors = [None if t is None else Strided(t, strides) for t, strides in pairs]
 
     def of_chunks(self, t: Tensor) -> Strided:
-        """Return the part's share of numbers (number, …, heads, …); the last stride is the next number's distance."""
-        return Strided(self.part.heads_of(t, self.run.axis + 1), (*self.plan.stats_strides, t.stride(0)))
+        """Return numbers (number, …, heads, …) of chunks; the last stride is the next number's distance."""
+        return Strided(t, (*self.plan.stats_strides, t.stride(0)))
 
     def of_strips(self, n: int, strips: int | None = None) -> Strided:
         """Return room for n numbers of every strip of every streamed chunk, or of so many strips."""
         count = n * (self.extent.n_strips if strips is None else strips)
-        return self.of_chunks(self.run.stats.new_empty((count, *self.run.stats.shape[1:])))
-
-    def of_heads(self, param: Tensor) -> Strided:
-        """Return the part's rows of a parameter."""
-        return Strided(self.part.heads_of(param, 0), param.stride())
+        return self.of_chunks(self.stats.new_empty((count, *self.stats.shape[1:])))
 
     def partials(self, n: int, groups: int) -> Strided | None:
         """Return room for n sums of every parameter from each group of programs, (n, heads, groups, P), P being 1 but
         where parameters follow a dimension of x; None where gradients of them are not needed.
         """
-        if not self.run.need_params:
+        if not self.need_params:
             return None
-        n_params = 1 if self.run.feature_axis is None else self.run.n_params
-        t = self.run.x.new_empty((n, self.part.heads, groups, n_params), dtype=acc_dtype(self.run.x))
-        return Strided(t, t.stride())
+        n_params = 1 if self.feature_axis is None else self.n_params
+        return strided_of(self.x.new_empty((n, self.heads, groups, n_params), dtype=acc_dtype(self.x)))
 
     def launch(self, kernel, programs: int, *args, **constants) -> None:
         """Launch on a grid (programs, heads), with the constants of kernels that take tiles."""
-        grid = (programs, self.part.heads)
-        launch.launch(kernel, grid, *args, self.extent, device=self.run.x.device, **constants, **self.plan.constants)
+        grid, constants = (programs, self.heads), constants | self.plan.constants
+        launch.launch(kernel, grid, *args, self.extent, device=self.x.device, **constants)
 
     def launch_merge(self, kernel, *args, **constants) -> None:
         """Launch what makes numbers of chunks from those of their strips: a program a tile of chunks."""
-        grid, constants = (self.extent.n_tiles, self.part.heads), constants | self.plan.merge_constants
-        launch.launch(kernel, grid, *args, self.extent, device=self.run.x.device, **constants)
+        grid, constants = (self.extent.n_tiles, self.heads), constants | self.plan.merge_constants
+        launch.launch(kernel, grid, *args, self.extent, device=self.x.device, **constants)

@@ -57,7 +57,7 @@ from .mixture_blocks import (
     weigh,
     weigh_gaps,
 )
-from .operands import Split, Strided, power_of_2, split_float
+from .operands import Split, Strided, power_of_2, split_float, strided_of
 from .params import add_lists, load_entries, store_partials, zero_blocks
 from .streamed import find_stats, load_strip_numbers, locate_chunks, store_strip_numbers
 from .tile import float_of, load_blocks, load_gradients, load_numbers, store_dx, store_numbers, store_outputs
@@ -74,9 +74,9 @@ def mixture_forward(inputs, parameters, outputs, settings, extent, RESIDUAL: tl.
     padding = None if inputs.padding is None else float_of(inputs.padding, PLAN.ACC)
     index = walk.index
     for _ in range(walk.first_tile, view.n_tiles, walk.tile_step):
-        tile = place_tile(inputs.mask, index, walk.head, walk.strip_row, view, PLAN)
+        tile = place_tile(inputs.mask, index, walk, walk.strip_row, view, PLAN)
         raw, x = load_blocks(inputs.x, inputs.mask, tile, view, RESIDUAL, PLAN)
-        d, centred, inv_var = centre_unpadded(x, padding, tile, inputs.mask, settings.eps, view, PLAN.ACC)
+        d, centred, inv_var = centre_unpadded(x, padding, tile, inputs.mask, settings.eps, walk.length, PLAN.ACC)
         frame = find_frame(gaussian, inv_var)
         _f, s = measure(d, centred.mean_error, gaussian, frame, tile.valid)
         weights, _gaps, _min_s, _free = weigh(
@@ -97,11 +97,11 @@ def mixture_backward(inputs, parameters, dx, partials, settings, extent, RESIDUA
     index = walk.index
     for _ in range(walk.first_tile, view.n_tiles, walk.tile_step):
         # the forward pass again
-        tile = place_tile(inputs.mask, index, walk.head, walk.strip_row, view, PLAN)
+        tile = place_tile(inputs.mask, index, walk, walk.strip_row, view, PLAN)
         _raw, x = load_blocks(inputs.x, inputs.mask, tile, view, False, PLAN)
         gradients = load_gradients(inputs, tile, view, RESIDUAL, PLAN)
         h = find_h(gradients, x, padding)
-        d, centred, inv_var = centre_unpadded(x, padding, tile, inputs.mask, settings.eps, view, PLAN.ACC)
+        d, centred, inv_var = centre_unpadded(x, padding, tile, inputs.mask, settings.eps, walk.length, PLAN.ACC)
         frame, inv_count = find_frame(gaussian, inv_var), centred.inv_count
         f, s = measure(d, centred.mean_error, gaussian, frame, tile.valid)
         weights, gaps, min_s, free = weigh(s, frame, gaussian, settings.log2_eps, tile.valid, inv_count, inputs.mask)
@@ -153,9 +153,8 @@ def mixture_scales(inputs, parameters, numbers, strips, extent, PLAN: tl.constex
     # of every place in a block by itself: they are compared once, at the end
     min_s = tl.zeros([PLAN.BLOCK_P, PLAN.BLOCK_C], PLAN.ACC) + FAR
     total = tl.zeros([PLAN.BLOCK_P, PLAN.BLOCK_C], PLAN.ACC)
-    end = tl.minimum(walk.strip_row + view.strip, view.chunk)
-    for row in range(walk.strip_row, end, PLAN.BLOCK_P * PLAN.N_BLOCKS):
-        tile = place_tile(inputs.mask, walk.index, walk.head, row, view, PLAN)
+    for row in range(walk.strip_row, walk.strip_end, PLAN.BLOCK_P * PLAN.N_BLOCKS):
+        tile = place_tile(inputs.mask, walk.index, walk, row, view, PLAN)
         _raw, x = load_blocks(inputs.x, inputs.mask, tile, view, False, PLAN)
         _f, s = measure([block - mean for block in x], mean_error, gaussian, frame, tile.valid)
         before, min_s = min_s, tl.minimum(min_s, minimum_of(s))
@@ -229,9 +228,8 @@ def mixture_sums(inputs, parameters, numbers, strips, extent, PLAN: tl.constexpr
     padding = None if inputs.padding is None else float_of(inputs.padding, PLAN.ACC)
     sum_h = tl.zeros([PLAN.BLOCK_P, PLAN.BLOCK_C], PLAN.ACC)
     sum_hf, sum_hu, sum_w, sum_wf, sum_wu, n = sum_h, sum_h, sum_h, sum_h, sum_h, sum_h
-    end = tl.minimum(walk.strip_row + view.strip, view.chunk)
-    for row in range(walk.strip_row, end, PLAN.BLOCK_P * PLAN.N_BLOCKS):
-        tile = place_tile(inputs.mask, walk.index, walk.head, row, view, PLAN)
+    for row in range(walk.strip_row, walk.strip_end, PLAN.BLOCK_P * PLAN.N_BLOCKS):
+        tile = place_tile(inputs.mask, walk.index, walk, row, view, PLAN)
         _raw, x = load_blocks(inputs.x, inputs.mask, tile, view, False, PLAN)
         f, s = measure([block - mean for block in x], mean_error, gaussian, frame, tile.valid)
         gaps = [min_s - block for block in s]
@@ -248,7 +246,7 @@ def mixture_sums(inputs, parameters, numbers, strips, extent, PLAN: tl.constexpr
         if inputs.mask is not None:
             n += add_blocks([valid.to(PLAN.ACC) for valid in tile.valid])
     if inputs.mask is None:
-        n = tl.where(tl.arange(0, PLAN.BLOCK_P)[:, None] == 0, (end - walk.strip_row).to(PLAN.ACC), n)
+        n = tl.where(tl.arange(0, PLAN.BLOCK_P)[:, None] == 0, (walk.strip_end - walk.strip_row).to(PLAN.ACC), n)
     sums = [sum_h, sum_hf, sum_hu, sum_w, sum_wf, sum_wu, n]
     store_strip_numbers(strips, walk, position, view, [tl.sum(block, 0)[None, :] for block in sums])
 
@@ -306,7 +304,7 @@ def _collect(
 ) -> tuple[Parameters, Settings]:  # fmt: skip
     """Return the parameters and the settings as kernels take them."""
     log2_eps = split_float(math.log2(eps)) if eps > 0 else Split(-math.inf, 0.0)
-    parameters = Parameters(call.of_heads(mean_offsets), call.of_heads(c), c.shape[1])
+    parameters = Parameters(strided_of(mean_offsets), strided_of(c), c.shape[1])
     return parameters, Settings(split_float(eps), log2_eps)
 
 

@@ -222,9 +222,9 @@ def sum_head(ke, kee, clamped, inv_var, inside):
 
 
 @triton.jit
-def centre_unpadded(x, padding, tile, mask, eps, view, ACC: tl.constexpr):
+def centre_unpadded(x, padding, tile, mask, eps, length, ACC: tl.constexpr):
     """Return (x - mean of every block, the Centred chunk, inv_var): padding counts as zeros in mean and variance."""
-    chunk = centre(zero_padding(x, padding), tile, mask, view, ACC)
+    chunk = centre(zero_padding(x, padding), tile, mask, length, ACC)
     d = chunk.blocks
     if padding is not None:
         d = []

@@ -50,8 +50,9 @@ class Outputs(NamedTuple):
 class Extent(NamedTuple):
     """Hold what kernels know of a call: outer sizes, x's strides, tiles of all outer places, blocks of columns along
     the inner dimension, strips that a chunk is cut into and positions of each (one, of the whole chunk, where a tile
-    holds it), positions of a chunk, size of the inner dimension. The eighths of one of these two, and then of the
-    strides too, where x and tensors of its strides are aligned to 8 elements only (`walk.view_of`).
+    holds it), positions of a chunk, how many more the last head's chunks have (None where heads divide the axis), size
+    of the inner dimension. The eighths of a chunk or the inner dimension, and then of the strides too, where x and
+    tensors of its strides are aligned to 8 elements only (`walk.view_of`).
     """
 
     sizes: tuple[int, ...]
@@ -61,6 +62,7 @@ class Extent(NamedTuple):
     n_strips: int
     strip: int
     chunk: int
+    remainder: int | None
     inner: int
     chunk_eighths: int | None
     inner_eighths: int | None
@@ -77,8 +79,8 @@ class Split(NamedTuple):
 class Layout:
     """Hold what all tensors of one call look like to a kernel.
 
-    sizes: of the outer dimensions, the fastest first. chunk: positions of one head along the axis. length: positions of
-        the whole axis. inner: size of the inner dimension.
+    sizes: of the outer dimensions, the fastest first. chunk: positions of one head along the axis. longest: of the last
+        one, which takes the remainder. length: of the whole axis. inner: size of the inner dimension.
     contiguous: whether neighbours along the axis stand closer in memory than neighbours along the inner dimension; else
         chunks are strided.
     operands: the tensors of the call, in the order given.
@@ -86,6 +88,7 @@ class Layout:
 
     sizes: tuple[int, ...]
     chunk: int
+    longest: int
     length: int
     inner: int
     contiguous: bool
@@ -112,31 +115,14 @@ class Layout:
         return next(unit for unit in (16, 8, 1) if not any(step % unit for step in steps))
 
 
-@dataclass(frozen=True)
-class Part:
-    """Hold heads of equal length: `heads` of them from `head` on, over `length` positions of the axis from `start`."""
-
-    head: int
-    heads: int
-    start: int
-    length: int
-
-    def heads_of(self, t: Tensor, dim: int) -> Tensor:
-        """Return the part's share of a tensor with a dimension of heads."""
-        return t if self.heads == t.shape[dim] else t.narrow(dim, self.head, self.heads)
-
-    def positions_of(self, t: Tensor, axis: int) -> Tensor:
-        """Return the part's share of a tensor of x's shape."""
-        return t if self.length == t.shape[axis] else t.narrow(axis, self.start, self.length)
+def strided_of(t: Tensor) -> Strided:
+    """Return a tensor with strides of its own, for kernels that know its dimensions."""
+    return Strided(t, t.stride())
 
 
-def parts(size: int, heads: int) -> tuple[Part, ...]:
-    """Return an axis cut into chunks of size // heads: all heads at once, or all but the last, which takes the rest."""
-    chunk = size // heads
-    if size == heads * chunk:
-        return (Part(0, heads, 0, size),)
-    first = (heads - 1) * chunk
-    return Part(0, heads - 1, 0, first), Part(heads - 1, 1, first, size - first)
+def find_longest(size: int, heads: int) -> int:
+    """Return the positions of the last head's chunk: size // heads, as the others have, and the remainder."""
+    return size // heads + size % heads
 
 
 def varies(axis: int, feature_axis: int | None) -> str:
@@ -195,10 +181,9 @@ class _Group(NamedTuple):
 
 
 def find_layout(
-    x: Tensor, others: Sequence[Tensor | None], axis: int, heads: int, feature_axis: int | None = None,
-    length: int | None = None,
-) -> Layout:  # fmt: skip
-    """Return the layout of a call on x and others like it (stride 0: broadcast). length: of the axis x is a part of."""
+    x: Tensor, others: Sequence[Tensor | None], axis: int, heads: int, feature_axis: int | None = None
+) -> Layout:
+    """Return the layout of a call on x and others like it (stride 0: broadcast)."""
     inner, keep = inner_dim(x, axis, feature_axis), varies(axis, feature_axis) == "inner"
     tensors = [t for t in (x, *others) if t is not None]
     groups: list[_Group] = []  # slowest first
@@ -220,7 +205,8 @@ def find_layout(
     return Layout(
         sizes=tuple(group.size for group in outer),
         chunk=x.shape[axis] // heads,
-        length=x.shape[axis] if length is None else length,
+        longest=find_longest(x.shape[axis], heads),
+        length=x.shape[axis],
         inner=columns.size,
         contiguous=axis_is_fastest(x, axis, inner),
         operands=tuple(None if t is None else next(strided) for t in (x, *others)),

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from . import launch
 from .algorithms import Algorithm
-from .host import Call, Numbers, Pass
-from .operands import Inputs, Outputs, Strided, float_bits, power_of_2
+from .host import Call, Numbers
+from .operands import Inputs, Outputs, Strided, float_bits, power_of_2, strided_of
 from .params import param_gradients
 from .streamed import backward_streamed, forward_streamed
 
@@ -65,19 +65,18 @@ def forward(
     # not whether weights are written: y is the same to the bit with and without them
     tensors, feature_axis = (x, mask, y, weights), algorithm.find_setting("feature_axis", settings)
     padding, n = float_bits(algorithm.find_setting("padding", settings), x.dtype), q.shape[1]
-    run = Pass(algorithm.forward(n), kernels.gaussians(n), kernels.n_sums(n), q.shape, axis, feature_axis, tensors)
-    for call, (*inputs, call_y, call_weights) in run.calls():
-        call.inputs, outputs = Inputs(*inputs, None, None, padding), Outputs(call_y, call_weights)
+    call = Call(algorithm.forward(n), kernels.gaussians(n), kernels.n_sums(n), q.shape, axis, feature_axis, tensors)
+    *inputs, call_y, call_weights = call.tensors
+    call.inputs, outputs = Inputs(*inputs, None, None, padding), Outputs(call_y, call_weights)
+    if x.numel():
         parameters, given = kernels.collect(call, p, q, *settings)
         if call.streamed:
-            numbers = kernels.find_numbers(call, parameters, given)
-            args = (call.inputs, parameters, numbers, outputs)
+            args = (call.inputs, parameters, kernels.find_numbers(call, parameters, given), outputs)
             constants = {"WEIGH": kernels.weigh_chunk} | kernels.streamed_constants
             call.launch(forward_streamed, call.programs, *args, RESIDUAL=residual, **constants)
         else:
-            args = (call.inputs, parameters, outputs, given)
-            call.launch(kernels.forward, call.programs, *args, RESIDUAL=residual)
-    return y, weights, run.stats if save_stats and run.plan.keeps_stats else None
+            call.launch(kernels.forward, call.programs, call.inputs, parameters, outputs, given, RESIDUAL=residual)
+    return y, weights, call.stats if save_stats and call.plan.keeps_stats else None
 
 
 def backward(
@@ -91,25 +90,27 @@ def backward(
     dx, grads = _empty_like(x) if need_x else None, (None, None)
     if need_params:  # zeros where x is empty and nothing will be written
         grads = tuple(_empty_like(t) if x.numel() else t.new_zeros(t.shape) for t in (p, q))
+    if not x.numel():
+        return dx, *grads
     algorithm, tensors, n = kernels.algorithm, (x, mask, grad_y, grad_weights, dx), q.shape[1]
     feature_axis, weights = algorithm.find_setting("feature_axis", settings), grad_weights is not None
     padding, n_sums = float_bits(algorithm.find_setting("padding", settings), x.dtype), kernels.n_sums(n)
-    run = Pass(
+    call = Call(
         algorithm.backward(n), kernels.gaussians(n), n_sums, q.shape, axis, feature_axis, tensors, weights, stats,
         need_params,
     )  # fmt: skip
-    for call, (*inputs, call_dx) in run.calls():
-        call.inputs = Inputs(*inputs, padding)
-        parameters, given = kernels.collect(call, p, q, *settings)
-        if call.streamed:
-            partials = _backward_streamed(kernels, call, call_dx, parameters, given, residual, n_sums)
-        elif need_x or need_params:
-            programs = call.plan.sum_programs if need_params else call.programs
-            partials = call.partials(n_sums, call.plan.n_groups)
-            args = (call.inputs, parameters, call_dx, partials, given)
-            call.launch(kernels.backward, programs, *args, RESIDUAL=residual)
-        if need_params:
-            _launch_param_gradients(kernels, call, partials, parameters, grads)
+    *inputs, call_dx = call.tensors
+    call.inputs, partials = Inputs(*inputs, padding), None
+    parameters, given = kernels.collect(call, p, q, *settings)
+    if call.streamed:
+        partials = _backward_streamed(kernels, call, call_dx, parameters, given, residual, n_sums)
+    elif need_x or need_params:
+        programs = call.plan.sum_programs if need_params else call.programs
+        partials = call.partials(n_sums, call.plan.n_groups)
+        args = (call.inputs, parameters, call_dx, partials, given)
+        call.launch(kernels.backward, programs, *args, RESIDUAL=residual)
+    if need_params:
+        _launch_param_gradients(kernels, call, partials, parameters, grads)
     return dx, *grads
 
 
@@ -119,12 +120,12 @@ def _backward_streamed(
     """Launch the backward pass of streamed chunks and return the partial sums of parameters, None where not needed.
     They come from the sums of chunks, but where parameters vary along the chunk.
     """
-    if call.run.lacks_stats:
-        kernels.find_numbers(call, parameters, given)  # fills run.stats; what else it finds is for a forward pass
-    numbers = Numbers(call.of_chunks(call.run.stats))
+    if call.lacks_stats:
+        kernels.find_numbers(call, parameters, given)  # fills call.stats; what else it finds is for a forward pass
+    numbers = Numbers(call.of_chunks(call.stats))
     sums, partials = kernels.sum_chunks(call, parameters, given, numbers)
     programs, row_partials = call.programs, None
-    if call.along == "chunk" and call.run.need_params:
+    if call.along == "chunk" and call.need_params:
         programs, partials = call.plan.sum_programs, call.partials(n_sums, call.plan.n_groups)
         row_partials = partials
     if dx is not None or row_partials is not None:
@@ -138,16 +139,16 @@ def _launch_param_gradients(
     kernels: Kernels, call: Call, partials: Strided, parameters: Any, grads: tuple[Tensor, Tensor]
 ) -> None:
     """Launch what turns partial sums into gradients, of up to 16 neighbours a program where they follow features."""
-    n_params, entries = call.run.n_params, 1
-    if call.run.feature_axis is not None:
+    n_params, entries = call.n_params, 1
+    if call.feature_axis is not None:
         entries = min(16, power_of_2(n_params))
     else:
         stride, head_stride, group_stride, _one = partials.strides
         stride, entry_stride = kernels.sum_strides(stride)
         partials = Strided(partials.data, (stride, head_stride, group_stride, entry_stride))
     launch.launch(
-        param_gradients, (-(-n_params // entries), call.part.heads), partials, partials.data.shape[2], parameters,
-        *map(call.of_heads, grads), n_params, device=partials.data.device, N=kernels.n_entry_sums,
+        param_gradients, (-(-n_params // entries), call.heads), partials, partials.data.shape[2], parameters,
+        *map(strided_of, grads), n_params, device=partials.data.device, N=kernels.n_entry_sums,
         K=kernels.gaussians(n_params), FINISH=kernels.finish, NAME=kernels.algorithm.name, BLOCK=2048 // entries,
         ENTRIES=entries, num_warps=8,
     )  # fmt: skip

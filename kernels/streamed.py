@@ -42,9 +42,8 @@ def forward_streamed(
     for _ in range(walk.first_tile, view.n_tiles, walk.tile_step):
         position = locate(index, walk.head, walk.strip_row, view, PLAN)
         mean, chunk = OPEN(prepared, numbers, walk.head, position, view, PLAN)
-        end = tl.minimum(walk.strip_row + view.strip, view.chunk)
-        for row in range(walk.strip_row, end, PLAN.BLOCK_P * PLAN.N_BLOCKS):
-            tile = place_tile(inputs.mask, index, walk.head, row, view, PLAN)
+        for row in range(walk.strip_row, walk.strip_end, PLAN.BLOCK_P * PLAN.N_BLOCKS):
+            tile = place_tile(inputs.mask, index, walk, row, view, PLAN)
             raw, x = load_blocks(inputs.x, inputs.mask, tile, view, RESIDUAL, PLAN)
             weights = WEIGH([block - mean for block in x], chunk, tile.valid)
             store_outputs(outputs, x, raw, weights, padding, tile, view, RESIDUAL, PLAN)
@@ -69,9 +68,8 @@ def backward_streamed(
     for _ in range(walk.first_tile, view.n_tiles, walk.tile_step):
         position = locate(index, walk.head, walk.strip_row, view, PLAN)
         mean, chunk = OPEN(prepared, numbers, walk.head, position, view, PLAN)
-        end = tl.minimum(walk.strip_row + view.strip, view.chunk)
-        for row in range(walk.strip_row, end, PLAN.BLOCK_P * PLAN.N_BLOCKS):
-            tile = place_tile(inputs.mask, index, walk.head, row, view, PLAN)
+        for row in range(walk.strip_row, walk.strip_end, PLAN.BLOCK_P * PLAN.N_BLOCKS):
+            tile = place_tile(inputs.mask, index, walk, row, view, PLAN)
             _raw, x = load_blocks(inputs.x, inputs.mask, tile, view, False, PLAN)
             grad, raw, he, e = DIFFERENTIATE(x, mean, chunk, inputs, padding, tile, view, RESIDUAL, PLAN)
             if dx is not None:
@@ -160,9 +158,8 @@ def strip_stats(inputs, strips, extent, PLAN: tl.constexpr):
         position = locate(index, walk.head, walk.strip_row, view, PLAN)
         mean = tl.zeros([PLAN.BLOCK_P, PLAN.BLOCK_C], PLAN.ACC)
         total, squares, n = mean, mean, mean
-        end = tl.minimum(walk.strip_row + view.strip, view.chunk)
-        for row in range(walk.strip_row, end, PLAN.BLOCK_P * PLAN.N_BLOCKS):
-            tile = place_tile(inputs.mask, index, walk.head, row, view, PLAN)
+        for row in range(walk.strip_row, walk.strip_end, PLAN.BLOCK_P * PLAN.N_BLOCKS):
+            tile = place_tile(inputs.mask, index, walk, row, view, PLAN)
             _raw, x = load_blocks(inputs.x, inputs.mask, tile, view, False, PLAN)
             x = zero_padding(x, padding)
             met = add_blocks([valid.to(PLAN.ACC) for valid in tile.valid])
@@ -208,7 +205,7 @@ def merge_strip_stats(strips, stats, eps, extent, UNBIASED: tl.constexpr, PLAN: 
 
 def find_stats(call: Call, eps: Split | None, unbiased: bool = False) -> Strided:
     """Return the statistics of the call, filled: mean, mean_error, 1/(var + eps), or var where eps is None, and 1/n."""
-    strips, stats = call.of_strips(4), call.of_chunks(call.run.stats)
+    strips, stats = call.of_strips(4), call.of_chunks(call.stats)
     call.launch(strip_stats, call.programs, call.inputs, strips)
     call.launch_merge(merge_strip_stats, strips, stats, eps, UNBIASED=unbiased)
     return stats

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .operands import Layout, acc_dtype, axis_is_fastest, inner_dim, parts, power_of_2
+from .operands import Layout, acc_dtype, axis_is_fastest, find_longest, inner_dim, power_of_2
 
 
 @dataclass(frozen=True)
@@ -151,20 +151,20 @@ def find_tile(
         together = min(budget.together, elements // 2 if narrow else elements)
         vector = 2 if narrow else budget.contiguous_vector
         # eight warps have 255 registers a thread and sixteen 128, which do not hold half as much
-        elements = budget.long if layout.chunk > LONGEST_CONTIGUOUS else shared(elements)
-        tile = _contiguous(layout.chunk, elements, shared(vector), shared(together))
+        elements = budget.long if layout.longest > LONGEST_CONTIGUOUS else shared(elements)
+        tile = _contiguous(layout.longest, elements, shared(vector), shared(together))
     else:
         # fp32 moves twice the bytes an element: it has instructions to spare, and more warps hide more latency
         full = weights or dtype.itemsize > 2 or along == "chunk"
         elements = budget.strided_full if full else budget.strided_masked if mask else budget.strided
         limits = budget.strided_alone // divisor, shared(budget.strided_least_vector), shared(budget.strided_vector)
-        tile = _strided(layout.chunk, shared(elements), *limits)
+        tile = _strided(layout.longest, shared(elements), *limits)
         fits = min(elements, budget.strided_masked)
-        if fits < layout.chunk <= budget.longest_long and not (mask or weights or along == "chunk"):
+        if fits < layout.longest <= budget.longest_long and not (mask or weights or along == "chunk"):
             # lanes that share a chunk shuffle for every sum: few do where loads are narrow
-            tile = _strided(layout.chunk, shared(budget.strided_long), 0, shared(2), shared(2))
-        elif layout.chunk % tile.rows:
-            tile = _strided(layout.chunk, shared(fits), *limits)
+            tile = _strided(layout.longest, shared(budget.strided_long), 0, shared(2), shared(2))
+        elif layout.longest % tile.rows:
+            tile = _strided(layout.longest, shared(fits), *limits)
     if tile.num_warps > 16:  # fewer columns instead
         tile = replace(tile, columns=max(1, tile.columns * 16 // tile.num_warps), num_warps=16)
     return replace(tile, columns=min(tile.columns, power_of_2(layout.inner))) if along == "inner" else tile
@@ -239,8 +239,7 @@ def streams(
     longest = budget.longest_contiguous if contiguous else budget.longest_strided
     if masked or x.dtype == torch.float64:
         longest = min(longest, LONGEST_CONTIGUOUS)
-    last = parts(x.shape[axis], heads)[-1]
-    return last.length // last.heads > (longest // 4 if x.dtype == torch.float64 else longest)
+    return find_longest(x.shape[axis], heads) > (longest // 4 if x.dtype == torch.float64 else longest)
 
 
 def stats_shape(

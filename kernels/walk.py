@@ -24,12 +24,15 @@ class TileIndex(NamedTuple):
 
 
 class Walk(NamedTuple):
-    """Hold what a program takes: the tiles first_tile, first_tile + tile_step, … of a head, and of each the strip of
-    the chunk that begins at strip_row; the index of the first tile, and the step of an index.
+    """Hold what a program takes: the tiles first_tile, first_tile + tile_step, … of a head, whose chunks have a length,
+    and of each the strip of the chunk from strip_row up to strip_end, which may be none of a shorter head; the index of
+    the first tile, and the step of an index.
     """
 
     head: tl.tensor
+    length: tl.tensor
     strip_row: tl.tensor
+    strip_end: tl.tensor
     first_tile: tl.tensor
     tile_step: tl.tensor
     index: TileIndex
@@ -67,6 +70,7 @@ def view_of(extent):
     multiple of 8 in 16 bits at a time: such sizes and strides come in eighths, but for the stride that is 1.
     """
     chunk, inner, strides = extent.chunk, extent.inner, extent.strides
+    more = 0 if extent.remainder is None else extent.remainder
     if extent.chunk_eighths is not None:
         chunk = extent.chunk_eighths * 8
         strides = [extent.strides[0]] + [stride * 8 for stride in extent.strides[1:]]
@@ -74,7 +78,8 @@ def view_of(extent):
         inner = extent.inner_eighths * 8
         strides = [extent.strides[0] * 8, extent.strides[1]] + [stride * 8 for stride in extent.strides[2:]]
     sizes, strip = extent.sizes, extent.strip  # and [] for None, which Triton 3.6 does not return
-    return Extent(sizes, strides, extent.n_tiles, extent.n_blocks, extent.n_strips, strip, chunk, inner, [], [])
+    n_tiles, n_blocks, n_strips = extent.n_tiles, extent.n_blocks, extent.n_strips
+    return Extent(sizes, strides, n_tiles, n_blocks, n_strips, strip, chunk, more, inner, [], [])
 
 
 @triton.jit
@@ -83,13 +88,16 @@ def start_walk(view, BACKWARDS: tl.constexpr):
     head, program = tl.program_id(1), tl.program_id(0)
     if BACKWARDS:
         head, program = tl.num_programs(1) - 1 - head, tl.num_programs(0) - 1 - program
+    # the last head takes what is left over
+    length = tl.where(head == tl.num_programs(1) - 1, view.chunk + view.remainder, view.chunk)
     step = tl.num_programs(0) // view.n_strips
     first = program // view.n_strips
     strip_row = (program % view.n_strips).to(tl.int64) * view.strip
+    strip_end = tl.maximum(strip_row, tl.minimum(strip_row + view.strip, length))
     head = head.to(tl.int64)
     index = TileIndex(first // view.n_blocks, first % view.n_blocks)
     index_step = TileIndex(step // view.n_blocks, step % view.n_blocks)
-    return Walk(head, strip_row, first, step, index, index_step)
+    return Walk(head, length, strip_row, strip_end, first, step, index, index_step)
 
 
 @triton.jit
@@ -156,18 +164,18 @@ def columns_inside(position, view):
 
 
 @triton.jit
-def place_tile(mask, index, head, row, view, PLAN: tl.constexpr):
+def place_tile(mask, index, walk, row, view, PLAN: tl.constexpr):
     """Return the Tile that begins at a row of its chunk. Where sizes divide, the compiler sees it and drops the masks.
 
     Columns outside may be valid: they hold 0, reach no other column and are never stored, but sums over columns must
     leave them out.
     """
-    position = locate(index, head, row, view, PLAN)
+    position = locate(index, walk.head, row, view, PLAN)
     row_masks, inside = [], []
     for i in tl.static_range(PLAN.N_BLOCKS):
         row_mask = tl.full([1, 1], True, tl.int1)
         if i >= PLAN.N_BLOCKS - PLAN.RAGGED_P:
-            row_mask = (position.row + i * PLAN.BLOCK_P + position.rows < view.chunk)[:, None]
+            row_mask = (position.row + i * PLAN.BLOCK_P + position.rows < walk.length)[:, None]
         row_masks = row_masks + [row_mask]
         if PLAN.RAGGED_C:
             inside = inside + [row_mask & (position.column + position.columns < view.inner)[None, :]]

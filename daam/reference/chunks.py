@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial, wraps
 from inspect import signature
 
 import torch
 from torch import Tensor
 
-from daam.kernels.operands import acc_dtype, parts
+from daam.kernels.operands import acc_dtype
 
 LOG2_E = 1.4426950408889634
 SLICE = 2**19  # elements, 2 MB in fp32: as measured, with some six temporaries of that size
@@ -125,6 +126,33 @@ class Chunks:
         precedes = feature_axis is not None and feature_axis < self.axis
         g = g.sum([d for d, size in enumerate(self.param(p, feature_axis).shape) if size == 1 and d != self.axis])
         return (g.t() if precedes else g).reshape(p.shape)
+
+
+@dataclass(frozen=True)
+class Part:
+    """Hold heads of equal length: `heads` of them from `head` on, over `length` positions of the axis from `start`."""
+
+    head: int
+    heads: int
+    start: int
+    length: int
+
+    def heads_of(self, t: Tensor, dim: int) -> Tensor:
+        """Return the part's share of a tensor with a dimension of heads."""
+        return t if self.heads == t.shape[dim] else t.narrow(dim, self.head, self.heads)
+
+    def positions_of(self, t: Tensor, axis: int) -> Tensor:
+        """Return the part's share of a tensor of x's shape."""
+        return t if self.length == t.shape[axis] else t.narrow(axis, self.start, self.length)
+
+
+def parts(size: int, heads: int) -> tuple[Part, ...]:
+    """Return an axis cut into chunks of size // heads: all heads at once, or all but the last, which takes the rest."""
+    chunk = size // heads
+    if size == heads * chunk:
+        return (Part(0, heads, 0, size),)
+    first = (heads - 1) * chunk
+    return Part(0, heads - 1, 0, first), Part(heads - 1, 1, first, size - first)
 
 
 # A function of the reference takes ([grad_y, grad_weights,] x, two parameters, mask, axis, …) and returns (y, weights)

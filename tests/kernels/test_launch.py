@@ -138,6 +138,19 @@ def test_stats_of_heads_of_unequal_length():
     assert tiles.stats_shape(tiles.FORWARD, torch.empty(2, 512, 9), 1, 2) is None
 
 
+def test_heads_of_unequal_length_are_one_launch():
+    """Check the launches of chunks of 187, the last of 189, and of equal ones."""
+    pytest.importorskip("triton")
+    from bench.modelled import record_passes
+
+    for length in (748, 750):
+        x, p = torch.empty(32, 256, length, dtype=torch.float16, device="meta"), torch.empty(4, 4, device="meta")
+        passes = record_passes("mixture", x, p, None, 2, None, full=False)
+        names = {which: [one.name for one in found] for which, found in passes.items()}
+        assert names == {"forward": ["mixture_forward"], "backward": ["mixture_backward", "param_gradients"]}
+        assert [found[0].args[-1].remainder for found in passes.values()] == 2 * [length - 748 or None]
+
+
 @pytest.mark.parametrize("algorithm", ALGORITHMS.values(), ids=ALGORITHMS)
 def test_forward_streams_whatever_the_number_of_parameters(algorithm):
     """Check what fakes rely on, which may see a symbolic number."""

@@ -6,7 +6,8 @@ import pytest
 import torch
 from helpers import GRADS, LAYOUTS, strided
 
-from daam.kernels.operands import find_layout, parts, varies
+from daam.kernels.operands import find_layout, varies
+from daam.reference.chunks import parts
 
 GENERATOR = torch.Generator().manual_seed(0)
 
