@@ -202,13 +202,13 @@ def paths_of(case, device):
         if not count_tensors(call.name):
             continue
         extent, constants = call.args[-1], call.meta["PLAN"]
-        streamed = extent.chunk > constants.BLOCK_P * constants.N_BLOCKS
+        streamed = extent.n_strips is not None
         for fact in (
             f"parameters along {direction}", "masked" if case.mask else "not masked",
             "several blocks" if constants.N_BLOCKS > 1 else "one block",
             "ragged rows" if constants.RAGGED_P else "whole rows",
             "ragged columns" if constants.RAGGED_C else "whole columns",
-            "sixteenths" if extent.chunk_eighths is extent.inner_eighths is None else "eighths",
+            f"units of {constants.UNIT}", "a remainder" if extent.remainder else "no remainder",
         ):  # fmt: skip
             yield case.algorithm, order, call.name, "streamed" if streamed else "resident", fact
 
@@ -216,7 +216,7 @@ def paths_of(case, device):
 def test_every_path_is_taken(device):
     """Check that the cases compared with float64 run the code of every regime."""
     taken = {path for case in CASES for path in paths_of(case, device)}
-    resident_facts = ("one block", "ragged columns", "eighths", "sixteenths")
+    resident_facts = ("one block", "ragged columns", "units of 8", "units of 1")
     facts = ("masked", "not masked", "ragged rows", "whole rows", "several blocks", "whole columns")
     missing = []
     for name, spec in ALGORITHMS.items():
