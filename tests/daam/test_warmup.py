@@ -3,6 +3,7 @@
 import contextlib
 import importlib
 import os
+from unittest import mock
 
 import pytest
 import torch
@@ -32,10 +33,11 @@ class Encoder(nn.Module):
     def __init__(self):
         super().__init__()
         self.project, self.attend = nn.Linear(8, 6), daam.MultiHeadDAAM(6, 2)
-        self.norm = nn.BatchNorm1d(6)
+        self.norm, self.drop = nn.BatchNorm1d(6), nn.Dropout(0.5)
 
     def forward(self, x):
-        return {"y": self.norm(self.attend(self.project(x).transpose(1, 2).contiguous().transpose(1, 2)).mean(1))}
+        columns_first = self.drop(self.project(x)).transpose(1, 2).contiguous().transpose(1, 2)
+        return {"y": self.norm(self.attend(columns_first).mean(1))}
 
 
 DENSITY, MIXTURE, GATE = daam.density_attention, daam.mixture_attention, daam.density_gate
@@ -170,6 +172,16 @@ def test_calls_that_repeat_are_recorded_once(triton, recorded):
 
 
 @compiled
+def test_a_module_and_random_numbers_are_left_alone(triton, recorded):
+    encoder = Encoder()
+    before, state = {name: t.clone() for name, t in encoder.state_dict().items()}, torch.get_rng_state()
+    daam.warmup(encoder, [(4, 6, 8)])
+    assert recorded and torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(t, before[name]) for name, t in encoder.state_dict().items())
+    assert all(p.grad is None for p in encoder.parameters())
+
+
+@compiled
 def test_compiled_modules(triton, recorded):
     layer = daam.MultiHeadDAAM(8, 4)
     daam.warmup(torch.compile(layer), [(2, 8, 8)])
@@ -184,19 +196,18 @@ def test_a_step_compiles_nothing(triton):
     from bench.stub_driver import UnavailableError, stub_driver
     from daam.kernels import density, params
 
-    launched, p, mock = [], torch.zeros(1, 32, requires_grad=True), pytest.MonkeyPatch()
+    launched, p = [], torch.zeros(1, 32, requires_grad=True)
     arguments, shapes = {"mean_offset": p, "c": p}, [(2, 12, 32), (3, 12, 32)]
     with contextlib.ExitStack() as stack:
         try:
             stack.enter_context(stub_driver(lambda function, *_: launched.append(function)))
         except UnavailableError as why:
             pytest.skip(f"no launches without a stub of the driver: {why}")
-        stack.enter_context(mock.context())
         for kernel in (density.density_forward, density.density_backward, params.param_gradients):
             kernel.device_caches.pop(0, None)  # what other tests compiled
         first = daam.warmup(DENSITY, shapes[:1], [torch.bfloat16], workers=2, **arguments)
         again = daam.warmup(DENSITY, shapes, [torch.bfloat16], **arguments)
-        stack.enter_context(pytest.MonkeyPatch.context()).setattr(JITFunction, "_do_compile", None)
+        stack.enter_context(mock.patch.object(JITFunction, "_do_compile", None))  # what is called fails
         for shape in shapes:
             train(DENSITY, shape, torch.bfloat16, arguments)
     assert (first.kernels, first.compiled, first.workers, first.reason) == (3, 3, 2, None)
