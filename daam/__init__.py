@@ -17,6 +17,7 @@ from daam.modules import (
 )
 from daam.pooling import LayerPooling
 from daam.transformer import DensityAdaptiveTransformer, load_decoder, save_decoder
+from daam.warmup import warmup
 
 __version__ = "0.1.0"
 
@@ -44,4 +45,5 @@ __all__ = [
     "save_decoder",
     "to_published_state_dict",
     "use_backend",
+    "warmup",
 ]
