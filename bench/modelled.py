@@ -65,7 +65,8 @@ def _count_loaded(code: list[Instruction], num_warps: int) -> float:
 def extent_of(recorded: Launch) -> Extent:
     """Return the extent of a launch whose kernel takes one, decoded, chunks as long as they are on average."""
     extent = recorded.args[-1].decode(recorded.meta["PLAN"].UNIT)
-    return extent._replace(chunk=extent.chunk + (extent.remainder or 0) / recorded.grid[1])
+    more = 0 if extent.longest is None else extent.longest - extent.chunk
+    return extent._replace(chunk=extent.chunk + more / recorded.grid[1])
 
 
 def count_tiles(recorded: Launch, code: list[Instruction]) -> int:
@@ -104,9 +105,9 @@ def count_turns(recorded: Launch, code: list[Instruction]) -> float:
         return tiles / programs / count_tiles(recorded, code)
     if main_loop(code) is None:
         return 1
-    partials, groups, *_ = recorded.args  # of N sums in one loop, which may be unrolled
+    partials = recorded.args[0].data  # of N sums in one loop, which may be unrolled
     block, entries, n_sums = (recorded.meta[name] for name in ("BLOCK", "ENTRIES", "N"))
-    read = n_sums * -(-groups // block) * block * entries * partials.data.itemsize
+    read = n_sums * -(-partials.shape[2] // block) * block * entries * partials.itemsize
     return max(1.0, read / _count_loaded(code, recorded.meta["num_warps"]))
 
 

@@ -104,7 +104,7 @@ def plan(
     )
     if streamed and along != "chunk":  # but for those that share their parameters, a program a strip
         programs = extent.n_tiles * n_strips
-    merged = constants._replace(BLOCK_P=tiles.STRIPS, N_BLOCKS=1)
+    merged = constants._replace(BLOCK_P=tiles.STRIPS, N_BLOCKS=1, RAGGED_P=0)
     return Plan(
         tile, extent, extent.encode(layout.unit), programs, sum_programs, sum_programs // (n_strips * n_together),
         strides, stats_shape, stats_strides, streamed and tiles.worth_keeping(x, axis, heads),
@@ -134,7 +134,7 @@ def _find_extent(layout: Layout, tile: tiles.Tile, strip: int | None) -> Extent:
     return Extent(
         layout.sizes, layout.operands[0].strides, layout.places * n_blocks, n_blocks,
         strip and -(-layout.longest // (strip * tile.length)), strip, layout.chunk,
-        layout.longest - layout.chunk or None, layout.inner,
+        layout.longest if layout.heads > 1 else None, layout.inner,
     )  # fmt: skip
 
 

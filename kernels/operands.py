@@ -52,7 +52,7 @@ class Outputs(NamedTuple):
 class Extent(NamedTuple):
     """Hold what kernels know of a call: outer sizes, x's strides, tiles of all outer places, blocks of columns along
     the inner dimension, strips that a chunk is cut into and tiles of each (None where a tile holds whole chunks),
-    positions of a chunk, how many more the last head's chunks have (None where heads divide the axis), size of the
+    positions of a chunk, of the last head's, which takes the remainder (None where it is the only one), size of the
     inner dimension.
     """
 
@@ -63,7 +63,7 @@ class Extent(NamedTuple):
     n_strips: int | None
     strip: int | None
     chunk: int
-    remainder: int | None
+    longest: int | None
     inner: int
 
     def encode(self, unit: int) -> Extent:
@@ -72,20 +72,20 @@ class Extent(NamedTuple):
         stride 1, are multiples.
         """
         down, across, *_ = self.strides
-        chunk, inner = self.chunk // (unit if down == 1 else 1), self.inner // (unit if across == 1 else 1)
-        remainder = self.remainder and encode(self.remainder // (unit if down == 1 else 1))
+        unit_p, unit_c = unit if down == 1 else 1, unit if across == 1 else 1
+        longest = None if self.longest is None else encode(self.longest // unit_p)
         return Extent(
             tuple(map(encode, self.sizes)),
             tuple(None if stride == 1 else encode(stride // unit) for stride in self.strides),
             encode(self.n_tiles), encode(self.n_blocks), self.n_strips and encode(self.n_strips),
-            self.strip and encode(self.strip), encode(chunk), remainder, encode(inner),
+            self.strip and encode(self.strip), encode(self.chunk // unit_p), longest, encode(self.inner // unit_c),
         )  # fmt: skip
 
     def decode(self, unit: int) -> Extent:
         """Return what was encoded, as `walk.view_of` does in kernels."""
         strides = tuple(1 if code is None else code // 2 * unit for code in self.strides)
         unit_p, unit_c = (unit if stride == 1 else 1 for stride in strides[:2])
-        numbers = (self.n_tiles, self.n_blocks, self.n_strips, self.strip, self.chunk, self.remainder, self.inner)
+        numbers = (self.n_tiles, self.n_blocks, self.n_strips, self.strip, self.chunk, self.longest, self.inner)
         units = (1, 1, 1, 1, unit_p, unit_p, unit_c)
         plain = (code and code // 2 * one for code, one in zip(numbers, units, strict=True))
         return Extent(tuple(code // 2 for code in self.sizes), strides, *plain)
@@ -112,14 +112,16 @@ class Split(NamedTuple):
 class Layout:
     """Hold what all tensors of one call look like to a kernel.
 
-    sizes: of the outer dimensions, the fastest first. chunk: positions of one head along the axis. longest: of the last
-        one, which takes the remainder. length: of the whole axis. inner: size of the inner dimension.
+    sizes: of the outer dimensions, the fastest first. heads: that the axis is cut into. chunk: positions of one head
+        along the axis. longest: of the last one, which takes the remainder. length: of the whole axis. inner: size of
+        the inner dimension.
     contiguous: whether neighbours along the axis stand closer in memory than neighbours along the inner dimension; else
         chunks are strided.
     operands: the tensors of the call, in the order given.
     """
 
     sizes: tuple[int, ...]
+    heads: int
     chunk: int
     longest: int
     length: int
@@ -240,6 +242,7 @@ def find_layout(
     )
     return Layout(
         sizes=tuple(group.size for group in outer),
+        heads=heads,
         chunk=x.shape[axis] // heads,
         longest=find_longest(x.shape[axis], heads),
         length=x.shape[axis],

@@ -40,6 +40,7 @@ class Tile:
 
 
 LONGEST_CONTIGUOUS, LONGEST_STRIDED = 4096, 256  # positions of a chunk that stays on chip
+ALONE = 24  # the longest chunk of columns that one thread has
 LAST = 2048  # the longest row that the tables of lengths have
 
 
@@ -59,7 +60,7 @@ class Budget(NamedTuple):
     strided_full: int = 24  # with weights, or parameters for every position, or of fp32
     # of chunks longer than these, two loaded at once, where there is no mask, no weights, and parameters do not follow
     strided_long: int = 32
-    strided_alone: int = 24  # the longest chunk that is one thread's, if that can hold two; loads get as narrow as 2
+    strided_alone: int = ALONE  # the longest chunk that is one thread's, if that can hold two; loads get as narrow as 2
     streamed: int = 32
     streamed_full: int = 32  # with parameters for every position
     contiguous_vector: int = 8
@@ -149,12 +150,18 @@ def find_lengths(layout: Layout) -> tuple[int, int]:
 
 
 def count_ragged(layout: Layout, tile: Tile) -> int:
-    """Return how many blocks of a tile that holds whole chunks, the last ones, positions may stand outside of."""
+    """Return how many blocks of a tile that holds whole chunks, the last ones, positions may stand outside of: as many
+    as for the shortest chunks that it serves. Those of heads of unequal length may be shorter; they share the kernels
+    of others but where masks cost much, aligned rows and columns of one thread.
+    """
     low, high = find_lengths(layout)
     popular = layout.contiguous and layout.unit > 1 and (high in WHOLE or high == power_of_2(high))
     if layout.chunk == tile.length and (popular or high == low + 1 or high > LAST):
         return 0
-    return tile.n_blocks - min(low, layout.chunk) // tile.rows
+    shortest, dear = low + 1, layout.unit > 1 if layout.contiguous else high <= ALONE
+    if layout.longest > layout.chunk or not dear:
+        shortest = max(0, shortest - (layout.heads - 1))
+    return tile.n_blocks - shortest // tile.rows
 
 
 # --- The tile of a call -------------------------------------------------------------------------

@@ -76,17 +76,16 @@ def view_of(extent, PLAN: tl.constexpr):
     strides = []
     for i in tl.static_range(len(extent.strides)):
         strides = strides + [decode_stride(extent.strides[i], PLAN.UNIT)]
-    n_strips, strip, remainder = 1, 0, 0
+    n_strips, strip = 1, 0
     if extent.n_strips is not None:
         n_strips, strip = extent.n_strips >> 1, (extent.strip >> 1) * (PLAN.BLOCK_P * PLAN.N_BLOCKS)
     UNIT_P: tl.constexpr = PLAN.UNIT if extent.strides[0] is None else 1
     UNIT_C: tl.constexpr = PLAN.UNIT if extent.strides[1] is None else 1
     chunk, inner = (extent.chunk >> 1) * UNIT_P, (extent.inner >> 1) * UNIT_C
-    if extent.remainder is not None:
-        remainder = (extent.remainder >> 1) * UNIT_P
+    longest = chunk if extent.longest is None else (extent.longest >> 1) * UNIT_P
     sizes = [size >> 1 for size in extent.sizes]
     n_tiles, n_blocks = extent.n_tiles >> 1, extent.n_blocks >> 1
-    return Extent(sizes, strides, n_tiles, n_blocks, n_strips, strip, chunk, remainder, inner)
+    return Extent(sizes, strides, n_tiles, n_blocks, n_strips, strip, chunk, longest, inner)
 
 
 @triton.jit
@@ -95,8 +94,7 @@ def start_walk(view, BACKWARDS: tl.constexpr):
     head, program = tl.program_id(1), tl.program_id(0)
     if BACKWARDS:
         head, program = tl.num_programs(1) - 1 - head, tl.num_programs(0) - 1 - program
-    # the last head takes what is left over
-    length = tl.where(head == tl.num_programs(1) - 1, view.chunk + view.remainder, view.chunk)
+    length = tl.where(head == tl.num_programs(1) - 1, view.longest, view.chunk)
     step = tl.num_programs(0) // view.n_strips
     first = program // view.n_strips
     strip_row = (program % view.n_strips).to(tl.int64) * view.strip

@@ -157,9 +157,9 @@ def passes(shape, axis=1, feature_axis=None, heads=1, algorithm="density"):
     [  # programs and turns of every kernel
         ((3, 5), {}, [(1, 1)], [(1, 1), (1, 1)]),  # one tile, larger than x
         ((8, 24, 37), {"feature_axis": 2}, [(16, 1)], [(16, 1), (3, 1)]),  # 37 columns in two blocks of 32
-        ((16, 16, 40), {"heads": 3, "feature_axis": 2}, [(32, 1), (16, 1)], [(32, 1), (6, 1), (16, 1), (3, 1)]),
+        ((16, 16, 40), {"heads": 3, "feature_axis": 2}, [(48, 1)], [(48, 1), (9, 1)]),
         ((2**16, 1024), {}, [(8192, 8)], [(8192, 8), (1, 1)]),
-        ((4, 10_000), {}, [(4, 3), (4, 1), (4, 3)], [(4, 3), (4, 3), (1, 1)]),  # 10,000 positions, 4096 a tile
+        ((4, 20_000), {}, [(8, 2.5), (4, 1), (8, 2.5)], [(8, 2.5), (4, 1), (8, 2.5), (1, 1)]),  # 4096 positions a tile
         ((8, 1000, 768), {}, [(96, 16), (48, 1), (96, 16)], [(96, 16), (48, 1), (96, 16), (1, 1)]),
     ],
 )
@@ -177,7 +177,7 @@ def test_turns_of_partial_sums(loads, turns):
     recorded = audit.Configuration("density", "rows", "chunk", 1024).passes()["backward"][-1]
     load = "        /*0010*/                   LDG.E.128 R4, desc[UR14][R2.64] ;\n"
     code = instructions(LOOP.replace(load, load * loads))
-    assert recorded.args[1] == 1366 and modelled.count_turns(recorded, code) == turns
+    assert recorded.args[0].data.shape[2] == 1366 and modelled.count_turns(recorded, code) == turns
     assert modelled.count_turns(recorded, instructions(LOOP.replace("BRA", "MOV"))) == 1
 
 

@@ -208,7 +208,7 @@ def paths_of(case, device):
             "several blocks" if constants.N_BLOCKS > 1 else "one block",
             "ragged rows" if constants.RAGGED_P else "whole rows",
             "ragged columns" if constants.RAGGED_C else "whole columns",
-            f"units of {constants.UNIT}", "a remainder" if extent.remainder else "no remainder",
+            f"units of {constants.UNIT}",
         ):  # fmt: skip
             yield case.algorithm, order, call.name, "streamed" if streamed else "resident", fact
 
