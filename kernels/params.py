@@ -126,12 +126,13 @@ def param_gradients(
     partials, n_groups, parameters, d_p, d_q, n_entries, N: tl.constexpr, K: tl.constexpr, FINISH: tl.constexpr,
     NAME: tl.constexpr, BLOCK: tl.constexpr, ENTRIES: tl.constexpr,
 ):  # fmt: skip
-    """Store entries of a head's gradients, (heads, entries): FINISH of N sums an entry, in fixed order and fp64."""
+    """Store entries of a head's gradients, (heads, entries): FINISH of N sums an entry, in fixed order and fp64. Strides
+    and numbers come encoded (`operands.encode`).
+    """
     head = tl.program_id(1).to(tl.int64)
     entries = tl.program_id(0).to(tl.int64) * ENTRIES + tl.arange(0, ENTRIES)
-    inside = entries < n_entries
+    inside, n_groups = entries < n_entries >> 1, n_groups >> 1
     distance, head_stride, group_stride, entry_stride = [decode_stride(stride, 1) for stride in partials.strides]
-    n_groups, n_entries = n_groups >> 1, n_entries >> 1
     start = partials.data + head * head_stride + entries[None, :] * entry_stride
     totals = zero_blocks(N, BLOCK, ENTRIES, tl.float64)
     for first in range(0, n_groups, BLOCK):

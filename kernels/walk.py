@@ -83,6 +83,9 @@ def view_of(extent, PLAN: tl.constexpr):
     UNIT_C: tl.constexpr = PLAN.UNIT if extent.strides[1] is None else 1
     chunk, inner = (extent.chunk >> 1) * UNIT_P, (extent.inner >> 1) * UNIT_C
     longest = chunk if extent.longest is None else (extent.longest >> 1) * UNIT_P
+    if extent.n_strips is None and PLAN.RAGGED_P == 0:  # chunks fill their tiles: a number that compilers know
+        chunk = PLAN.BLOCK_P * PLAN.N_BLOCKS
+        longest = chunk
     sizes = [size >> 1 for size in extent.sizes]
     n_tiles, n_blocks = extent.n_tiles >> 1, extent.n_blocks >> 1
     return Extent(sizes, strides, n_tiles, n_blocks, n_strips, strip, chunk, longest, inner)
