@@ -3,7 +3,7 @@
 from daam.backend import backend_for, use_backend
 from daam.checkpoints import to_published_state_dict
 from daam.decoder import DATDecoder, focal_loss
-from daam.functional import density_attention, density_gate, mixture_attention
+from daam.functional import density_attention, density_gate, mixture_attention, stable_mixture_attention
 from daam.importance import WeightMap, importance_factor, layer_contribution
 from daam.modules import (
     DensityAdaptiveAttention,
@@ -42,6 +42,7 @@ __all__ = [
     "load_decoder",
     "mixture_attention",
     "save_decoder",
+    "stable_mixture_attention",
     "to_published_state_dict",
     "use_backend",
 ]
