@@ -16,6 +16,7 @@ from daam.modules import (
     MultiHeadGaussianAdaptiveAttention,
 )
 from daam.pooling import LayerPooling
+from daam.stable import StableDensityBlock, StableMultiHeadDensityAttention
 from daam.transformer import DensityAdaptiveTransformer, load_decoder, save_decoder
 
 __version__ = "0.1.0"
@@ -32,6 +33,8 @@ __all__ = [
     "MultiHeadDAAM",
     "MultiHeadDensityAdaptiveAttention",
     "MultiHeadGaussianAdaptiveAttention",
+    "StableDensityBlock",
+    "StableMultiHeadDensityAttention",
     "WeightMap",
     "backend_for",
     "density_attention",
