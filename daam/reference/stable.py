@@ -203,7 +203,7 @@ class _Fit(Product):
         low, high = torch.aminmax(d, dim=self.chunks.dim, keepdim=True)
         first, last = (self.chunks.param(t) + mean_error for t in torch.aminmax(self.offsets, dim=1, keepdim=True))
         free = (high - first <= self.limit) & (low - last >= -self.limit)  # not so of NaN
-        free &= (self.limit > 0) & (self.limit < math.inf)
+        free &= (self.limit + self.log2_factor).isfinite()
         return None if can_branch(x) and bool(free.all()) else ~free
 
     def each(self, f: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
