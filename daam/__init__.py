@@ -3,7 +3,7 @@
 from daam.backend import backend_for, use_backend
 from daam.checkpoints import to_published_state_dict
 from daam.decoder import DATDecoder, focal_loss
-from daam.functional import density_attention, density_gate, mixture_attention
+from daam.functional import density_attention, density_gate, mixture_attention, stable_mixture_attention
 from daam.importance import WeightMap, importance_factor, layer_contribution
 from daam.modules import (
     DensityAdaptiveAttention,
@@ -16,6 +16,7 @@ from daam.modules import (
     MultiHeadGaussianAdaptiveAttention,
 )
 from daam.pooling import LayerPooling
+from daam.stable import StableDensityBlock, StableMultiHeadDensityAttention
 from daam.transformer import DensityAdaptiveTransformer, load_decoder, save_decoder
 
 __version__ = "0.1.0"
@@ -32,6 +33,8 @@ __all__ = [
     "MultiHeadDAAM",
     "MultiHeadDensityAdaptiveAttention",
     "MultiHeadGaussianAdaptiveAttention",
+    "StableDensityBlock",
+    "StableMultiHeadDensityAttention",
     "WeightMap",
     "backend_for",
     "density_attention",
@@ -42,6 +45,7 @@ __all__ = [
     "load_decoder",
     "mixture_attention",
     "save_decoder",
+    "stable_mixture_attention",
     "to_published_state_dict",
     "use_backend",
 ]

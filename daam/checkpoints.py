@@ -40,6 +40,20 @@ def stack_heads(
                 state_dict[prefix + name] = torch.stack(rows)
 
 
+def unwrap(state_dict: dict[str, Tensor], prefix: str, wrapper: str, error_msgs: list[str]) -> None:
+    """Replace `{prefix}{wrapper}.{key}` by `{prefix}{key}`, in place.
+
+    Where both are there load_state_dict's errors say so, and all keys stay.
+    """
+    outer = f"{prefix}{wrapper}."
+    keys = {key: prefix + key.removeprefix(outer) for key in state_dict if key.startswith(outer)}
+    if doubles := [f"{outside} and {inside}" for outside, inside in keys.items() if inside in state_dict]:
+        error_msgs.append(f"{doubles[0]} are both in the state dict, expected one of them")
+        return
+    for outside, inside in keys.items():
+        state_dict[inside] = state_dict.pop(outside)
+
+
 def unstack_heads(head_list: str, stacked: dict[str, Tensor], keep_dim: bool = False) -> dict[str, Tensor]:
     """Return `{head_list}.{h}.{name}` for every row of `{name}`, each (P,), or (1, P) if keep_dim."""
     heads = range(len(next(iter(stacked.values()))))
@@ -145,15 +159,19 @@ class Published(nn.Module):
     """Load parameters from published checkpoints too, and give them under their published names.
 
     A class says which: names of its own parameters, of its layers with weight and bias, and of the lists under which
-    published code keeps the parameters head by head, the one to give first, each (P,), or (1, P) to keep a dimension.
+    published code keeps the parameters head by head, the one to give first, each (P,), or (1, P) to keep a dimension;
+    and of the attribute under which published code may keep all of it.
     """
 
     _published_parameters: tuple[str, ...] = ()
     _published_layers: tuple[str, ...] = ()
     _published_lists: tuple[str, ...] = ()
     _published_keep_dim = False
+    _published_wrapper: str | None = None
 
     def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, error_msgs):
+        if self._published_wrapper is not None and self._published_wrapper not in self._modules:
+            unwrap(state_dict, prefix, self._published_wrapper, error_msgs)
         if self._published_lists:
             stacked = {name: getattr(self, name) for name in self._published_parameters}
             stack_heads(state_dict, prefix, stacked, self._published_lists, error_msgs)

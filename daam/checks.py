@@ -107,6 +107,12 @@ def check_choice(name: str, value: str, choices: Collection[str]) -> None:
         raise ValueError(f"{name} is {value!r}, expected one of {', '.join(map(repr, choices))}")
 
 
+def check_positive(**sizes: int) -> None:
+    for name, size in sizes.items():
+        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+            raise ValueError(f"{name} is {size!r}, expected a positive int")
+
+
 def check_eps(eps: Any) -> None:
     if not isinstance(eps, float | int) or not 0 <= eps < float("inf"):
         raise ValueError(f"eps is {eps!r}, expected a finite number, 0 or more")

@@ -107,22 +107,59 @@ def mixture_attention(
             both mask and padding_value are given; the message says what came.
         RuntimeError: backend "triton" cannot run here; the message says why.
     """
-    axis = check_x(x, norm_axis)
-    params = {"mean_offsets": mean_offsets, "c": c}
-    check_floating(params)
-    check_params(x, params, axis, "num_gaussians")
-    if x.shape[axis] // c.shape[0] < 2:
-        raise ValueError(
-            f"num_heads is {c.shape[0]}, which cuts the {x.shape[axis]} positions of norm_axis {axis} into chunks of "
-            "one element: expected two or more, since the variance is unbiased"
-        )
-    check_eps(eps)
-    if padding_value is not None:
-        padding_value = check_padding(padding_value)
-        if mask is not None:
-            raise ValueError("mask and padding_value are both given, expected one of them")
-    settings = (eps, padding_value)
-    return _in_memory_order("mixture", x, (mean_offsets, c), mask, (axis,), settings, residual, return_weights, backend)
+    return _attend_by_product(
+        "mixture", x, mean_offsets, c, norm_axis, eps, padding_value, mask, residual, return_weights, backend
+    )
+
+
+def stable_mixture_attention(
+    x: Tensor, mean_offsets: Tensor, c: Tensor, *, norm_axis: int = 2, eps: float = 1e-8,
+    padding_value: float | None = None, mask: Tensor | None = None, residual: bool = False,
+    return_weights: bool = False, backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
+    """Share one unit of weight among the positions of a chunk, by a product of Gaussians whose tails are flat.
+
+    Heads cut norm_axis into contiguous chunks of size // num_heads positions, the last one takes the remainder. Over
+    each chunk, at a fixed place of all other axes, with its mean and unbiased variance,
+
+        u_k = clamp((x - mean - mean_offset_k) / sqrt(var + eps), -10, 10)      c2_k = clamp(c_k, 0.01, 10)² + eps
+        log w = Σ_k -u_k² / (2·c2_k) - log(2π·c2_k) / 2
+        weights = softmax(log w) over the chunk                                 y = x·weights
+
+    (arXiv 2602.09040, the stabilised dialect of `mixture_attention`). A chunk whose log w is NaN, since x or a
+    parameter is, has equal weights. Gradients of what is clamped are 0. Where no u_k of a chunk reaches 10, as none can
+    of short chunks with small offsets, time does not depend on the number of Gaussians.
+
+    Results differ from the authors' code in half precision, since arithmetic here is fp32 and weights are not rounded
+    to x's dtype before they multiply x: y is rounded once.
+
+    Args:
+        x: (…, norm_axis, …), rank 2 or more, fp16, bf16, fp32 or fp64, any strides; nothing is copied to change them.
+        mean_offsets, c: (num_heads, num_gaussians) in any floating dtype, in units of the chunk's values and of u. A c
+            below 0.01, a negative one too, counts as 0.01.
+        norm_axis: the axis that is normalised, at least two positions for every head.
+        eps: added to the variance, and to the square of c.
+        padding_value: positions equal to it (rounded to x's dtype) have no weight and pass x through, y = x there, but
+            count in mean and variance; a chunk of nothing else has equal weights. mask leaves padding out of both.
+        mask: bool, x.shape[:norm_axis + 1], True where x is valid. Statistics and sums run over valid positions;
+            elsewhere weights and y are 0 (y is x with residual), and nothing that stands there reaches a result or a
+            gradient. The variance of one valid position is 0. Several heads cut the axis with its padding.
+        residual: return x·weights + x.
+        return_weights: return the weights too; they are differentiable.
+        backend: "auto", "triton" or "eager"; see `daam.backend_for`.
+
+    Returns:
+        y, or (y, weights), in x's shape, dtype and memory order; computed in fp32, fp64 for fp64 x, under autocast too.
+
+    Raises:
+        TypeError: an argument has the wrong type or dtype, or is a DTensor, sparse or nested.
+        ValueError: rank, norm_axis, num_heads, eps, padding_value, a shape, a device or the backend does not fit, or
+            both mask and padding_value are given; the message says what came.
+        RuntimeError: backend "triton" cannot run here; the message says why.
+    """
+    return _attend_by_product(
+        "stable", x, mean_offsets, c, norm_axis, eps, padding_value, mask, residual, return_weights, backend
+    )
 
 
 def density_gate(
@@ -167,6 +204,29 @@ def density_gate(
         params = {name: p.unsqueeze(0) for name, p in params.items()}
     check_params(x, params, axis, "num_gaussians")
     return _in_memory_order("gate", x, tuple(params.values()), mask, (axis,), (), residual, return_weights, backend)
+
+
+def _attend_by_product(
+    algorithm: str, x: Tensor, mean_offsets: Tensor, c: Tensor, norm_axis: int, eps: float, padding_value: float | None,
+    mask: Tensor | None, residual: bool, return_weights: bool, backend: str,
+) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
+    """Check what both mixtures take, and call one."""
+    axis = check_x(x, norm_axis)
+    params = {"mean_offsets": mean_offsets, "c": c}
+    check_floating(params)
+    check_params(x, params, axis, "num_gaussians")
+    if x.shape[axis] // c.shape[0] < 2:
+        raise ValueError(
+            f"num_heads is {c.shape[0]}, which cuts the {x.shape[axis]} positions of norm_axis {axis} into chunks of "
+            "one element: expected two or more, since the variance is unbiased"
+        )
+    check_eps(eps)
+    if padding_value is not None:
+        padding_value = check_padding(padding_value)
+        if mask is not None:
+            raise ValueError("mask and padding_value are both given, expected one of them")
+    settings = (eps, padding_value)
+    return _in_memory_order(algorithm, x, (mean_offsets, c), mask, (axis,), settings, residual, return_weights, backend)
 
 
 def _in_memory_order(

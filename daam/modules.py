@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from daam.checkpoints import Published
-from daam.checks import check_dtype, check_mask, check_tensor
+from daam.checks import check_dtype, check_mask, check_positive, check_tensor
 from daam.functional import density_attention, density_gate, mixture_attention
 
 
@@ -89,12 +90,16 @@ class MultiHeadDAAM(Published):
         )
 
 
-class _Mixture(Published):
-    """Weigh x by a mixture of densities with parameters mean_offsets and c of shape (*heads, num_gaussians)."""
+class Mixture(Published):
+    """Weigh x by a mixture of densities with parameters mean_offsets and c of shape (*heads, num_gaussians).
+
+    A class says by which function, and draws c in `reset_widths`.
+    """
 
     mean_offsets: Tensor
     c: Tensor
     _published_parameters = ("mean_offsets", "c")
+    _attend = staticmethod(mixture_attention)
 
     def __init__(
         self, heads: tuple[int, ...], norm_axis: int, num_heads: int, num_gaussians: int, padding_value: float | None,
@@ -103,7 +108,7 @@ class _Mixture(Published):
         super().__init__()
         if isinstance(norm_axis, bool) or not isinstance(norm_axis, int):
             raise ValueError(f"norm_axis is {norm_axis!r}, expected an int")
-        _check_positive(num_heads=num_heads, num_gaussians=num_gaussians)
+        check_positive(num_heads=num_heads, num_gaussians=num_gaussians)
         self.norm_axis, self.num_heads, self.num_gaussians = norm_axis, num_heads, num_gaussians
         self.padding_value, self.mean_offset_init, self.eps = padding_value, mean_offset_init, eps
         self.backend = backend
@@ -113,18 +118,24 @@ class _Mixture(Published):
 
     def reset_parameters(self) -> None:
         nn.init.constant_(self.mean_offsets, self.mean_offset_init)
-        for c in self.c.view(-1, self.num_gaussians):  # head by head: the published numbers for a seed
-            nn.init.normal_(c)
+        with torch.no_grad():
+            for c in self.c.view(-1, self.num_gaussians):  # head by head: the published numbers for a seed
+                self.reset_widths(c)
+
+    @staticmethod
+    def reset_widths(c: Tensor) -> None:
+        """Fill the c of a head, (num_gaussians,), with its initial values."""
+        nn.init.normal_(c)
 
     def forward(
         self, x: Tensor, return_attention_details: bool = False, *, mask: Tensor | None = None, residual: bool = False
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Return y, or (y, weights), each like x; weights are detached as published, unlike `daam.mixture_attention`'s.
+        """Return y, or (y, weights), each like x; weights are detached as published, unlike the function's.
 
         mask: bool, x.shape[:norm_axis + 1], True where x is valid, not with padding_value. residual: add x to y.
         """
         mean_offsets, c = (p.reshape(-1, self.num_gaussians) for p in (self.mean_offsets, self.c))
-        out = mixture_attention(
+        out = self._attend(
             x, mean_offsets, c, norm_axis=self.norm_axis, eps=self.eps, padding_value=self.padding_value, mask=mask,
             residual=residual, return_weights=return_attention_details, backend=self.backend,
         )  # fmt: skip
@@ -137,7 +148,7 @@ class _Mixture(Published):
         )
 
 
-class DensityAdaptiveAttention(_Mixture):
+class DensityAdaptiveAttention(Mixture):
     """Weigh x by one head of a mixture of densities (arXiv 2401.11143, Algorithm 2), with the published signature.
 
     Args:
@@ -162,7 +173,7 @@ class DensityAdaptiveAttention(_Mixture):
         super().__init__((), norm_axis, num_heads, num_gaussians, padding_value, mean_offset_init, eps, backend)
 
 
-class MultiHeadDensityAdaptiveAttention(_Mixture):
+class MultiHeadDensityAdaptiveAttention(Mixture):
     """Weigh x by a mixture of densities with heads (arXiv 2401.11143, Algorithm 2), with the published signature.
 
     Args:
@@ -189,7 +200,43 @@ class MultiHeadDensityAdaptiveAttention(_Mixture):
         super().__init__((num_heads,), norm_axis, num_heads, num_gaussians, padding_value, 0, eps, backend)
 
 
-class DensityBlock(nn.Module):
+class MixtureBlock(Published):
+    """Weigh x by layers of multi-head mixtures of densities: modules of `layer(norm_axis, num_heads, num_gaussians)`.
+
+    residual: each layer gives layer(x) + x.
+    """
+
+    def __init__(
+        self, layer: Callable[[int, int, int], Mixture], norm_axes: Sequence[int], num_heads: Sequence[int],
+        num_gaussians: Sequence[int], num_layers: int, residual: bool,
+    ):  # fmt: skip
+        super().__init__()
+        lengths = {"norm_axes": len(norm_axes), "num_heads": len(num_heads), "num_gaussians": len(num_gaussians)}
+        for name, length in lengths.items():
+            if length != num_layers:
+                raise ValueError(f"{name} has {length} entries, expected num_layers, {num_layers}")
+        self.residual = residual
+        self.layers = nn.ModuleList(map(layer, norm_axes, num_heads, num_gaussians))
+
+    def forward(
+        self, x: Tensor, return_attention_details: bool = False, *, mask: Tensor | None = None
+    ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+        """Return y, or (y, {"layer_0": weights, …}), each like x, the weights detached as published.
+
+        mask: bool, of x's shape up to the first normalised axis at most, True where x is valid, along all further axes.
+        """
+        check_tensor("x", x)
+        if mask is not None:
+            check_tensor("mask", mask)
+        details = {}
+        for i, layer in enumerate(self.layers):
+            layer_mask = _expand_mask(mask, x, layer.norm_axis)
+            out = layer(x, return_attention_details, mask=layer_mask, residual=self.residual)
+            x, details[f"layer_{i}"] = out if return_attention_details else (out, None)
+        return (x, details) if return_attention_details else x
+
+
+class DensityBlock(MixtureBlock):
     """Weigh x by layers of multi-head mixtures of densities, x = layer(x) + x each, with the published signature.
 
     Args:
@@ -205,31 +252,8 @@ class DensityBlock(nn.Module):
         self, norm_axes: Sequence[int], num_heads: Sequence[int], num_gaussians: Sequence[int], num_layers: int,
         padding_value: float | None = None, eps: float = 1e-8, *, backend: str = "auto",
     ):  # fmt: skip
-        super().__init__()
-        lengths = {"norm_axes": len(norm_axes), "num_heads": len(num_heads), "num_gaussians": len(num_gaussians)}
-        for name, length in lengths.items():
-            if length != num_layers:
-                raise ValueError(f"{name} has {length} entries, expected num_layers, {num_layers}")
-        self.layers = nn.ModuleList(
-            MultiHeadDensityAdaptiveAttention(*sizes, padding_value, eps, backend=backend)
-            for sizes in zip(norm_axes, num_heads, num_gaussians, strict=True)
-        )
-
-    def forward(
-        self, x: Tensor, return_attention_details: bool = False, *, mask: Tensor | None = None
-    ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
-        """Return y, or (y, {"layer_0": weights, …}), each like x, the weights detached as published.
-
-        mask: bool, of x's shape up to the first normalised axis at most, True where x is valid, along all further axes.
-        """
-        check_tensor("x", x)
-        if mask is not None:
-            check_tensor("mask", mask)
-        details = {}
-        for i, layer in enumerate(self.layers):
-            out = layer(x, return_attention_details, mask=_expand_mask(mask, x, layer.norm_axis), residual=True)
-            x, details[f"layer_{i}"] = out if return_attention_details else (out, None)
-        return (x, details) if return_attention_details else x
+        layer = partial(MultiHeadDensityAdaptiveAttention, padding_value=padding_value, eps=eps, backend=backend)
+        super().__init__(layer, norm_axes, num_heads, num_gaussians, num_layers, residual=True)
 
 
 class DensityGate(Published):
@@ -254,7 +278,7 @@ class DensityGate(Published):
 
     def __init__(self, in_ch: int, num_gaussians: int = 4, cap: float = 0.2, *, backend: str = "auto"):
         super().__init__()
-        _check_positive(in_ch=in_ch, num_gaussians=num_gaussians)
+        check_positive(in_ch=in_ch, num_gaussians=num_gaussians)
         self.cap, self.backend = cap, backend
         self.to_attn = nn.Conv1d(in_ch, 1, 1)
         self.gaa = _Gaussians(num_gaussians)
@@ -322,9 +346,3 @@ def _expand_mask(mask: Tensor | None, x: Tensor, norm_axis: int) -> Tensor | Non
         return mask
     rank = max(mask.dim(), norm_axis % x.dim() + 1)
     return mask.reshape(*mask.shape, *[1] * (rank - mask.dim())).expand(x.shape[:rank])
-
-
-def _check_positive(**sizes: int) -> None:
-    for name, size in sizes.items():
-        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-            raise ValueError(f"{name} is {size!r}, expected a positive int")

@@ -1,6 +1,6 @@
 """What an algorithm is, in plain Python: operators, their fakes, benchmarks, the audit and tests ask these records.
 
-A fourth algorithm adds one here; CONTRIBUTING lists the files beside it.
+Another algorithm adds one here; CONTRIBUTING lists the files beside it.
 """
 
 from __future__ import annotations
@@ -109,7 +109,22 @@ GATE = Algorithm(
     ),
     reads_again=(1, 2),
 )  # fmt: skip
-ALGORITHMS = {one.name: one for one in (DENSITY, MIXTURE, GATE)}
+STABLE = Algorithm(
+    name="stable",
+    function="stable_mixture_attention",
+    params=("mean_offsets", "c"),
+    settings={"eps": "float", "padding": "float?"},
+    eps=1e-8,
+    forward=lambda _n: tiles.FORWARD_MIXTURE,
+    backward=lambda _n: tiles.BACKWARD_MIXTURE,
+    draw=lambda normal, uniform: (0.3 * normal, 0.5 + uniform),
+    streamed=(
+        "strip_stats", "merge_strip_stats", "stable_scales", "merge_scales", "forward_streamed",
+        "stable_sums", "merge_stable_sums", "backward_streamed", "param_gradients",
+    ),
+    reads_again=(2, 2),
+)  # fmt: skip
+ALGORITHMS = {one.name: one for one in (DENSITY, MIXTURE, GATE, STABLE)}
 # Of x's size, what kernels on chip and of strips (read, write), by the last words of their names; those that handle
 # their sums begin with merge_, or are param_gradients
 TENSORS = {

@@ -45,7 +45,8 @@ ALGORITHMS = {name: Algorithm(record) for name, record in algorithms.ALGORITHMS.
 @dataclass(frozen=True)
 class Case:
     """Hold one call: shape and axis as a user sees them; layout and grads name strides. params is P of density
-    attention, "features" or "one", and num_gaussians of the others.
+    attention, "features" or "one", and num_gaussians of the others. clamps: draw what the stabilised mixture clamps,
+    offsets and positions far from the others, and c past both limits.
     """
 
     shape: tuple[int, ...]
@@ -60,10 +61,11 @@ class Case:
     offset: float = 0.5
     eps: float | None = None
     padding: float | None = None
+    clamps: bool = False
     algorithm: str = "density"
 
     def __str__(self) -> str:
-        flags = [name for name in ("mask", "residual", "padding") if getattr(self, name) not in (False, None)]
+        flags = [name for name in ("mask", "residual", "padding", "clamps") if getattr(self, name) not in (False, None)]
         size = "x".join(map(str, self.shape))
         parts = (size, f"axis{self.axis}", f"heads{self.heads}", str(self.params), self.layout, self.grads, *flags)
         return f"{self.algorithm}-" + "-".join(parts) + ("" if self.weights else "-y_only")
@@ -148,10 +150,16 @@ def inputs(case: Case, dtype=torch.float64, seed: int = 0, device="cpu") -> Inpu
     if case.padding is not None:
         x[(torch.rand(case.shape, generator=generator) < 0.2).to(device)] = case.padding
     normal, uniform = torch.randn(shape, generator=generator), torch.rand(shape, generator=generator)
+    p, q = case.spec.draw(normal, uniform)
+    if case.clamps:
+        x[(torch.rand(case.shape, generator=generator) < 0.02).to(device)] *= 50
+        p, q[-1, -1] = 30 * p, 20
+        if case.heads > 1:  # not of all: it leaves one position all weight
+            q[0, 0] = 0.005
     params = torch.float64 if dtype == torch.float64 else torch.float32
     return Inputs(
         x=x,
-        params=tuple(p.to(device, params) for p in case.spec.draw(normal, uniform)),
+        params=(p.to(device, params), q.to(device, params)),
         mask=mask,
         grad_y=strided(case.shape, case.grads, dtype, generator, device),
         grad_weights=strided(case.shape, case.grads, dtype, generator, device) if case.weights else None,

@@ -9,6 +9,7 @@ from inspect import signature
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import Parameter
 
 from daam.kernels.operands import acc_dtype
 
@@ -21,10 +22,14 @@ class Chunks:
 
     `raw` is x as it came, `x` has zeros where the mask is False; `count` is the number of valid positions of a chunk (1
     where there is none, so that it can divide); `dim` is the dimension that runs along a chunk. Where `padding` is
-    given, `padded` tells which positions hold it, and `stats_x`, which the statistics are those of, has zeros there.
+    given, `padded` tells which positions hold it, and `stats_x`, which the statistics are those of, has zeros there, or
+    x as it is without `zero_padding`.
     """
 
-    def __init__(self, x: Tensor, heads: int, mask: Tensor | None, axis: int, padding: float | None = None):
+    def __init__(
+        self, x: Tensor, heads: int, mask: Tensor | None, axis: int, padding: float | None = None,
+        zero_padding: bool = True,
+    ):  # fmt: skip
         self.dtype, self.x_dtype = acc_dtype(x), x.dtype
         self.axis, self.heads = axis, heads
         self.length, self.dim, self.rank = x.shape[axis] // heads, axis + 1, x.dim() + 1
@@ -33,7 +38,7 @@ class Chunks:
         self.x = self.valid(self.raw)
         # compared in x's dtype, which rounds the value
         self.padded = None if padding is None else self.split(x == padding)
-        self.stats_x = self.x if padding is None else self.x.masked_fill(self.padded, 0)
+        self.stats_x = self.x if padding is None or not zero_padding else self.x.masked_fill(self.padded, 0)
         self.count, self.empty = self.length, 0
         if mask is not None:
             count = self.length - self.invalid.sum(self.dim, keepdim=True)
@@ -108,7 +113,16 @@ class Chunks:
         mean_error = self.mean(d)
         # both sums in one pass; of a constant chunk they cancel to a rounding error of either sign
         sum_squares = (self.sum(d * d) - self.count * mean_error * mean_error).clamp(min=0)
-        return d if self.padded is None else self.x - mean, mean_error, sum_squares
+        return d if self.stats_x is self.x else self.x - mean, mean_error, sum_squares
+
+    @property
+    def freedom(self) -> Tensor | int:
+        """Return n - 1, by which an unbiased variance divides, at least 1: a tensor under a mask, else a number."""
+        return (self.count - 1).clamp(min=1) if isinstance(self.count, Tensor) else self.count - 1
+
+    def var_eps(self, sum_squares: Tensor, eps: float) -> Tensor:
+        """Return var + eps, var unbiased, 0 of one valid position; 1 more where no position is valid."""
+        return sum_squares / self.freedom + (eps + self.empty)
 
     def param(self, p: Tensor, feature_axis: int | None = None) -> Tensor:
         """Return a parameter (heads, P) as it broadcasts against the chunks; P follows feature_axis, if given."""
@@ -209,6 +223,14 @@ def cut_into_slices(function: Callable) -> Callable:
         return tuple(outputs)
 
     return run
+
+
+def can_branch(x: Tensor) -> bool:
+    """Tell whether what is computed may depend on values of x: they are here, and no graph is made that must not."""
+    if type(x) not in (Tensor, Parameter) or not x.is_cpu:  # a fake tensor has none, a GPU would have to be waited for
+        return False
+    proxies = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY)
+    return not (torch.compiler.is_compiling() or proxies or torch._C._get_tracing_state())
 
 
 def _find_x(function: Callable) -> int:

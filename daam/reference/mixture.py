@@ -6,10 +6,8 @@ l = Σ log(sqrt(2π)·|c_k|),
 
     log Π_k g_k = -(a·inv_var/2)·((x - mean - m)² + v) - l
 
-so that nothing but four numbers a head depends on the number of Gaussians. weights = exp(log Π g - max(log Σ Π g,
-log eps)) underflows nowhere but where a weight itself does. Where m is far from x - mean, (x - mean - m)² would round
-away what tells positions apart: it is taken as (x - mean - p)·(x - mean - (2m - p)) + (m - p)², p being m or, if that
-is further off, four standard deviations; the last term, being the same for all positions, joins v.
+so that nothing but four numbers a head depends on the number of Gaussians; `product.py` has how the square is taken.
+weights = exp(log Π g - max(log Σ Π g, log eps)) underflows nowhere but where a weight itself does.
 """
 
 from __future__ import annotations
@@ -20,6 +18,7 @@ import torch
 from torch import Tensor
 
 from daam.reference.chunks import LOG2_E, Chunks, cut_into_parts, cut_into_slices
+from daam.reference.product import Product
 
 HALF_LOG_2PI = 0.9189385332046727
 
@@ -34,7 +33,7 @@ def formula(
     """
     chunks = Chunks(x, c.shape[0], mask, axis, padding)
     d, sum_squares = chunks.centred()
-    inv_std = torch.rsqrt(_var_eps(chunks, sum_squares, eps))
+    inv_std = torch.rsqrt(chunks.var_eps(sum_squares, eps))
     log_product = torch.zeros_like(d)
     for offset, scale in zip(mean_offsets.split(1, 1), c.split(1, 1), strict=True):
         scale = chunks.param(scale)
@@ -141,21 +140,8 @@ def _log_sum_exp(t: Tensor, dim: int) -> Tensor:
     return (t - maximum).exp().sum(dim, keepdim=True).log() + maximum
 
 
-def _var_eps(chunks: Chunks, sum_squares: Tensor, eps: float) -> Tensor:
-    """Return var + eps of each chunk, var unbiased, 0 of one valid position; 1 more where no position is valid."""
-    return sum_squares / _freedom(chunks) + (eps + chunks.empty)
-
-
-def _freedom(chunks: Chunks) -> Tensor | int:
-    """Return n - 1, by which an unbiased variance divides, at least 1: a tensor under a mask, else a number (n > 1)."""
-    return (chunks.count - 1).clamp(min=1) if isinstance(chunks.count, Tensor) else chunks.count - 1
-
-
-class _Fit:
-    """Hold the one Gaussian that a head's product is, on every chunk: all numbers broadcast against the chunks.
-
-    a, m, v and inv_var as above; origin p and mirror 2m - p; offset_cost: v + (m - p)²; freedom: n - 1.
-    """
+class _Fit(Product):
+    """Add to the product what it has without its scale: offset_cost: v + (m - p)², and where eps clamps its sum."""
 
     def __init__(self, chunks: Chunks, mean_offsets: Tensor, c: Tensor, sum_squares: Tensor, eps: float):
         offsets, scales = mean_offsets.to(chunks.dtype), c.to(chunks.dtype)
@@ -163,21 +149,11 @@ class _Fit:
         # 1e-12, all weight is on one position whatever a is
         min_scale = scales.detach().abs().amin(1, keepdim=True)
         precisions = (min_scale / scales).square()
-        sum_precisions = precisions.sum(1, keepdim=True)
-        m = (offsets * precisions).sum(1, keepdim=True) / sum_precisions
-        v = ((offsets - m).square() * precisions).sum(1, keepdim=True) / sum_precisions
-        log2 = (scales.abs().log2() + HALF_LOG_2PI * LOG2_E).sum(1, keepdim=True)
-        a = sum_precisions * min_scale.reciprocal().clamp(max=2.0**40).square()
-        self.chunks, self.freedom = chunks, _freedom(chunks)
-        self.a, self.m, self.v, log2 = (chunks.param(t) for t in (a, m, v, log2))
-        var_eps = _var_eps(chunks, sum_squares, eps)
-        self.inv_var = 1 / var_eps
-        limit = 4 * var_eps.detach().sqrt()
-        self.origin = torch.minimum(torch.maximum(self.m.detach(), -limit), limit)
-        self.mirror = 2 * self.m - self.origin
+        unit = min_scale.reciprocal().clamp(max=2.0**40).square()
+        super().__init__(chunks, offsets, precisions, unit, chunks.var_eps(sum_squares, eps))
         self.offset_cost = self.v + (self.m - self.origin).square()
-        self.log2_factor = self.a * self.inv_var * (LOG2_E / 2)
-        self.log2_floor = log2 + (math.log2(eps) if eps > 0 else -math.inf)
+        log2 = (scales.abs().log2() + HALF_LOG_2PI * LOG2_E).sum(1, keepdim=True)
+        self.log2_floor = chunks.param(log2) + (math.log2(eps) if eps > 0 else -math.inf)
 
     def weights(self, s: Tensor) -> tuple[Tensor, Tensor]:
         """Return (weights, free) of s as `relative_weights` takes it: free is 1 where eps does not clamp their sum."""
@@ -188,14 +164,8 @@ class _Fit:
         """Return (weights without their scale, that scale, 1 where their sum is free and 0 where eps clamps it) of
         s = (x - mean - origin)·(x - mean - mirror).
         """
-        chunks = self.chunks
-        distances = s.detach() if chunks.invalid is None else s.detach().masked_fill(chunks.invalid, math.inf)
-        min_s = distances.amin(chunks.dim, keepdim=True)
-        if chunks.invalid is not None:
-            min_s = min_s.masked_fill(chunks.empty.bool(), 0)
-        # relative to the likeliest position of the chunk; as differences, since a product can be large, and wrong by 1
-        weights = chunks.valid(((min_s - s) * self.log2_factor).exp2())
-        inv_sum = 1 / (chunks.sum(weights) + chunks.empty)
+        weights, min_s = self.relate(s, self.chunks.invalid)
+        inv_sum = 1 / (self.chunks.sum(weights) + self.chunks.empty)
         cap = torch.exp2(-(min_s + self.offset_cost) * self.log2_factor - self.log2_floor)
         clamped = cap < inv_sum  # not so where eps is 0 and an overflow makes the cap NaN
         return weights, torch.where(clamped, cap, inv_sum), (~clamped).to(s.dtype)

@@ -10,7 +10,7 @@ from helpers import ALGORITHMS, LAYOUTS, Case, attend, close, error, inputs, run
 from torch.autograd import forward_ad
 from torch.masked import masked_tensor
 
-from daam import density_attention, density_gate, mixture_attention
+from daam import density_attention, density_gate, mixture_attention, stable_mixture_attention
 
 X = torch.randn(2, 6, 4, generator=torch.Generator().manual_seed(0))
 P = torch.ones(3, 4)
@@ -87,7 +87,7 @@ no_jit = pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarnin
         (TypeError, "x is a DTensor, expected a plain Tensor", (X.as_subclass(FakeDTensor), P, P), {}),
     ],
 )  # fmt: skip
-@pytest.mark.parametrize("function", [mixture_attention, density_gate])
+@pytest.mark.parametrize("function", [mixture_attention, density_gate, stable_mixture_attention])
 def test_errors_of_the_others(error, message, args, options, function):
     with pytest.raises(error, match=re.escape(message)):
         function(*args, **{"norm_axis": 1, **options})
@@ -106,9 +106,10 @@ def test_errors_of_the_others(error, message, args, options, function):
         (ValueError, "mask and padding_value are both given", (X, P, P), {"padding_value": 0, "mask": MASK}),
     ],
 )  # fmt: skip
-def test_errors_of_the_mixture(error, message, args, options):
+@pytest.mark.parametrize("function", [mixture_attention, stable_mixture_attention])
+def test_errors_of_the_mixtures(error, message, args, options, function):
     with pytest.raises(error, match=re.escape(message)):
-        mixture_attention(*args, **options)
+        function(*args, **{"norm_axis": 1, **options})
 
 
 def test_errors_of_the_gate():
@@ -179,7 +180,10 @@ def attend_by_paper(algorithm, x, p, q):
     size = x.shape[1] // len(p)
     for h, (offsets, widths) in enumerate(zip(p, q, strict=True)):
         chunk = x[:, h * size : None if h == len(p) - 1 else h * size + size]
-        d, var = chunk - chunk.mean(1, keepdim=True), chunk.var(1, keepdim=True, correction=algorithm == "mixture")
+        d, var = (
+            chunk - chunk.mean(1, keepdim=True),
+            chunk.var(1, keepdim=True, correction=algorithm in ("mixture", "stable")),
+        )
         if algorithm == "density":
             weights = torch.exp(-((d - offsets) ** 2) / (var + 1e-5) / (2 * widths))
         elif algorithm == "mixture":
@@ -189,6 +193,10 @@ def attend_by_paper(algorithm, x, p, q):
             ]
             product = torch.stack(densities).prod(0)
             weights = product / product.sum(1, keepdim=True).clamp(min=1e-8)
+        elif algorithm == "stable":
+            u = [((d - o) / (var + 1e-8).sqrt()).clamp(-10, 10) for o in offsets]
+            log_w = sum(-(u**2) / (2 * (c.clamp(0.01, 10) ** 2 + 1e-8)) for u, c in zip(u, widths, strict=True))
+            weights = log_w.exp() / log_w.exp().sum(1, keepdim=True)  # softmax's tangent has no backward
         else:
             sigmas = torch.log1p(torch.exp(widths)) + 1e-3
             densities = [

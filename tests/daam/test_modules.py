@@ -190,6 +190,8 @@ def test_eps_arrives():
         (lambda: daam.DensityAdaptiveAttention(1, 0, 1, None), "num_heads is 0, expected a positive int"),
         (lambda: daam.MultiHeadDensityAdaptiveAttention(1, 2, 1.5), "num_gaussians is 1.5, expected a positive int"),
         (lambda: daam.DensityBlock([1], [1, 1], [1], 1), "num_heads has 2 entries, expected num_layers, 1"),
+        (lambda: daam.StableMultiHeadDensityAttention(1, 2, 0), "num_gaussians is 0, expected a positive int"),
+        (lambda: daam.StableDensityBlock([1], [1], [1, 1], 1), "num_gaussians has 2 entries, expected num_layers, 1"),
         (lambda: daam.DensityGate(0), "in_ch is 0, expected a positive int"),
         (lambda: daam.DensityGate(4, 0), "num_gaussians is 0, expected a positive int"),
     ],
@@ -206,6 +208,8 @@ BUILDS = {
     "MultiHead": (lambda backend: daam.MultiHeadDensityAdaptiveAttention(1, 2, 3, backend=backend), 1),
     "DensityBlock": (lambda backend: daam.DensityBlock([1, 2], [2, 3], [3, 4], 2, backend=backend), 2),
     "DensityGate": (lambda backend: daam.DensityGate(16, backend=backend), 1),
+    "Stable": (lambda backend: daam.StableMultiHeadDensityAttention(1, 2, 3, backend=backend), 1),
+    "StableDensityBlock": (lambda backend: daam.StableDensityBlock([1, 2], [2, 3], [3, 4], 2, backend=backend), 2),
 }
 builds = pytest.mark.parametrize("build", BUILDS)
 
@@ -245,6 +249,8 @@ def test_the_backend_is_a_keyword():
         lambda: daam.MultiHeadDensityAdaptiveAttention(1, 1, 3, None, 1e-8, "eager"),
         lambda: daam.DensityBlock([1], [1], [3], 1, None, 1e-8, "eager"),
         lambda: daam.DensityGate(4, 4, 0.2, "eager"),
+        lambda: daam.StableMultiHeadDensityAttention(1, 1, 3, 1e-8, None, "eager"),
+        lambda: daam.StableDensityBlock([1], [1], [3], 1, 1e-8, True, None, "eager"),
     ):
         with pytest.raises(TypeError, match="positional argument"):
             build()
@@ -399,6 +405,7 @@ def test_gate_masks():
         lambda: daam.DensityAdaptiveAttention(1, 1, 3, None),
         lambda: daam.DensityBlock([1, 2], [2, 3], [3, 4], 2),
         lambda: daam.DensityGate(16),
+        lambda: daam.StableDensityBlock([1, 2], [2, 3], [3, 4], 2),
     ],
 )
 def test_the_others_copy_pickle_and_compile(build):
@@ -497,6 +504,10 @@ PUBLISHED = {
     "one head": (lambda: daam.DensityAdaptiveAttention(1, 1, 3, None), "", "c", "c"),
     "block": (
         lambda: daam.DensityBlock([1, 2], [2, 3], [3, 4], 2), "layers.1", "c", "layers.1.attention_heads.{h}.c"
+    ),
+    "stable": (lambda: daam.StableMultiHeadDensityAttention(1, 3, 2), "", "c", "heads.{h}.c"),
+    "stable block": (
+        lambda: daam.StableDensityBlock([1, 2], [2, 3], [3, 4], 2), "layers.1", "c", "layers.1.heads.{h}.c"
     ),
     "gate": (lambda: daam.DensityGate(6), "gaa", "log_sigma", "gaa.log_sigma"),
     "gate's alpha": (lambda: daam.DensityGate(6), "", "alpha", "alpha"),
