@@ -109,6 +109,8 @@ GATE = Algorithm(
     ),
     reads_again=(1, 2),
 )  # fmt: skip
+# x - mean is alive while Gaussians are added where chunks clamp
+BACKWARD_STABLE = tiles.BACKWARD_MIXTURE._replace(strided=32, streamed_vector=4)
 STABLE = Algorithm(
     name="stable",
     function="stable_mixture_attention",
@@ -116,11 +118,11 @@ STABLE = Algorithm(
     settings={"eps": "float", "padding": "float?"},
     eps=1e-8,
     forward=lambda _n: tiles.FORWARD_MIXTURE,
-    backward=lambda _n: tiles.BACKWARD_MIXTURE,
+    backward=lambda _n: BACKWARD_STABLE,
     draw=lambda normal, uniform: (0.3 * normal, 0.5 + uniform),
     streamed=(
         "strip_stats", "merge_strip_stats", "stable_scales", "merge_scales", "forward_streamed",
-        "stable_sums", "merge_stable_sums", "backward_streamed", "param_gradients",
+        "stable_sums", "merge_stable_sums", "stable_backward_streamed", "param_gradients",
     ),
     reads_again=(2, 2),
 )  # fmt: skip

@@ -197,9 +197,9 @@ def open_chunk(gaussian, numbers, head, position, view, PLAN: tl.constexpr):
 
 
 @triton.jit
-def weigh_chunk(centred, chunk, valid):
+def weigh_chunk(x, mean, chunk, _padding, valid):
     """Return the weights of every block."""
-    _e, weights = weigh(centred, chunk.mean_error, chunk.gaussian, chunk.inv_var, valid)
+    _e, weights = weigh([block - mean for block in x], chunk.mean_error, chunk.gaussian, chunk.inv_var, valid)
     return weights
 
 

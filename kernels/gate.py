@@ -250,9 +250,9 @@ def open_chunk(gaussians, numbers, head, position, view, _PLAN: tl.constexpr):
 
 
 @triton.jit
-def weigh_chunk(centred, chunk, valid):
+def weigh_chunk(x, mean, chunk, _padding, valid):
     """Return the weights of every block."""
-    return weigh(centred, chunk.scales, chunk.gaussians, valid)
+    return weigh([block - mean for block in x], chunk.scales, chunk.gaussians, valid)
 
 
 @triton.jit

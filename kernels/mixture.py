@@ -36,7 +36,7 @@ from torch import Tensor
 
 from . import passes
 from .algorithms import MIXTURE
-from .blocks import add_blocks, add_products, find_h, inverse_count, inverse_count_less_one, multiply_rounded
+from .blocks import add_products, find_h, inverse_count, inverse_count_less_one, multiply_rounded
 from .host import Call, Numbers
 from .mixture_blocks import (
     FAR,
@@ -44,7 +44,10 @@ from .mixture_blocks import (
     Parameters,
     Settings,
     Sums,
+    add_relative,
+    add_weighted,
     centre_unpadded,
+    count_rows,
     differentiate_x,
     find_excess,
     find_frame,
@@ -52,14 +55,16 @@ from .mixture_blocks import (
     load_gaussian,
     load_moments,
     measure,
-    minimum_of,
+    merge_relative,
+    merge_weighted,
+    reduce_relative,
     sum_head,
     weigh,
     weigh_gaps,
 )
 from .operands import Split, Strided, power_of_2, split_float, strided_of
 from .params import add_lists, load_entries, store_partials, zero_blocks
-from .streamed import find_stats, load_strip_numbers, locate_chunks, store_strip_numbers
+from .streamed import find_stats, locate_chunks, store_strip_numbers
 from .tile import float_of, load_blocks, load_gradients, load_numbers, store_dx, store_numbers, store_outputs
 from .walk import columns_inside, locate, next_tile, place_tile, start_walk, view_of
 
@@ -157,12 +162,8 @@ def mixture_scales(inputs, parameters, numbers, strips, extent, PLAN: tl.constex
         tile = place_tile(inputs.mask, walk.index, walk, row, view, PLAN)
         _raw, x = load_blocks(inputs.x, inputs.mask, tile, view, False, PLAN)
         _f, s = measure([block - mean for block in x], mean_error, gaussian, frame, tile.valid)
-        before, min_s = min_s, tl.minimum(min_s, minimum_of(s))
-        more = add_blocks(weigh_gaps([min_s - block for block in s], frame.log2_factor, tile.valid))
-        total = total * tl.exp2((min_s - before) * frame.log2_factor) + more
-    least = tl.min(min_s, 0)[None, :]
-    total = tl.sum(total * tl.exp2((least - min_s) * frame.log2_factor), 0)[None, :]
-    store_strip_numbers(strips, walk, position, view, [least, total])
+        min_s, total = add_relative(min_s, total, s, frame.log2_factor, tile.valid)
+    store_strip_numbers(strips, walk, position, view, reduce_relative(min_s, total, frame.log2_factor))
 
 
 @triton.jit
@@ -173,13 +174,7 @@ def merge_scales(strips, parameters, numbers, settings, extent, PLAN: tl.constex
     position = locate_chunks(head, view, PLAN)
     mean, mean_error, inv_var = load_numbers(numbers.stats, head, position, view, 3)
     frame = find_frame(gaussian, inv_var)
-    min_s, total = tl.zeros_like(inv_var) + FAR, tl.zeros_like(inv_var)
-    for first in range(0, view.n_strips, PLAN.BLOCK_P):
-        least = load_strip_numbers(strips, 0, first, head, position, view, FAR, PLAN)
-        sums = load_strip_numbers(strips, 1, first, head, position, view, 0.0, PLAN)
-        before, min_s = min_s, tl.minimum(min_s, tl.min(least, 0)[None, :])
-        more = tl.sum(sums * tl.exp2((min_s - least) * frame.log2_factor), 0)[None, :]
-        total = total * tl.exp2((min_s - before) * frame.log2_factor) + more
+    min_s, total = merge_relative(strips, frame.log2_factor, head, position, view, PLAN)
     total = tl.where(total == 0, 1.0, total)
     scale, _free = find_scale(total, min_s, frame, gaussian, settings.log2_eps)
     store_numbers(numbers.stats, head, position, view, [mean, mean_error, inv_var, min_s])
@@ -208,9 +203,9 @@ def weigh_centred(centred, chunk, valid):
 
 
 @triton.jit
-def weigh_chunk(centred, chunk, valid):
+def weigh_chunk(x, mean, chunk, _padding, valid):
     """Return the weights of every block."""
-    _f, weights = weigh_centred(centred, chunk, valid)
+    _f, weights = weigh_centred([block - mean for block in x], chunk, valid)
     return weights
 
 
@@ -226,8 +221,7 @@ def mixture_sums(inputs, parameters, numbers, strips, extent, PLAN: tl.constexpr
     mean, mean_error, inv_var, min_s = load_numbers(numbers.stats, walk.head, position, view, 4)
     frame = find_frame(gaussian, inv_var)
     padding = None if inputs.padding is None else float_of(inputs.padding, PLAN.ACC)
-    sum_h = tl.zeros([PLAN.BLOCK_P, PLAN.BLOCK_C], PLAN.ACC)
-    sum_hf, sum_hu, sum_w, sum_wf, sum_wu, n = sum_h, sum_h, sum_h, sum_h, sum_h, sum_h
+    sums = zero_blocks(7, PLAN.BLOCK_P, PLAN.BLOCK_C, PLAN.ACC)
     for row in range(walk.strip_row, walk.strip_end, PLAN.BLOCK_P * PLAN.N_BLOCKS):
         tile = place_tile(inputs.mask, walk.index, walk, row, view, PLAN)
         _raw, x = load_blocks(inputs.x, inputs.mask, tile, view, False, PLAN)
@@ -235,19 +229,8 @@ def mixture_sums(inputs, parameters, numbers, strips, extent, PLAN: tl.constexpr
         gaps = [min_s - block for block in s]
         w = weigh_gaps(gaps, frame.log2_factor, tile.valid)
         h = find_h(load_gradients(inputs, tile, view, False, PLAN), x, padding)
-        for i in tl.static_range(PLAN.N_BLOCKS):
-            hw = h[i] * w[i]
-            sum_h += hw
-            sum_hf += hw * f[i]
-            sum_hu += hw * gaps[i]
-            sum_w += w[i]
-            sum_wf += w[i] * f[i]
-            sum_wu += w[i] * gaps[i]
-        if inputs.mask is not None:
-            n += add_blocks([valid.to(PLAN.ACC) for valid in tile.valid])
-    if inputs.mask is None:
-        n = tl.where(tl.arange(0, PLAN.BLOCK_P)[:, None] == 0, (walk.strip_end - walk.strip_row).to(PLAN.ACC), n)
-    sums = [sum_h, sum_hf, sum_hu, sum_w, sum_wf, sum_wu, n]
+        sums = add_weighted(sums, h, w, f, gaps, tile.valid, inputs.mask)
+    sums = count_rows(sums, walk, inputs.mask, PLAN)
     store_strip_numbers(strips, walk, position, view, [tl.sum(block, 0)[None, :] for block in sums])
 
 
@@ -263,14 +246,8 @@ def merge_mixture_sums(strips, parameters, numbers, partials, settings, extent, 
     gaussian = load_gaussian(parameters, head, None, view, PLAN)
     position = locate_chunks(head, view, PLAN)
     _mean, _error, inv_var, min_s = load_numbers(numbers.stats, head, position, view, 4)
-    frame, totals = find_frame(gaussian, inv_var), zero_blocks(7, 1, PLAN.BLOCK_C, tl.float64)
-    for first in range(0, view.n_strips, PLAN.BLOCK_P):
-        more = []
-        for i in tl.static_range(7):
-            strip = load_strip_numbers(strips, i, first, head, position, view, 0.0, PLAN).to(tl.float64)
-            more = more + [totals[i] + tl.sum(strip, 0)[None, :]]
-        totals = more
-    sum_h, sum_hf, sum_hu, sum_w, sum_wf, sum_wu, n = [total.to(PLAN.ACC) for total in totals]
+    frame = find_frame(gaussian, inv_var)
+    sum_h, sum_hf, sum_hu, sum_w, sum_wf, sum_wu, n = merge_weighted(strips, head, position, view, PLAN)
     total = tl.where(sum_w == 0, 1.0, sum_w)
     scale, free = find_scale(total, min_s, frame, gaussian, settings.log2_eps)
     all_h = sum_h * scale

@@ -22,7 +22,8 @@ from .blocks import (
     where_nonempty,
 )
 from .operands import Split, Strided
-from .params import sum_columns
+from .params import sum_columns, zero_blocks
+from .streamed import load_strip_numbers
 from .tile import zero_padding
 
 FAR = tl.constexpr(1e37)  # s of what is not valid. Not inf: the difference of two of them is NaN
@@ -232,3 +233,71 @@ def centre_unpadded(x, padding, tile, mask, eps, length, ACC: tl.constexpr):
             d = d + [tl.where(tile.valid[i], x[i] - chunk.mean, 0.0)]
     inv_divisor = inverse_count_less_one(chunk.inv_count)
     return d, chunk, invert_variance(chunk.squares, inv_divisor, chunk.inv_count, mask, eps)
+
+
+# --- Sums over strips, of weights relative to the likeliest position ------------------------------
+@triton.jit
+def add_relative(min_s, total, s, log2_factor, valid):
+    """Return the least s of every place in a block, and the sum of weights relative to it, with those of a tile."""
+    least = tl.minimum(min_s, minimum_of(s))
+    more = add_blocks(weigh_gaps([least - block for block in s], log2_factor, valid))
+    return least, total * tl.exp2((least - min_s) * log2_factor) + more
+
+
+@triton.jit
+def reduce_relative(min_s, total, log2_factor):
+    """Return the least s of every column, and the sum of weights relative to it, from those of every place."""
+    least = tl.min(min_s, 0)[None, :]
+    return [least, tl.sum(total * tl.exp2((least - min_s) * log2_factor), 0)[None, :]]
+
+
+@triton.jit
+def merge_relative(strips, log2_factor, head, position, view, PLAN: tl.constexpr):
+    """Return the least s of every chunk, and the sum of weights relative to it, from those of its strips."""
+    min_s, total = tl.zeros_like(log2_factor) + FAR, tl.zeros_like(log2_factor)
+    for first in range(0, view.n_strips, PLAN.BLOCK_P):
+        least = load_strip_numbers(strips, 0, first, head, position, view, FAR, PLAN)
+        sums = load_strip_numbers(strips, 1, first, head, position, view, 0.0, PLAN)
+        before, min_s = min_s, tl.minimum(min_s, tl.min(least, 0)[None, :])
+        more = tl.sum(sums * tl.exp2((min_s - least) * log2_factor), 0)[None, :]
+        total = total * tl.exp2((min_s - before) * log2_factor) + more
+    return min_s, total
+
+
+@triton.jit
+def add_weighted(sums, h, w, f, u, valid, mask):
+    """Return Σ h·w, Σ h·w·f, Σ h·w·u, Σ w, Σ w·f, Σ w·u and, under a mask, n of every place with those of a tile."""
+    sum_h, sum_hf, sum_hu, sum_w, sum_wf, sum_wu, n = sums
+    for i in tl.static_range(len(h)):
+        hw = h[i] * w[i]
+        sum_h += hw
+        sum_hf += hw * f[i]
+        sum_hu += hw * u[i]
+        sum_w += w[i]
+        sum_wf += w[i] * f[i]
+        sum_wu += w[i] * u[i]
+    if mask is not None:
+        n += add_blocks([block.to(n.dtype) for block in valid])
+    return [sum_h, sum_hf, sum_hu, sum_w, sum_wf, sum_wu, n]
+
+
+@triton.jit
+def count_rows(sums, walk, mask, PLAN: tl.constexpr):
+    """Return the sums with n, the last, in the first row of places, where no mask has counted it."""
+    n = sums[len(sums) - 1]
+    if mask is None:
+        n = tl.where(tl.arange(0, PLAN.BLOCK_P)[:, None] == 0, (walk.strip_end - walk.strip_row).to(PLAN.ACC), n)
+    return sums[: len(sums) - 1] + [n]
+
+
+@triton.jit
+def merge_weighted(strips, head, position, view, PLAN: tl.constexpr):
+    """Return the seven sums of `add_weighted` of every chunk from those of its strips, which are added in fp64."""
+    totals = zero_blocks(7, 1, PLAN.BLOCK_C, tl.float64)
+    for first in range(0, view.n_strips, PLAN.BLOCK_P):
+        more = []
+        for i in tl.static_range(7):
+            strip = load_strip_numbers(strips, i, first, head, position, view, 0.0, PLAN).to(tl.float64)
+            more = more + [totals[i] + tl.sum(strip, 0)[None, :]]
+        totals = more
+    return [total.to(PLAN.ACC) for total in totals]

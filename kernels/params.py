@@ -126,8 +126,8 @@ def param_gradients(
     partials, n_groups, parameters, d_p, d_q, n_entries, N: tl.constexpr, K: tl.constexpr, FINISH: tl.constexpr,
     NAME: tl.constexpr, BLOCK: tl.constexpr, ENTRIES: tl.constexpr,
 ):  # fmt: skip
-    """Store entries of a head's gradients, (heads, entries): FINISH of N sums an entry, in fixed order and fp64. Strides
-    and numbers come encoded (`operands.encode`).
+    """Store entries of a head's gradients, (heads, entries): FINISH of N sums an entry, in fixed order and fp64;
+    strides and numbers come encoded (`operands.encode`).
     """
     head = tl.program_id(1).to(tl.int64)
     entries = tl.program_id(0).to(tl.int64) * ENTRIES + tl.arange(0, ENTRIES)

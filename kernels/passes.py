@@ -29,7 +29,8 @@ class Kernels:
     find_numbers(call, parameters, settings) -> the numbers of streamed chunks that the forward pass needs.
     sum_chunks(call, parameters, settings, numbers) -> (sums of streamed chunks, partial sums or None).
     forward, backward: kernels of chunks on chip. prepare, open_chunk, weigh_chunk, differentiate: what
-        `streamed.forward_streamed` and `backward_streamed` take.
+        `streamed.forward_streamed` and `backward_streamed` take. backward_streamed: a kernel of its own in place of
+        that and differentiate, where totals for the parameters come last; sum_chunks then gives room for them.
     """
 
     algorithm: Algorithm
@@ -46,7 +47,8 @@ class Kernels:
     prepare: Callable
     open_chunk: Callable
     weigh_chunk: Callable
-    differentiate: Callable
+    differentiate: Callable | None = None
+    backward_streamed: Callable | None = None
 
     @property
     def streamed_constants(self) -> dict[str, object]:
@@ -118,7 +120,7 @@ def _backward_streamed(
     kernels: Kernels, call: Call, dx: Strided | None, parameters: Any, given: Any, residual: bool, n_sums: int
 ) -> Strided | None:
     """Launch the backward pass of streamed chunks and return the partial sums of parameters, None where not needed.
-    They come from the sums of chunks, but where parameters vary along the chunk.
+    They come from the sums of chunks, but where parameters vary along the chunk, or the last kernel is one's own.
     """
     if call.lacks_stats:
         kernels.find_numbers(call, parameters, given)  # fills call.stats; what else it finds is for a forward pass
@@ -128,10 +130,12 @@ def _backward_streamed(
     if call.along == "chunk" and call.need_params:
         programs, partials = call.plan.sum_programs, call.partials(n_sums, call.plan.n_groups)
         row_partials = partials
+    kernel, constants = backward_streamed, {"DIFFERENTIATE": kernels.differentiate} | kernels.streamed_constants
+    if kernels.backward_streamed is not None:
+        kernel, constants, row_partials = kernels.backward_streamed, {}, partials
     if dx is not None or row_partials is not None:
         args = (call.inputs, parameters, numbers._replace(sums=sums), dx, row_partials)
-        constants = {"DIFFERENTIATE": kernels.differentiate} | kernels.streamed_constants
-        call.launch(backward_streamed, programs, *args, RESIDUAL=residual, **constants)
+        call.launch(kernel, programs, *args, RESIDUAL=residual, **constants)
     return partials
 
 

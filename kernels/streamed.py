@@ -31,7 +31,7 @@ def forward_streamed(
     WEIGH: tl.constexpr, NAME: tl.constexpr, RESIDUAL: tl.constexpr, PLAN: tl.constexpr,
 ):  # fmt: skip
     """Store y and the weights of a strip of each chunk, with what PREPARE makes of the parameters, OPEN of that and the
-    numbers of a chunk, as (mean, chunk), and WEIGH of x - mean and a chunk.
+    numbers of a chunk, as (mean, chunk), and WEIGH of x, its mean, a chunk, the padding value and what is valid.
     """
     view = view_of(extent, PLAN)
     walk = start_walk(view, BACKWARDS=True)
@@ -45,7 +45,7 @@ def forward_streamed(
         for row in range(walk.strip_row, walk.strip_end, PLAN.BLOCK_P * PLAN.N_BLOCKS):
             tile = place_tile(inputs.mask, index, walk, row, view, PLAN)
             raw, x = load_blocks(inputs.x, inputs.mask, tile, view, RESIDUAL, PLAN)
-            weights = WEIGH([block - mean for block in x], chunk, tile.valid)
+            weights = WEIGH(x, mean, chunk, padding, tile.valid)
             store_outputs(outputs, x, raw, weights, padding, tile, view, RESIDUAL, PLAN)
         index = next_tile(index, walk.index_step, view)
 
@@ -203,9 +203,11 @@ def merge_strip_stats(strips, stats, eps, extent, UNBIASED: tl.constexpr, PLAN: 
     store_numbers(stats, head, position, view, [mean, mean_error, variance.to(PLAN.ACC), inv_count.to(PLAN.ACC)])
 
 
-def find_stats(call: Call, eps: Split | None, unbiased: bool = False) -> Strided:
-    """Return the statistics of the call, filled: mean, mean_error, 1/(var + eps), or var where eps is None, and 1/n."""
+def find_stats(call: Call, eps: Split | None, unbiased: bool = False, padding: bool = True) -> Strided:
+    """Return the statistics of the call, filled: mean, mean_error, 1/(var + eps), or var where eps is None, and 1/n.
+    padding: whether it counts as zeros, else as it is.
+    """
     strips, stats = call.of_strips(4), call.of_chunks(call.stats)
-    call.launch(strip_stats, call.programs, call.inputs, strips)
+    call.launch(strip_stats, call.programs, call.inputs if padding else call.inputs._replace(padding=None), strips)
     call.launch_merge(merge_strip_stats, strips, stats, eps, UNBIASED=unbiased)
     return stats

@@ -294,7 +294,7 @@ def test_published_cases(name, device):
 @algorithms
 @pytest.mark.parametrize(
     ("shape", "axis", "streamed"),
-    [((2, 24, 33), 1, False), ((3, 1000), 1, False), ((2, 300, 5), 1, True), ((2, 9000), 1, True)],
+    [((2, 24, 33), 1, False), ((3, 1000), 1, False), ((2, 300, 5), 1, True), ((2, 20_000), 1, True)],
 )
 def test_path(shape, axis, streamed, algorithm, device):
     """Check which kernels a regime takes: short and long chunks, axis or features fastest."""
