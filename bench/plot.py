@@ -30,8 +30,9 @@ from bench.results import OWN, PASSES, YARDSTICKS, Change, Run, UnusableError, h
 
 Case = dict[str, Any]
 COLOURS = {
-    "triton": "tab:red", "eager": "tab:blue", "compile": "tab:green", "published": "tab:purple", "sdpa": "tab:orange",
-    "multihead_attention": "tab:brown", "layer_norm": "0.55", "copy": "black",
+    "triton": "tab:red", "eager": "tab:blue", "compile": "tab:green", "published": "tab:purple",
+    "formula": "tab:pink", "compile_formula": "tab:olive", "sdpa": "tab:orange", "multihead_attention": "tab:brown",
+    "layer_norm": "0.55", "copy": "black",
 }  # fmt: skip
 
 
