@@ -138,9 +138,9 @@ _GPU = [
 ]
 _CPU = [
     *(Workload("layers", name, (8, 24, 1024), 1, *sizes) for name, *sizes in (("density", 8), ("mixture", 4, 4))),
-    *(Workload("authors", STABLE, sizes, 2, 4, 4) for sizes in ((1, 16, 30_000), (4, 64, 750))),
+    *(Workload("authors", STABLE, sizes, 2, 4, 4) for sizes in ((1, 8, 30_000), (4, 64, 750))),
     Workload("gates", "gate", (32, 1, 5625), 2, 1, 4),
-    Workload("gpt2", "mixture", (1, 1024, 768), 1, 8, 20),
+    Workload("gpt2", "mixture", (1, 1024, 128), 1, 8, 20),
     Workload("channels", "mixture", (2, 256, 32, 32), 1, 1, 16),
     Workload("speech", "mixture", (8, 40, 500), 1, 4, 16),
     Workload("routing", "mixture", (1, 4), 1, 1, 4, "float64"),
