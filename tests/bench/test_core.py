@@ -156,7 +156,7 @@ def test_workloads(device):
     assert len(set(map(str, found))) == len(found)
     assert {workload.family for workload in found} == {workload.family for workload in workloads("cpu")}
     assert {workload.algorithm for workload in found} == {"density", "mixture", "gate"}
-    assert {workload.dtype for workload in found} == {"bfloat16", "float32"}
+    assert {workload.dtype for workload in found} == {"bfloat16", "float32", "float64"}
 
 
 @pytest.mark.parametrize("git", [FileNotFoundError("git"), subprocess.CompletedProcess([], 128, stdout="")])
