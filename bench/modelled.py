@@ -172,6 +172,8 @@ def model_pass(recorded: list[Launch], least_bytes: float, gpu: Gpu) -> Modelled
 
 def model_workload(workload: Workload, gpu: Gpu) -> dict[str, Modelled]:
     """Return what the passes of a workload are modelled to take."""
-    p = torch.empty(workload.params_shape, device="meta")
-    found = record_passes(workload.algorithm, workload.x, p, None, workload.axis, workload.feature_axis, full=False)
+    p, mask = torch.empty(workload.params_shape, device="meta"), workload.mask("meta")
+    if mask is not None:
+        mask = mask.view(*mask.shape, *[1] * (len(workload.shape) - mask.dim()))
+    found = record_passes(workload.algorithm, workload.x, p, mask, workload.axis, workload.feature_axis, full=False)
     return {name: model_pass(one, byte_model.least_bytes(workload, name), gpu) for name, one in found.items()}

@@ -9,7 +9,8 @@ from collections.abc import Callable
 import torch
 
 from bench.device.session import ROOT
-from bench.workloads import Workload
+from bench.modules import ModuleWorkload
+from bench.workloads import STABLE, Workload
 from daam.kernels import tiles
 
 sys.path.append(str(ROOT / "tests"))  # the cases, their inputs and the rule are the tests'
@@ -140,19 +141,19 @@ TIMED = [
     Workload("last", "density", (2**16, 1024), 1, 1),
     Workload("layers", "mixture", (2048, 24, 1024), 1, 8, 4),
     Workload("last", "gate", (2**16, 1024), 1, 1, 4),
-    Workload("sweep", "mixture", (8, 1024, 768), 1, 8, 4),
+    Workload("gpt2", "mixture", (8, 1024, 768), 1, 8, 20),
     Workload("layers", "gate", (2048, 24, 1024), 1, 8, 4),
     Workload("last", "mixture", (2**16, 1024), 1, 1, 4),
     Workload("channels", "mixture", (32, 256, 64, 64), 1, 4, 3),
     Workload("steps", "gate", (8, 256, 24000), 2, 1, 4),
     Workload("sweep", "mixture", (8, 8192, 768), 1, 8, 4),
-    Workload("layers", "density", (512, 40, 5120), 1, 8),
+    ModuleWorkload("model", "density", (8, 1024, 768), 1, 8),
     Workload("layers", "density", (2048, 24, 1024), 1, 8, dtype="float32"),
-    Workload("sequence", "density", (8, 32768, 768), 1, 8),
+    Workload("authors", STABLE, (32, 64, 30_000), 2, 4, 4),
     Workload("last", "density", (2**14, 4096), 1, 1),
     Workload("last", "density", (2**12, 16384), 1, 1),
-    Workload("last", "density", (2**19, 128), 1, 1),
-    Workload("sequence", "mixture", (8, 32768, 768), 1, 8, 1),
-    Workload("last", "density", (2**16, 1024), 1, 1, dtype="float32"),
+    ModuleWorkload("gate-module", "gate", (32, 512, 1125), 2, 1, 4, "float32"),
+    Workload("authors", STABLE, (32, 256, 750), 2, 4, 4),
+    ModuleWorkload("block", "mixture", (4096, 1024), 1, 4, 5, layers=3),
 ]
 PROFILED = [TIMED[i] for i in (0, 1, 2, 3, 4, 5, 8, 9, 10)]  # a regime and an algorithm each
