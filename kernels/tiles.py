@@ -207,7 +207,7 @@ def find_tile(
         limits = budget.strided_alone // divisor, shared(budget.strided_least_vector), shared(budget.strided_vector)
         tile = _strided(high, shared(elements), *limits)
         fits = min(elements, budget.strided_masked)
-        if fits < layout.longest <= budget.longest_long and not (mask or weights or along == "chunk"):
+        if fits < high <= budget.longest_long and not (mask or weights or along == "chunk"):
             # lanes that share a chunk shuffle for every sum: few do where loads are narrow
             tile = _strided(high, shared(budget.strided_long), 0, shared(2), shared(2))
         elif high % tile.rows:
