@@ -77,7 +77,7 @@ def plan(
     """
     x, mask, *others = (spec and _make_meta(*spec) for spec in specs)
     others = [t if t is None else t.expand(x.shape) for t in (mask, *others)]
-    stats_shape = tiles.stats_shape(budget, x, axis, heads, feature_axis, mask is not None or weights)
+    stats_shape = tiles.stats_shape(budget, x, axis, heads, feature_axis, mask is not None)
     streamed = stats_shape is not None
     if streamed:
         others.append(torch.empty(stats_shape[1:], dtype=acc_dtype(x), device="meta"))

@@ -69,7 +69,7 @@ class Budget(NamedTuple):
     streamed_vector: int = 8
     longest_contiguous: int = 2 * LONGEST_CONTIGUOUS
     longest_along: int = LONGEST_CONTIGUOUS  # where parameters vary along it
-    longest_masked: int = LONGEST_CONTIGUOUS  # with a mask, or a gradient of the weights
+    longest_masked: int = LONGEST_CONTIGUOUS  # with a mask
     longest_strided: int = LONGEST_STRIDED
     longest_long: int = LONGEST_STRIDED  # that has strided_long
 
@@ -278,8 +278,8 @@ def streams(
     budget: Budget, x: Tensor, axis: int, heads: int, feature_axis: int | None = None, masked: bool = False
 ) -> bool:
     """Tell whether chunks are too long to stay on chip between their statistics and their output: all of them where the
-    longest, the last, is. Depends on nothing but x, the axis, what parameters follow, and masked: whether there is a
-    mask or a gradient of the weights, which take registers.
+    longest, the last, is. Depends on nothing but x, the axis, what parameters follow, and whether there is a mask, which
+    takes registers.
     """
     longest = budget.longest_strided
     if axis_is_fastest(x, axis, inner_dim(x, axis, feature_axis)):
