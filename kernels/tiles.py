@@ -278,8 +278,8 @@ def streams(
     budget: Budget, x: Tensor, axis: int, heads: int, feature_axis: int | None = None, masked: bool = False
 ) -> bool:
     """Tell whether chunks are too long to stay on chip between their statistics and their output: all of them where the
-    longest, the last, is. Depends on nothing but x, the axis, what parameters follow, and whether there is a mask, which
-    takes registers.
+    longest, the last, is. Depends on nothing but x, the axis, what parameters follow, and whether there is a mask,
+    which takes registers.
     """
     longest = budget.longest_strided
     if axis_is_fastest(x, axis, inner_dim(x, axis, feature_axis)):
