@@ -43,7 +43,7 @@ from .mixture_blocks import (
     reduce_relative,
     weigh_gaps,
 )
-from .operands import Strided, power_of_2, split_float, strided_of
+from .operands import power_of_2, split_float, strided_of
 from .params import add_lists, load_entries, sum_columns, zero_blocks
 from .stable_blocks import (
     NARROWEST,
@@ -115,7 +115,7 @@ def stable_backward(inputs, parameters, dx, partials, _settings, extent, RESIDUA
     walk = start_walk(view, BACKWARDS=False)
     product = load_product(parameters, walk.head, None, view, PLAN)
     padding = None if inputs.padding is None else float_of(inputs.padding, PLAN.ACC)
-    free, totals = zero_blocks(2, 1, 1, PLAN.ACC), zero_blocks(2, 1, PLAN.K, PLAN.ACC)
+    free, totals = zero_blocks(3, 1, 1, PLAN.ACC), zero_blocks(2, 1, PLAN.K, PLAN.ACC)
     index = walk.index
     for _ in range(walk.first_tile, view.n_tiles, walk.tile_step):
         # the forward pass again
@@ -136,7 +136,7 @@ def stable_backward(inputs, parameters, dx, partials, _settings, extent, RESIDUA
         hef, heq = tl.sum(add_products(he, f), 0)[None, :], -tl.sum(add_products(he, gaps), 0)[None, :]
         inside = columns_inside(tile.position, view) & (inv_count > 0)
         unclamped = inside & ~frame.clamps
-        free = add_lists(free, [sum_columns(hef, unclamped), sum_columns(heq, unclamped)])
+        free = add_lists(free, [tl.zeros([1, 1], PLAN.ACC), sum_columns(hef, unclamped), sum_columns(heq, unclamped)])
         if frame.any_clamps:
             heq, totals = add_clamped(totals, heq, d, mean_error, he, product, frame, inside)
         if dx is not None:
@@ -152,13 +152,13 @@ def stable_backward(inputs, parameters, dx, partials, _settings, extent, RESIDUA
 def finish_gradients(totals, parameters, head, entries, inside, K: tl.constexpr):
     """Return the gradients of some Gaussians' parameters from Σ he·e_k·[.] and Σ he·u_k²/inv_var."""
     sum_he_offset, sum_he_width = totals
-    a, _m, _most = find_moments(parameters, head, K)
+    a, _m, _v, _most = find_moments(parameters, head, K)
     _offset, width, precision = load_gaussians(parameters, head, entries, tl.float64)
     c = load_entries(parameters.c, head, entries, inside, 1.0)
-    share = precision / a
+    part = precision / a
     narrowest = tl.full([1], NARROWEST, parameters.c.data.dtype.element_ty).to(tl.float64)  # as c is rounded
     free = (c >= narrowest) & (c <= WIDEST)
-    return share * sum_he_offset, tl.where(free, width * precision * share * sum_he_width, 0.0)
+    return part * sum_he_offset, tl.where(free, width * precision * part * sum_he_width, 0.0)
 
 
 # --- Streamed chunks (`streamed.py`) --------------------------------------------------------------
@@ -275,7 +275,7 @@ def merge_stable_sums(strips, parameters, numbers, extent, PADDED: tl.constexpr,
 @triton.jit
 def stable_backward_streamed(
     inputs, parameters, numbers, dx, partials, extent, RESIDUAL: tl.constexpr, PLAN: tl.constexpr
-):  # fmt: skip
+):
     """Store dx of a strip of each chunk of one tile's columns, and the totals of this program."""
     view = view_of(extent, PLAN)
     walk = start_walk(view, BACKWARDS=True)
@@ -283,7 +283,7 @@ def stable_backward_streamed(
     position = locate(walk.index, walk.head, walk.strip_row, view, PLAN)
     mean, chunk = open_chunk(product, numbers, walk.head, position, view, PLAN)
     padding = None if inputs.padding is None else float_of(inputs.padding, PLAN.ACC)
-    free = zero_blocks(2, PLAN.BLOCK_P, PLAN.BLOCK_C, PLAN.ACC)
+    free = zero_blocks(3, PLAN.BLOCK_P, PLAN.BLOCK_C, PLAN.ACC)
     totals, inside = zero_blocks(2, 1, PLAN.K, PLAN.ACC), columns_inside(position, view)
     for row in range(walk.strip_row, walk.strip_end, PLAN.BLOCK_P * PLAN.N_BLOCKS):
         tile = place_tile(inputs.mask, walk.index, walk, row, view, PLAN)
@@ -317,9 +317,7 @@ def _find_numbers(call: Call, parameters: Parameters, _settings: None) -> Number
     return numbers
 
 
-def _sum_chunks(
-    call: Call, parameters: Parameters, _settings: None, numbers: Numbers
-) -> tuple[Strided, Strided | None]:  # fmt: skip
+def _sum_chunks(call: Call, parameters: Parameters, _settings: None, numbers: Numbers) -> tuple:
     """Return the sums of streamed chunks, and room for every program's totals for the parameters, if needed."""
     strips, numbers = call.of_strips(7), numbers._replace(sums=call.of_strips(4, strips=1))
     call.launch(stable_sums, call.programs, call.inputs, parameters, numbers, strips)

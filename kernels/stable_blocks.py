@@ -1,7 +1,7 @@
 """Arithmetic of the stabilised mixture, by the formulas of `stable.py`: one quadratic, and Gaussians where they clamp.
 
-Where chunks clamp, everything is measured from an origin p as the position's own: a Gaussian that clamps there and here
-adds nothing, so that what all positions share rounds nothing away.
+Where chunks clamp, u² is less that of an origin p: a Gaussian that clamps there and here adds nothing to it, so that
+what all positions share rounds nothing away.
 """
 
 from __future__ import annotations
@@ -44,10 +44,11 @@ class Parameters(NamedTuple):
 
 
 class Product(NamedTuple):
-    """Hold a, m, a·log2(e)/2 and the largest |mean_offset| of a head, scalars, and where its parameters are."""
+    """Hold a, m, v, a·log2(e)/2 and the largest |mean_offset| of a head, scalars, and where its parameters are."""
 
     a: tl.tensor
     m: tl.tensor
+    v: tl.tensor
     half_log2_a: tl.tensor
     most_offset: tl.tensor
     parameters: Parameters
@@ -69,7 +70,7 @@ class Frame(NamedTuple):
 class Gaussian(NamedTuple):
     """Hold S_k/a, and of each column mean_offset_k + mean_error, p - mean_offset_k, and that clamped."""
 
-    share: tl.tensor
+    precision: tl.tensor
     centre: tl.tensor
     distance: tl.tensor
     clamped: tl.tensor
@@ -91,20 +92,21 @@ def load_gaussians(parameters, head, ks, ACC: tl.constexpr):
 
 @triton.jit
 def find_moments(parameters, head, K: tl.constexpr):
-    """Return (a, m, the largest |mean_offset|) of a head in fp64, as `mixture_blocks.load_moments` does."""
+    """Return (a, m, v, the largest |mean_offset|) of a head in fp64, as `mixture_blocks.load_moments` does."""
     ks = tl.arange(0, K)
     offset, _width, precision = load_gaussians(parameters, head, ks, tl.float64)
     precision = tl.where(ks < parameters.n, precision, 0.0)
     a = tl.sum(precision, 0)
-    return a, tl.sum(offset * precision, 0) / a, tl.max(tl.abs(offset), 0)
+    m = tl.sum(offset * precision, 0) / a
+    return a, m, tl.sum((offset - m) * (offset - m) * precision, 0) / a, tl.max(tl.abs(offset), 0)
 
 
 @triton.jit
 def load_product(parameters, head, _position, _view, PLAN: tl.constexpr):
     """Return the Product of a head, rounded once."""
-    a, m, most = find_moments(parameters, head, PLAN.K)
-    half_log2_a = (a * HALF_LOG2_E).to(PLAN.ACC)
-    return Product(a.to(PLAN.ACC), m.to(PLAN.ACC), half_log2_a, most.to(PLAN.ACC), parameters, head)
+    a, m, v, most = find_moments(parameters, head, PLAN.K)
+    a, m, v, half_log2_a, most = [t.to(PLAN.ACC) for t in [a, m, v, a * HALF_LOG2_E, most]]
+    return Product(a, m, v, half_log2_a, most, parameters, head)
 
 
 @triton.jit
@@ -178,29 +180,28 @@ def hide_padding(x, valid, padding):
 
 @triton.jit
 def clamp_block(d, gaussian, limit):
-    """Return (e, whether it is inside the limit, u²/inv_var less that of p) of a block."""
+    """Return (e, 0 where it clamps, and u²/inv_var less that of p) of a block."""
     e = d - gaussian.centre
     clamped = clamp(e, limit)
-    return e, clamped == e, (clamped - gaussian.clamped) * (clamped + gaussian.clamped)
+    return tl.where(clamped == e, e, 0.0), (clamped - gaussian.clamped) * (clamped + gaussian.clamped)
 
 
 @triton.jit
 def add_gaussians(d, mean_error, product, frame):
-    """Return (E/a, Σ_k S_k·u_k²/(a·inv_var), Q/a) of a block, the latter two less those of p."""
-    slopes, costs, outside = tl.zeros_like(d), tl.zeros_like(d), tl.zeros_like(d)
+    """Return (E/a, Σ_k S_k·u_k²/(a·inv_var) less that of p, Q/a) of a block."""
+    slopes, costs, squares = tl.zeros_like(d), tl.zeros_like(d), tl.zeros_like(d)
     for k in range(product.parameters.n):
         gaussian = place_gaussian(product, mean_error, frame.limit, k)
-        e, inside, cost = clamp_block(d, gaussian, frame.limit)
-        slopes = tl.fma(tl.where(inside, e, 0.0), gaussian.share, slopes)
-        costs = tl.fma(cost, gaussian.share, costs)
-        outside += tl.where(inside, 0.0, gaussian.share)
-    return slopes, costs, costs - outside * frame.limit * frame.limit
+        e, cost = clamp_block(d, gaussian, frame.limit)
+        slopes, costs = tl.fma(e, gaussian.precision, slopes), tl.fma(cost, gaussian.precision, costs)
+        squares = tl.fma(e * e, gaussian.precision, squares)
+    return slopes, costs, squares
 
 
 @triton.jit
 def measure(d, mean_error, product, frame, shown):
-    """Return (f, s, q) of every block: E/a, what log w is but for a factor, FAR where it has no weight, and Q/a; s and
-    q but for what is the same in all of a chunk. Where it clamps nowhere both are f², rounded.
+    """Return (f, s, q) of every block: E/a, what log w is but for a factor and what is the same in all of a chunk, FAR
+    where it has no weight, and Q/a. Where it clamps nowhere s is f², rounded, and q is f² + v.
     """
     near = mean_error + product.m
     if frame.any_clamps:
@@ -211,13 +212,13 @@ def measure(d, mean_error, product, frame, shown):
             squared = multiply_rounded(distance, distance)
             f = f + [tl.where(frame.clamps, slope, distance)]
             s = s + [tl.where(shown[i], tl.where(frame.clamps, cost, squared), FAR)]
-            q = q + [tl.where(frame.clamps, square, squared)]
+            q = q + [tl.where(frame.clamps, square, squared + product.v)]
     else:
         f, s, q = [], [], []
         for i in tl.static_range(len(d)):
             distance = d[i] - near
             squared = multiply_rounded(distance, distance)
-            f, s, q = f + [distance], s + [tl.where(shown[i], squared, FAR)], q + [squared]
+            f, s, q = f + [distance], s + [tl.where(shown[i], squared, FAR)], q + [squared + product.v]
     return f, s, q
 
 
@@ -284,50 +285,41 @@ def differentiate_x(direct, d, mean_error, he, f, sums):
 def add_clamped(totals, heq, d, mean_error, he, product, frame, inside):
     """Return (Σ he·Q/a of columns that clamp, heq of others; the totals [1, K] with those of the former)."""
     offsets, widths = totals
-    ks, sum_he, heq_clamped = tl.arange(0, offsets.shape[1])[None, :], add_blocks(he), tl.zeros_like(heq)
-    columns, zero = inside & frame.clamps, tl.zeros_like(sum_he)
-    sum_he = tl.sum(sum_he, 0)[None, :]
+    ks, heq_clamped, columns = tl.arange(0, offsets.shape[1])[None, :], tl.zeros_like(heq), inside & frame.clamps
+    zero = tl.zeros_like(add_blocks(he))
     for k in range(product.parameters.n):
-        gaussian, sum_slope, sum_cost, sum_outside = (
-            place_gaussian(product, mean_error, frame.limit, k),
-            zero,
-            zero,
-            zero,
-        )
+        gaussian = place_gaussian(product, mean_error, frame.limit, k)
+        sum_slope, sum_cost, sum_square = zero, zero, zero
         for i in tl.static_range(len(d)):
-            e, within, cost = clamp_block(d[i], gaussian, frame.limit)
-            sum_slope, sum_cost = tl.fma(he[i], tl.where(within, e, 0.0), sum_slope), tl.fma(he[i], cost, sum_cost)
-            sum_outside += tl.where(within, 0.0, he[i])
-        sum_slope, sum_cost = tl.sum(sum_slope, 0)[None, :], tl.sum(sum_cost, 0)[None, :]
-        # less that of p, as the cost: sums over a tile of a longer chunk would not cancel it
-        start = tl.where(gaussian.clamped == gaussian.distance, gaussian.distance, 0.0)
-        offsets += tl.where(ks == k, sum_columns(sum_slope - start * sum_he, columns), 0.0)
-        widths += tl.where(ks == k, sum_columns(sum_cost, columns), 0.0)
-        outside = tl.sum(sum_outside, 0)[None, :] * frame.limit * frame.limit
-        heq_clamped += (sum_cost - outside) * gaussian.share
+            e, cost = clamp_block(d[i], gaussian, frame.limit)
+            sum_slope, sum_cost = tl.fma(he[i], e, sum_slope), tl.fma(he[i], cost, sum_cost)
+            sum_square = tl.fma(he[i] * e, e, sum_square)
+        heq_clamped += tl.sum(sum_square, 0)[None, :] * gaussian.precision
+        offsets += tl.where(ks == k, sum_columns(tl.sum(sum_slope, 0)[None, :], columns), 0.0)
+        widths += tl.where(ks == k, sum_columns(tl.sum(sum_cost, 0)[None, :], columns), 0.0)
     return tl.where(frame.clamps, heq_clamped, heq), [offsets, widths]
 
 
 @triton.jit
 def add_free(sums, he, f, frame):
-    """Return Σ he·f and Σ he·f² of every place in a block with those of one more tile, of columns that do not clamp."""
+    """Return Σ he, Σ he·f, Σ he·f² of every place in a block with those of a tile, of columns that do not clamp."""
     hef = []
     for i in tl.static_range(len(he)):
         hef = hef + [he[i] * f[i]]
-    more = [tl.where(frame.clamps, 0.0, add_blocks(hef)), tl.where(frame.clamps, 0.0, add_products(hef, f))]
-    return add_lists(sums, more)
+    more = [add_blocks(he), add_blocks(hef), add_products(hef, f)]
+    return add_lists(sums, [tl.where(frame.clamps, 0.0, block) for block in more])
 
 
 @triton.jit
 def store_parameter_totals(partials, free, totals, product):
     """Store one program's totals, at 2k and 2k + 1 those of the Gaussian k: beside its own what columns that do not
-    clamp add to each, which is made of Σ he·f and Σ he·f² [1, 1].
+    clamp add to each, which is made of Σ he, 0 of whole chunks, Σ he·f and Σ he·f² [1, 1].
     """
-    sum_hef, sum_heff = free
+    sum_he, sum_hef, sum_heff = free
     offsets, widths = totals
     ks = tl.arange(0, offsets.shape[1])[None, :]
     offset, _width, _precision = load_gaussians(product.parameters, product.head, ks, product.a.dtype)
     distance = tl.cast(partials.strides[0] >> 1, tl.int64)
     start = partials.data + product.head * (partials.strides[1] >> 1) + tl.program_id(0) + 2 * ks * distance
-    tl.store(start, offsets + sum_hef)
-    tl.store(start + distance, widths + sum_heff + 2.0 * (product.m - offset) * sum_hef)
+    tl.store(start, offsets + (sum_hef + (product.m - offset) * sum_he))
+    tl.store(start + distance, widths + (sum_heff + 2.0 * (product.m - offset) * sum_hef))
