@@ -148,18 +148,24 @@ def test_stats_of_heads_of_unequal_length():
     assert tiles.stats_shape(tiles.FORWARD, torch.empty(2, 512, 9), 1, 2) is None
 
 
-def test_heads_of_unequal_length_are_one_launch():
-    """Check the launches of chunks of 187, the last of 189, and of equal ones."""
+@pytest.mark.parametrize("algorithm", ["mixture", "stable"])
+@pytest.mark.parametrize(
+    ("shape", "lengths"),
+    [((32, 64, 30_000), (7500, 7500)), ((32, 128, 3750), (937, 939)), ((32, 256, 750), (187, 189))],
+)
+def test_shapes_of_the_authors_are_one_launch(shape, lengths, algorithm):
+    """Check the launches of their own training, four heads of four Gaussians, and how long heads are, the last too."""
     pytest.importorskip("triton")
-    from bench.modelled import record_passes
+    from bench.modelled import extent_of, record_passes
 
-    for length in (748, 750):
-        x, p = torch.empty(32, 256, length, dtype=torch.float16, device="meta"), torch.empty(4, 4, device="meta")
-        passes = record_passes("mixture", x, p, None, 2, None, full=False)
-        names = {which: [one.name for one in found] for which, found in passes.items()}
-        assert names == {"forward": ["mixture_forward"], "backward": ["mixture_backward", "param_gradients"]}
-        extents = [found[0].args[-1].decode(1) for found in passes.values()]
-        assert {(one.chunk, one.longest) for one in extents} == {(187, 187 + length - 748)}
+    x, p = torch.empty(shape, dtype=torch.float16, device="meta"), torch.empty(4, 4, device="meta")
+    passes = record_passes(algorithm, x, p, None, 2, None, full=False)
+    names = {which: [one.name for one in found] for which, found in passes.items()}
+    assert names == {"forward": [f"{algorithm}_forward"], "backward": [f"{algorithm}_backward", "param_gradients"]}
+    for forward_or_backward, *_ in passes.values():
+        extent = forward_or_backward.args[-1].decode(forward_or_backward.meta["PLAN"].UNIT)
+        assert (extent.chunk, extent.longest) == lengths
+        assert extent_of(forward_or_backward).chunk == shape[2] / 4
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS.values(), ids=ALGORITHMS)
