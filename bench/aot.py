@@ -87,7 +87,7 @@ class Compiled:
         return max(widths, default=0)
 
 
-class _Offline:
+class Offline:
     """Answer as a driver which target to compile for, and nothing else."""
 
     def __init__(self, name: str):
@@ -137,12 +137,17 @@ def _drop_memory(arg: Any) -> Any:
     return arg
 
 
+def compiler_options(recorded: Launch, target: str) -> dict:
+    """Return the compiler options of a recorded launch, for the target of that name in TARGETS."""
+    if recorded.options is not None:
+        return recorded.options
+    return launch.options(recorded.meta["num_warps"], nvidia=TARGETS[target].backend == "cuda")
+
+
 def compile_for(target: str, recorded: Launch) -> Compiled:
     """Compile a recorded launch for the target of that name in TARGETS, and return what the compiler made of it."""
-    options = recorded.options
-    if options is None:
-        options = launch.options(recorded.meta["num_warps"], nvidia=TARGETS[target].backend == "cuda")
-    with mock.patch.object(triton.runtime.driver, "_active", _Offline(target)), knobs.compilation.scope():
+    options = compiler_options(recorded, target)
+    with mock.patch.object(triton.runtime.driver, "_active", Offline(target)), knobs.compilation.scope():
         knobs.compilation.disable_line_info = True
         kernel = recorded.kernel.warmup(*recorded.args, **launch.wrap(recorded.meta), **options, grid=(1,))
     cubin = None

@@ -87,17 +87,20 @@ class Configuration:
 
 
 # chunk lengths: of models, powers of two and others, the longest on chip, and streamed ones
-ROWS = [4, 16, 64, 200, 512, 768, 1024, LONGEST_CONTIGUOUS, 4 * LONGEST_CONTIGUOUS]
+ROWS = [4, 16, 64, 200, 512, 768, 1024, LONGEST_CONTIGUOUS, 8 * LONGEST_CONTIGUOUS]
+UNEVEN = [750, 937, 3750, 7500, 15_000]  # rows of the authors' models
 COLUMNS = [1, 3, 6, 12, 24, 37, 64, 128, LONGEST_STRIDED, 32 * LONGEST_STRIDED]
 OTHERS = [name for name in ALGORITHMS if name != "density"]
 CONFIGURATIONS = [
-    Configuration(*one)
+    one if isinstance(one, Configuration) else Configuration(*one)
     for one in (
         *itertools.product(["density"], ["rows"], ["chunk", "nothing"], ROWS),
         *itertools.product(["density"], ["columns"], ["inner", "nothing"], COLUMNS),
         *itertools.product(["density"], ["rows"], ["inner"], [ROWS[1], ROWS[6], ROWS[-1]]),
         *itertools.product(["density"], ["columns"], ["chunk"], [COLUMNS[1], COLUMNS[6], COLUMNS[-1]]),
         *itertools.product(OTHERS, ["rows"], ["nothing"], ROWS),
+        *itertools.product(ALGORITHMS, ["rows"], ["nothing"], UNEVEN),
+        Configuration("density", "rows", "chunk", UNEVEN[3]),
         *itertools.product(OTHERS, ["columns"], ["nothing"], COLUMNS),
     )
 ]

@@ -2,7 +2,8 @@
 
 least_bytes is what GB/s and shares of the roof are counted in. Forward: x is read and y written. Backward: x and grad_y
 are read and dx written. Parameters are read, and their gradients written, once. What an implementation reads twice or
-writes in between is its own affair: it shows as fewer GB/s.
+writes in between is its own affair: it shows as fewer GB/s. A module says itself how often it must move x; a mask, of a
+byte a position of no further axis, is left out.
 """
 
 from __future__ import annotations
@@ -15,8 +16,7 @@ from daam.kernels import tiles
 
 def least_bytes(workload: Workload, which: str) -> int:
     """Return the bytes that a pass must move; which: one of results.PASSES."""
-    tensors = {"forward": (2, 2), "backward": (3, 4)}  # of x's size, of the parameters'
-    return sum(_bytes(workload, *tensors[part]) for part in which.split("+"))
+    return sum(_bytes(workload, workload.moved[part], part) for part in which.split("+"))
 
 
 def kernel_bytes(workload: Workload, which: str) -> int:
@@ -31,7 +31,7 @@ def kernel_bytes(workload: Workload, which: str) -> int:
 def _forward(workload: Workload) -> int:
     """Return the bytes of a forward pass."""
     more, _ = workload.record.reads_again if _streams(workload.record.forward, workload) else (0, 0)
-    return _bytes(workload, 2 + more, 2)
+    return _bytes(workload, 2 + more, "forward")
 
 
 def _backward(workload: Workload) -> int:
@@ -40,16 +40,15 @@ def _backward(workload: Workload) -> int:
     if _streams(record.backward, workload):
         kept = _streams(record.forward, workload) and tiles.worth_keeping(workload.x, workload.axis, workload.heads)
         more = record.reads_again[1] + (0 if kept else record.reads_again[0])
-    return _bytes(workload, 3 + more, 4)
+    return _bytes(workload, 3 + more, "backward")
 
 
 def _streams(budget: Callable[[int], tiles.Budget], workload: Workload) -> bool:
     """Tell whether a pass streams its chunks."""
     found = budget(workload.params_shape[1])
-    return tiles.streams(found, workload.x, workload.axis, workload.heads, workload.feature_axis)
+    return tiles.streams(found, workload.x, workload.axis, workload.heads, workload.feature_axis, workload.masked)
 
 
-def _bytes(workload: Workload, tensors: int, params: int) -> int:
-    """Return the bytes of so many tensors of x's size and so many of the parameters', which are fp32."""
-    heads, columns = workload.params_shape
-    return tensors * workload.x.nbytes + params * 4 * heads * columns
+def _bytes(workload: Workload, tensors: int, part: str) -> int:
+    """Return the bytes of tensors of x's size and of the parameters, with their gradients in a backward part."""
+    return tensors * workload.x.nbytes + {"forward": 1, "backward": 2}[part] * workload.params_bytes

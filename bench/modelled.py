@@ -62,9 +62,16 @@ def _count_loaded(code: list[Instruction], num_warps: int) -> float:
     return sum(step.bits for step in find_turn(code) if step.loads) / 8 * 32 * num_warps
 
 
+def extent_of(recorded: Launch) -> Extent:
+    """Return the extent of a launch whose kernel takes one, decoded, chunks as long as they are on average."""
+    extent = recorded.args[-1].decode(recorded.meta["PLAN"].UNIT)
+    more = 0 if extent.longest is None else extent.longest - extent.chunk
+    return extent._replace(chunk=extent.chunk + more / recorded.grid[1])
+
+
 def count_tiles(recorded: Launch, code: list[Instruction]) -> int:
     """Return how many tiles of x a turn of the main loop handles: as often as LLVM unrolled a loop over strips."""
-    plan, extent = recorded.meta["PLAN"], recorded.args[-1]
+    plan, extent = recorded.meta["PLAN"], extent_of(recorded)
     rows, itemsize = plan.BLOCK_P * plan.N_BLOCKS, recorded.args[0].x.data.itemsize
     if extent.chunk <= rows:
         return 1
@@ -76,7 +83,7 @@ def count_elements(recorded: Launch, code: list[Instruction]) -> float:
     """Return how many elements of x a turn of the main loop handles, of one program: those of its tiles that are inside
     the chunk.
     """
-    plan, extent = recorded.meta["PLAN"], recorded.args[-1]
+    plan, extent = recorded.meta["PLAN"], extent_of(recorded)
     return min(extent.chunk, plan.BLOCK_P * plan.N_BLOCKS) * plan.BLOCK_C * count_tiles(recorded, code)
 
 
@@ -89,29 +96,28 @@ def count_moved(recorded: Launch) -> tuple[int, int]:
 
 def count_turns(recorded: Launch, code: list[Instruction]) -> float:
     """Return how many turns of the main loop a program takes, on average."""
-    programs, plan, extent = math.prod(recorded.grid), recorded.meta.get("PLAN"), recorded.args[-1]
-    if count_tensors(recorded.name):
-        tiles = extent.n_tiles * -(-extent.chunk // (plan.BLOCK_P * plan.N_BLOCKS)) * recorded.grid[1]
+    programs, plan = math.prod(recorded.grid), recorded.meta.get("PLAN")
+    if plan is not None:
+        extent = extent_of(recorded)
+        if not count_tensors(recorded.name):
+            return -(-extent.n_strips // plan.BLOCK_P)
+        tiles = extent.n_tiles * math.ceil(extent.chunk / (plan.BLOCK_P * plan.N_BLOCKS)) * recorded.grid[1]
         return tiles / programs / count_tiles(recorded, code)
-    if isinstance(extent, Extent):
-        return -(-extent.n_strips // plan.BLOCK_P)
     if main_loop(code) is None:
         return 1
-    partials, groups, *_ = recorded.args  # of N sums in one loop, which may be unrolled
+    partials = recorded.args[0].data  # of N sums in one loop, which may be unrolled
     block, entries, n_sums = (recorded.meta[name] for name in ("BLOCK", "ENTRIES", "N"))
-    read = n_sums * -(-groups // block) * block * entries * partials.data.itemsize
+    read = n_sums * -(-partials.shape[2] // block) * block * entries * partials.itemsize
     return max(1.0, read / _count_loaded(code, recorded.meta["num_warps"]))
 
 
 def launched(recorded: Launch, compiled: Compiled, earlier: float = 0.0) -> model.Launched:
-    """Return a launch for an NVIDIA GPU as the model takes it; earlier: bytes that launches on the same part
-    of x have read.
-    """
-    code, run, extent = compiled.instructions, None, recorded.args[-1]
+    """Return a launch for an NVIDIA GPU as the model takes it; earlier: bytes that launches before have read."""
+    code, run = compiled.instructions, None
     if count_tensors(recorded.name):
         read, written = (float(n * recorded.args[0].x.data.nbytes) for n in count_moved(recorded))
         cached = min(read, earlier)
-        run = None if _rows(extent) else find_run(recorded, code)
+        run = None if _rows(extent_of(recorded)) else find_run(recorded, code)
     else:  # sums that the launch before has written
         read = cached = float(recorded.args[0].data.nbytes)
         written = 0.0
@@ -131,29 +137,28 @@ def take(
 
 
 def _rows(extent: Extent) -> bool:
-    """Tell whether neighbours of a chunk adjoin in memory; other strides than 1 may be in eighths."""
-    return extent.strides[0] == 1 and extent.inner_eighths is None
+    """Tell whether neighbours of a chunk adjoin in memory."""
+    return extent.strides[0] == 1
 
 
 def find_run(recorded: Launch, code: list[Instruction]) -> int:
     """Return the bytes side by side in memory that one access of a warp touches: lanes go along what is contiguous."""
-    plan, extent = recorded.meta["PLAN"], recorded.args[-1]
+    plan, extent = recorded.meta["PLAN"], extent_of(recorded)
     x, lanes = recorded.args[0].x.data, 32 * max((step.bits for step in find_turn(code) if step.loads), default=0) // 8
     if not _rows(extent):
         return min(lanes, min(plan.BLOCK_C, extent.inner) * x.itemsize)
     whole = plan.N_BLOCKS == 1 and extent.chunk == plan.BLOCK_P  # rows follow each other
-    return min(lanes, min(plan.BLOCK_P, extent.chunk) * x.itemsize * (plan.BLOCK_C if whole else 1))
+    return min(lanes, int(min(plan.BLOCK_P, extent.chunk)) * x.itemsize * (plan.BLOCK_C if whole else 1))
 
 
 def estimate(recorded: list[Launch], gpu: Gpu) -> Iterator[tuple[str, model.Estimate]]:
     """Yield (the kernel's name, its Estimate) of the launches of a pass, in order."""
-    earlier: dict[int, float] = {}  # bytes that were read, by where a part of x begins
+    earlier = 0.0  # bytes of x that were read
     for one in recorded:
-        start = one.args[0].x.data.storage_offset() if count_tensors(one.name) else None
-        launch = launched(one, compile_for(gpu.target, one), earlier.get(start, 0.0))
+        launch = launched(one, compile_for(gpu.target, one), earlier)
         yield one.name, model.estimate(launch, gpu)
-        if start is not None:
-            earlier[start] = max(earlier.get(start, 0.0), launch.read)
+        if count_tensors(one.name):
+            earlier = max(earlier, launch.read)
 
 
 def model_pass(recorded: list[Launch], least_bytes: float, gpu: Gpu) -> Modelled:
@@ -167,6 +172,8 @@ def model_pass(recorded: list[Launch], least_bytes: float, gpu: Gpu) -> Modelled
 
 def model_workload(workload: Workload, gpu: Gpu) -> dict[str, Modelled]:
     """Return what the passes of a workload are modelled to take."""
-    p = torch.empty(workload.params_shape, device="meta")
-    found = record_passes(workload.algorithm, workload.x, p, None, workload.axis, workload.feature_axis, full=False)
+    p, mask = torch.empty(workload.params_shape, device="meta"), workload.mask("meta")
+    if mask is not None:
+        mask = mask.view(*mask.shape, *[1] * (len(workload.shape) - mask.dim()))
+    found = record_passes(workload.algorithm, workload.x, p, mask, workload.axis, workload.feature_axis, full=False)
     return {name: model_pass(one, byte_model.least_bytes(workload, name), gpu) for name, one in found.items()}

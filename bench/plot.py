@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import math
 import re
 import sys
 from collections import defaultdict
@@ -30,8 +31,9 @@ from bench.results import OWN, PASSES, YARDSTICKS, Change, Run, UnusableError, h
 
 Case = dict[str, Any]
 COLOURS = {
-    "triton": "tab:red", "eager": "tab:blue", "compile": "tab:green", "published": "tab:purple", "sdpa": "tab:orange",
-    "multihead_attention": "tab:brown", "layer_norm": "0.55", "copy": "black",
+    "triton": "tab:red", "eager": "tab:blue", "compile": "tab:green", "published": "tab:purple",
+    "formula": "tab:pink", "compile_formula": "tab:olive", "sdpa": "tab:orange", "multihead_attention": "tab:brown",
+    "layer_norm": "0.55", "copy": "black",
 }  # fmt: skip
 
 
@@ -41,14 +43,22 @@ def _length(case: Case) -> int:
 
 
 def curves(cases: Iterable[Case]) -> dict[str, list[Case]]:
-    """Return the cases of workloads that differ in nothing but the length of the axis, where there are three lengths or
-    more, by a title.
+    """Return the cases of workloads that differ in nothing but the length of the axis, or in how as many elements are
+    cut, where there are three lengths or more, by a title.
     """
     found = defaultdict(list)
     for case in cases:
         others = {key: case[key] for key in ("family", "algorithm", "heads", "gaussians", "dtype")}
         found[tuple(others.values())].append(case)
-    return {_title(members): members for members in found.values() if len(set(map(_length, members))) >= 3}
+    lines = [members for members in found.values() if len(set(map(_length, members))) >= 3]
+    return {_title(members): members for members in lines if _comparable(members)}
+
+
+def _comparable(cases: list[Case]) -> bool:
+    """Tell whether workloads have the same sizes beside the length of the axis, or nearly as many elements."""
+    others = {math.prod(case["shape"]) / _length(case) for case in cases}
+    sizes = [math.prod(case["shape"]) for case in cases]
+    return len(others) == 1 or max(sizes) < 1.1 * min(sizes)
 
 
 def _title(cases: list[Case]) -> str:

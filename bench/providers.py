@@ -1,5 +1,6 @@
-"""Providers that are timed beside each other: our backends, torch.compile of the reference, the published package,
-standard attention, and two yardsticks that only move memory. Each comes with what its result must be.
+"""Providers that are timed beside each other: our backends, torch.compile of the reference, the published package, of
+modules the formula in plain torch operations and torch.compile of it, standard attention, and two yardsticks that only
+move memory. Each comes with what its result must be.
 """
 
 from __future__ import annotations
@@ -8,9 +9,10 @@ import functools
 import importlib.util
 import math
 import os
+import re
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +20,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 import daam
+from bench.modules import FORMULA
 from bench.workloads import Workload
 from daam.backend import interpreting
 
@@ -45,6 +48,7 @@ class Task:
 
     def __init__(self, workload: Workload, device: str):
         torch.manual_seed(0)  # of modules that draw parameters
+        torch._dynamo.reset()  # else the second shape of a function is compiled for any size
         self.workload, self.device = workload, device
         x, params, self.grad_y = workload.inputs(device)
         self.leaves = tuple(t.requires_grad_() for t in (x, *params))
@@ -57,7 +61,7 @@ class Task:
     @functools.cached_property
     def expected(self) -> tuple[Tensor, ...]:
         """Return y and the gradients of the leaves by the reference, in float64; computed once."""
-        return reference(functools.partial(self.workload.call, backend="eager"), self.leaves, self.grad_y)
+        return reference(self.workload.compute_reference, self.leaves, self.grad_y)
 
 
 @dataclass(frozen=True)
@@ -82,33 +86,36 @@ def reference(
     return y.detach(), *torch.autograd.grad(y, leaves, grad_y.to(dtype))
 
 
-def _ours(task: Task, backend: str, wrap: Callable = lambda call: call) -> Candidate:
-    call = wrap(functools.partial(task.workload.call, backend=backend))
-    backend, _ = daam.backend_for(task.x, backend)
-    return Candidate(lambda: call(*task.leaves), task.leaves, task.grad_y, task.expected, backend)
-
-
-def _compiled(task: Task) -> Candidate:
-    torch._dynamo.reset()  # else the second shape of a function is compiled for any size
-    candidate = _ours(task, "eager", functools.partial(torch.compile, fullgraph=True))
-    return replace(candidate, backend="eager, compiled")
+def _ours(task: Task, backend: str, compiled: bool = False) -> Candidate:
+    compiled = compiled or task.workload.in_model
+    wrap = {"wrap": functools.partial(torch.compile, fullgraph=True)} if compiled else {}
+    call = task.workload.bind(task.leaves, backend, **wrap)
+    if backend != FORMULA:
+        backend, _ = daam.backend_for(task.x, backend)
+    name = f"{backend}, compiled" if compiled else backend
+    return Candidate(call, task.leaves, task.grad_y, task.expected, name)
 
 
 def _published(task: Task) -> Candidate:
-    from gaussian_adaptive_attention import MultiHeadGaussianAdaptiveAttention
+    from gaussian_adaptive_attention import GaussianBlock, MultiHeadGaussianAdaptiveAttention
 
     workload, (x, *params) = task.workload, task.leaves
     sizes = (workload.axis, workload.heads, workload.gaussians)
-    ours = daam.MultiHeadDensityAdaptiveAttention(*sizes)
-    with torch.no_grad():
-        ours.mean_offsets.copy_(params[0])
-        ours.c.copy_(params[1])
-    module = MultiHeadGaussianAdaptiveAttention(*sizes).to(task.device)
-    module.load_state_dict(daam.to_published_state_dict(ours))
-    heads = [(head.mean_offsets, head.c) for head in module.attention_heads]
+    if workload.whole:
+        module = GaussianBlock(*([n] * workload.layers for n in sizes), workload.layers)
+        names = [f"layers.{layer}.{name}" for layer in range(workload.layers) for name in workload.record.params]
+    else:
+        module, names = MultiHeadGaussianAdaptiveAttention(*sizes), workload.record.params
     y, dx, *grads = task.expected
-    expected = (y, dx, *(grad[h] for h in range(workload.heads) for grad in grads))
-    return Candidate(lambda: module(x), (x, *(p for pair in heads for p in pair)), task.grad_y, expected, "published")
+    leaves, expected = [x], [y, dx]
+    ours = dict(zip(names, zip(params, grads, strict=True), strict=True))
+    for name, p in module.to(task.device).named_parameters():
+        path, head, last = re.fullmatch(r"(.*)attention_heads\.(\d+)\.(\w+)", name).groups()
+        values, grad = (t[int(head)] for t in ours[path + last])
+        p.data = values.detach().clone()
+        leaves.append(p)
+        expected.append(grad)
+    return Candidate(lambda: module(x), tuple(leaves), task.grad_y, tuple(expected), "published")
 
 
 def _scaled_dot_product_attention(task: Task) -> Candidate:
@@ -190,14 +197,34 @@ def _no_package(device: str) -> str | None:
     return None
 
 
+def _alone(workload: Workload) -> bool:
+    """Tell whether a workload is no model."""
+    return not workload.in_model
+
+
+def _swept(workload: Workload) -> bool:
+    """Tell whether standard attention is timed beside a workload."""
+    return workload.family == "sweep"
+
+
 PROVIDERS = {
     "triton": Provider(functools.partial(_ours, backend="triton"), _no_triton),
-    "eager": Provider(functools.partial(_ours, backend="eager")),
-    "compile": Provider(_compiled, _no_compiler),
-    # in bf16 it computes in bf16: 0.5 on chunks of 3
-    "published": Provider(_published, _no_package, lambda workload: workload.algorithm == "mixture", half=math.inf),
-    "sdpa": Provider(_scaled_dot_product_attention, serves=lambda workload: workload.family == "sweep"),
-    "multihead_attention": Provider(_multihead_attention, serves=lambda workload: workload.family == "sweep"),
+    "eager": Provider(functools.partial(_ours, backend="eager"), serves=_alone),
+    "compile": Provider(functools.partial(_ours, backend="eager", compiled=True), _no_compiler),
+    # these two compute in bf16 where x is: 0.5 on chunks of 3
+    "published": Provider(
+        _published, _no_package, lambda workload: workload.algorithm == "mixture" and _alone(workload), half=math.inf
+    ),
+    "formula": Provider(
+        functools.partial(_ours, backend=FORMULA), serves=lambda workload: workload.whole and _alone(workload),
+        half=math.inf,
+    ),
+    "compile_formula": Provider(
+        functools.partial(_ours, backend=FORMULA, compiled=True), _no_compiler, lambda workload: workload.whole,
+        half=math.inf,
+    ),
+    "sdpa": Provider(_scaled_dot_product_attention, serves=_swept),
+    "multihead_attention": Provider(_multihead_attention, serves=_swept),
     "layer_norm": Provider(_layer_norm),
     "copy": Provider(_copy),
-}
+}  # fmt: skip

@@ -6,13 +6,14 @@ pytest bench --benchmark-only [-k "sweep and forward"] [--benchmark-json results
 import pytest
 
 from bench import core
+from bench.modules import modules
 from bench.providers import PROVIDERS
 from bench.results import OWN, PASSES
 from bench.workloads import workloads
 
 CASES = [
     pytest.param(workload, pass_name, name, id=f"{workload}-{pass_name}-{name}")
-    for workload in workloads(core.DEVICE)
+    for workload in (*workloads(core.DEVICE), *modules(core.DEVICE))
     for pass_name in PASSES
     for name, provider in PROVIDERS.items()
     if provider.serves(workload)

@@ -9,8 +9,8 @@
 - liger: norms of liger-kernel, which this project measured on an H200.
 - published: norms and softmax that others measured on an H100 and a B200 (`PUBLISHED`).
 - ours, with --tiles: this project's kernels in tiles that were tried on an H200: of every workload and pass the fastest
-  and the slowest that spills nothing, and what was shipped. Kernels were what they were in commit 8f22c6c: put its
-  folder kernels/ in place of today's for a fair test.
+  and the slowest that spills nothing, and what was shipped. Kernels were what they were in commit 8f22c6c: for
+  a fair test put its folder kernels/ in place of that of commit 0522a37, whose bench/ is the last to read its launches.
 
 Of what spills the model knows nothing: such rows are shown, but no median counts them. The same compiler gives the same
 figures. What ran on the H200 was compiled by Triton 3.6.0, and the fair test is a Python that has it; sums of several

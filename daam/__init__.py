@@ -18,6 +18,7 @@ from daam.modules import (
 from daam.pooling import LayerPooling
 from daam.stable import StableDensityBlock, StableMultiHeadDensityAttention
 from daam.transformer import DensityAdaptiveTransformer, load_decoder, save_decoder
+from daam.warmup import warmup
 
 __version__ = "0.1.0"
 
@@ -48,4 +49,5 @@ __all__ = [
     "stable_mixture_attention",
     "to_published_state_dict",
     "use_backend",
+    "warmup",
 ]

@@ -49,7 +49,7 @@ def backend_for(x: Tensor, backend: str = "auto") -> tuple[str, str]:
         RuntimeError: "triton" is asked for and cannot run on x; the message says why.
     """
     name, source = _find_request(backend)
-    problem = None if name == "eager" else _problem(x)
+    problem = None if name == "eager" else find_problem(x)
     if name == "triton" and problem is not None:
         raise RuntimeError(f'backend "triton", requested by {source}, cannot run: {problem}')
     if name != "auto":
@@ -99,7 +99,7 @@ def _find_request(backend: str) -> tuple[str, str]:
     return "auto", "default"
 
 
-def _problem(x: Tensor) -> str | None:
+def find_problem(x: Tensor) -> str | None:
     """Return why Triton cannot run on x, in words; None where it can."""
     if not _TRITON_INSTALLED:
         return "Triton is not installed (pip install 'daam-triton[triton]')"

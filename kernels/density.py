@@ -124,7 +124,7 @@ def differentiate_x(gradients, weights, centred, mean_error, bare_he, sums):
 @triton.jit
 def density_forward(inputs, parameters, outputs, eps, extent, RESIDUAL: tl.constexpr, PLAN: tl.constexpr):
     """Store y and the weights."""
-    view = view_of(extent)
+    view = view_of(extent, PLAN)
     walk = start_walk(view, BACKWARDS=False)
     first = locate(walk.index, walk.head, walk.strip_row, view, PLAN)
     gaussian = load_gaussian(parameters, walk.head, first, view, PLAN)
@@ -142,7 +142,7 @@ def density_forward(inputs, parameters, outputs, eps, extent, RESIDUAL: tl.const
 @triton.jit
 def density_backward(inputs, parameters, dx, partials, eps, extent, RESIDUAL: tl.constexpr, PLAN: tl.constexpr):
     """Store dx, and this program's sums of he and he·e for every parameter."""
-    view = view_of(extent)
+    view = view_of(extent, PLAN)
     walk = start_walk(view, BACKWARDS=False)
     first = locate(walk.index, walk.head, walk.strip_row, view, PLAN)
     gaussian = load_gaussian(parameters, walk.head, first, view, PLAN)
@@ -206,7 +206,7 @@ def weigh_chunk(x, mean, chunk, _padding, valid):
 @triton.jit
 def density_sums(inputs, parameters, numbers, strips, extent, PLAN: tl.constexpr):
     """Store Σ he, Σ he·e and Σ bare_he of a strip of each chunk."""
-    view = view_of(extent)
+    view = view_of(extent, PLAN)
     walk = start_walk(view, BACKWARDS=True)
     first = locate(walk.index, walk.head, walk.strip_row, view, PLAN)
     gaussian = load_gaussian(parameters, walk.head, first, view, PLAN)

@@ -178,7 +178,7 @@ def differentiate_x(gradients, d, weights, q, sums):
 @triton.jit
 def gate_forward(inputs, parameters, outputs, _settings, extent, RESIDUAL: tl.constexpr, PLAN: tl.constexpr):
     """Store y and the weights."""
-    view = view_of(extent)
+    view = view_of(extent, PLAN)
     walk = start_walk(view, BACKWARDS=False)
     gaussians = load_gaussians(parameters, walk.head, None, view, PLAN)
     index = walk.index
@@ -197,7 +197,7 @@ def gate_forward(inputs, parameters, outputs, _settings, extent, RESIDUAL: tl.co
 @triton.jit
 def gate_backward(inputs, parameters, dx, partials, _settings, extent, RESIDUAL: tl.constexpr, PLAN: tl.constexpr):
     """Store dx, and this program's sums of q and q·z·std + t/sigma for every Gaussian."""
-    view = view_of(extent)
+    view = view_of(extent, PLAN)
     walk = start_walk(view, BACKWARDS=False)
     gaussians = load_gaussians(parameters, walk.head, None, view, PLAN)
     totals = zero_blocks(2 * PLAN.K, 1, 1, PLAN.ACC)
@@ -258,7 +258,7 @@ def weigh_chunk(x, mean, chunk, _padding, valid):
 @triton.jit
 def gate_sums(inputs, parameters, numbers, strips, partials, extent, PLAN: tl.constexpr):
     """Store Σ q and Σ Σ_k q_k·z_k·sigma_k of a strip of each chunk of one tile's columns, and the program's totals."""
-    view = view_of(extent)
+    view = view_of(extent, PLAN)
     walk = start_walk(view, BACKWARDS=True)
     gaussians = load_gaussians(parameters, walk.head, None, view, PLAN)
     position = locate(walk.index, walk.head, walk.strip_row, view, PLAN)

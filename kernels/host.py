@@ -10,14 +10,15 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launch, tiles
-from .operands import Extent, Inputs, Layout, Strided, acc_dtype, find_layout, power_of_2, strided_of, varies
+from .operands import Extent, Inputs, Layout, Strided, acc_dtype, encode, encode_stride, find_layout, varies
 
 
 # --- Plans ----------------------------------------------------------------------------------------
 class Constants(NamedTuple):
     """Hold what a kernel is compiled for (PLAN): blocks of a tile, its positions x columns, and how many; in how many
-    of them, the last, positions may stand outside, and whether columns may; the dtypes of arithmetic and of offsets in
-    a tile; what parameters vary along; and the Gaussians of a head, for the mixture the next power of two.
+    of them, the last, positions may stand outside, and whether columns may; the unit of x's strides; the dtypes of
+    arithmetic and of offsets in a tile; what parameters vary along; and the Gaussians of a head, for the mixture the
+    next power of two.
     """
 
     BLOCK_P: int
@@ -25,6 +26,7 @@ class Constants(NamedTuple):
     N_BLOCKS: int
     RAGGED_P: int
     RAGGED_C: bool
+    UNIT: int
     ACC: tl.dtype
     INDEX: tl.dtype
     VARIES: str
@@ -40,15 +42,16 @@ class Numbers(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """Hold what a pass does, whatever its tensors hold: tile, extent, the programs a head that share its tiles; those
-    where each leaves partial sums, and the groups of these that hold every parameter of a head once; the strides of its
-    tensors as kernels take them; of streamed chunks the shape of their statistics, the strides of numbers of them, and
-    whether a forward pass keeps the statistics; the constants of kernels that take tiles, and of those that merge
-    strips.
+    """Hold what a pass does, whatever its tensors hold: tile, extent, the same encoded, the programs a head that share
+    its tiles; those where each leaves partial sums, and the groups of these that hold every parameter of a head once;
+    the strides of its tensors as kernels take them; of streamed chunks the shape of their statistics, the strides of
+    numbers of them, and whether a forward pass keeps the statistics; the constants of kernels that take tiles, and of
+    those that merge strips.
     """
 
     tile: tiles.Tile
     extent: Extent
+    encoded: Extent
     programs: int
     sum_programs: int
     n_groups: int
@@ -80,29 +83,31 @@ def plan(
         others.append(torch.empty(stats_shape[1:], dtype=acc_dtype(x), device="meta"))
     layout, along = find_layout(x, others, axis, heads, feature_axis), varies(axis, feature_axis)
     tile = tiles.find_tile(budget, layout, streamed, along, x.dtype, mask is not None, weights)
-    extent = _find_extent(layout, tile, tiles.find_strip(tile, layout, along) if streamed else layout.longest)
+    extent = _find_extent(layout, tile, tiles.find_strip(tile, layout, along) if streamed else None)
     strides, stats_strides = _find_strides(layout, streamed)
-    ragged = tile.n_blocks
-    if not streamed:  # a tile holds a whole chunk, which ends in its last blocks
-        ragged -= layout.chunk // tile.rows
-    elif layout.chunk == layout.longest and layout.chunk % tile.length == 0:
-        ragged = 0
+    if streamed:
+        ragged = 0 if layout.chunk == layout.longest and layout.chunk % tile.length == 0 else tile.n_blocks
+    else:
+        ragged = tiles.count_ragged(layout, tile)
     constants = Constants(
-        tile.rows, tile.columns, tile.n_blocks, ragged, layout.inner % tile.columns != 0,
+        tile.rows, tile.columns, tile.n_blocks, ragged, layout.inner % tile.columns != 0, layout.unit,
         tl.float64 if acc_dtype(x) == torch.float64 else tl.float32,
         tl.int32 if tiles.index_bits(layout, tile) == 32 else tl.int64, along, gaussians,
     )  # fmt: skip
     n_together = max(1, extent.n_blocks) if along == "inner" else 1  # tiles that hold every parameter of a head once
+    n_strips = extent.n_strips or 1
     # few enough that n_sums fp32 numbers a parameter, written and read, cost under 3 % of the 6 bytes an element
     elements = {"inner": layout.chunk, "chunk": tile.columns, "nothing": tile.length * tile.columns}[along]
-    sum_programs = _count_programs(heads, tile, extent, n_together, -(-24 * n_sums // elements))
-    programs = _count_programs(heads, tile, extent, n_together, 1)
+    each = -(-24 * n_sums // elements)
+    programs, sum_programs = (
+        n_strips * tiles.count_programs(extent.n_tiles, heads, tile.num_warps, n_together, n) for n in (1, each)
+    )
     if streamed and along != "chunk":  # but for those that share their parameters, a program a strip
-        programs = extent.n_tiles * extent.n_strips
-    merged = constants._replace(BLOCK_P=min(tiles.STRIPS, power_of_2(extent.n_strips)), N_BLOCKS=1)
+        programs = extent.n_tiles * n_strips
+    merged = constants._replace(BLOCK_P=tiles.STRIPS, N_BLOCKS=1, RAGGED_P=0)
     return Plan(
-        tile, extent, programs, sum_programs, sum_programs // (extent.n_strips * n_together), strides, stats_shape,
-        stats_strides, streamed and tiles.worth_keeping(x, axis, heads),
+        tile, extent, extent.encode(layout.unit), programs, sum_programs, sum_programs // (n_strips * n_together),
+        strides, stats_shape, stats_strides, streamed and tiles.worth_keeping(x, axis, heads),
         {"PLAN": constants, "num_warps": tile.num_warps}, {"PLAN": merged, "num_warps": 4},
     )  # fmt: skip
 
@@ -115,7 +120,7 @@ def _make_meta(shape: torch.Size, strides: tuple[int, ...], dtype: torch.dtype) 
 def _find_strides(layout: Layout, streamed: bool) -> tuple[tuple, tuple[int, ...] | None]:
     """Return the strides of a call's tensors as kernels take them, and those of the numbers of streamed chunks."""
     x_strides, mask_strides, *others = (t and t.strides for t in layout.operands)
-    stats_strides = others.pop() if streamed else None
+    stats_strides = tuple(map(encode, others.pop())) if streamed else None
     if mask_strides is not None:
         down, across, *outer = mask_strides
         mask_strides = (down, *outer) if across == 0 else mask_strides  # one mask for all of the inner dimension
@@ -123,24 +128,13 @@ def _find_strides(layout: Layout, streamed: bool) -> tuple[tuple, tuple[int, ...
     return tuple(() if strides == x_strides else strides for strides in found), stats_strides
 
 
-def _count_programs(heads: int, tile: tiles.Tile, extent: Extent, multiple: int, tiles_each: int) -> int:
-    """Return the programs a head, of some tiles_each tiles, a multiple in each strip: one's tiles share parameters."""
-    return extent.n_strips * tiles.count_programs(extent.n_tiles, heads, tile.num_warps, multiple, tiles_each)
-
-
-def _find_extent(layout: Layout, tile: tiles.Tile, strip: int) -> Extent:
-    """Return the extent of a call, in eighths where tensors like x are aligned to 8 elements and not to 16."""
-    strides = layout.operands[0].strides
-    fastest = 0 if layout.contiguous else 1
-    eighths = layout.unit == 8 and all(step % 8 == 0 for i, step in enumerate(strides) if i != fastest)
-    if eighths:
-        strides = tuple(step if i == fastest else step // 8 for i, step in enumerate(strides))
+def _find_extent(layout: Layout, tile: tiles.Tile, strip: int | None) -> Extent:
+    """Return the extent of a call. strip: tiles of a strip, None where a tile holds whole chunks."""
     n_blocks = -(-layout.inner // tile.columns)
     return Extent(
-        layout.sizes, strides, layout.places * n_blocks, n_blocks, -(-layout.longest // strip), strip, layout.chunk,
-        layout.longest - layout.chunk or None, layout.inner,
-        layout.chunk // 8 if eighths and layout.contiguous else None,
-        layout.inner // 8 if eighths and not layout.contiguous else None,
+        layout.sizes, layout.operands[0].strides, layout.places * n_blocks, n_blocks,
+        strip and -(-layout.longest // (strip * tile.length)), strip, layout.chunk,
+        layout.longest if layout.heads > 1 else None, layout.inner,
     )  # fmt: skip
 
 
@@ -178,7 +172,7 @@ class Call:
 
     def of_chunks(self, t: Tensor) -> Strided:
         """Return numbers (number, …, heads, …) of chunks; the last stride is the next number's distance."""
-        return Strided(t, (*self.plan.stats_strides, t.stride(0)))
+        return Strided(t, (*self.plan.stats_strides, encode(t.stride(0))))
 
     def of_strips(self, n: int, strips: int | None = None) -> Strided:
         """Return room for n numbers of every strip of every streamed chunk, or of so many strips."""
@@ -192,14 +186,16 @@ class Call:
         if not self.need_params:
             return None
         n_params = 1 if self.feature_axis is None else self.n_params
-        return strided_of(self.x.new_empty((n, self.heads, groups, n_params), dtype=acc_dtype(self.x)))
+        t = self.x.new_empty((n, self.heads, groups, n_params), dtype=acc_dtype(self.x))
+        distance, head_stride, *inner_strides = t.stride()
+        return Strided(t, (encode(distance), encode(head_stride), *map(encode_stride, inner_strides)))
 
     def launch(self, kernel, programs: int, *args, **constants) -> None:
         """Launch on a grid (programs, heads), with the constants of kernels that take tiles."""
         grid, constants = (programs, self.heads), constants | self.plan.constants
-        launch.launch(kernel, grid, *args, self.extent, device=self.x.device, **constants)
+        launch.launch(kernel, grid, *args, self.plan.encoded, device=self.x.device, **constants)
 
     def launch_merge(self, kernel, *args, **constants) -> None:
         """Launch what makes numbers of chunks from those of their strips: a program a tile of chunks."""
         grid, constants = (self.extent.n_tiles, self.heads), constants | self.plan.merge_constants
-        launch.launch(kernel, grid, *args, self.extent, device=self.x.device, **constants)
+        launch.launch(kernel, grid, *args, self.plan.encoded, device=self.x.device, **constants)

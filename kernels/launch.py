@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,6 +42,27 @@ def wrap(constants: dict[str, object]) -> dict[str, object]:
     }
 
 
+class Launch(NamedTuple):
+    """Hold a kernel and what it is launched with: its arguments, and constants and compiler options by name."""
+
+    kernel: Any
+    args: tuple
+    keywords: dict[str, object]
+
+
+_recorder = threading.local()
+
+
+@contextlib.contextmanager
+def recording() -> Iterator[list[Launch]]:
+    """Record what this thread launches on the meta device, where nothing can run, until the block ends."""
+    _recorder.launches = launches = []
+    try:
+        yield launches
+    finally:
+        del _recorder.launches
+
+
 # Launches of compiled kernels and the constants that end their arguments, by all that Triton compiles a kernel for
 kept: dict[tuple, tuple[Callable[..., None], list]] = {}
 MOST_KEPT = 4096
@@ -65,9 +89,9 @@ def _launch(kernel, grid: tuple[int, int], args: tuple, device: torch.device, co
     key = (kernel.fn, grid, device, knobs.runtime.debug, *constants, *constants.values(), *traits(args))
     found = kept.get(key)
     if knobs.compilation.instrumentation_mode or knobs.runtime.add_stages_inspection_hook or kernel.pre_run_hooks:
-        _launch_anew(None, kernel, grid, args, constants)
+        _launch_anew(None, kernel, grid, args, device, constants)
     elif found is None:
-        _launch_anew(key, kernel, grid, args, constants)
+        _launch_anew(key, kernel, grid, args, device, constants)
     else:
         run, last = found
         run(*args, *last)
@@ -101,14 +125,20 @@ def traits(args: tuple, found: list | None = None) -> list:
     return found
 
 
-def _launch_anew(key: tuple | None, kernel, grid: tuple[int, int], args: tuple, constants: dict[str, object]) -> None:
-    """Launch through Triton, and keep what it compiled under a key, if there is one."""
+def _launch_anew(
+    key: tuple | None, kernel, grid: tuple[int, int], args: tuple, device: torch.device, constants: dict[str, object]
+) -> None:
+    """Launch through Triton, and keep what it compiled under a key, if there is one; on the meta device record it."""
     from triton.compiler import CompiledKernel
 
     if grid[1] > MAX_HEADS:
         raise ValueError(f'num_heads is {grid[1]}, the backend "triton" takes at most {MAX_HEADS}')
     wrapped = wrap(constants)
-    compiled = kernel[grid](*args, **wrapped, **options(constants["num_warps"], nvidia=not torch.version.hip))
+    keywords = wrapped | options(constants["num_warps"], nvidia=not torch.version.hip)
+    if device.type == "meta":
+        _recorder.launches.append(Launch(kernel, args, keywords))
+        return
+    compiled = kernel[grid](*args, **keywords)
     if key is None or torch.version.hip or not isinstance(compiled, CompiledKernel):
         return  # on AMD GPUs Triton also looks at the size of memory; the interpreter compiles nothing
     if len(kept) >= MOST_KEPT:

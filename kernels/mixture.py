@@ -73,7 +73,7 @@ from .walk import columns_inside, locate, next_tile, place_tile, start_walk, vie
 @triton.jit
 def mixture_forward(inputs, parameters, outputs, settings, extent, RESIDUAL: tl.constexpr, PLAN: tl.constexpr):
     """Store y and the weights."""
-    view = view_of(extent)
+    view = view_of(extent, PLAN)
     walk = start_walk(view, BACKWARDS=False)
     gaussian = load_gaussian(parameters, walk.head, None, view, PLAN)
     padding = None if inputs.padding is None else float_of(inputs.padding, PLAN.ACC)
@@ -94,7 +94,7 @@ def mixture_forward(inputs, parameters, outputs, settings, extent, RESIDUAL: tl.
 @triton.jit
 def mixture_backward(inputs, parameters, dx, partials, settings, extent, RESIDUAL: tl.constexpr, PLAN: tl.constexpr):
     """Store dx, and this program's sums ke, kee, cr and cl."""
-    view = view_of(extent)
+    view = view_of(extent, PLAN)
     walk = start_walk(view, BACKWARDS=False)
     gaussian = load_gaussian(parameters, walk.head, None, view, PLAN)
     padding = None if inputs.padding is None else float_of(inputs.padding, PLAN.ACC)
@@ -149,7 +149,7 @@ def finish_gradients(totals, parameters, head, entries, inside, K: tl.constexpr)
 @triton.jit
 def mixture_scales(inputs, parameters, numbers, strips, extent, PLAN: tl.constexpr):
     """Store the least s of a strip of each chunk of one tile's columns, and the sum of the weights relative to it."""
-    view = view_of(extent)
+    view = view_of(extent, PLAN)
     walk = start_walk(view, BACKWARDS=True)
     gaussian = load_gaussian(parameters, walk.head, None, view, PLAN)
     position = locate(walk.index, walk.head, walk.strip_row, view, PLAN)
@@ -169,7 +169,7 @@ def mixture_scales(inputs, parameters, numbers, strips, extent, PLAN: tl.constex
 @triton.jit
 def merge_scales(strips, parameters, numbers, settings, extent, PLAN: tl.constexpr):
     """Store the least s of every chunk of one tile's columns, in place of its 1/n, and the scale of its weights."""
-    view, head = view_of(extent), tl.program_id(1).to(tl.int64)
+    view, head = view_of(extent, PLAN), tl.program_id(1).to(tl.int64)
     gaussian = load_gaussian(parameters, head, None, view, PLAN)
     position = locate_chunks(head, view, PLAN)
     mean, mean_error, inv_var = load_numbers(numbers.stats, head, position, view, 3)
@@ -214,7 +214,7 @@ def mixture_sums(inputs, parameters, numbers, strips, extent, PLAN: tl.constexpr
     """Store Σ h, Σ h·f, Σ h·u, Σ w, Σ w·f, Σ w·u and n of a strip of each chunk of one tile's columns, f being d - p, u
     the gaps, and w relative weights, so that their scale need not be known before.
     """
-    view = view_of(extent)
+    view = view_of(extent, PLAN)
     walk = start_walk(view, BACKWARDS=True)
     gaussian = load_gaussian(parameters, walk.head, None, view, PLAN)
     position = locate(walk.index, walk.head, walk.strip_row, view, PLAN)
@@ -242,7 +242,7 @@ def merge_mixture_sums(strips, parameters, numbers, partials, settings, extent, 
     Strips are added in fp64. Sums of k are differences: where all weight is on one position nothing is left of them, if
     products are rounded there as they were in `mixture_sums`.
     """
-    view, head = view_of(extent), tl.program_id(1).to(tl.int64)
+    view, head = view_of(extent, PLAN), tl.program_id(1).to(tl.int64)
     gaussian = load_gaussian(parameters, head, None, view, PLAN)
     position = locate_chunks(head, view, PLAN)
     _mean, _error, inv_var, min_s = load_numbers(numbers.stats, head, position, view, 4)

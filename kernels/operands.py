@@ -19,6 +19,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+SHORT = 2048  # positions of a row whose accesses are of 8 elements or of one
+
 
 class Strided(NamedTuple):
     """Hold a tensor as kernels take it: its data and its strides in elements, axis first, then inner, then outer from
@@ -49,23 +51,54 @@ class Outputs(NamedTuple):
 
 class Extent(NamedTuple):
     """Hold what kernels know of a call: outer sizes, x's strides, tiles of all outer places, blocks of columns along
-    the inner dimension, strips that a chunk is cut into and positions of each (one, of the whole chunk, where a tile
-    holds it), positions of a chunk, how many more the last head's chunks have (None where heads divide the axis), size
-    of the inner dimension. The eighths of a chunk or the inner dimension, and then of the strides too, where x and
-    tensors of its strides are aligned to 8 elements only (`walk.view_of`).
+    the inner dimension, strips that a chunk is cut into and tiles of each (None where a tile holds whole chunks),
+    positions of a chunk, of the last head's, which takes the remainder (None where it is the only one), size of the
+    inner dimension.
     """
 
     sizes: tuple[int, ...]
     strides: tuple[int, ...]
     n_tiles: int
     n_blocks: int
-    n_strips: int
-    strip: int
+    n_strips: int | None
+    strip: int | None
     chunk: int
-    remainder: int | None
+    longest: int | None
     inner: int
-    chunk_eighths: int | None
-    inner_eighths: int | None
+
+    def encode(self, unit: int) -> Extent:
+        """Return the same as kernels take it (`walk.view_of`): Triton compiles a kernel for integers that are 1, and
+        for multiples of 16. What kernels are compiled for is the unit of which strides, and the length of what has
+        stride 1, are multiples.
+        """
+        down, across, *_ = self.strides
+        unit_p, unit_c = unit if down == 1 else 1, unit if across == 1 else 1
+        longest = None if self.longest is None else encode(self.longest // unit_p)
+        return Extent(
+            tuple(map(encode, self.sizes)),
+            tuple(None if stride == 1 else encode(stride // unit) for stride in self.strides),
+            encode(self.n_tiles), encode(self.n_blocks), self.n_strips and encode(self.n_strips),
+            self.strip and encode(self.strip), encode(self.chunk // unit_p), longest, encode(self.inner // unit_c),
+        )  # fmt: skip
+
+    def decode(self, unit: int) -> Extent:
+        """Return what was encoded, as `walk.view_of` does in kernels."""
+        strides = tuple(1 if code is None else code // 2 * unit for code in self.strides)
+        unit_p, unit_c = (unit if stride == 1 else 1 for stride in strides[:2])
+        numbers = (self.n_tiles, self.n_blocks, self.n_strips, self.strip, self.chunk, self.longest, self.inner)
+        units = (1, 1, 1, 1, unit_p, unit_p, unit_c)
+        plain = (code and code // 2 * one for code, one in zip(numbers, units, strict=True))
+        return Extent(tuple(code // 2 for code in self.sizes), strides, *plain)
+
+
+def encode(n: int) -> int:
+    """Return a number as kernels are not compiled for its value: 2n + 1 is no multiple of 16, and 1 only of 0."""
+    return 2 * n + 1
+
+
+def encode_stride(stride: int) -> int | None:
+    """Return None for a stride of 1, which kernels are compiled for, and any other as they are not."""
+    return None if stride == 1 else encode(stride)
 
 
 class Split(NamedTuple):
@@ -79,14 +112,16 @@ class Split(NamedTuple):
 class Layout:
     """Hold what all tensors of one call look like to a kernel.
 
-    sizes: of the outer dimensions, the fastest first. chunk: positions of one head along the axis. longest: of the last
-        one, which takes the remainder. length: of the whole axis. inner: size of the inner dimension.
+    sizes: of the outer dimensions, the fastest first. heads: that the axis is cut into. chunk: positions of one head
+        along the axis. longest: of the last one, which takes the remainder. length: of the whole axis. inner: size of
+        the inner dimension.
     contiguous: whether neighbours along the axis stand closer in memory than neighbours along the inner dimension; else
         chunks are strided.
     operands: the tensors of the call, in the order given.
     """
 
     sizes: tuple[int, ...]
+    heads: int
     chunk: int
     longest: int
     length: int
@@ -101,9 +136,10 @@ class Layout:
 
     @property
     def unit(self) -> int:
-        """Return 16 or 8 where tensors like x can be moved 128 bits at a time, else 1: one stride is 1, others are
-        multiples of it, and so is the length of what that one walks along. The length of whole rows, too, which is a
-        stride that a single row does not show: a batch has the tiles of its rows.
+        """Return 8, or 4, where tensors like x can be moved so many elements at a time, else 1: one stride is 1, others
+        are multiples of it, and so is the length of what that one walks along. The length of whole rows, too, which is
+        a stride that a single row does not show: a batch has the tiles of its rows. 4 of long rows only: it is one more
+        kernel for every tile.
         """
         x = self.operands[0].data
         alike = (t for t in self.operands if t is not None and (t.data.dtype, t.data.shape) == (x.dtype, x.shape))
@@ -112,7 +148,9 @@ class Layout:
             return 1
         steps = {step for s in strides for step in s if step != 1}
         steps |= {self.chunk, self.length} if self.contiguous else {self.inner}
-        return next(unit for unit in (16, 8, 1) if not any(step % unit for step in steps))
+        units = (8, 4) if self.contiguous and self.chunk > SHORT else (8,)
+        fits = max(steps) < 2**31  # multiplied by the unit in 32 bits
+        return next((unit for unit in units if fits and not any(step % unit for step in steps)), 1)
 
 
 def strided_of(t: Tensor) -> Strided:
@@ -204,6 +242,7 @@ def find_layout(
     )
     return Layout(
         sizes=tuple(group.size for group in outer),
+        heads=heads,
         chunk=x.shape[axis] // heads,
         longest=find_longest(x.shape[axis], heads),
         length=x.shape[axis],

@@ -8,7 +8,7 @@ together hold every parameter of a head once; gradients are sums of these, in fi
 import triton
 import triton.language as tl
 
-from .walk import columns_inside
+from .walk import columns_inside, decode_stride
 
 
 @triton.jit
@@ -94,7 +94,7 @@ def add_totals(totals, he, e, sum_he, sum_hee, column_mask, PLAN: tl.constexpr):
 @triton.jit
 def store_totals(partials, totals, walk, position, view, PLAN: tl.constexpr):
     """Store one program's totals in (2, heads, groups, P)."""
-    distance, head_stride, group_stride, _one = partials.strides
+    distance, head_stride, group_stride, _one = [decode_stride(stride, 1) for stride in partials.strides]
     start = partials.data + walk.head * head_stride
     for i in tl.static_range(len(totals) // 2):
         if PLAN.VARIES == "chunk":
@@ -115,8 +115,8 @@ def store_totals(partials, totals, walk, position, view, PLAN: tl.constexpr):
 @triton.jit
 def store_partials(partials, totals, head):
     """Store one program's totals, [1, 1] each, at (number, head, program)."""
-    distance = tl.cast(partials.strides[0], tl.int64)
-    start = partials.data + head * partials.strides[1] + tl.program_id(0) + tl.zeros([1, 1], tl.int64)
+    distance = tl.cast(partials.strides[0] >> 1, tl.int64)
+    start = partials.data + head * (partials.strides[1] >> 1) + tl.program_id(0) + tl.zeros([1, 1], tl.int64)
     for i in tl.static_range(len(totals)):
         tl.store(start + i * distance, totals[i])
 
@@ -126,11 +126,13 @@ def param_gradients(
     partials, n_groups, parameters, d_p, d_q, n_entries, N: tl.constexpr, K: tl.constexpr, FINISH: tl.constexpr,
     NAME: tl.constexpr, BLOCK: tl.constexpr, ENTRIES: tl.constexpr,
 ):  # fmt: skip
-    """Store entries of a head's gradients, (heads, entries): FINISH of N sums an entry, in fixed order and fp64."""
+    """Store entries of a head's gradients, (heads, entries): FINISH of N sums an entry, in fixed order and fp64;
+    strides and numbers come encoded (`operands.encode`).
+    """
     head = tl.program_id(1).to(tl.int64)
     entries = tl.program_id(0).to(tl.int64) * ENTRIES + tl.arange(0, ENTRIES)
-    inside = entries < n_entries
-    distance, head_stride, group_stride, entry_stride = partials.strides
+    inside, n_groups = entries < n_entries >> 1, n_groups >> 1
+    distance, head_stride, group_stride, entry_stride = [decode_stride(stride, 1) for stride in partials.strides]
     start = partials.data + head * head_stride + entries[None, :] * entry_stride
     totals = zero_blocks(N, BLOCK, ENTRIES, tl.float64)
     for first in range(0, n_groups, BLOCK):

@@ -12,7 +12,7 @@ from torch import Tensor
 from . import launch
 from .algorithms import Algorithm
 from .host import Call, Numbers
-from .operands import Inputs, Outputs, Strided, float_bits, power_of_2, strided_of
+from .operands import Inputs, Outputs, Strided, encode, encode_stride, float_bits, power_of_2, strided_of
 from .params import param_gradients
 from .streamed import backward_streamed, forward_streamed
 
@@ -144,15 +144,16 @@ def _launch_param_gradients(
 ) -> None:
     """Launch what turns partial sums into gradients, of up to 16 neighbours a program where they follow features."""
     n_params, entries = call.n_params, 1
+    stride, head_stride, group_stride, entry_stride = partials.data.stride()
     if call.feature_axis is not None:
         entries = min(16, power_of_2(n_params))
     else:
-        stride, head_stride, group_stride, _one = partials.strides
         stride, entry_stride = kernels.sum_strides(stride)
-        partials = Strided(partials.data, (stride, head_stride, group_stride, entry_stride))
+    codes = encode(stride), encode(head_stride), encode_stride(group_stride), encode_stride(entry_stride)
     launch.launch(
-        param_gradients, (-(-n_params // entries), call.heads), partials, partials.data.shape[2], parameters,
-        *map(strided_of, grads), n_params, device=partials.data.device, N=kernels.n_entry_sums,
+        param_gradients, (-(-n_params // entries), call.heads), Strided(partials.data, codes),
+        encode(partials.data.shape[2]), parameters,
+        *map(strided_of, grads), encode(n_params), device=partials.data.device, N=kernels.n_entry_sums,
         K=kernels.gaussians(n_params), FINISH=kernels.finish, NAME=kernels.algorithm.name, BLOCK=2048 // entries,
         ENTRIES=entries, num_warps=8,
     )  # fmt: skip

@@ -91,7 +91,7 @@ class Chunk(NamedTuple):
 @triton.jit
 def stable_forward(inputs, parameters, outputs, _settings, extent, RESIDUAL: tl.constexpr, PLAN: tl.constexpr):
     """Store y and the weights."""
-    view = view_of(extent)
+    view = view_of(extent, PLAN)
     walk = start_walk(view, BACKWARDS=False)
     product = load_product(parameters, walk.head, None, view, PLAN)
     padding = None if inputs.padding is None else float_of(inputs.padding, PLAN.ACC)
@@ -111,7 +111,7 @@ def stable_forward(inputs, parameters, outputs, _settings, extent, RESIDUAL: tl.
 @triton.jit
 def stable_backward(inputs, parameters, dx, partials, _settings, extent, RESIDUAL: tl.constexpr, PLAN: tl.constexpr):
     """Store dx, and this program's totals for both parameters of every Gaussian."""
-    view = view_of(extent)
+    view = view_of(extent, PLAN)
     walk = start_walk(view, BACKWARDS=False)
     product = load_product(parameters, walk.head, None, view, PLAN)
     padding = None if inputs.padding is None else float_of(inputs.padding, PLAN.ACC)
@@ -165,7 +165,7 @@ def finish_gradients(totals, parameters, head, entries, inside, K: tl.constexpr)
 @triton.jit
 def stable_scales(inputs, parameters, numbers, strips, extent, PLAN: tl.constexpr):
     """Store the least s of a strip of each chunk of one tile's columns, and the sum of the weights relative to it."""
-    view = view_of(extent)
+    view = view_of(extent, PLAN)
     walk = start_walk(view, BACKWARDS=True)
     product = load_product(parameters, walk.head, None, view, PLAN)
     padding = None if inputs.padding is None else float_of(inputs.padding, PLAN.ACC)
@@ -188,7 +188,7 @@ def stable_scales(inputs, parameters, numbers, strips, extent, PLAN: tl.constexp
 @triton.jit
 def merge_scales(strips, parameters, numbers, extent, PADDED: tl.constexpr, PLAN: tl.constexpr):
     """Store the least s of every chunk of one tile's columns, in place of its 1/n, and the scale of its weights."""
-    view, head = view_of(extent), tl.program_id(1).to(tl.int64)
+    view, head = view_of(extent, PLAN), tl.program_id(1).to(tl.int64)
     product = load_product(parameters, head, None, view, PLAN)
     position = locate_chunks(head, view, PLAN)
     mean, mean_error, inv_var, inv_count = load_numbers(numbers.stats, head, position, view, 4)
@@ -234,7 +234,7 @@ def stable_sums(inputs, parameters, numbers, strips, extent, PLAN: tl.constexpr)
     """Store Σ h, Σ h·f, Σ h·u, Σ w, Σ w·f, Σ w·u and n of a strip of each chunk of one tile's columns, f being E/a, u
     the least s less Q/a, and w relative weights, so that their scale need not be known before.
     """
-    view = view_of(extent)
+    view = view_of(extent, PLAN)
     walk = start_walk(view, BACKWARDS=True)
     product = load_product(parameters, walk.head, None, view, PLAN)
     position = locate(walk.index, walk.head, walk.strip_row, view, PLAN)
@@ -257,7 +257,7 @@ def stable_sums(inputs, parameters, numbers, strips, extent, PLAN: tl.constexpr)
 @triton.jit
 def merge_stable_sums(strips, parameters, numbers, extent, PADDED: tl.constexpr, PLAN: tl.constexpr):
     """Store the scale, Σ h, Σ he·E/(a·n) and inv_var·Σ he·Q/(a·(n - 1)) of every chunk of one tile's columns."""
-    view, head = view_of(extent), tl.program_id(1).to(tl.int64)
+    view, head = view_of(extent, PLAN), tl.program_id(1).to(tl.int64)
     product = load_product(parameters, head, None, view, PLAN)
     position = locate_chunks(head, view, PLAN)
     _mean, _error, inv_var = load_numbers(numbers.stats, head, position, view, 3)
@@ -277,7 +277,7 @@ def stable_backward_streamed(
     inputs, parameters, numbers, dx, partials, extent, RESIDUAL: tl.constexpr, PLAN: tl.constexpr
 ):
     """Store dx of a strip of each chunk of one tile's columns, and the totals of this program."""
-    view = view_of(extent)
+    view = view_of(extent, PLAN)
     walk = start_walk(view, BACKWARDS=True)
     product = load_product(parameters, walk.head, None, view, PLAN)
     position = locate(walk.index, walk.head, walk.strip_row, view, PLAN)

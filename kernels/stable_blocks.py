@@ -319,7 +319,7 @@ def store_parameter_totals(partials, free, totals, product):
     offsets, widths = totals
     ks = tl.arange(0, offsets.shape[1])[None, :]
     offset, _width, _precision = load_gaussians(product.parameters, product.head, ks, product.a.dtype)
-    distance = tl.cast(partials.strides[0], tl.int64)
-    start = partials.data + product.head * partials.strides[1] + tl.program_id(0) + 2 * ks * distance
+    distance = tl.cast(partials.strides[0] >> 1, tl.int64)
+    start = partials.data + product.head * (partials.strides[1] >> 1) + tl.program_id(0) + 2 * ks * distance
     tl.store(start, offsets + (sum_hef + (product.m - offset) * sum_he))
     tl.store(start + distance, widths + (sum_heff + 2.0 * (product.m - offset) * sum_hef))

@@ -33,7 +33,7 @@ def forward_streamed(
     """Store y and the weights of a strip of each chunk, with what PREPARE makes of the parameters, OPEN of that and the
     numbers of a chunk, as (mean, chunk), and WEIGH of x, its mean, a chunk, the padding value and what is valid.
     """
-    view = view_of(extent)
+    view = view_of(extent, PLAN)
     walk = start_walk(view, BACKWARDS=True)
     first = locate(walk.index, walk.head, walk.strip_row, view, PLAN)
     prepared = PREPARE(parameters, walk.head, first, view, PLAN)
@@ -58,7 +58,7 @@ def backward_streamed(
     """Store dx of a strip of each chunk, and where parameters vary along it their totals of this program.
     DIFFERENTIATE makes of x, its mean and a chunk (dx, grad_y as it came, he, e), the last two for the totals.
     """
-    view = view_of(extent)
+    view = view_of(extent, PLAN)
     walk = start_walk(view, BACKWARDS=True)
     first = locate(walk.index, walk.head, walk.strip_row, view, PLAN)
     prepared = PREPARE(parameters, walk.head, first, view, PLAN)
@@ -110,7 +110,7 @@ def locate_chunks(head, view, PLAN: tl.constexpr):
 @triton.jit
 def merge_strip_sums(strips, sums, extent, N: tl.constexpr, PLAN: tl.constexpr):
     """Store N sums of every chunk of one tile's columns, from those of its strips."""
-    view, head = view_of(extent), tl.program_id(1).to(tl.int64)
+    view, head = view_of(extent, PLAN), tl.program_id(1).to(tl.int64)
     position = locate_chunks(head, view, PLAN)
     pointers, distance, inside = number_pointers(sums, head, position, view)
     for number in tl.static_range(N):
@@ -150,7 +150,7 @@ def split_mean(mean, ACC: tl.constexpr):
 @triton.jit
 def strip_stats(inputs, strips, extent, PLAN: tl.constexpr):
     """Store mean, mean_error, Σ (x - mean - mean_error)² and n of a strip of each chunk."""
-    view = view_of(extent)
+    view = view_of(extent, PLAN)
     walk = start_walk(view, BACKWARDS=False)
     padding = None if inputs.padding is None else float_of(inputs.padding, PLAN.ACC)
     index = walk.index
@@ -181,7 +181,7 @@ def strip_stats(inputs, strips, extent, PLAN: tl.constexpr):
 @triton.jit
 def merge_strip_stats(strips, stats, eps, extent, UNBIASED: tl.constexpr, PLAN: tl.constexpr):
     """Store mean, mean_error, 1/(var + eps), or var where eps is None, and 1/n of every chunk of one tile's columns."""
-    view, head = view_of(extent), tl.program_id(1).to(tl.int64)
+    view, head = view_of(extent, PLAN), tl.program_id(1).to(tl.int64)
     position = locate_chunks(head, view, PLAN)
     mean = tl.zeros([1, PLAN.BLOCK_C], tl.float64)
     squares, n = mean, mean

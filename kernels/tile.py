@@ -91,12 +91,13 @@ def store_dx(dx, grad, raw, tile, view, RESIDUAL: tl.constexpr, PLAN: tl.constex
     store_blocks(dx, blocks, tile, view, PLAN)
 
 
-# --- Numbers of a chunk: tensors (n, …, heads, …) whose last stride leads to the next number ---------
+# --- Numbers of a chunk: tensors (n, …, heads, …) whose last stride, encoded, leads to the next number --
 @triton.jit
 def number_pointers(t, head, position, view):
     """Return (pointers [1, BLOCK_C] to each column's first number, the distance to the next, which are inside)."""
-    base, within = offsets_of(t.strides, view, position.outer, head, position.column, tl.arange(0, 1), position.columns)
-    return t.data + base + within, t.strides[len(view.sizes) + 2], columns_inside(position, view)
+    strides = [stride >> 1 for stride in t.strides]
+    base, within = offsets_of(strides, view, position.outer, head, position.column, tl.arange(0, 1), position.columns)
+    return t.data + base + within, strides[len(view.sizes) + 2], columns_inside(position, view)
 
 
 @triton.jit

@@ -11,6 +11,7 @@ What decides within these is how many elements a thread can hold before register
 
 from __future__ import annotations
 
+import bisect
 import functools
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -39,6 +40,8 @@ class Tile:
 
 
 LONGEST_CONTIGUOUS, LONGEST_STRIDED = 4096, 256  # positions of a chunk that stays on chip
+ALONE = 24  # the longest chunk of columns that one thread has
+LAST = 2048  # the longest row that the tables of lengths have
 
 
 class Budget(NamedTuple):
@@ -50,21 +53,23 @@ class Budget(NamedTuple):
     contiguous: int = 32  # elements a thread: a row of 1024 is one warp's, and waits for no barrier
     contiguous_full: int = 32  # with a mask or weights, or parameters for every position
     contiguous_most: int = 32  # with both
-    long: int = 32  # of rows past LONGEST_CONTIGUOUS, which only the mixture keeps on chip
+    long: int = 32  # of rows past LONGEST_CONTIGUOUS
     together: int = 32  # of several rows that share a program
     strided: int = 48  # 24 layers two columns at a time, or 12 or 6 blocks of them 64 or 128 bits wide
     strided_masked: int = 48  # with a mask, or where blocks do not divide the chunk
     strided_full: int = 24  # with weights, or parameters for every position, or of fp32
     # of chunks longer than these, two loaded at once, where there is no mask, no weights, and parameters do not follow
     strided_long: int = 32
-    strided_alone: int = 24  # the longest chunk that is one thread's, if that can hold two; loads get as narrow as 2
+    strided_alone: int = ALONE  # the longest chunk that is one thread's, if that can hold two; loads get as narrow as 2
     streamed: int = 32
     streamed_full: int = 32  # with parameters for every position
     contiguous_vector: int = 8
     strided_vector: int = 8
     strided_least_vector: int = 4  # where longer ones would leave a chunk to more lanes
     streamed_vector: int = 8
-    longest_contiguous: int = LONGEST_CONTIGUOUS
+    longest_contiguous: int = 2 * LONGEST_CONTIGUOUS
+    longest_along: int = LONGEST_CONTIGUOUS  # where parameters vary along it
+    longest_masked: int = LONGEST_CONTIGUOUS  # with a mask
     longest_strided: int = LONGEST_STRIDED
     longest_long: int = LONGEST_STRIDED  # that has strided_long
 
@@ -75,8 +80,8 @@ class Budget(NamedTuple):
         return self._replace(**{name: max(least, getattr(self, name) // divisor) for name in names})
 
 
-FORWARD = Budget()
-FORWARD_MIXTURE = Budget(strided_masked=32, longest_contiguous=2 * LONGEST_CONTIGUOUS)
+FORWARD = Budget(long=64, longest_contiguous=4 * LONGEST_CONTIGUOUS, longest_along=2 * LONGEST_CONTIGUOUS)
+FORWARD_MIXTURE = Budget(strided_masked=32, longest_contiguous=4 * LONGEST_CONTIGUOUS)
 FORWARD_GATE = Budget(
     contiguous=36, strided_masked=32, strided_full=16, strided_alone=12, streamed=16, strided_vector=4,
     streamed_vector=4,
@@ -89,7 +94,7 @@ BACKWARD = Budget(
 # so are k and s
 BACKWARD_MIXTURE = Budget(
     contiguous_full=16, contiguous_most=16, strided_masked=24, strided_full=16, strided_vector=4,
-    strided_least_vector=2, longest_contiguous=2 * LONGEST_CONTIGUOUS,
+    strided_least_vector=2,
 )  # fmt: skip
 # so are all numbers of up to four Gaussians
 BACKWARD_GATE = Budget(
@@ -109,14 +114,54 @@ def gate_forward(n_gaussians: int) -> Budget:
 def gate_backward(n_gaussians: int) -> Budget:
     """Return the gate's budget, half as much for every doubling. Longer chunks are streamed rather than spilled."""
     divisor = _doublings(n_gaussians)
-    longest_contiguous, longest_strided = max(32, 2048 // divisor), max(32, 128 // divisor)
+    longest = {"longest_contiguous": 8192, "longest_masked": 2048, "longest_strided": 128}
     budget = BACKWARD_GATE.divide(divisor, least=2)
-    return budget._replace(longest_contiguous=longest_contiguous, longest_strided=longest_strided)
+    return budget._replace(**{name: max(32, length // divisor) for name, length in longest.items()})
 
 
 def _doublings(n_gaussians: int) -> int:
     """Return 1 for up to four Gaussians, 2 for up to eight, 4 for up to sixteen, …"""
     return 1 << max(0, (n_gaussians - 1).bit_length() - 2)
+
+
+# --- The lengths that tiles are made for ----------------------------------------------------------
+# A tile serves all chunks down to the next shorter one of these lengths, so that a training loop whose lengths change
+# compiles few kernels: at most a quarter more is masked than in a tile of a chunk's own length. Rows that are read one
+# element at a time have more of them: authors' models have 187 to 189, 750 and 937 positions.
+ALIGNED = (8, 16, 32, 48, 64, 96, 128, 192, 224, 256, 384, 512, 768, 1024, 1536, 2048)
+NARROW = (
+    1, 2, 3, 4, 8, 16, 32, 48, 64, 96, 128, 160, 192, 240, 320, 416, 512, 640, 768, 960, 1152, 1408, 1792, 2048,
+)  # fmt: skip
+STRIDED = (1, 2, 3, 4, 6, 8, 10, 12, 16, 20, 24, 32, 40, 52, 64, 80, 96, 128, 160, 192, 256)
+WHOLE = (768,)  # aligned rows of these lengths, and of powers of two, have a kernel of their own, without a mask
+
+
+def find_lengths(layout: Layout) -> tuple[int, int]:
+    """Return (low, high): a tile made for chunks of high positions serves all that have more than low. Beyond the last
+    of the tables there are eight lengths between a power of two and the next.
+    """
+    table = (NARROW if layout.unit == 1 else ALIGNED) if layout.contiguous else STRIDED
+    i = bisect.bisect_left(table, layout.longest)
+    if i < len(table):
+        return table[i - 1] if i else 0, table[i]
+    step = power_of_2(layout.longest) // 16
+    high = -(-layout.longest // step) * step
+    return high - step, high
+
+
+def count_ragged(layout: Layout, tile: Tile) -> int:
+    """Return how many blocks of a tile that holds whole chunks, the last ones, positions may stand outside of: as many
+    as for the shortest chunks that it serves. Those of heads of unequal length may be shorter; they share the kernels
+    of others but where masks cost much, aligned rows and columns of one thread.
+    """
+    low, high = find_lengths(layout)
+    popular = layout.contiguous and layout.unit > 1 and (high in WHOLE or high == power_of_2(high))
+    if layout.chunk == tile.length and (popular or high == low + 1 or high > LAST):
+        return 0
+    shortest, dear = low + 1, layout.unit > 1 if layout.contiguous else high <= ALONE
+    if layout.longest > layout.chunk or not dear:
+        shortest = max(0, shortest - (layout.heads - 1))
+    return tile.n_blocks - shortest // tile.rows
 
 
 # --- The tile of a call -------------------------------------------------------------------------
@@ -138,6 +183,7 @@ def find_tile(
     def shared(n: int) -> int:
         return max(1, n // divisor)
 
+    _low, high = find_lengths(layout)
     if streamed:
         elements = budget.streamed_full if along == "chunk" else budget.streamed
         if (mask or weights) and dtype == torch.float32:  # which leaves no room for more
@@ -151,20 +197,21 @@ def find_tile(
         together = min(budget.together, elements // 2 if narrow else elements)
         vector = 2 if narrow else budget.contiguous_vector
         # eight warps have 255 registers a thread and sixteen 128, which do not hold half as much
-        elements = budget.long if layout.longest > LONGEST_CONTIGUOUS else shared(elements)
-        tile = _contiguous(layout.longest, elements, shared(vector), shared(together))
+        if long := layout.longest > LONGEST_CONTIGUOUS:
+            elements = budget.contiguous if along == "chunk" else budget.long
+        tile = _contiguous(high, elements if long else shared(elements), shared(vector), shared(together))
     else:
         # fp32 moves twice the bytes an element: it has instructions to spare, and more warps hide more latency
         full = weights or dtype.itemsize > 2 or along == "chunk"
         elements = budget.strided_full if full else budget.strided_masked if mask else budget.strided
         limits = budget.strided_alone // divisor, shared(budget.strided_least_vector), shared(budget.strided_vector)
-        tile = _strided(layout.longest, shared(elements), *limits)
+        tile = _strided(high, shared(elements), *limits)
         fits = min(elements, budget.strided_masked)
-        if fits < layout.longest <= budget.longest_long and not (mask or weights or along == "chunk"):
+        if fits < high <= budget.longest_long and not (mask or weights or along == "chunk"):
             # lanes that share a chunk shuffle for every sum: few do where loads are narrow
-            tile = _strided(layout.longest, shared(budget.strided_long), 0, shared(2), shared(2))
-        elif layout.longest % tile.rows:
-            tile = _strided(layout.longest, shared(fits), *limits)
+            tile = _strided(high, shared(budget.strided_long), 0, shared(2), shared(2))
+        elif high % tile.rows:
+            tile = _strided(high, shared(fits), *limits)
     if tile.num_warps > 16:  # fewer columns instead
         tile = replace(tile, columns=max(1, tile.columns * 16 // tile.num_warps), num_warps=16)
     return replace(tile, columns=min(tile.columns, power_of_2(layout.inner))) if along == "inner" else tile
@@ -177,7 +224,8 @@ def _contiguous(chunk: int, elements: int, vector: int, together: int) -> Tile:
     """
     vector = min(vector, elements)
     num_warps = power_of_2(-(-chunk // (32 * elements)))
-    least = max(min(16, power_of_2(chunk)), power_of_2(-(-chunk * min(4, vector) // elements)))
+    several = 2 if chunk > LONGEST_CONTIGUOUS else 4  # of long rows shorter blocks stand outside less
+    least = max(min(16, power_of_2(chunk)), power_of_2(-(-chunk * min(several, vector) // elements)))
     sizes = [n for n in (least << k for k in range(8)) if n <= max(least, 32 * vector * num_warps)]
     rows = min(sizes, key=lambda n: (-(-chunk // n) * n, -n))
     n_blocks = -(-chunk // rows)
@@ -195,8 +243,6 @@ def _strided(chunk: int, elements: int, alone: int, least: int, most: int) -> Ti
         elements, least = min(2 * alone, elements), 2
     vector = min(most, elements, max(least, _power_below(elements // chunk)))
     rows = power_of_2(-(-chunk * vector // elements))
-    if rows == 1 and chunk * vector > 48:
-        rows = 2  # more blocks of one row are too many addresses
     columns = max(16, 32 * vector // rows)
     return Tile(rows, columns, max(1, rows * columns // (32 * vector)), -(-chunk // rows))
 
@@ -222,23 +268,25 @@ STRIPS = 16  # merged at a time, in fp64: 32 of 128 columns spill
 
 
 def find_strip(tile: Tile, layout: Layout, along: str) -> int:
-    """Return the positions of a streamed chunk that a program reads: tiles, one where parameters vary along it."""
+    """Return the tiles of a streamed chunk that a program reads, one where parameters vary along it."""
     if along == "chunk":
-        return tile.length
-    return -(-(STRIP_CONTIGUOUS if layout.contiguous else STRIP_STRIDED) // tile.length) * tile.length
+        return 1
+    return -(-(STRIP_CONTIGUOUS if layout.contiguous else STRIP_STRIDED) // tile.length)
 
 
 def streams(
     budget: Budget, x: Tensor, axis: int, heads: int, feature_axis: int | None = None, masked: bool = False
 ) -> bool:
     """Tell whether chunks are too long to stay on chip between their statistics and their output: all of them where the
-    longest, the last, is. Depends on nothing but x, the axis, and whether there is a mask, which takes registers that
-    rows past LONGEST_CONTIGUOUS do not leave.
+    longest, the last, is. Depends on nothing but x, the axis, what parameters follow, and whether there is a mask,
+    which takes registers.
     """
-    contiguous = axis_is_fastest(x, axis, inner_dim(x, axis, feature_axis))
-    longest = budget.longest_contiguous if contiguous else budget.longest_strided
-    if masked or x.dtype == torch.float64:
-        longest = min(longest, LONGEST_CONTIGUOUS)
+    longest = budget.longest_strided
+    if axis_is_fastest(x, axis, inner_dim(x, axis, feature_axis)):
+        if masked or x.dtype == torch.float64:
+            longest = budget.longest_masked
+        else:
+            longest = budget.longest_along if feature_axis == axis else budget.longest_contiguous
     return find_longest(x.shape[axis], heads) > (longest // 4 if x.dtype == torch.float64 else longest)
 
 

@@ -65,21 +65,30 @@ class Tile(NamedTuple):
 
 
 @triton.jit
-def view_of(extent):
-    """Return an Extent with its eighths multiplied out. Triton looks for multiples of 16 only, and would load what is a
-    multiple of 8 in 16 bits at a time: such sizes and strides come in eighths, but for the stride that is 1.
-    """
-    chunk, inner, strides = extent.chunk, extent.inner, extent.strides
-    more = 0 if extent.remainder is None else extent.remainder
-    if extent.chunk_eighths is not None:
-        chunk = extent.chunk_eighths * 8
-        strides = [extent.strides[0]] + [stride * 8 for stride in extent.strides[1:]]
-    elif extent.inner_eighths is not None:
-        inner = extent.inner_eighths * 8
-        strides = [extent.strides[0] * 8, extent.strides[1]] + [stride * 8 for stride in extent.strides[2:]]
-    sizes, strip = extent.sizes, extent.strip  # and [] for None, which Triton 3.6 does not return
-    n_tiles, n_blocks, n_strips = extent.n_tiles, extent.n_blocks, extent.n_strips
-    return Extent(sizes, strides, n_tiles, n_blocks, n_strips, strip, chunk, more, inner, [], [])
+def decode_stride(code, UNIT: tl.constexpr):
+    """Return the stride that stands behind a code (`operands.encode_stride`), in units."""
+    return 1 if code is None else (code >> 1) * UNIT
+
+
+@triton.jit
+def view_of(extent, PLAN: tl.constexpr):
+    """Return an Extent as it is, decoded: what should be known to be a multiple of PLAN.UNIT is multiplied by it."""
+    strides = []
+    for i in tl.static_range(len(extent.strides)):
+        strides = strides + [decode_stride(extent.strides[i], PLAN.UNIT)]
+    n_strips, strip = 1, 0
+    if extent.n_strips is not None:
+        n_strips, strip = extent.n_strips >> 1, (extent.strip >> 1) * (PLAN.BLOCK_P * PLAN.N_BLOCKS)
+    UNIT_P: tl.constexpr = PLAN.UNIT if extent.strides[0] is None else 1
+    UNIT_C: tl.constexpr = PLAN.UNIT if extent.strides[1] is None else 1
+    chunk, inner = (extent.chunk >> 1) * UNIT_P, (extent.inner >> 1) * UNIT_C
+    longest = chunk if extent.longest is None else (extent.longest >> 1) * UNIT_P
+    if extent.n_strips is None and PLAN.RAGGED_P == 0:  # chunks fill their tiles: a number that compilers know
+        chunk = PLAN.BLOCK_P * PLAN.N_BLOCKS
+        longest = chunk
+    sizes = [size >> 1 for size in extent.sizes]
+    n_tiles, n_blocks = extent.n_tiles >> 1, extent.n_blocks >> 1
+    return Extent(sizes, strides, n_tiles, n_blocks, n_strips, strip, chunk, longest, inner)
 
 
 @triton.jit
@@ -88,8 +97,7 @@ def start_walk(view, BACKWARDS: tl.constexpr):
     head, program = tl.program_id(1), tl.program_id(0)
     if BACKWARDS:
         head, program = tl.num_programs(1) - 1 - head, tl.num_programs(0) - 1 - program
-    # the last head takes what is left over
-    length = tl.where(head == tl.num_programs(1) - 1, view.chunk + view.remainder, view.chunk)
+    length = tl.where(head == tl.num_programs(1) - 1, view.longest, view.chunk)
     step = tl.num_programs(0) // view.n_strips
     first = program // view.n_strips
     strip_row = (program % view.n_strips).to(tl.int64) * view.strip

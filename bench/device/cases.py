@@ -9,7 +9,9 @@ from collections.abc import Callable
 import torch
 
 from bench.device.session import ROOT
-from bench.workloads import Workload
+from bench.modules import ModuleWorkload
+from bench.workloads import STABLE, Workload
+from daam.kernels import tiles
 
 sys.path.append(str(ROOT / "tests"))  # the cases, their inputs and the rule are the tests'
 
@@ -35,7 +37,7 @@ def _shipped() -> list[Typed]:
     """Return what the paper and the modules run: layers, sequence, last axis, channels, steps."""
     found = []
     for name in ALGORITHMS:
-        y_only = [((2, 1024, 768), 1, 8), ((1, 4096, 128), 1, 1), ((8, 16384), -1, 1)]
+        y_only = [((2, 1024, 768), 1, 8), ((1, 4096, 128), 1, 1), ((8, 20000), -1, 1)]
         found += [(case(name, shape, 1, 8), dtype) for shape in [(4, 24, 1024)] for dtype in (BF16, FP32)]
         found += [(case(name, (2, 24, 1024), 1, 1), BF16)]
         found += [(case(name, (64, 1024), -1, 1), dtype) for dtype in (BF16, FP32)]
@@ -51,13 +53,13 @@ def _regimes() -> list[Typed]:
     for name in ALGORITHMS:
         found += [(case(name, (24, n), 1, 1), BF16) for n in (4, 16, 64, 200, 512, 768, 4096, 8000)]
         for n in (1, 3, 6, 12, 37, 64, 128, 256, 8192):
-            if n > 1 or name != "mixture":
+            if n > 1 or name not in ("mixture", "stable"):
                 found.append((case(name, (2, n, 64 if n > 256 else 256), 1, 1, weights=n <= 256), BF16))
-        found += [(case(name, (24, n), 1, 1), FP32) for n in (64, 512, 4096, 16384)]
+        found += [(case(name, (24, n), 1, 1), FP32) for n in (64, 512, 4096, 7500, 20000)]
         found += [(case(name, (2, n, 256), 1, 1), FP32) for n in (3, 24, 64, 256, 600)]
         found += [(case(name, (2, n, 256), 1, 1, mask=True, residual=True), BF16) for n in (24, 128, 700)]
         found += [(case(name, (16, n), 1, 1, mask=True, residual=True), BF16) for n in (64, 1024, 9000)]
-    found += [(Case((24, n), 1, 1, "one"), BF16) for n in (64, 1024, 16384)]
+    found += [(Case((24, n), 1, 1, "one"), BF16) for n in (64, 1024, 15000, 20000)]
     return found + [(Case((2, n, 256), 1, 1, "one"), BF16) for n in (3, 24, 256, 2000)]
 
 
@@ -100,10 +102,10 @@ def representative() -> list[Typed]:
     """
     smallest: dict[tuple, Typed] = {}
     for case, dtype in correct_cases():
-        length = case.shape[case.axis] // case.heads
         by_row = case.positive_axis == len(case.shape) - 1
-        budget = case.spec.record.forward(4)
-        streamed = length > (budget.longest_contiguous if by_row else budget.longest_strided)
+        x = torch.empty(case.shape, dtype=dtype, device="meta")
+        forward = case.spec.record.forward(4)
+        streamed = tiles.streams(forward, x, case.positive_axis, case.heads, case.feature_axis, case.mask)
         key = (case.algorithm, by_row, streamed, dtype.itemsize, case.mask)
         if key not in smallest or math.prod(case.shape) < math.prod(smallest[key][0].shape):
             smallest[key] = case, dtype
@@ -139,19 +141,19 @@ TIMED = [
     Workload("last", "density", (2**16, 1024), 1, 1),
     Workload("layers", "mixture", (2048, 24, 1024), 1, 8, 4),
     Workload("last", "gate", (2**16, 1024), 1, 1, 4),
-    Workload("sweep", "mixture", (8, 1024, 768), 1, 8, 4),
+    Workload("gpt2", "mixture", (8, 1024, 768), 1, 8, 20),
     Workload("layers", "gate", (2048, 24, 1024), 1, 8, 4),
     Workload("last", "mixture", (2**16, 1024), 1, 1, 4),
     Workload("channels", "mixture", (32, 256, 64, 64), 1, 4, 3),
     Workload("steps", "gate", (8, 256, 24000), 2, 1, 4),
     Workload("sweep", "mixture", (8, 8192, 768), 1, 8, 4),
-    Workload("layers", "density", (512, 40, 5120), 1, 8),
+    ModuleWorkload("model", "density", (8, 1024, 768), 1, 8),
     Workload("layers", "density", (2048, 24, 1024), 1, 8, dtype="float32"),
-    Workload("sequence", "density", (8, 32768, 768), 1, 8),
+    Workload("authors", STABLE, (32, 64, 30_000), 2, 4, 4),
     Workload("last", "density", (2**14, 4096), 1, 1),
     Workload("last", "density", (2**12, 16384), 1, 1),
-    Workload("last", "density", (2**19, 128), 1, 1),
-    Workload("sequence", "mixture", (8, 32768, 768), 1, 8, 1),
-    Workload("last", "density", (2**16, 1024), 1, 1, dtype="float32"),
+    ModuleWorkload("gate-module", "gate", (32, 512, 1125), 2, 1, 4, "float32"),
+    Workload("authors", STABLE, (32, 256, 750), 2, 4, 4),
+    ModuleWorkload("block", "mixture", (4096, 1024), 1, 4, 5, layers=3),
 ]
 PROFILED = [TIMED[i] for i in (0, 1, 2, 3, 4, 5, 8, 9, 10)]  # a regime and an algorithm each

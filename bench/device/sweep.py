@@ -31,7 +31,7 @@ TRIED = {
     "streamed": [{"streamed": n, "streamed_full": n, "streamed_vector": v} for n in (8, 16, 32) for v in (4, 8)],
     # on chip, of chunks that are streamed else
     "long rows": [
-        dict.fromkeys((*CONTIGUOUS, "long"), n) | {"contiguous_vector": v, "longest_contiguous": 16_384}
+        dict.fromkeys((*CONTIGUOUS, "long"), n) | {"contiguous_vector": v, "longest_contiguous": 32_768}
         for n in (16, 32, 64)
         for v in (4, 8)
     ],

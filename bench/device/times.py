@@ -12,6 +12,7 @@ from bench import core
 from bench.device import machine
 from bench.device.cases import TIMED
 from bench.device.session import Job, Session, append, describe_error
+from bench.modules import FORMULA
 from bench.providers import PROVIDERS
 from bench.results import OWN, PASSES
 from bench.workloads import Workload
@@ -33,8 +34,9 @@ def time_workload(session: Session, workload: Workload) -> Iterator[dict]:
     """Yield which providers are timed, with their errors, and why others are not; then the times of every pass."""
     asked = {name: provider for name, provider in PROVIDERS.items() if provider.serves(workload)}
     absent = {name: provider.missing(core.DEVICE) for name, provider in asked.items()}
-    if "compile" in absent:
-        absent["compile"] = absent["compile"] or machine.find_no_compiler()
+    for name in ("compile", "compile_formula"):
+        if name in absent:
+            absent[name] = absent[name] or machine.find_no_compiler()
     if workload.shape[workload.axis] > LONGEST and "multihead_attention" in absent:
         absent["multihead_attention"] = f"checking it takes long past {LONGEST} positions"
     names = tuple(name for name, reason in absent.items() if reason is None)
@@ -64,11 +66,17 @@ def time_pass(session: Session, workload: Workload, pass_name: str, names: tuple
 
 
 def prepare(session: Session, workload: Workload) -> Iterator[dict]:
-    """Compile what a workload launches, and yield one empty row. Nothing touches its tensors: they take no memory."""
+    """Compile what a workload launches, and yield one empty row. Nothing touches its tensors: they take no memory. What
+    a module launches is compiled where it is timed: its other operations would compute.
+    """
+    if workload.whole:
+        yield {"skipped": "a whole module"}
+        return
     leaves, grad_y = empty_tensors(workload)
-    torch.autograd.grad(workload.call(*leaves, backend="triton"), leaves, grad_y)
+    call = workload.bind(leaves, "triton")
+    torch.autograd.grad(call(), leaves, grad_y)
     with torch.no_grad():
-        workload.call(*leaves, backend="triton")
+        call()
     yield {}
 
 
@@ -87,7 +95,7 @@ def warm_jobs(session: Session) -> list[Job]:
 
 
 def warm(workload: Workload) -> Iterator[dict]:
-    """Compile what the provider "compile" calls, and yield an empty row, or why there is no compiler."""
+    """Compile what is timed compiled, and yield an empty row, or why there is no compiler."""
     # without the provider's reference in float64: processes share the memory
     if reason := machine.find_no_compiler():
         yield {"skipped": reason}
@@ -95,10 +103,11 @@ def warm(workload: Workload) -> Iterator[dict]:
     torch._dynamo.reset()  # else the second shape of a function is compiled for any size
     x, params, grad_y = workload.inputs(core.DEVICE)
     leaves = tuple(t.requires_grad_() for t in (x, *params))
-    call = torch.compile(partial(workload.call, backend="eager"), fullgraph=True)
-    torch.autograd.grad(call(*leaves), leaves, grad_y)
+    for backend in ("eager", FORMULA) if workload.whole else ("eager",):
+        call = workload.bind(leaves, backend, partial(torch.compile, fullgraph=True))
+        torch.autograd.grad(call(), leaves, grad_y)
     yield {}
-    del x, params, grad_y, leaves
+    del x, params, grad_y, leaves, call
     torch.cuda.empty_cache()
 
 

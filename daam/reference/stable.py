@@ -96,17 +96,16 @@ def forward(
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """Return (y, weights) as `formula` does, computed in place; the weights are None if not asked for.
 
-    Where `can_branch` says so, the cost depends on the number of Gaussians only if one clamps.
+    Where `can_branch` says so, Gaussians cost time only of chunks that clamp somewhere.
     """
     chunks = Chunks(x, c.shape[0], mask, axis, padding, zero_padding=False)
     d, mean_error, sum_squares = chunks.nearly_centred()
     fit = _Fit(chunks, mean_offsets, c, sum_squares, eps)
     f = d - (fit.origin + mean_error)
     s = (d - (fit.mirror + mean_error)).mul_(f)
-    clamped = fit.find_clamped(x, d, mean_error)
-    if clamped is not None:
-        s = torch.where(clamped, sum(share * gap for share, _, gap in fit.each(f)), s)
-    weights, scale, _ = fit.weigh(s, clamped)
+    if (clamped := fit.find_clamped(x, d, mean_error)) is not None:
+        s = clamped.put(sum(share * gap for share, _, gap in fit.each(f, clamped)), s)
+    weights, scale, _ = fit.weigh(s, clamped is not None)
     return chunks.outputs(weights * scale, residual, return_weights)
 
 
@@ -123,17 +122,15 @@ def backward(
     fit = _Fit(chunks, mean_offsets, c, sum_squares, eps)
     f = d - (fit.origin + mean_error)
     s = (d - (fit.mirror + mean_error)).mul_(f)
-    clamped = fit.find_clamped(x, d, mean_error)
     # E/a = slopes + shift and Q/a = squares, the latter but for what is the same in all of a chunk, where Σ k is 0
     slopes, squares, shift = f, s, fit.origin - fit.m
-    if clamped is not None:
-        costs, clamped_slopes, clamped_squares = 0, 0, 0
-        for share, e, gap in fit.each(f):
-            costs, clamped_slopes = costs + share * gap, clamped_slopes + share * e
-            clamped_squares = clamped_squares + share * e.square()
-        s, shift = torch.where(clamped, costs, s), shift.masked_fill(clamped, 0)
-        slopes, squares = torch.where(clamped, clamped_slopes, f), torch.where(clamped, clamped_squares, squares)
-    weights, scale, equal = fit.weigh(s, clamped)
+    if (clamped := fit.find_clamped(x, d, mean_error)) is not None:
+        sums = [0, 0, 0]
+        for share, e, gap in fit.each(f, clamped):
+            sums = [total + share * term for total, term in zip(sums, (e, e.square(), gap), strict=True)]
+        slopes, squares, s = (clamped.put(*pair) for pair in zip(sums, (f, s, s), strict=True))
+        shift = shift.masked_fill(clamped.which, 0)
+    weights, scale, equal = fit.weigh(s, clamped is not None)
     g, h, raw = chunks.gradients(grad_y, grad_weights)
     k = h * weights
     sum_h = chunks.sum(k).mul_(scale)
@@ -185,6 +182,36 @@ def _free(c: Tensor) -> Tensor:
     return ((c >= low) & (c <= high)).to(c.dtype)
 
 
+class _Clamped:
+    """Hold which chunks clamp somewhere, and take them out of tensors, with what runs along a chunk as last dimension.
+
+    which: bool, a number each chunk. few: take out just those; else all, as graphs must, and each stays in place.
+    """
+
+    def __init__(self, chunks: Chunks, which: Tensor, few: bool):
+        self.dim, self.which = chunks.dim, which
+        self.index = which.movedim(self.dim, -1)[..., 0].nonzero(as_tuple=True) if few else None
+
+    def pick(self, t: Tensor) -> Tensor:
+        """Return those chunks of a tensor that broadcasts against the chunks."""
+        if self.index is None:
+            return t
+        shape = [*self.which.shape]
+        shape[self.dim] = t.shape[self.dim]
+        return t.expand(shape).movedim(self.dim, -1)[self.index]
+
+    def put(self, picked: Tensor, t: Tensor) -> Tensor:
+        """Return a tensor that is cut into chunks with those picked in their places."""
+        if self.index is None:
+            return torch.where(self.which, picked, t)
+        return t.movedim(self.dim, -1).index_put(self.index, picked).movedim(-1, self.dim)
+
+    def sum(self, picked: Tensor) -> Tensor:
+        """Return sums over each chunk of what was picked, 0 for the others."""
+        dim = self.dim if self.index is None else -1
+        return self.put(picked.sum(dim, keepdim=True), torch.zeros_like(self.which, dtype=picked.dtype))
+
+
 class _Fit(Product):
     """Add to the product of a head's Gaussians where they clamp, and what each adds there."""
 
@@ -195,7 +222,7 @@ class _Fit(Product):
         super().__init__(chunks, self.offsets, self.precisions, 1, var_eps)
         self.limit = FARTHEST * var_eps.sqrt()
 
-    def find_clamped(self, x: Tensor, d: Tensor, mean_error: Tensor) -> Tensor | None:
+    def find_clamped(self, x: Tensor, d: Tensor, mean_error: Tensor) -> _Clamped | None:
         """Return which chunks hold a position that clamps, or have no finite log w; None where none is known to.
 
         d, mean_error: as `Chunks.nearly_centred` returns them, of x, which says whether it may be known.
@@ -204,50 +231,54 @@ class _Fit(Product):
         first, last = (self.chunks.param(t) + mean_error for t in torch.aminmax(self.offsets, dim=1, keepdim=True))
         free = (high - first <= self.limit) & (low - last >= -self.limit)  # not so of NaN
         free &= (self.limit + self.log2_factor).isfinite()
-        return None if can_branch(x) and bool(free.all()) else ~free
+        if not can_branch(x):
+            return _Clamped(self.chunks, ~free, few=False)
+        n_clamped = free.numel() - int(free.sum())
+        # taken out and put back, a chunk takes about twice the time of one that stays
+        return _Clamped(self.chunks, ~free, few=2 * n_clamped < free.numel()) if n_clamped else None
 
-    def each(self, f: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Yield (S_k/a, e_k, 0 where it clamps, u_k²/r² less that of the origin) of every Gaussian; f: x - mean - p."""
+    def each(self, f: Tensor, clamped: _Clamped) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Yield (S_k/a, e_k, 0 where it clamps, u_k²/r² less that of the origin) of every Gaussian and clamped chunk.
+
+        f: x - mean - p, of all chunks.
+        """
+        f, origin, limit, a = (clamped.pick(t) for t in (f, self.origin, self.limit, self.a))
+        farthest = limit.square()
         for offset, precision in zip(self.offsets.split(1, 1), self.precisions.split(1, 1), strict=True):
-            from_origin = self.origin - self.chunks.param(offset)
+            offset, precision = (clamped.pick(self.chunks.param(t)) for t in (offset, precision))
+            from_origin = origin - offset
             e = f + from_origin
-            clamps = ~(e.abs() <= self.limit)
-            farthest, origin_cost = self.limit.square(), from_origin.square()
+            clamps = ~(e.abs() <= limit)
+            origin_cost = from_origin.square()
             base = torch.minimum(origin_cost, farthest)
             gap = f * (e + from_origin) + (origin_cost - base)
-            yield (
-                self.chunks.param(precision) / self.a,
-                e.masked_fill(clamps, 0),
-                torch.where(clamps, farthest - base, gap),
-            )
+            yield precision / a, e.masked_fill(clamps, 0), torch.where(clamps, farthest - base, gap)
 
-    def weigh(self, s: Tensor, clamped: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    def weigh(self, s: Tensor, clamps: bool) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return (weights without their scale, that scale, where all are equal and have no gradient or None)."""
         weights, min_s = self.relate(s, _hidden(self.chunks))
         chunks = self.chunks
         scale = 1 / (chunks.sum(weights) + chunks.empty)
-        if clamped is None and chunks.padded is None:
+        if not clamps and chunks.padded is None:
             return weights, scale, None
         equal = ~(min_s * self.log2_factor + self.limit).isfinite()
         return chunks.valid(weights.masked_fill(equal, 1)), torch.where(equal, 1 / chunks.count, scale), equal
 
     def param_gradients(
-        self, c: Tensor, k: Tensor, f: Tensor, sum_ke: Tensor, sum_kq: Tensor, clamped: Tensor | None
+        self, c: Tensor, k: Tensor, f: Tensor, sum_ke: Tensor, sum_kq: Tensor, clamped: _Clamped | None
     ) -> tuple[Tensor, Tensor]:
         """Return the gradients of mean_offsets and c from k and, for chunks that clamp nowhere, Σ k·E/a and Σ k·Q/a."""
 
-        def add_up(sums: Tensor, where: Tensor | None) -> Tensor:
-            sums = sums * self.inv_var
-            return self.chunks.param_grad(sums if where is None else sums.masked_fill(~where, 0), c[:, :1])
+        def add_up(sums: Tensor) -> Tensor:
+            return self.chunks.param_grad(sums * self.inv_var, c[:, :1])
 
-        free = None if clamped is None else ~clamped
-        ke, kee = add_up(sum_ke, free), add_up(sum_kq, free)
+        if clamped is not None:
+            sum_ke, sum_kq = (t.masked_fill(clamped.which, 0) for t in (sum_ke, sum_kq))
+        ke, kee = add_up(sum_ke), add_up(sum_kq)
         kee = kee - 2 * (self.offsets - self.m.reshape(-1, 1)) * ke
         if clamped is not None:
-            each = [(self.chunks.sum(k * e), self.chunks.sum(k * gap)) for _, e, gap in self.each(f)]
-            ke, kee = (
-                total + torch.cat([add_up(t, clamped) for t in sums], 1)
-                for total, sums in zip((ke, kee), zip(*each, strict=True), strict=True)
-            )
+            k = clamped.pick(k)
+            terms = [[add_up(clamped.sum(k * t)) for t in (e, gap)] for _, e, gap in self.each(f, clamped)]
+            ke, kee = (t + torch.cat(column, 1) for t, column in zip((ke, kee), zip(*terms, strict=True), strict=True))
         factor = self.widths * self.precisions.square() * _free(c.to(self.widths.dtype))
         return self.precisions * ke, factor * kee

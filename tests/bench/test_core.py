@@ -17,6 +17,7 @@ from helpers import within
 from bench import core, providers
 from bench.results import PASSES
 from bench.workloads import Workload, workloads
+from daam.kernels.algorithms import ALGORITHMS
 
 ROOT = Path(__file__).parents[2]
 SMALL = Workload("sweep", "mixture", (2, 12, 8), 1, 2, 3, dtype="float32")
@@ -155,8 +156,8 @@ def test_workloads(device):
     found = workloads(device)
     assert len(set(map(str, found))) == len(found)
     assert {workload.family for workload in found} == {workload.family for workload in workloads("cpu")}
-    assert {workload.algorithm for workload in found} == {"density", "mixture", "gate"}
-    assert {workload.dtype for workload in found} == {"bfloat16", "float32"}
+    assert {workload.algorithm for workload in found} == set(ALGORITHMS)
+    assert {workload.dtype for workload in found} == {"bfloat16", "float32", "float64"}
 
 
 @pytest.mark.parametrize("git", [FileNotFoundError("git"), subprocess.CompletedProcess([], 128, stdout="")])

@@ -404,7 +404,7 @@ def test_representative_cases():
     assert set(chosen) < set(cases.correct_cases()) and len(chosen) < 50
     for name in helpers.ALGORITHMS:
         assert {dtype for case, dtype in chosen if case.algorithm == name} >= {torch.bfloat16, torch.float32}
-        assert {any(f in str(case) for f in ("9000", "16384")) for case, _ in chosen if case.algorithm == name} == {
+        assert {any(f in str(case) for f in ("9000", "20000")) for case, _ in chosen if case.algorithm == name} == {
             True,
             False,
         }

@@ -50,7 +50,7 @@ def test_triton_where_it_cannot_run_says_why():
 
 
 def test_precedence(monkeypatch):
-    monkeypatch.setattr(module, "_problem", lambda x: None)  # so that triton can be chosen; nothing is launched
+    monkeypatch.setattr(module, "find_problem", lambda x: None)  # so that triton can be chosen; nothing is launched
     monkeypatch.setenv("DAAM_BACKEND", "triton")
     assert daam.backend_for(X) == ("triton", "requested by the environment variable DAAM_BACKEND")
     with daam.use_backend("eager"):

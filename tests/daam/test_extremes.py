@@ -61,6 +61,33 @@ def test_a_mixture_far_from_its_chunk_is_accurate(ratio, backend, device):
             within(error(result[name], expected[name]), 1e-5, f"{name} of {case}")
 
 
+@backends
+@pytest.mark.parametrize("ratio", [1.0, 8.0, 20.0, 300.0, 1e30])
+def test_a_stable_mixture_far_from_its_chunk_is_accurate(ratio, backend, device):
+    """Check offsets about as far as is clamped, where some positions of a chunk are, and further off, where all are."""
+    for shape in SHAPES:
+        case = Case(shape, 1, params=3, algorithm="stable")
+        given = inputs(case, torch.float32, device=device)
+        given.params = (given.params[0].sign() * ratio, given.params[1])
+        result, expected = finite(case, given, backend), oracle(case, given)
+        for name, most in (("y", 1e-5), ("weights", 1e-5), ("dx", 5e-5)):
+            within(error(result[name], expected[name]), most, f"{name} of {case}")
+
+
+@backends
+@pytest.mark.parametrize("c", [-1e30, -1.0, 0.0, 0.01, 10.0, 1e30])
+def test_a_stable_mixture_of_every_c(c, backend, device):
+    """Check c past both of its limits, and at them, and a position that clamps beside others that do not."""
+    for shape in SHAPES:
+        case = Case(shape, 1, heads=2, algorithm="stable")
+        given = inputs(case, torch.float32, device=device)
+        given.params = (given.params[0] * 0 + 0.1, torch.full_like(given.params[1], c))
+        given.x[0, 0] = 1e4
+        result, expected = finite(case, given, backend), oracle(case, given)
+        for name in ("y", "weights"):
+            within(error(result[name], expected[name]), 1e-3 if c < 1 else 1e-5, f"{name} of {case}")
+
+
 @algorithms
 @backends
 def test_a_variance_of_1e_8(backend, algorithm, device):

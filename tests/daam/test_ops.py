@@ -63,6 +63,8 @@ def test_opcheck(shape, layout, mask, residual, weights, kernels, algorithm, dev
         pytest.skip("the operators of the CPU run the kernels in this process")
     if not (KERNELS or kernels or mask or weights):
         pytest.skip("the others show more")
+    if algorithm == "stable" and not kernels and (mask or 0 in shape):
+        pytest.skip("half a minute, for what the other combinations show")
     shape = shape if ALGORITHMS[algorithm].features else (shape[0], shape[1] + 1, shape[2])
     case = Case(shape, 1, 2, layout=layout, mask=mask, residual=residual, weights=weights, algorithm=algorithm)
     for name, backward in ((f"{algorithm}_forward", False), (f"{algorithm}_backward", True)):
@@ -100,7 +102,7 @@ def agree(compiled, batch, algorithm, backend, device):
 @pytest.mark.parametrize("compiler", COMPILERS)
 def test_compile_fullgraph(backend, compiler, algorithm, device):
     """Check forward and backward in one graph, with mask and differentiable weights."""
-    if (compiler, backend, algorithm) == ("inductor", "eager", "gate"):
+    if (compiler, backend) == ("inductor", "eager") and algorithm in ("gate", "stable"):
         pytest.skip("a quarter of a minute, for what the other combinations show")
     compiled = torch.compile(with_everything(algorithm, backend), fullgraph=True, backend=compiler)
     agree(compiled, 2, algorithm, backend, device)
@@ -117,7 +119,7 @@ def test_compile_fullgraph(backend, compiler, algorithm, device):
     ],
 )
 def test_dynamic_shapes_do_not_recompile(compiler, backend, algorithm, device):
-    if compiler == "inductor" and algorithm != "density":
+    if (compiler == "inductor" and algorithm != "density") or (backend, algorithm) == ("eager", "stable"):
         pytest.skip("half a minute each, for what the other combinations show")
     counter = CompileCounterWithBackend(compiler)
     compiled = torch.compile(with_everything(algorithm, backend), fullgraph=True, dynamic=True, backend=counter)
