@@ -25,6 +25,7 @@ import triton
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 
+from bench.detours import skip_detours
 from bench.machine_code import Instruction, instructions, read_cubin
 from daam.kernels import launch
 
@@ -74,8 +75,8 @@ class Compiled:
 
     @functools.cached_property
     def instructions(self) -> list[Instruction]:
-        """Return the machine code's instructions, in order."""
-        return instructions(self.code)
+        """Return the machine code's instructions, in order, as they run where nothing takes a detour."""
+        return skip_detours(instructions(self.code))
 
     @property
     def load_bits(self) -> int:

@@ -11,11 +11,12 @@ from bench.machine_code import Instruction, find_labels
 def skip_detours(code: list[Instruction]) -> list[Instruction]:
     """Return the instructions without what only loops that load inside the main loop need; all where there is none."""
     edges = _find_edges(code)
-    found = max(_find_loops(edges, set(range(len(code)))), key=lambda loop: _count_bits(code, *loop), default=None)
-    if found is None:
-        return code
-    loop, inner = found
-    detours = set().union(*(one for one in inner if any(code[i].loads for i in one)))
+    loops = [loop for loop in _find_loops(edges, set(range(len(code)))) if any(code[i].loads for i in loop)]
+    small = [loop for loop in loops if _loads_scalars(code, loop)]
+    large = [loop for loop in loops if loop not in small]
+    inner = [loop for loop in large if not any(other < loop for other in large)]
+    loop = max(inner, key=len, default=set())
+    detours = set().union(*(one for one in small if one < loop))
     if not detours:
         return code
     turn = _find_turn(edges, loop, detours)
@@ -34,14 +35,19 @@ def _find_edges(code: list[Instruction]) -> list[list[int]]:
     return edges
 
 
-def _find_loops(edges: list[list[int]], nodes: set[int]) -> list[tuple[set[int], list[set[int]]]]:
-    """Return every loop among some instructions, with those inside it."""
+def _find_loops(edges: list[list[int]], nodes: set[int]) -> list[set[int]]:
+    """Return every loop among some instructions, also those inside others."""
     found = []
     for loop in _find_cycles(edges, nodes):
         # nothing is repeated without what comes first
-        nested = _find_loops(edges, loop - {min(loop)})
-        found += [(loop, [one for one, _ in nested]), *nested]
+        found += [loop, *_find_loops(edges, loop - {min(loop)})]
     return found
+
+
+def _loads_scalars(code: list[Instruction], loop: set[int]) -> bool:
+    """Tell whether a loop loads no more than both parameters of up to four Gaussians, and stores nothing."""
+    moved = [code[i] for i in loop if code[i].bits]
+    return len(moved) <= 8 and all(step.loads and step.bits <= 32 for step in moved)
 
 
 def _find_cycles(edges: list[list[int]], nodes: set[int]) -> list[set[int]]:
@@ -77,12 +83,6 @@ def _find_cycles(edges: list[list[int]], nodes: set[int]) -> list[set[int]]:
             if len(component) > 1:
                 cycles.append(component)
     return cycles
-
-
-def _count_bits(code: list[Instruction], loop: set[int], inner: list[set[int]]) -> int:
-    """Return the bits that a turn of a loop loads itself."""
-    nested = set().union(*inner)
-    return sum(code[i].bits for i in loop if code[i].loads and i not in nested)
 
 
 def _find_turn(edges: list[list[int]], loop: set[int], detours: set[int]) -> set[int]:

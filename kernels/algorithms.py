@@ -110,7 +110,7 @@ GATE = Algorithm(
     reads_again=(1, 2),
 )  # fmt: skip
 # x - mean is alive while Gaussians are added where chunks clamp
-BACKWARD_STABLE = tiles.BACKWARD_MIXTURE._replace(together=16, strided=32, streamed_vector=4)
+BACKWARD_STABLE = tiles.BACKWARD_MIXTURE._replace(together=16, strided=32, streamed=16, streamed_vector=4)
 STABLE = Algorithm(
     name="stable",
     function="stable_mixture_attention",
