@@ -30,7 +30,7 @@ from torch import Tensor
 
 from . import passes
 from .algorithms import STABLE
-from .blocks import add_products, find_h, inverse_count, inverse_count_less_one, multiply_rounded
+from .blocks import add_blocks, add_products, find_h, inverse_count, inverse_count_less_one, multiply_rounded
 from .host import Call, Numbers
 from .mixture_blocks import (
     FAR,
@@ -64,6 +64,7 @@ from .stable_blocks import (
     load_gaussians,
     load_product,
     measure,
+    multiply,
     pass_directly,
     store_parameter_totals,
     weigh,
@@ -103,7 +104,7 @@ def stable_forward(inputs, parameters, outputs, _settings, extent, RESIDUAL: tl.
         frame = find_frame(product, centred.mean_error, inv_var, reach)
         shown = hide_padding(x, tile.valid, padding)
         _f, s, _q = measure(centred.blocks, centred.mean_error, product, frame, shown)
-        weights, _gaps, _equal = weigh(s, frame, shown, tile.valid, centred.inv_count, inputs.mask, padding)
+        weights, _equal = weigh(s, frame, shown, tile.valid, centred.inv_count, inputs.mask, padding)
         store_outputs(outputs, x, raw, weights, padding, tile, view, RESIDUAL, PLAN)
         index = next_tile(index, walk.index_step, view)
 
@@ -115,7 +116,7 @@ def stable_backward(inputs, parameters, dx, partials, _settings, extent, RESIDUA
     walk = start_walk(view, BACKWARDS=False)
     product = load_product(parameters, walk.head, None, view, PLAN)
     padding = None if inputs.padding is None else float_of(inputs.padding, PLAN.ACC)
-    free, totals = zero_blocks(3, 1, 1, PLAN.ACC), zero_blocks(2, 1, PLAN.K, PLAN.ACC)
+    free, totals = zero_blocks(2, 1, 1, PLAN.ACC), zero_blocks(2, 1, PLAN.K, PLAN.ACC)
     index = walk.index
     for _ in range(walk.first_tile, view.n_tiles, walk.tile_step):
         # the forward pass again
@@ -127,25 +128,24 @@ def stable_backward(inputs, parameters, dx, partials, _settings, extent, RESIDUA
         frame = find_frame(product, mean_error, inv_var, reach)
         shown = hide_padding(x, tile.valid, padding)
         f, s, _q = measure(d, mean_error, product, frame, shown)
-        weights, gaps, equal = weigh(s, frame, shown, tile.valid, inv_count, inputs.mask, padding)
-        # sums over the chunk of what reaches the weights
-        h = find_h(gradients, x, padding)
+        weights, equal = weigh(s, frame, shown, tile.valid, inv_count, inputs.mask, padding)
+        h = find_h(gradients, x, padding)  # what reaches the weights, and its sums
         sum_h = tl.sum(add_products(h, weights), 0)[None, :]
         he = find_he(h, weights, sum_h, frame, equal, padding)
-        direct = pass_directly(gradients, x, weights, padding)
-        hef, heq = tl.sum(add_products(he, f), 0)[None, :], -tl.sum(add_products(he, gaps), 0)[None, :]
+        direct, hef = pass_directly(gradients, x, weights, padding), multiply(he, f)
+        sum_hef, heq = tl.sum(add_blocks(hef), 0)[None, :], tl.sum(add_products(hef, f), 0)[None, :]
         inside = columns_inside(tile.position, view) & (inv_count > 0)
         unclamped = inside & ~frame.clamps
-        free = add_lists(free, [tl.zeros([1, 1], PLAN.ACC), sum_columns(hef, unclamped), sum_columns(heq, unclamped)])
+        free = add_lists(free, [sum_columns(sum_hef, unclamped), sum_columns(heq, unclamped)])
         if frame.any_clamps:
             heq, totals = add_clamped(totals, heq, d, mean_error, he, product, frame, inside)
         if dx is not None:
-            sums = Sums(sum_h, hef * inv_count, heq * inv_var * inverse_count_less_one(inv_count))
-            grad = differentiate_x(direct, d, mean_error, he, f, sums)
+            sums = Sums(sum_h, sum_hef * inv_count, heq * inv_var * inverse_count_less_one(inv_count))
+            grad = differentiate_x(direct, d, mean_error, hef, sums)
             store_dx(dx, grad, gradients.raw, tile, view, RESIDUAL, PLAN)
         index = next_tile(index, walk.index_step, view)
     if partials is not None:
-        store_parameter_totals(partials, free, totals, product)
+        store_parameter_totals(partials, zero_blocks(1, 1, 1, PLAN.ACC) + free, totals, product)
 
 
 @triton.jit
@@ -267,8 +267,7 @@ def merge_stable_sums(strips, parameters, numbers, extent, PADDED: tl.constexpr,
     free_h = sum_h * scale
     factor = tl.where(scale < 0, 0.0, product.a * inv_var * scale)
     hef = factor * (sum_hf - multiply_rounded(free_h, sum_wf))
-    heq = -factor * (sum_hu - multiply_rounded(free_h, sum_wu))
-    slope = heq * inv_var * inverse_count_less_one(inv_count)
+    slope = factor * (multiply_rounded(free_h, sum_wu) - sum_hu) * inv_var * inverse_count_less_one(inv_count)
     store_numbers(numbers.sums, head, position, view, [scale, free_h, hef * inv_count, slope])
 
 
@@ -294,12 +293,13 @@ def stable_backward_streamed(
         f, s, _q = measure(d, chunk.mean_error, product, frame, shown)
         weights = weigh_blocks(s, chunk, frame, shown, tile.valid, padding)
         he = find_he(find_h(gradients, x, padding), weights, chunk.sums.free_h, frame, chunk.scale < 0, padding)
+        hef = multiply(he, f)
         if dx is not None:
             direct = pass_directly(gradients, x, weights, padding)
-            grad = differentiate_x(direct, d, chunk.mean_error, he, f, chunk.sums)
+            grad = differentiate_x(direct, d, chunk.mean_error, hef, chunk.sums)
             store_dx(dx, grad, gradients.raw, tile, view, RESIDUAL, PLAN)
         if partials is not None:
-            free = add_free(free, he, f, frame)
+            free = add_free(free, he, hef, f, frame)
             if frame.any_clamps:
                 _heq, totals = add_clamped(totals, frame.limit, d, chunk.mean_error, he, product, frame, inside)
     if partials is not None:

@@ -240,16 +240,15 @@ def where_equal(weights, equal, valid, inv_count):
 
 @triton.jit
 def weigh(s, frame, shown, valid, inv_count, mask, padding):
-    """Return (weights, gaps, which chunks have equal ones by default) of a tile that holds whole chunks."""
+    """Return (weights, which chunks have equal ones by default) of a tile that holds whole chunks."""
     min_s = where_nonempty(tl.min(minimum_of(s), 0)[None, :], inv_count, mask, 0.0)
-    gaps = [min_s - block for block in s]
-    relative = weigh_gaps(gaps, frame.log2_factor, shown)
+    relative = weigh_gaps([min_s - block for block in s], frame.log2_factor, shown)
     total = where_nonempty(tl.sum(add_blocks(relative), 0)[None, :], inv_count, mask, 1.0)
     scale, equal = reciprocal(total), (total == 0) | (frame.log2_factor == 0)
     weights = [block * scale for block in relative]
     if padding is not None:
         weights = where_equal(weights, equal, valid, inv_count)
-    return weights, gaps, equal
+    return weights, equal
 
 
 @triton.jit
@@ -263,6 +262,15 @@ def find_he(h, weights, sum_h, frame, equal, padding):
 
 
 @triton.jit
+def multiply(a, b):
+    """Return the products of two lists of blocks."""
+    blocks = []
+    for i in tl.static_range(len(a)):
+        blocks = blocks + [a[i] * b[i]]
+    return blocks
+
+
+@triton.jit
 def pass_directly(gradients, x, weights, padding):
     """Return what dx has of grad_y directly, of every block, but for the residual."""
     direct = []
@@ -273,11 +281,11 @@ def pass_directly(gradients, x, weights, padding):
 
 
 @triton.jit
-def differentiate_x(direct, d, mean_error, he, f, sums):
+def differentiate_x(direct, d, mean_error, hef, sums):
     """Return dx of every block but the residual's part."""
     constant, grad = sums.mean_ke - sums.slope * mean_error, []
     for i in tl.static_range(len(d)):
-        grad = grad + [direct[i] + (constant + sums.slope * d[i] - he[i] * f[i])]
+        grad = grad + [direct[i] + (constant + sums.slope * d[i] - hef[i])]
     return grad
 
 
@@ -301,11 +309,8 @@ def add_clamped(totals, heq, d, mean_error, he, product, frame, inside):
 
 
 @triton.jit
-def add_free(sums, he, f, frame):
+def add_free(sums, he, hef, f, frame):
     """Return Σ he, Σ he·f, Σ he·f² of every place in a block with those of a tile, of columns that do not clamp."""
-    hef = []
-    for i in tl.static_range(len(he)):
-        hef = hef + [he[i] * f[i]]
     more = [add_blocks(he), add_blocks(hef), add_products(hef, f)]
     return add_lists(sums, [tl.where(frame.clamps, 0.0, block) for block in more])
 

@@ -1,0 +1,30 @@
+"""What the audit leaves out of machine code: loops that only some chunks take."""
+
+from bench.detours import skip_detours
+from bench.machine_code import instructions
+
+CODE = """
+        /*0000*/                   MOV R1, R2 ;
+.L_tile:
+        /*0010*/                   LDG.E.128 R4, desc[UR14][R2.64] ;
+        /*0020*/              @!P0 BRA `(.L_fast) ;
+.L_gaussian:
+        /*0030*/                   LDG.E R8, desc[UR14][R2.64] ;
+        /*0040*/               @P1 BRA `(.L_gaussian) ;
+        /*0050*/                   FMUL R4, R4, R8 ;
+.L_fast:
+        /*0060*/                   STG.E.128 desc[UR14][R2.64], R4 ;
+        /*0070*/              @!P2 BRA `(.L_tile) ;
+        /*0080*/                   EXIT ;
+"""
+
+
+def test_what_leads_through_a_loop_over_scalars_is_left_out():
+    names = [step.name for step in skip_detours(instructions(CODE))]
+    assert names == ["MOV", "LDG.E.128", "BRA", "STG.E.128", "BRA", "EXIT"]
+
+
+def test_other_code_stays():
+    """Check a loop inside that moves as much as the one around it, and code without one."""
+    for text in (CODE.replace("LDG.E R8", "LDG.E.128 R8"), CODE.replace("@P1 BRA", "@P1 MOV")):
+        assert skip_detours(instructions(text)) == instructions(text)
