@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .operands import Layout, acc_dtype, axis_is_fastest, find_longest, inner_dim, power_of_2
+from .operands import SHORT, Layout, acc_dtype, axis_is_fastest, find_longest, inner_dim, power_of_2
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,6 @@ class Tile:
 
 LONGEST_CONTIGUOUS, LONGEST_STRIDED = 4096, 256  # positions of a chunk that stays on chip
 ALONE = 24  # the longest chunk of columns that one thread has
-LAST = 2048  # the longest row that the tables of lengths have
 
 
 class Budget(NamedTuple):
@@ -126,21 +125,22 @@ def _doublings(n_gaussians: int) -> int:
 
 # --- The lengths that tiles are made for ----------------------------------------------------------
 # A tile serves all chunks down to the next shorter one of these lengths, so that a training loop whose lengths change
-# compiles few kernels: at most a quarter more is masked than in a tile of a chunk's own length. Rows that are read one
-# element at a time have more of them: authors' models have 187 to 189, 750 and 937 positions.
-ALIGNED = (8, 16, 32, 48, 64, 96, 128, 192, 224, 256, 384, 512, 768, 1024, 1536, 2048)
-NARROW = (
-    1, 2, 3, 4, 8, 16, 32, 48, 64, 96, 128, 160, 192, 240, 320, 416, 512, 640, 768, 960, 1152, 1408, 1792, 2048,
+# compiles few kernels: at most some quarter more is masked than in a tile of a chunk's own length. The authors' models
+# have rows of 187 to 189, 750 and 937 positions, layers of an encoder are 12, 24 or 48, and one more.
+ROWS = (
+    1, 2, 3, 4, 8, 16, 32, 48, 64, 96, 128, 160, 192, 240, 320, 416, 512, 640, 768, 960, 1152, 1408, 1792, SHORT,
 )  # fmt: skip
-STRIDED = (1, 2, 3, 4, 6, 8, 10, 12, 16, 20, 24, 32, 40, 52, 64, 80, 96, 128, 160, 192, 256)
-WHOLE = (768,)  # aligned rows of these lengths, and of powers of two, have a kernel of their own, without a mask
+COLUMNS = (1, 2, 3, 4, 6, 8, 10, 12, 16, 20, 24, 32, 40, 52, 64, 80, 96, 128, 160, 192, 256)
 
 
 def find_lengths(layout: Layout) -> tuple[int, int]:
-    """Return (low, high): a tile made for chunks of high positions serves all that have more than low. Beyond the last
-    of the tables there are eight lengths between a power of two and the next.
+    """Return (low, high): a tile made for chunks of high positions serves all that have more than low. Rows that have
+    kernels of their own (`operands.ALIGNED`) have tiles of their own, and beyond the last of the tables there are eight
+    lengths between a power of two and the next.
     """
-    table = (NARROW if layout.unit == 1 else ALIGNED) if layout.contiguous else STRIDED
+    table = ROWS if layout.contiguous else COLUMNS
+    if layout.contiguous and layout.unit > 1 and layout.longest <= SHORT:
+        return layout.longest - 1, layout.longest
     i = bisect.bisect_left(table, layout.longest)
     if i < len(table):
         return table[i - 1] if i else 0, table[i]
@@ -152,14 +152,13 @@ def find_lengths(layout: Layout) -> tuple[int, int]:
 def count_ragged(layout: Layout, tile: Tile) -> int:
     """Return how many blocks of a tile that holds whole chunks, the last ones, positions may stand outside of: as many
     as for the shortest chunks that it serves. Those of heads of unequal length may be shorter; they share the kernels
-    of others but where masks cost much, aligned rows and columns of one thread.
+    of others but where masks cost much, columns of one thread and long rows.
     """
     low, high = find_lengths(layout)
-    popular = layout.contiguous and layout.unit > 1 and (high in WHOLE or high == power_of_2(high))
-    if layout.chunk == tile.length and (popular or high == low + 1 or high > LAST):
+    if layout.chunk == tile.length and (high == low + 1 or high > SHORT):
         return 0
-    shortest, dear = low + 1, layout.unit > 1 if layout.contiguous else high <= ALONE
-    if layout.longest > layout.chunk or not dear:
+    shortest, dear = low + 1, high > SHORT if layout.contiguous else high <= ALONE
+    if layout.longest > layout.chunk or not (dear or high == low + 1):
         shortest = max(0, shortest - (layout.heads - 1))
     return tile.n_blocks - shortest // tile.rows
 

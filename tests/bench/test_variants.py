@@ -15,7 +15,7 @@ import triton.language as tl
 
 from bench import variants
 from bench.aot import Launch, recording
-from daam.kernels import density, tiles
+from daam.kernels import density, operands, tiles
 
 
 @triton.jit
@@ -77,10 +77,10 @@ def test_lengths_that_an_algorithm_takes():
 
 # Where tiles change: lengths that they are made for, and the next, aligned and not.
 CHANGES = sorted({
-    n + more for table in (tiles.ALIGNED, tiles.NARROW, tiles.STRIDED) for n in table for more in (-8, -1, 0, 1, 8)
+    n + more for table in (operands.ALIGNED, tiles.ROWS, tiles.COLUMNS) for n in table for more in (-8, -1, 0, 1, 8)
     if 0 < n + more <= 2000
 } | {257, 512, 1000, 1024, 2000})  # fmt: skip
-MOST = {("(8, n, 768), norm_axis 1", 1): 28, ("(4, 64, n), norm_axis 2", 1): 48, ("(4, 64, n), norm_axis 2", 4): 36}
+MOST = {("(8, n, 768), norm_axis 1", 1): 28, ("(4, 64, n), norm_axis 2", 1): 36, ("(4, 64, n), norm_axis 2", 4): 36}
 
 
 @pytest.mark.parametrize("algorithm", variants.ALGORITHMS)
@@ -93,9 +93,9 @@ def test_few_kernels_serve_many_lengths(tensor, heads, algorithm):
 
 
 @pytest.mark.parametrize("algorithm", variants.ALGORITHMS)
-@pytest.mark.parametrize(("tensor", "most"), zip(variants.TENSORS, (20, 28), strict=True))
+@pytest.mark.parametrize(("tensor", "most"), zip(variants.TENSORS, (20, 20), strict=True))
 def test_a_training_loop_compiles_few_kernels(tensor, most, algorithm):
-    """Check a hundred random lengths; the most of 200 draws are 19 and 28."""
+    """Check a hundred random lengths."""
     lengths = random.Random(0).sample(range(1, 2001), 100)
     for launches in variants.record_lengths(algorithm, tensor, torch.bfloat16, 1, lengths).values():
         counts = variants.count_variants(launches)
