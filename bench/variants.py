@@ -67,7 +67,8 @@ def record_lengths(
     shape_of, axis, follows = TENSORS[tensor]
     follows, found = follows and ALGORITHMS[algorithm].features, {"forward": [], "backward": []}
     for n in lengths:
-        if n < heads * (2 if algorithm == "mixture" else 1) or (algorithm == "density" and n % heads):
+        least = 2 if algorithm in ("mixture", "stable") else 1  # positions of a head, whose variance may be unbiased
+        if n < heads * least or (algorithm == "density" and n % heads):
             continue
         shape = shape_of(n)
         columns = shape[-1] if follows else 1 if algorithm == "density" else 4

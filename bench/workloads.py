@@ -2,7 +2,7 @@
 
 workloads("cuda")     # on a GPU; "cpu": small versions of the same
 
-Whole modules are in `wholes.py`.
+Whole modules are in `modules.py`.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from .operands import Extent, Inputs, Layout, Strided, acc_dtype, encode, encode
 class Constants(NamedTuple):
     """Hold what a kernel is compiled for (PLAN): blocks of a tile, its positions x columns, and how many; in how many
     of them, the last, positions may stand outside, and whether columns may; the unit of x's strides; the dtypes of
-    arithmetic and of offsets in a tile; what parameters vary along; and the Gaussians of a head, for the mixture the
+    arithmetic and of offsets in a tile; what parameters vary along; and the Gaussians of a head, for both mixtures the
     next power of two.
     """
 
@@ -34,7 +34,7 @@ class Constants(NamedTuple):
 
 
 class Numbers(NamedTuple):
-    """Hold numbers of streamed chunks or None: statistics, the mixture's scale of weights, the backward pass's sums."""
+    """Hold numbers of streamed chunks or None: statistics, the mixtures' scale of weights, the backward pass's sums."""
 
     stats: Strided
     scales: Strided | None = None

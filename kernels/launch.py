@@ -100,7 +100,7 @@ def _launch(kernel, grid: tuple[int, int], args: tuple, device: torch.device, co
 def traits(args: tuple, found: list | None = None) -> list:
     """Return what Triton compiles a kernel for, of each argument: the dtype of a tensor, and whether its data begin at
     a multiple of 16 bytes, which strides do not tell; that a float is one; of an integer whether it is 1 or a multiple
-    of 16, for which its value stands. The same of what tuples hold; strides and `Extent` hold nothing but integers,
+    of 16, for which its value stands. The same of what tuples hold; strides and `Extent` hold integers and None,
     `Split` floats. found: a list to append to.
     """
     found = [] if found is None else found

@@ -23,9 +23,9 @@ SHORT = 2048  # positions of a row whose accesses are of 8 elements or of one
 
 
 class Strided(NamedTuple):
-    """Hold a tensor as kernels take it: its data and its strides in elements, axis first, then inner, then outer from
-    the fastest. No strides: those of x. One less: none along the inner dimension, the same for all of it. (Not None,
-    which Triton 3.6 does not return inside a tuple.)
+    """Hold a tensor as kernels take it: its data and its strides in elements, of numbers and sums encoded, axis first,
+    then inner, then outer from the fastest. No strides: those of x. One less: none along the inner dimension, the same
+    for all of it. (Not None, which Triton 3.6 does not return inside a tuple.)
     """
 
     data: Tensor
@@ -147,7 +147,11 @@ class Layout:
         if any(s.count(1) > 1 for s in strides):
             return 1
         steps = {step for s in strides for step in s if step != 1}
-        steps |= {self.chunk, self.length} if self.contiguous else {self.inner}
+        down, across, *_ = self.operands[0].strides
+        if self.contiguous or down == 1:
+            steps |= {self.chunk, self.length}
+        if not self.contiguous or across == 1:  # an expanded x may have either stride 0
+            steps |= {self.inner}
         units = (8, 4) if self.contiguous and self.chunk > SHORT else (8,)
         fits = max(steps) < 2**31  # multiplied by the unit in 32 bits
         return next((unit for unit in units if fits and not any(step % unit for step in steps)), 1)

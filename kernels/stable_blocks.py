@@ -31,7 +31,7 @@ NARROWEST, WIDEST = tl.constexpr(0.01), tl.constexpr(10.0)  # what c is clamped 
 FARTHEST = tl.constexpr(10.0)  # of u, on either side
 # Chunks clamp as if they reached six standard deviations, which those up to 36 positions do not pass: where an offset
 # is beyond four. So where none clamps p is m, and no Gaussian clamps there
-NEAR, SHORT = tl.constexpr(0.4), tl.constexpr(36)
+NEAR, UNCLAMPED = tl.constexpr(0.4), tl.constexpr(36)
 
 
 class Parameters(NamedTuple):
@@ -146,7 +146,7 @@ def centre_chunks(x, tile, mask, parameters, length, view, PLAN: tl.constexpr):
     inv_var = invert_variance(chunk.squares, inv_divisor, chunk.inv_count, mask, parameters.eps)
     if PLAN.RAGGED_C:  # columns outside would clamp
         inv_var = tl.where(columns_inside(tile.position, view), inv_var, 0.0)
-    if PLAN.BLOCK_P * PLAN.N_BLOCKS <= SHORT:
+    if PLAN.BLOCK_P * PLAN.N_BLOCKS <= UNCLAMPED:
         return chunk, inv_var, tl.sqrt(chunk.squares)
     else:
         return chunk, inv_var, find_reach(chunk.blocks, tile.valid)

@@ -76,7 +76,7 @@ class Budget(NamedTuple):
     def divide(self, divisor: int, least: int = 1) -> Budget:
         """Return a budget of the same vectors and chunks for so many times the numbers an element."""
         elements = ("contiguous", "contiguous_full", "contiguous_most", "strided", "strided_masked", "strided_full")
-        names = (*elements, "together", "strided_long", "strided_alone", "streamed", "streamed_full")
+        names = (*elements, "long", "together", "strided_long", "strided_alone", "streamed", "streamed_full")
         return self._replace(**{name: max(least, getattr(self, name) // divisor) for name in names})
 
 

@@ -4,7 +4,7 @@ A tile is N_BLOCKS blocks [BLOCK_P, BLOCK_C], one below the other: positions of 
 an element for each of them is a list of blocks. Blocks are as wide as one load a thread, so that sums over a chunk
 add registers first and cross lanes last, and so few that hardly any stand outside a chunk.
 
-PLAN is `host.Constants`, view an `operands.Extent` with its eighths multiplied out. Tensors come as `operands.Strided`,
+PLAN is `host.Constants`, view an `operands.Extent` decoded. Tensors come as `operands.Strided`,
 or None.
 """
 

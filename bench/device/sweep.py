@@ -29,7 +29,7 @@ TRIED = {
     ],
     "contiguous": [dict.fromkeys(CONTIGUOUS, n) | {"contiguous_vector": v} for n in (8, 16, 32, 64) for v in (4, 8)],
     "streamed": [{"streamed": n, "streamed_full": n, "streamed_vector": v} for n in (8, 16, 32) for v in (4, 8)],
-    # on chip, of chunks that are streamed else
+    # on chip, also of chunks that are streamed else
     "long rows": [
         dict.fromkeys((*CONTIGUOUS, "long"), n) | {"contiguous_vector": v, "longest_contiguous": 32_768}
         for n in (16, 32, 64)

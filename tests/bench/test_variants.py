@@ -1,6 +1,7 @@
 """Kernels that launches need, as many as Triton compiles."""
 
 import os
+import random
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ import triton.language as tl
 
 from bench import variants
 from bench.aot import Launch, recording
-from daam.kernels import density
+from daam.kernels import density, tiles
 
 
 @triton.jit
@@ -70,8 +71,35 @@ def test_lengths_that_an_algorithm_takes():
         name: len(variants.record_lengths(name, tensor, torch.bfloat16, 4, range(10))["forward"])
         for name in ("density", "mixture", "gate")
     }
-    # of lengths 4 and 8; 8 and 9, which is two parts; 4 to 9, of which four are
-    assert found == {"density": 2, "mixture": 3, "gate": 9 + 1}
+    # of lengths 4 and 8; 8 and 9; 4 to 9
+    assert found == {"density": 2, "mixture": 2, "gate": 6}
+
+
+# Where tiles change: lengths that they are made for, and the next, aligned and not.
+CHANGES = sorted({
+    n + more for table in (tiles.ALIGNED, tiles.NARROW, tiles.STRIDED) for n in table for more in (-8, -1, 0, 1, 8)
+    if 0 < n + more <= 2000
+} | {257, 512, 1000, 1024, 2000})  # fmt: skip
+MOST = {("(8, n, 768), norm_axis 1", 1): 28, ("(4, 64, n), norm_axis 2", 1): 48, ("(4, 64, n), norm_axis 2", 4): 36}
+
+
+@pytest.mark.parametrize("algorithm", variants.ALGORITHMS)
+@pytest.mark.parametrize(("tensor", "heads"), MOST, ids=str)
+def test_few_kernels_serve_many_lengths(tensor, heads, algorithm):
+    """Check how many kernels a pass needs of all lengths up to 2000, those of heads of unequal length included."""
+    for launches in variants.record_lengths(algorithm, tensor, torch.bfloat16, heads, CHANGES).values():
+        counts = variants.count_variants(launches)
+        assert sum(counts.values()) <= MOST[tensor, heads], counts
+
+
+@pytest.mark.parametrize("algorithm", variants.ALGORITHMS)
+@pytest.mark.parametrize(("tensor", "most"), zip(variants.TENSORS, (20, 28), strict=True))
+def test_a_training_loop_compiles_few_kernels(tensor, most, algorithm):
+    """Check a hundred random lengths; the most of 200 draws are 19 and 28."""
+    lengths = random.Random(0).sample(range(1, 2001), 100)
+    for launches in variants.record_lengths(algorithm, tensor, torch.bfloat16, 1, lengths).values():
+        counts = variants.count_variants(launches)
+        assert sum(counts.values()) <= most, counts
 
 
 def test_a_line_a_pass(capsys, monkeypatch):

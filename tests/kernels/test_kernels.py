@@ -106,6 +106,8 @@ OTHERS = [
     Case((1, 2500), 1, mask=True),
     Case((1, 3071), 1, heads=3, layout="sliced", residual=True),
     Case((1025, 3), 0, heads=2, mask=True),  # all heads but the last have an empty strip
+    Case((8, 40), 1, heads=3, layout="expanded"),  # strides 0 and 1, in units of 8 neither way
+    Case((64, 13), 0, layout="expanded"),
     Case((2, 3, 2200), 2, grads="expanded"),
     Case((2, 24, 64), 1),
     Case((32, 256), -1),

@@ -6,8 +6,12 @@ import pytest
 import torch
 from helpers import GRADS, LAYOUTS, strided
 
+from daam.kernels import tiles
 from daam.kernels.operands import find_layout, varies
 from daam.reference.chunks import parts
+
+pytest.importorskip("triton")
+from daam.kernels import host
 
 GENERATOR = torch.Generator().manual_seed(0)
 
@@ -68,6 +72,15 @@ def test_what_merges(shape, axis, feature_axis, sizes, inner):
     plan = find_layout(torch.empty(shape), [], axis, 1, feature_axis)
     assert (plan.sizes, plan.inner) == (sizes, inner)
     assert plan.contiguous == (axis == len(shape) - 1 or inner == 1)
+
+
+@pytest.mark.parametrize("layout", [*LAYOUTS, "expanded"])
+@pytest.mark.parametrize("shape", [(8, 40), (40, 8), (16, 24, 64), (2, 13, 64), (3, 4100), (2, 4101)], ids=str)
+def test_what_kernels_decode_is_what_was_encoded(shape, layout):
+    x = strided(shape, layout, torch.float16, GENERATOR)
+    for axis, heads in itertools.product(range(x.dim()), (1, 2, 3)):
+        found = host.plan(tiles.FORWARD, 1, 2, axis, heads, None, False, (x.shape, x.stride(), x.dtype), None)
+        assert found.encoded.decode(found.constants["PLAN"].UNIT) == found.extent
 
 
 def test_what_does_not_merge_in_one_tensor_merges_in_none():
