@@ -24,7 +24,7 @@ CASES = {
     ("columns", False): ((Case((2, 26, 21), 1, 2, mask=True, residual=True), BF16), (Case((5, 13, 41), 1), FP32)),
     ("columns", True): ((Case((2, 600, 5), 1, 2, mask=True, residual=True), BF16), (Case((1, 290, 21), 1), FP32)),
     ("rows", False): ((Case((5, 150), 1, 2, mask=True, residual=True), BF16), (Case((6, 1500), 1), FP32)),
-    ("rows", True): ((Case((2, 4200), 1, mask=True, residual=True), BF16), (Case((1, 9000), 1, weights=False), FP32)),
+    ("rows", True): ((Case((2, 4200), 1, mask=True, residual=True), BF16), (Case((1, 16_500), 1, weights=False), FP32)),
 }  # fmt: skip
 IN_FP16 = (Case((7, 50), 1, 2), FP16), (Case((4, 13, 9), 1), FP16)
 SAMPLE = [

@@ -38,7 +38,7 @@ KERNELS = Path(daam.kernels.__file__).parent
 ROWS, COLUMNS = CASES["rows", False], CASES["columns", False]
 algorithms = pytest.mark.parametrize("algorithm", ALGORITHMS)
 sample = pytest.mark.parametrize(("case", "dtype"), SAMPLE, ids=str)
-WHOLE = (2, 16, 64)  # fills its tiles: the compiler fuses no product that a select follows
+WHOLE = (32, 64)  # fills its tiles: the compiler fuses no product that a select follows
 BARRIER = re.compile(r"bar\.sync\s+0;")
 STORED_BY_SOME = re.compile(r"@!?%p\d+\s+(?=st\.global)")
 
@@ -74,7 +74,7 @@ def test_agrees_with_float64(case, dtype):
 
 
 @pytest.mark.emulated
-@pytest.mark.parametrize("shape", [WHOLE, (32, 64), (1, 290, 21), (2, 5000)], ids=str)
+@pytest.mark.parametrize("shape", [WHOLE, (2, 16, 64), (1, 290, 21), (2, 5000)], ids=str)
 def test_a_narrow_gaussian(shape):
     assert all(error < 1e-5 for error in narrow_errors(shape))
 
@@ -88,7 +88,7 @@ def test_a_narrow_gaussian(shape):
         ((64, 4), "one"),
         ((8, 1024), "one"),
         ((1, 600, 21), "features"),
-        ((1, 5000), "one"),
+        ((1, 17_000), "one"),
     ],
 )
 def test_a_constant_chunk(shape, params):
