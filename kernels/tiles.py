@@ -40,7 +40,7 @@ class Tile:
 
 
 LONGEST_CONTIGUOUS, LONGEST_STRIDED = 4096, 256  # positions of a chunk that stays on chip
-ALONE = 24  # the longest chunk of columns that one thread has
+ALONE = 24  # the longest chunk of columns that one thread has: layers of a large encoder, with a kernel of their own
 
 
 class Budget(NamedTuple):
@@ -155,7 +155,7 @@ def count_ragged(layout: Layout, tile: Tile) -> int:
     of others but where masks cost much, columns of one thread and long rows.
     """
     low, high = find_lengths(layout)
-    if layout.chunk == tile.length and (high == low + 1 or high > SHORT):
+    if layout.chunk == tile.length and (high in (low + 1, ALONE) or high > SHORT):
         return 0
     shortest, dear = low + 1, high > SHORT if layout.contiguous else high <= ALONE
     if layout.longest > layout.chunk or not (dear or high == low + 1):
@@ -209,7 +209,7 @@ def find_tile(
         if fits < high <= budget.longest_long and not (mask or weights or along == "chunk"):
             # lanes that share a chunk shuffle for every sum: few do where loads are narrow
             tile = _strided(high, shared(budget.strided_long), 0, shared(2), shared(2))
-        elif high % tile.rows:
+        elif high % tile.rows or layout.chunk < high == ALONE:  # which with masks would spill
             tile = _strided(high, shared(fits), *limits)
     if tile.num_warps > 16:  # fewer columns instead
         tile = replace(tile, columns=max(1, tile.columns * 16 // tile.num_warps), num_warps=16)
