@@ -64,7 +64,7 @@ def _count_loaded(code: list[Instruction], num_warps: int) -> float:
 
 def extent_of(recorded: Launch) -> Extent:
     """Return the extent of a launch whose kernel takes one, decoded, chunks as long as they are on average."""
-    extent = recorded.args[-1].decode(recorded.meta["PLAN"].UNIT)
+    extent = recorded.args[-1].decode(recorded.meta["PLAN"].UNIT, recorded.meta["PLAN"].FASTEST)
     more = 0 if extent.longest is None else extent.longest - extent.chunk
     return extent._replace(chunk=extent.chunk + more / recorded.grid[1])
 

@@ -10,15 +10,15 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launch, tiles
-from .operands import Extent, Inputs, Layout, Strided, acc_dtype, encode, encode_stride, find_layout, varies
+from .operands import Extent, Inputs, Layout, Strided, acc_dtype, encode, find_layout, varies
 
 
 # --- Plans ----------------------------------------------------------------------------------------
 class Constants(NamedTuple):
     """Hold what a kernel is compiled for (PLAN): blocks of a tile, its positions x columns, and how many; in how many
-    of them, the last, positions may stand outside, and whether columns may; the unit of x's strides; the dtypes of
-    arithmetic and of offsets in a tile; what parameters vary along; and the Gaussians of a head, for both mixtures the
-    next power of two.
+    of them, the last, positions may stand outside, and whether columns may; the unit of x's strides, and which of them
+    is 1 (`operands.Extent`); the dtypes of arithmetic and of offsets in a tile; what parameters vary along; and the
+    Gaussians of a head, for both mixtures the next power of two.
     """
 
     BLOCK_P: int
@@ -27,6 +27,7 @@ class Constants(NamedTuple):
     RAGGED_P: int
     RAGGED_C: bool
     UNIT: int
+    FASTEST: int
     ACC: tl.dtype
     INDEX: tl.dtype
     VARIES: str
@@ -91,6 +92,7 @@ def plan(
         ragged = tiles.count_ragged(layout, tile)
     constants = Constants(
         tile.rows, tile.columns, tile.n_blocks, ragged, layout.inner % tile.columns != 0, layout.unit,
+        layout.fastest,
         tl.float64 if acc_dtype(x) == torch.float64 else tl.float32,
         tl.int32 if tiles.index_bits(layout, tile) == 32 else tl.int64, along, gaussians,
     )  # fmt: skip
@@ -106,9 +108,10 @@ def plan(
         programs = extent.n_tiles * n_strips
     merged = constants._replace(BLOCK_P=tiles.STRIPS, N_BLOCKS=1, RAGGED_P=0)
     return Plan(
-        tile, extent, extent.encode(layout.unit), programs, sum_programs, sum_programs // (n_strips * n_together),
-        strides, stats_shape, stats_strides, streamed and tiles.worth_keeping(x, axis, heads),
-        {"PLAN": constants, "num_warps": tile.num_warps}, {"PLAN": merged, "num_warps": 4},
+        tile, extent, extent.encode(layout.unit, layout.fastest), programs, sum_programs,
+        sum_programs // (n_strips * n_together), strides, stats_shape, stats_strides,
+        streamed and tiles.worth_keeping(x, axis, heads), {"PLAN": constants, "num_warps": tile.num_warps},
+        {"PLAN": merged, "num_warps": 4},
     )  # fmt: skip
 
 
@@ -187,8 +190,7 @@ class Call:
             return None
         n_params = 1 if self.feature_axis is None else self.n_params
         t = self.x.new_empty((n, self.heads, groups, n_params), dtype=acc_dtype(self.x))
-        distance, head_stride, *inner_strides = t.stride()
-        return Strided(t, (encode(distance), encode(head_stride), *map(encode_stride, inner_strides)))
+        return Strided(t, tuple(map(encode, t.stride())))
 
     def launch(self, kernel, programs: int, *args, **constants) -> None:
         """Launch on a grid (programs, heads), with the constants of kernels that take tiles."""

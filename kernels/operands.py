@@ -69,25 +69,22 @@ class Extent(NamedTuple):
     longest: int | None
     inner: int
 
-    def encode(self, unit: int) -> Extent:
+    def encode(self, unit: int, fastest: int) -> Extent:
         """Return the same as kernels take it (`walk.view_of`): Triton compiles a kernel for integers that are 1, and
         for multiples of 16. What kernels are compiled for is the unit of which strides, and the length of what has
-        stride 1, are multiples.
+        stride 1, are multiples, and which stride that is, of the axis (0), the inner dimension (1) or neither (-1).
         """
-        down, across, *_ = self.strides
-        unit_p, unit_c = unit if down == 1 else 1, unit if across == 1 else 1
-        longest = None if self.longest is None else encode(self.longest // unit_p)
-        return Extent(
-            tuple(map(encode, self.sizes)),
-            tuple(None if stride == 1 else encode(stride // unit) for stride in self.strides),
-            encode(self.n_tiles), encode(self.n_blocks), self.n_strips and encode(self.n_strips),
-            self.strip and encode(self.strip), encode(self.chunk // unit_p), longest, encode(self.inner // unit_c),
-        )  # fmt: skip
+        unit_p, unit_c = unit if fastest == 0 else 1, unit if fastest == 1 else 1
+        numbers = (self.n_tiles, self.n_blocks, self.n_strips, self.strip)
+        lengths = (self.chunk // unit_p, self.longest and self.longest // unit_p, self.inner // unit_c)
+        codes = (None if n is None else encode(n) for n in (*numbers, *lengths))
+        strides = (encode(stride if i == fastest else stride // unit) for i, stride in enumerate(self.strides))
+        return Extent(tuple(map(encode, self.sizes)), tuple(strides), *codes)
 
-    def decode(self, unit: int) -> Extent:
+    def decode(self, unit: int, fastest: int) -> Extent:
         """Return what was encoded, as `walk.view_of` does in kernels."""
-        strides = tuple(1 if code is None else code // 2 * unit for code in self.strides)
-        unit_p, unit_c = (unit if stride == 1 else 1 for stride in strides[:2])
+        strides = tuple(code // 2 * (1 if i == fastest else unit) for i, code in enumerate(self.strides))
+        unit_p, unit_c = unit if fastest == 0 else 1, unit if fastest == 1 else 1
         numbers = (self.n_tiles, self.n_blocks, self.n_strips, self.strip, self.chunk, self.longest, self.inner)
         units = (1, 1, 1, 1, unit_p, unit_p, unit_c)
         plain = (code and code // 2 * one for code, one in zip(numbers, units, strict=True))
@@ -97,11 +94,6 @@ class Extent(NamedTuple):
 def encode(n: int) -> int:
     """Return a number as kernels are not compiled for its value: 2n + 1 is no multiple of 16, and 1 only of 0."""
     return 2 * n + 1
-
-
-def encode_stride(stride: int) -> int | None:
-    """Return None for a stride of 1, which kernels are compiled for, and any other as they are not."""
-    return None if stride == 1 else encode(stride)
 
 
 class Split(NamedTuple):
@@ -138,6 +130,12 @@ class Layout:
         return math.prod(self.sizes)
 
     @property
+    def fastest(self) -> int:
+        """Return which stride of x is 1: 0 for the axis, 1 for the inner dimension, -1 where neither is."""
+        down, across, *_ = self.operands[0].strides
+        return 0 if down == 1 else 1 if across == 1 else -1
+
+    @property
     def unit(self) -> int:
         """Return 8, or 4, where tensors like x can be moved so many elements at a time, else 1: one stride is 1, others
         are multiples of it, and so is the length of what that one walks along. The length of whole rows, too, which is
@@ -149,10 +147,10 @@ class Layout:
         if any(s.count(1) > 1 for s in strides):
             return 1
         steps = {step for s in strides for step in s if step != 1}
-        down, across, *_ = self.operands[0].strides
-        if self.contiguous or down == 1:
+        # an expanded x may have stride 0 on the other side
+        if self.contiguous or self.fastest == 0:
             steps |= {self.chunk, self.length}
-        if not self.contiguous or across == 1:  # an expanded x may have either stride 0
+        if not self.contiguous or self.fastest == 1:
             steps |= {self.inner}
         units = (8,)
         if self.contiguous and self.longest > SHORT:

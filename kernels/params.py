@@ -8,7 +8,7 @@ together hold every parameter of a head once; gradients are sums of these, in fi
 import triton
 import triton.language as tl
 
-from .walk import columns_inside, decode_stride
+from .walk import columns_inside
 
 
 @triton.jit
@@ -94,7 +94,7 @@ def add_totals(totals, he, e, sum_he, sum_hee, column_mask, PLAN: tl.constexpr):
 @triton.jit
 def store_totals(partials, totals, walk, position, view, PLAN: tl.constexpr):
     """Store one program's totals in (2, heads, groups, P)."""
-    distance, head_stride, group_stride, _one = [decode_stride(stride, 1) for stride in partials.strides]
+    distance, head_stride, group_stride, _one = [stride >> 1 for stride in partials.strides]
     start = partials.data + walk.head * head_stride
     for i in tl.static_range(len(totals) // 2):
         if PLAN.VARIES == "chunk":
@@ -105,7 +105,7 @@ def store_totals(partials, totals, walk, position, view, PLAN: tl.constexpr):
             pointers = start + walk.first_tile // view.n_blocks * group_stride + columns
             inside = columns_inside(position, view)
         else:
-            pointers = start + walk.first_tile * group_stride + tl.zeros([1, 1], tl.int32)
+            pointers = start + walk.first_tile + tl.zeros([1, 1], tl.int32)
             inside = tl.full([1, 1], True, tl.int1)
         tl.store(pointers, totals[2 * i], inside)
         tl.store(pointers + distance, totals[2 * i + 1], inside)
@@ -132,7 +132,7 @@ def param_gradients(
     head = tl.program_id(1).to(tl.int64)
     entries = tl.program_id(0).to(tl.int64) * ENTRIES + tl.arange(0, ENTRIES)
     inside, n_groups = entries < n_entries >> 1, n_groups >> 1
-    distance, head_stride, group_stride, entry_stride = [decode_stride(stride, 1) for stride in partials.strides]
+    distance, head_stride, group_stride, entry_stride = [stride >> 1 for stride in partials.strides]
     start = partials.data + head * head_stride + entries[None, :] * entry_stride
     totals = zero_blocks(N, BLOCK, ENTRIES, tl.float64)
     for first in range(0, n_groups, BLOCK):

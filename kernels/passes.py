@@ -12,7 +12,7 @@ from torch import Tensor
 from . import launch
 from .algorithms import Algorithm
 from .host import Call, Numbers
-from .operands import Inputs, Outputs, Strided, encode, encode_stride, float_bits, power_of_2, strided_of
+from .operands import Inputs, Outputs, Strided, encode, float_bits, power_of_2, strided_of
 from .params import param_gradients
 from .streamed import backward_streamed, forward_streamed
 
@@ -149,9 +149,9 @@ def _launch_param_gradients(
         entries = min(16, power_of_2(n_params))
     else:
         stride, entry_stride = kernels.sum_strides(stride)
-    codes = encode(stride), encode(head_stride), encode_stride(group_stride), encode_stride(entry_stride)
+    strides = tuple(map(encode, (stride, head_stride, group_stride, entry_stride)))
     launch.launch(
-        param_gradients, (-(-n_params // entries), call.heads), Strided(partials.data, codes),
+        param_gradients, (-(-n_params // entries), call.heads), Strided(partials.data, strides),
         encode(partials.data.shape[2]), parameters,
         *map(strided_of, grads), encode(n_params), device=partials.data.device, N=kernels.n_entry_sums,
         K=kernels.gaussians(n_params), FINISH=kernels.finish, NAME=kernels.algorithm.name, BLOCK=2048 // entries,

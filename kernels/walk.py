@@ -65,22 +65,16 @@ class Tile(NamedTuple):
 
 
 @triton.jit
-def decode_stride(code, UNIT: tl.constexpr):
-    """Return the stride that stands behind a code (`operands.encode_stride`), in units."""
-    return 1 if code is None else (code >> 1) * UNIT
-
-
-@triton.jit
 def view_of(extent, PLAN: tl.constexpr):
     """Return an Extent as it is, decoded: what should be known to be a multiple of PLAN.UNIT is multiplied by it."""
     strides = []
     for i in tl.static_range(len(extent.strides)):
-        strides = strides + [decode_stride(extent.strides[i], PLAN.UNIT)]
+        strides = strides + [1 if i == PLAN.FASTEST else (extent.strides[i] >> 1) * PLAN.UNIT]
     n_strips, strip = 1, 0
     if extent.n_strips is not None:
         n_strips, strip = extent.n_strips >> 1, (extent.strip >> 1) * (PLAN.BLOCK_P * PLAN.N_BLOCKS)
-    UNIT_P: tl.constexpr = PLAN.UNIT if extent.strides[0] is None else 1
-    UNIT_C: tl.constexpr = PLAN.UNIT if extent.strides[1] is None else 1
+    UNIT_P: tl.constexpr = PLAN.UNIT if PLAN.FASTEST == 0 else 1
+    UNIT_C: tl.constexpr = PLAN.UNIT if PLAN.FASTEST == 1 else 1
     chunk, inner = (extent.chunk >> 1) * UNIT_P, (extent.inner >> 1) * UNIT_C
     longest = chunk if extent.longest is None else (extent.longest >> 1) * UNIT_P
     if extent.n_strips is None and PLAN.RAGGED_P == 0:  # chunks fill their tiles: a number that compilers know

@@ -80,7 +80,8 @@ def test_what_kernels_decode_is_what_was_encoded(shape, layout):
     x = strided(shape, layout, torch.float16, GENERATOR)
     for axis, heads in itertools.product(range(x.dim()), (1, 2, 3)):
         found = host.plan(tiles.FORWARD, 1, 2, axis, heads, None, False, (x.shape, x.stride(), x.dtype), None)
-        assert found.encoded.decode(found.constants["PLAN"].UNIT) == found.extent
+        constants = found.constants["PLAN"]
+        assert found.encoded.decode(constants.UNIT, constants.FASTEST) == found.extent
 
 
 def test_what_does_not_merge_in_one_tensor_merges_in_none():
