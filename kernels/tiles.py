@@ -263,7 +263,7 @@ def _power_below(n: int) -> int:
 # --- Streamed chunks ----------------------------------------------------------------------------
 
 STRIP_CONTIGUOUS, STRIP_STRIDED = 16_384, 512  # positions of a strip: its numbers are 16 bytes, 2 % of what it reads
-STRIPS = 16  # merged at a time, in fp64: 32 of 128 columns spill
+STRIPS = 8  # merged at a time, in fp64: 16 of 128 columns spill with Triton 3.6
 
 
 def find_strip(tile: Tile, layout: Layout, along: str) -> int:
