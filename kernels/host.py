@@ -190,7 +190,9 @@ class Call:
             return None
         n_params = 1 if self.feature_axis is None else self.n_params
         t = self.x.new_empty((n, self.heads, groups, n_params), dtype=acc_dtype(self.x))
-        return Strided(t, tuple(map(encode, t.stride())))
+        distance, head_stride, group_stride, stride = t.stride()
+        group_stride = 1 if self.feature_axis is None else encode(group_stride)
+        return Strided(t, (encode(distance), encode(head_stride), group_stride, stride))
 
     def launch(self, kernel, programs: int, *args, **constants) -> None:
         """Launch on a grid (programs, heads), with the constants of kernels that take tiles."""

@@ -78,12 +78,12 @@ class Extent(NamedTuple):
         numbers = (self.n_tiles, self.n_blocks, self.n_strips, self.strip)
         lengths = (self.chunk // unit_p, self.longest and self.longest // unit_p, self.inner // unit_c)
         codes = (None if n is None else encode(n) for n in (*numbers, *lengths))
-        strides = (encode(stride if i == fastest else stride // unit) for i, stride in enumerate(self.strides))
+        strides = (1 if i == fastest else encode(stride // unit) for i, stride in enumerate(self.strides))
         return Extent(tuple(map(encode, self.sizes)), tuple(strides), *codes)
 
     def decode(self, unit: int, fastest: int) -> Extent:
         """Return what was encoded, as `walk.view_of` does in kernels."""
-        strides = tuple(code // 2 * (1 if i == fastest else unit) for i, code in enumerate(self.strides))
+        strides = tuple(1 if i == fastest else code // 2 * unit for i, code in enumerate(self.strides))
         unit_p, unit_c = unit if fastest == 0 else 1, unit if fastest == 1 else 1
         numbers = (self.n_tiles, self.n_blocks, self.n_strips, self.strip, self.chunk, self.longest, self.inner)
         units = (1, 1, 1, 1, unit_p, unit_p, unit_c)

@@ -94,21 +94,21 @@ def add_totals(totals, he, e, sum_he, sum_hee, column_mask, PLAN: tl.constexpr):
 @triton.jit
 def store_totals(partials, totals, walk, position, view, PLAN: tl.constexpr):
     """Store one program's totals in (2, heads, groups, P)."""
-    distance, head_stride, group_stride, _one = [stride >> 1 for stride in partials.strides]
-    start = partials.data + walk.head * head_stride
+    distance, head_stride, group_stride, _one = partials.strides
+    start = partials.data + walk.head * (head_stride >> 1)
     for i in tl.static_range(len(totals) // 2):
         if PLAN.VARIES == "chunk":
             places = (walk.strip_row + i * PLAN.BLOCK_P + position.rows)[:, None]
-            pointers, inside = start + walk.first_tile * group_stride + places, places < view.chunk
+            pointers, inside = start + walk.first_tile * (group_stride >> 1) + places, places < view.chunk
         elif PLAN.VARIES == "inner":
             columns = (position.column + position.columns)[None, :]
-            pointers = start + walk.first_tile // view.n_blocks * group_stride + columns
+            pointers = start + walk.first_tile // view.n_blocks * (group_stride >> 1) + columns
             inside = columns_inside(position, view)
         else:
             pointers = start + walk.first_tile + tl.zeros([1, 1], tl.int32)
             inside = tl.full([1, 1], True, tl.int1)
         tl.store(pointers, totals[2 * i], inside)
-        tl.store(pointers + distance, totals[2 * i + 1], inside)
+        tl.store(pointers + (distance >> 1), totals[2 * i + 1], inside)
 
 
 # --- Totals of a head -----------------------------------------------------------------------------
