@@ -144,7 +144,7 @@ class Layout:
         x = self.operands[0].data
         alike = (t for t in self.operands if t is not None and (t.data.dtype, t.data.shape) == (x.dtype, x.shape))
         strides = [t.strides for t in alike]
-        if any(s.count(1) > 1 for s in strides):
+        if any(s.count(1) > 1 or 1 in s[2:] for s in strides):
             return 1
         steps = {step for s in strides for step in s if step != 1}
         # an expanded x may have stride 0 on the other side
