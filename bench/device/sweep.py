@@ -31,7 +31,8 @@ TRIED = {
     "streamed": [{"streamed": n, "streamed_full": n, "streamed_vector": v} for n in (8, 16, 32) for v in (4, 8)],
     # on chip, also of chunks that are streamed else
     "long rows": [
-        dict.fromkeys((*CONTIGUOUS, "long"), n) | {"contiguous_vector": v, "longest_contiguous": 32_768}
+        dict.fromkeys((*CONTIGUOUS, "long"), n)
+        | {"contiguous_vector": v, "longest_contiguous": 32_768, "longest_along": 32_768}
         for n in (16, 32, 64)
         for v in (4, 8)
     ],
@@ -77,12 +78,12 @@ def find_tiles(workload: Workload, settings: dict) -> dict[str, str]:
 @contextlib.contextmanager
 def plan_with(settings: dict) -> Iterator[None]:
     """Plan passes with other numbers in `tiles.Budget`, which are part of what plans are kept by."""
-    build = host.Pass.__init__
+    build = host.Call.__init__
 
-    def build_with(one: host.Pass, budget: tiles.Budget, *args, **options) -> None:
+    def build_with(one: host.Call, budget: tiles.Budget, *args, **options) -> None:
         build(one, budget._replace(**settings), *args, **options)
 
-    with mock.patch.object(host.Pass, "__init__", build_with):
+    with mock.patch.object(host.Call, "__init__", build_with):
         yield
 
 

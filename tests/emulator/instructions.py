@@ -43,6 +43,7 @@ TABLE = {
     "popc": (arithmetic.count_bits(lambda x, bits: x.bit_count()), ""),
     "prmt": (arithmetic.permute_bytes, ""),
     "rcp": (arithmetic.reciprocal, "rn approx ftz"),
+    "redux": (movement.reduce, "sync max min"),
     "rem": (arithmetic.remainder, ""),
     "rsqrt": (approximate(floats.rsqrt), "approx ftz"),
     "selp": (arithmetic.select, ""),

@@ -184,6 +184,22 @@ def shuffle(instruction: Instruction) -> Step:
     return shuffles
 
 
+def reduce(instruction: Instruction) -> Step:
+    """Build redux.sync: each thread gets the largest, or the least, of the whole warp's numbers."""
+    target, value, members = instruction.operands
+    read, read_members = reader(value, instruction.kind), reader(members, "u32")
+    extreme = {"max": np.max, "min": np.min}[instruction.modifiers[1]]
+
+    def reduces(threads) -> None:
+        threads.need_whole_warps("a reduction")
+        if (np.asarray(read_members(threads)) != 2**32 - 1).any():
+            raise UnsupportedError("a reduction of a part of a warp")
+        numbers = threads.spread(read(threads)).reshape(-1, 32)
+        threads.write(target, np.repeat(extreme(numbers, 1), 32))
+
+    return reduces
+
+
 def barrier(instruction: Instruction) -> Step:
     """Build bar.sync of all threads of a program, and bar.warp.sync, which they need not count here."""
     if instruction.modifiers[0] == "warp":

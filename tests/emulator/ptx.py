@@ -11,7 +11,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 # where threads of a warp, or all of a program, wait for each other
-WAITS = {"bar.sync": "program", "bar.warp": "warp", "shfl": "warp", "stmatrix": "warp", "ldmatrix": "warp"}
+WAITS = {
+    "bar.sync": "program",
+    "bar.warp": "warp",
+    "shfl": "warp",
+    "redux": "warp",
+    "stmatrix": "warp",
+    "ldmatrix": "warp",
+}
 JUMPS = ("bra", "ret", "exit", "trap")
 KINDS = re.compile(r"([bus](8|16|32|64)|f(16|32|64)|bf16|b?f16x2|pred)")
 

@@ -32,6 +32,12 @@ def test_shuffles(mode, expected):
     assert result(f"shfl.sync.{mode}, -1;", threads=64) == expected
 
 
+@pytest.mark.parametrize(("mode", "expected"), [("max", (-1, -33)), ("min", (-32, -64))])
+def test_reductions_of_a_warp(mode, expected):
+    found = result(f"not.b32 %r3, %r0; redux.sync.{mode}.s32 %r2, %r3, -1;", threads=64)
+    assert found == [number % 2**32 for number in expected for _ in range(32)]
+
+
 def test_a_branch_that_splits_a_warp():
     """Check that both ways are taken, and that threads meet again: the shuffle after them is of whole warps."""
     code = """
