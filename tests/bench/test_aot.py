@@ -99,7 +99,7 @@ def test_every_configuration(target, configuration):
         check(target, replace(configuration, dtype=dtype, full=full))
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("algorithm", [*(name for name in ALGORITHMS if name != "stable"), seldom("stable")])
 @pytest.mark.parametrize("full", [seldom(False), True])
 @pytest.mark.parametrize("shape", [(5, 37, 1000), seldom((2, 200, 1032)), seldom((3, 600, 21)), (5, 1001)], ids=str)
 def test_sizes_that_are_no_power_of_two(shape, full, algorithm):
@@ -126,7 +126,7 @@ OFTEN = [(16, ROWS), (16, COLUMNS)]
 SELDOM = [seldom(*one) for one in itertools.product((1, 3, 8, 16), (ROWS, COLUMNS, STREAMED)) if one not in OFTEN]
 
 
-@pytest.mark.parametrize("algorithm", OTHERS)
+@pytest.mark.parametrize("algorithm", [*(name for name in OTHERS if name != "stable"), seldom("stable")])
 @pytest.mark.parametrize(("gaussians", "shape"), OFTEN + SELDOM)
 def test_other_numbers_of_gaussians(gaussians, shape, algorithm):
     x = torch.empty(shape, dtype=torch.bfloat16, device="meta")
