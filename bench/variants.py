@@ -15,6 +15,7 @@ import torch
 import triton
 
 from bench.aot import Launch, Offline, compiler_options
+from bench.audit import DTYPES
 from bench.modelled import record_passes
 from daam.kernels import launch
 from daam.kernels.algorithms import ALGORITHMS
@@ -24,7 +25,6 @@ TENSORS = {
     "(8, n, 768), norm_axis 1": (lambda n: (8, n, 768), 1, True),
     "(4, 64, n), norm_axis 2": (lambda n: (4, 64, n), 2, False),
 }
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
 
 
 class _Counting(Offline):
