@@ -137,19 +137,18 @@ def _drop_memory(arg: Any) -> Any:
     return arg
 
 
-def compiler_options(recorded: Launch, target: str) -> dict:
-    """Return the compiler options of a recorded launch, for the target of that name in TARGETS."""
+def find_keywords(recorded: Launch, target: str) -> dict:
+    """Return the constants and compiler options of a recorded launch, for the target of that name in TARGETS."""
     if recorded.options is not None:
-        return recorded.options
-    return launch.options(recorded.meta["num_warps"], nvidia=TARGETS[target].backend == "cuda")
+        return recorded.meta | recorded.options
+    return launch.find_keywords(recorded.meta, nvidia=TARGETS[target].backend == "cuda")
 
 
 def compile_for(target: str, recorded: Launch) -> Compiled:
     """Compile a recorded launch for the target of that name in TARGETS, and return what the compiler made of it."""
-    options = compiler_options(recorded, target)
     with mock.patch.object(triton.runtime.driver, "_active", Offline(target)), knobs.compilation.scope():
         knobs.compilation.disable_line_info = True
-        kernel = recorded.kernel.warmup(*recorded.args, **launch.wrap(recorded.meta), **options, grid=(1,))
+        kernel = recorded.kernel.warmup(*recorded.args, **find_keywords(recorded, target), grid=(1,))
     cubin = None
     if TARGETS[target].backend == "hip":
         assembly = kernel.asm["amdgcn"]

@@ -31,14 +31,26 @@ from pathlib import Path
 import torch
 import triton
 
-from bench import model
+from bench import model, modelled
 from bench.aot import TARGETS, Compiled, Launch, compile_for
 from bench.gpus import GPUS, Gpu
 from bench.machine_code import find_turn
-from bench.modelled import Modelled, count_elements, find_run, launched, model_pass, model_workload, record_passes
+from bench.modelled import (
+    Modelled,
+    count_elements,
+    count_moved,
+    find_run,
+    find_steps,
+    launched,
+    model_pass,
+    model_workload,
+    record_passes,
+    take,
+)
 from bench.workloads import lengths, workloads
 from daam.kernels.algorithms import ALGORITHMS, count_tensors
 from daam.kernels.tiles import LONGEST_CONTIGUOUS, LONGEST_STRIDED
+from daam.kernels.whole import take_steps
 
 FEATURES = 1024
 GAUSSIANS = 4
@@ -111,7 +123,7 @@ ONE_A_REGIME = [
     *(Configuration(name, "rows", "nothing", 1024) for name in OTHERS),
     *(Configuration(name, "columns", "nothing", chunk) for name in OTHERS for chunk in (3, 64)),
     # the stabilised mixture's passes over strips take as long to compile as all others', whose frame they share
-    *(Configuration(name, "rows", "nothing", ROWS[-1]) for name in ("mixture", "gate")),
+    Configuration("mixture", "rows", "nothing", ROWS[-1]),  # forward in one launch, backward a launch a step
     *(Configuration(name, "columns", "nothing", COLUMNS[-1]) for name in ("mixture", "gate")),
 ]
 
@@ -185,8 +197,40 @@ def audit(target: str, configurations: list[Configuration]) -> Iterator[tuple[st
     """Yield (the configuration's and the kernel's name, the figures) of every kernel of some configurations."""
     for configuration in configurations:
         for recorded in configuration.launches():
-            if count_tensors(recorded.name):  # all but what sums partial sums
-                yield f"{configuration}/{recorded.name}", figures(target, recorded, compile_for(target, recorded))
+            for name, found in audit_launch(target, recorded):
+                yield f"{configuration}/{name}", found
+
+
+def audit_launch(target: str, recorded: Launch) -> Iterator[tuple[str, Figures]]:
+    """Yield (name, figures) of a launch, but for what sums partial sums. Of one that takes the steps of others: of each
+    of these, as if it were launched, then of all.
+    """
+    compiled, found = compile_for(target, recorded), []
+    if recorded.kernel is not take_steps:
+        if count_tensors(recorded.name):
+            yield recorded.name, figures(target, recorded, compiled)
+        return
+    for step in find_steps(recorded):
+        if count_tensors(step.name):
+            found.append(figures(target, step, compile_for(target, step)))
+            yield step.name, found[-1]
+    yield f"{recorded.meta['NAME']}_whole", _add_steps(target, recorded, compiled, found)
+
+
+def _add_steps(target: str, recorded: Launch, compiled: Compiled, steps: list[Figures]) -> Figures:
+    """Return the figures of a launch that takes steps: what it needs is its own, what it does is theirs in all."""
+    names = ("loads", "stores", "instructions", "special")
+    done = {name: round(sum(getattr(step, name) for step in steps), 3) for name in names}
+    widest = {name: max(getattr(step, name) for step in steps) for name in ("load_bits", "store_bits")}
+    waits = _count_waiting(recorded, compiled, None)
+    if (gpu := MODELLED.get(target)) is not None:
+        ((_name, estimate),) = modelled.estimate([recorded], gpu)
+        moved = [count_moved(step) for step in find_steps(recorded) if count_tensors(step.name)]
+        tensors = max(read for read, _ in moved) + sum(written for _, written in moved)
+        copied = tensors * find_steps(recorded)[0].args[0].x.data.nbytes / gpu.copy / 1e9
+        warps = take(recorded, compiled, [], 0, 0.0, 0.0).resident
+        waits |= {"warps": warps, "share": round(copied / estimate.seconds, 3)}
+    return Figures(compiled.registers, compiled.stack, compiled.shared, **widest, **done, **waits)
 
 
 def print_model(gpu: Gpu, configurations: list[Configuration]) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 from bench.workloads import Workload
 from daam.kernels import tiles
+from daam.kernels.operands import find_layout, varies
 
 
 def least_bytes(workload: Workload, which: str) -> int:
@@ -21,8 +22,8 @@ def least_bytes(workload: Workload, which: str) -> int:
 
 def kernel_bytes(workload: Workload, which: str) -> int:
     """Return the bytes that our kernels move in a pass, one of results.PASSES: chunks too long for the chip are read
-    again. Statistics and partial sums of the parameters' gradients are left out: a few percent of a large x, as much as
-    x for a small one.
+    again, from memory unless L2 still holds them (`tiles.takes_whole`). Statistics and partial sums of the parameters'
+    gradients are left out: a few percent of a large x, as much as x for a small one.
     """
     moved = {"forward": _forward, "backward": _backward}
     return sum(moved[part](workload) for part in which.split("+"))
@@ -30,14 +31,16 @@ def kernel_bytes(workload: Workload, which: str) -> int:
 
 def _forward(workload: Workload) -> int:
     """Return the bytes of a forward pass."""
-    more, _ = workload.record.reads_again if _streams(workload.record.forward, workload) else (0, 0)
+    streamed = _streams(workload.record.forward, workload)
+    streamed = streamed and not _takes_whole(workload.record.forward, workload, 2)
+    more, _ = workload.record.reads_again if streamed else (0, 0)
     return _bytes(workload, 2 + more, "forward")
 
 
 def _backward(workload: Workload) -> int:
     """Return the bytes of a backward pass, which finds statistics anew where the forward pass has kept none."""
     record, more = workload.record, 0
-    if _streams(record.backward, workload):
+    if _streams(record.backward, workload) and not _takes_whole(record.backward, workload, 3):
         kept = _streams(record.forward, workload) and tiles.worth_keeping(workload.x, workload.axis, workload.heads)
         more = record.reads_again[1] + (0 if kept else record.reads_again[0])
     return _bytes(workload, 3 + more, "backward")
@@ -47,6 +50,15 @@ def _streams(budget: Callable[[int], tiles.Budget], workload: Workload) -> bool:
     """Tell whether a pass streams its chunks."""
     found = budget(workload.params_shape[1])
     return tiles.streams(found, workload.x, workload.axis, workload.heads, workload.feature_axis, workload.masked)
+
+
+def _takes_whole(budget: Callable[[int], tiles.Budget], workload: Workload, tensors: int) -> bool:
+    """Tell whether a program takes all steps of its chunks, in a pass that moves so many tensors of x's size."""
+    x, along = workload.x, varies(workload.axis, workload.feature_axis)
+    layout = find_layout(x, [], workload.axis, workload.heads, workload.feature_axis)
+    found = budget(workload.params_shape[1])
+    capped = tiles.find_registers(found, layout, along, x.dtype, workload.masked) is not None
+    return capped and tiles.takes_whole(layout, tensors * x.element_size())
 
 
 def _bytes(workload: Workload, tensors: int, part: str) -> int:

@@ -24,7 +24,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from bench.gpus import READ_RUNS, WRITE_RUNS, Gpu
 from bench.machine_code import Instruction
@@ -34,8 +34,9 @@ from bench.timeline import RATES, SCHEDULERS, Timeline, find_timeline
 @dataclass(frozen=True)
 class Launched:
     """Describe a launch. registers: a thread. shared: bytes a program. programs: in all. turns: of the main loop, in
-    one program. read, written: bytes in memory; cached: of those read, bytes that L2 may still hold. run: bytes side by
-    side in an access of a warp to columns, None where accesses adjoin.
+    one program. read, written: bytes in memory; cached: of those read, bytes that L2 may still hold. again: whether it
+    surely does, since the same programs have just read them. run: bytes side by side in an access of a warp to columns,
+    None where accesses adjoin.
     """
 
     code: list[Instruction]
@@ -48,6 +49,7 @@ class Launched:
     written: float
     cached: float = 0.0
     run: int | None = None
+    again: bool = False
 
     @property
     def resident(self) -> int:
@@ -56,7 +58,8 @@ class Launched:
 
     def cached_share(self, gpu: Gpu) -> float:
         """Return which part of what is read L2 still holds."""
-        return min(self.cached, gpu.l2) / self.read if self.read else 0.0
+        kept = self.cached if self.again else min(self.cached, gpu.l2)
+        return kept / self.read if self.read else 0.0
 
 
 @dataclass(frozen=True)
@@ -96,15 +99,39 @@ def estimate(launch: Launched, gpu: Gpu) -> Estimate:
     cached = launch.cached_share(gpu)
     latency = cached * gpu.l2_latency + (1 - cached) * gpu.latency
     timeline = find_timeline(launch.code, gpu, launch.num_warps, latency)
-    together = gpu.multiprocessors * launch.resident // launch.num_warps
-    clocks = timeline.start + launch.turns * timeline.turn + timeline.end
-    waiting = math.ceil(launch.programs / together) * clocks / gpu.clock / 1e9
+    waiting = count_lots(launch, gpu) * count_clocks(timeline, launch) / gpu.clock / 1e9
     counts = Counter({unit: launch.turns * n for unit, n in timeline.counts.items()}) + timeline.once
     warps = launch.programs * launch.num_warps / gpu.multiprocessors
     units = {unit: warps * n / gpu.clock / 1e9 for unit, n in find_busy(counts, gpu).items()}
     memory = find_memory_time(launch, gpu)
     seconds = add_times((waiting, memory, max(units.values())), gpu.sharpness)
     return Estimate(seconds, waiting, memory, units, timeline)
+
+
+def estimate_steps(whole: Launched, steps: list[Launched], gpu: Gpu) -> Estimate:
+    """Return the Estimate of a launch whose programs take the turns of all programs of others, which are its steps. Its
+    own registers, shared memory and programs count, and the machine code of its steps.
+    """
+    parts = [estimate(step, gpu) for step in steps]
+    turns = [step.programs / whole.programs for step in steps]
+    clocks = sum(count_clocks(part.timeline, step) * n for part, step, n in zip(parts, steps, turns, strict=True))
+    waiting = count_lots(whole, gpu) * clocks / gpu.clock / 1e9
+    units = {unit: sum(part.units[unit] for part in parts) for unit in parts[0].units}
+    read, cached = (sum(getattr(step, name) for step in steps) for name in ("read", "cached"))
+    memory = find_memory_time(replace(whole, read=read, cached=cached, again=True), gpu)
+    seconds = add_times((waiting, memory, max(units.values())), gpu.sharpness)
+    longest = max(parts, key=lambda part: part.seconds)
+    return Estimate(seconds, waiting, memory, units, longest.timeline)
+
+
+def count_clocks(timeline: Timeline, launch: Launched) -> float:
+    """Return how many clocks one program takes that stands alone."""
+    return timeline.start + launch.turns * timeline.turn + timeline.end
+
+
+def count_lots(launch: Launched, gpu: Gpu) -> int:
+    """Return how many lots of programs stand on the GPU, one after the other."""
+    return math.ceil(launch.programs / (gpu.multiprocessors * launch.resident // launch.num_warps))
 
 
 def find_busy(counts: Mapping[str, float], gpu: Gpu) -> dict[str, float]:

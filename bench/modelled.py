@@ -17,6 +17,7 @@ from bench.machine_code import Instruction, find_turn, main_loop
 from bench.workloads import Workload
 from daam.kernels.algorithms import ALGORITHMS, count_tensors
 from daam.kernels.operands import Extent, Outputs
+from daam.kernels.whole import take_steps
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,21 @@ def count_unrolled(code: list[Instruction], loaded: float, num_warps: int) -> in
 def _count_loaded(code: list[Instruction], num_warps: int) -> float:
     """Return the bytes that a program loads in a turn of the main loop."""
     return sum(step.bits for step in find_turn(code) if step.loads) / 8 * 32 * num_warps
+
+
+def find_steps(recorded: Launch) -> list[Launch]:
+    """Return the launches whose programs' turns one launch takes (`kernels/whole.py`); of any other itself."""
+    if recorded.kernel is not take_steps:
+        return [recorded]
+    (steps, extent), meta, found = recorded.args, recorded.meta, []
+    programs, heads = recorded.grid
+    plans = {False: meta["PLAN"], True: meta["MERGED"]}
+    for kernel, args, constants, merges in zip(meta["KERNELS"], steps, meta["CONSTANTS"], meta["MERGES"], strict=True):
+        named = dict(zip(kernel.arg_names[len(args) + 1 :], (*constants, plans[merges]), strict=True))
+        grid = (programs * (1 if merges else extent.n_strips // 2), heads)
+        options = ("num_warps",) if merges else ("num_warps", "maxnreg")  # as `host.Call` has them
+        found.append(Launch(kernel, (*args, extent), named | {name: meta[name] for name in options}, grid))
+    return found
 
 
 def extent_of(recorded: Launch) -> Extent:
@@ -111,8 +127,10 @@ def count_turns(recorded: Launch, code: list[Instruction]) -> float:
     return max(1.0, read / _count_loaded(code, recorded.meta["num_warps"]))
 
 
-def launched(recorded: Launch, compiled: Compiled, earlier: float = 0.0) -> model.Launched:
-    """Return a launch for an NVIDIA GPU as the model takes it; earlier: bytes that launches before have read."""
+def launched(recorded: Launch, compiled: Compiled, earlier: float = 0.0, again: bool = False) -> model.Launched:
+    """Return a launch for an NVIDIA GPU as the model takes it; earlier: bytes that launches before have read, or again,
+    the same programs.
+    """
     code, run = compiled.instructions, None
     if count_tensors(recorded.name):
         read, written = (float(n * recorded.args[0].x.data.nbytes) for n in count_moved(recorded))
@@ -121,18 +139,18 @@ def launched(recorded: Launch, compiled: Compiled, earlier: float = 0.0) -> mode
     else:  # sums that the launch before has written
         read = cached = float(recorded.args[0].data.nbytes)
         written = 0.0
-    return take(recorded, compiled, code, count_turns(recorded, code), read, written, cached, run)
+    return take(recorded, compiled, code, count_turns(recorded, code), read, written, cached, run, again)
 
 
 def take(
     recorded: Launch, compiled: Compiled, code: list[Instruction], turns: float, read: float, written: float,
-    cached: float = 0.0, run: int | None = None,
+    cached: float = 0.0, run: int | None = None, again: bool = False,
 ) -> model.Launched:  # fmt: skip
     """Return any launch for an NVIDIA GPU as the model takes it; `model.Launched` says what is what."""
     num_warps = recorded.meta.get("num_warps", 4)  # as many as Triton's own default
     return model.Launched(
         code, compiled.registers, compiled.shared, num_warps, math.prod(recorded.grid), turns, read, written, cached,
-        run,
+        run, again,
     )  # fmt: skip
 
 
@@ -155,10 +173,19 @@ def estimate(recorded: list[Launch], gpu: Gpu) -> Iterator[tuple[str, model.Esti
     """Yield (the kernel's name, its Estimate) of the launches of a pass, in order."""
     earlier = 0.0  # bytes of x that were read
     for one in recorded:
-        launch = launched(one, compile_for(gpu.target, one), earlier)
-        yield one.name, model.estimate(launch, gpu)
-        if count_tensors(one.name):
-            earlier = max(earlier, launch.read)
+        compiled, steps, again = compile_for(gpu.target, one), find_steps(one), one.kernel is take_steps
+        launches = []
+        for step in steps:
+            launch = launched(step, compile_for(gpu.target, step) if again else compiled, earlier, again)
+            launches.append(launch)
+            if count_tensors(step.name):
+                earlier = max(earlier, launch.read)
+        if again:
+            written = sum(launch.written for launch in launches)
+            whole = take(one, compiled, [], 0, 0.0, written)
+            yield one.name, model.estimate_steps(whole, launches, gpu)
+        else:
+            yield one.name, model.estimate(launch, gpu)
 
 
 def model_pass(recorded: list[Launch], least_bytes: float, gpu: Gpu) -> Modelled:

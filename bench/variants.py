@@ -14,10 +14,9 @@ from unittest import mock
 import torch
 import triton
 
-from bench.aot import Launch, Offline, compiler_options
+from bench.aot import Launch, Offline, find_keywords
 from bench.audit import DTYPES
 from bench.modelled import record_passes
-from daam.kernels import launch
 from daam.kernels.algorithms import ALGORITHMS
 
 # Tensors by name: their shape of a length, the axis that is normalised, and whether parameters may follow features
@@ -48,8 +47,7 @@ def find_variants(launches: Iterable[Launch], target: str = "sm_90") -> dict[str
         mock.patch.object(triton.JITFunction, "_do_compile", _keep_key),
     ):
         for one in launches:
-            keywords = launch.wrap(one.meta) | compiler_options(one, target)
-            found[one.name].add(one.kernel.warmup(*one.args, **keywords, grid=(1,)))
+            found[one.name].add(one.kernel.warmup(*one.args, **find_keywords(one, target), grid=(1,)))
     return dict(found)
 
 
@@ -67,8 +65,7 @@ def record_lengths(
     shape_of, axis, follows = TENSORS[tensor]
     follows, found = follows and ALGORITHMS[algorithm].features, {"forward": [], "backward": []}
     for n in lengths:
-        least = 2 if algorithm in ("mixture", "stable") else 1  # positions of a head, whose variance may be unbiased
-        if n < heads * least or (algorithm == "density" and n % heads):
+        if n < heads * (2 if ALGORITHMS[algorithm].unbiased else 1) or (algorithm == "density" and n % heads):
             continue
         shape = shape_of(n)
         columns = shape[-1] if follows else 1 if algorithm == "density" else 4

@@ -31,6 +31,7 @@ class Algorithm:
         streamed: kernels of a forward and a backward pass over streamed chunks, in order.
         reads_again: tensors of x's size that a pass over streamed chunks reads once more, (forward, backward), the
             backward pass with the statistics kept.
+        unbiased: whether the variance is of n - 1 positions: a head has two or more.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Algorithm:
     draw: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
     streamed: tuple[str, ...]
     reads_again: tuple[int, int]
+    unbiased: bool = False
 
     @property
     def on_chip(self) -> tuple[str, ...]:
@@ -93,6 +95,7 @@ MIXTURE = Algorithm(
         "mixture_sums", "merge_mixture_sums", "backward_streamed", "param_gradients",
     ),
     reads_again=(2, 2),
+    unbiased=True,
 )  # fmt: skip
 GATE = Algorithm(
     name="gate",
@@ -109,8 +112,6 @@ GATE = Algorithm(
     ),
     reads_again=(1, 2),
 )  # fmt: skip
-# x - mean is alive while Gaussians are added where chunks clamp
-BACKWARD_STABLE = tiles.BACKWARD_MIXTURE._replace(together=16, strided=32, streamed=16, streamed_vector=4)
 STABLE = Algorithm(
     name="stable",
     function="stable_mixture_attention",
@@ -118,13 +119,14 @@ STABLE = Algorithm(
     settings={"eps": "float", "padding": "float?"},
     eps=1e-8,
     forward=lambda _n: tiles.FORWARD_MIXTURE,
-    backward=lambda _n: BACKWARD_STABLE,
+    backward=lambda _n: tiles.BACKWARD_STABLE,
     draw=lambda normal, uniform: (0.3 * normal, 0.5 + uniform),
     streamed=(
         "strip_stats", "merge_strip_stats", "stable_scales", "merge_scales", "forward_streamed",
         "stable_sums", "merge_stable_sums", "stable_backward_streamed", "param_gradients",
     ),
     reads_again=(2, 2),
+    unbiased=True,
 )  # fmt: skip
 ALGORITHMS = {one.name: one for one in (DENSITY, MIXTURE, GATE, STABLE)}
 # Of x's size, what kernels on chip and of strips (read, write), by the last words of their names; those that handle

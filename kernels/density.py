@@ -125,12 +125,12 @@ def differentiate_x(gradients, weights, centred, mean_error, bare_he, sums):
 def density_forward(inputs, parameters, outputs, eps, extent, RESIDUAL: tl.constexpr, PLAN: tl.constexpr):
     """Store y and the weights."""
     view = view_of(extent, PLAN)
-    walk = start_walk(view, BACKWARDS=False)
+    walk = start_walk(extent, view, BACKWARDS=False)
     first = locate(walk.index, walk.head, walk.strip_row, view, PLAN)
     gaussian = load_gaussian(parameters, walk.head, first, view, PLAN)
     index = walk.index
     for _ in range(walk.first_tile, view.n_tiles, walk.tile_step):
-        tile = place_tile(inputs.mask, index, walk, walk.strip_row, view, PLAN)
+        tile = place_tile(inputs.mask, index, walk, walk.strip_row, view, PLAN.RAGGED_P, PLAN)
         raw, x = load_blocks(inputs.x, inputs.mask, tile, view, RESIDUAL, PLAN)
         centred = centre(x, tile, inputs.mask, walk.length, PLAN.ACC)
         inv_var = invert_variance(centred.squares, centred.inv_count, centred.inv_count, inputs.mask, eps)
@@ -143,14 +143,14 @@ def density_forward(inputs, parameters, outputs, eps, extent, RESIDUAL: tl.const
 def density_backward(inputs, parameters, dx, partials, eps, extent, RESIDUAL: tl.constexpr, PLAN: tl.constexpr):
     """Store dx, and this program's sums of he and he·e for every parameter."""
     view = view_of(extent, PLAN)
-    walk = start_walk(view, BACKWARDS=False)
+    walk = start_walk(extent, view, BACKWARDS=False)
     first = locate(walk.index, walk.head, walk.strip_row, view, PLAN)
     gaussian = load_gaussian(parameters, walk.head, first, view, PLAN)
     totals = zero_totals(PLAN)
     index = walk.index
     for _ in range(walk.first_tile, view.n_tiles, walk.tile_step):
         # the forward pass again
-        tile = place_tile(inputs.mask, index, walk, walk.strip_row, view, PLAN)
+        tile = place_tile(inputs.mask, index, walk, walk.strip_row, view, PLAN.RAGGED_P, PLAN)
         _raw, x = load_blocks(inputs.x, inputs.mask, tile, view, False, PLAN)
         gradients = load_gradients(inputs, tile, view, RESIDUAL, PLAN)
         centred = centre(x, tile, inputs.mask, walk.length, PLAN.ACC)
@@ -207,7 +207,7 @@ def weigh_chunk(x, mean, chunk, _padding, valid):
 def density_sums(inputs, parameters, numbers, strips, extent, PLAN: tl.constexpr):
     """Store Σ he, Σ he·e and Σ bare_he of a strip of each chunk."""
     view = view_of(extent, PLAN)
-    walk = start_walk(view, BACKWARDS=True)
+    walk = start_walk(extent, view, BACKWARDS=True)
     first = locate(walk.index, walk.head, walk.strip_row, view, PLAN)
     gaussian = load_gaussian(parameters, walk.head, first, view, PLAN)
     index = walk.index
@@ -217,7 +217,7 @@ def density_sums(inputs, parameters, numbers, strips, extent, PLAN: tl.constexpr
         total_bare_he = tl.zeros([PLAN.BLOCK_P, PLAN.BLOCK_C], PLAN.ACC)
         total_bare_hee = total_bare_he
         for row in range(walk.strip_row, walk.strip_end, PLAN.BLOCK_P * PLAN.N_BLOCKS):
-            tile = place_tile(inputs.mask, index, walk, row, view, PLAN)
+            tile = place_tile(inputs.mask, index, walk, row, view, PLAN.RAGGED_P, PLAN)
             _raw, x = load_blocks(inputs.x, inputs.mask, tile, view, False, PLAN)
             e, weights = weigh([block - mean for block in x], chunk.mean_error, gaussian, chunk.inv_var, tile.valid)
             h = find_h(load_gradients(inputs, tile, view, False, PLAN), x, None)
@@ -245,13 +245,15 @@ def differentiate_tile(x, mean, chunk, inputs, _padding, tile, view, RAW: tl.con
 
 
 # --- On the host ----------------------------------------------------------------------------------
-def _sum_chunks(call: Call, parameters: Parameters, _eps: Split, numbers: Numbers) -> tuple[Strided, Strided | None]:
-    """Return sums of streamed chunks, and partials out of them unless parameters vary along the chunk, or None."""
+def _sum_chunks(call: Call, parameters: Parameters, _eps: Split, numbers: Numbers) -> tuple[Strided, None]:
+    """Return sums of streamed chunks, and no partial sums: `_add_up` makes them."""
     strips = call.of_strips(3)
     call.launch(density_sums, call.programs, call.inputs, parameters, numbers, strips)
-    sums = merge_sums(call, strips, 3)
-    if not call.need_params or call.along == "chunk":
-        return sums, None
+    return merge_sums(call, strips, 3), None
+
+
+def _add_up(call: Call, sums: Strided) -> Strided:
+    """Return partials out of sums of chunks whose parameters do not vary along them."""
     # (2, …, heads, …) of Σ he and Σ he·e -> (2, heads, 1, P), as one program would leave them
     axis, feature_axis, chunks = call.axis, call.feature_axis, sums.data[:2]
     kept = (0, axis + 1, 0 if feature_axis is None else feature_axis + 1)
@@ -261,8 +263,7 @@ def _sum_chunks(call: Call, parameters: Parameters, _eps: Split, numbers: Number
         totals = totals.unsqueeze(-1)
     elif feature_axis < axis:
         totals = totals.transpose(1, 2)
-    totals = totals.unsqueeze(2).contiguous()
-    return sums, strided_of(totals)
+    return strided_of(totals.unsqueeze(2).contiguous())
 
 
 KERNELS = passes.Kernels(
@@ -281,5 +282,6 @@ KERNELS = passes.Kernels(
     open_chunk=open_chunk,
     weigh_chunk=weigh_chunk,
     differentiate=differentiate_tile,
+    add_up=_add_up,
 )
 forward, backward = partial(passes.forward, KERNELS), partial(passes.backward, KERNELS)

@@ -179,11 +179,11 @@ def differentiate_x(gradients, d, weights, q, sums):
 def gate_forward(inputs, parameters, outputs, _settings, extent, RESIDUAL: tl.constexpr, PLAN: tl.constexpr):
     """Store y and the weights."""
     view = view_of(extent, PLAN)
-    walk = start_walk(view, BACKWARDS=False)
+    walk = start_walk(extent, view, BACKWARDS=False)
     gaussians = load_gaussians(parameters, walk.head, None, view, PLAN)
     index = walk.index
     for _ in range(walk.first_tile, view.n_tiles, walk.tile_step):
-        tile = place_tile(inputs.mask, index, walk, walk.strip_row, view, PLAN)
+        tile = place_tile(inputs.mask, index, walk, walk.strip_row, view, PLAN.RAGGED_P, PLAN)
         raw, x = load_blocks(inputs.x, inputs.mask, tile, view, RESIDUAL, PLAN)
         centred = centre(x, tile, inputs.mask, walk.length, PLAN.ACC)
         variance = where_nonempty(centred.squares * centred.inv_count, centred.inv_count, inputs.mask, 0.0)
@@ -198,12 +198,12 @@ def gate_forward(inputs, parameters, outputs, _settings, extent, RESIDUAL: tl.co
 def gate_backward(inputs, parameters, dx, partials, _settings, extent, RESIDUAL: tl.constexpr, PLAN: tl.constexpr):
     """Store dx, and this program's sums of q and q·z·std + t/sigma for every Gaussian."""
     view = view_of(extent, PLAN)
-    walk = start_walk(view, BACKWARDS=False)
+    walk = start_walk(extent, view, BACKWARDS=False)
     gaussians = load_gaussians(parameters, walk.head, None, view, PLAN)
     totals = zero_blocks(2 * PLAN.K, 1, 1, PLAN.ACC)
     index = walk.index
     for _ in range(walk.first_tile, view.n_tiles, walk.tile_step):
-        tile = place_tile(inputs.mask, index, walk, walk.strip_row, view, PLAN)
+        tile = place_tile(inputs.mask, index, walk, walk.strip_row, view, PLAN.RAGGED_P, PLAN)
         _raw, x = load_blocks(inputs.x, inputs.mask, tile, view, False, PLAN)
         gradients = load_gradients(inputs, tile, view, RESIDUAL, PLAN)
         centred = centre(x, tile, inputs.mask, walk.length, PLAN.ACC)
@@ -224,7 +224,7 @@ def gate_backward(inputs, parameters, dx, partials, _settings, extent, RESIDUAL:
             totals = add_lists(totals, more)
         index = next_tile(index, walk.index_step, view)
     if partials is not None:
-        store_partials(partials, totals, walk.head)
+        store_partials(partials, totals, walk.head, walk.program)
 
 
 @triton.jit
@@ -259,7 +259,7 @@ def weigh_chunk(x, mean, chunk, _padding, valid):
 def gate_sums(inputs, parameters, numbers, strips, partials, extent, PLAN: tl.constexpr):
     """Store Σ q and Σ Σ_k q_k·z_k·sigma_k of a strip of each chunk of one tile's columns, and the program's totals."""
     view = view_of(extent, PLAN)
-    walk = start_walk(view, BACKWARDS=True)
+    walk = start_walk(extent, view, BACKWARDS=True)
     gaussians = load_gaussians(parameters, walk.head, None, view, PLAN)
     position = locate(walk.index, walk.head, walk.strip_row, view, PLAN)
     mean, mean_error, variance = load_numbers(numbers.stats, walk.head, position, view, 3)
@@ -268,7 +268,7 @@ def gate_sums(inputs, parameters, numbers, strips, partials, extent, PLAN: tl.co
     products = zero_blocks(3 * PLAN.K, PLAN.BLOCK_P, PLAN.BLOCK_C, PLAN.ACC)
     total_q = tl.zeros([PLAN.BLOCK_P, PLAN.BLOCK_C], PLAN.ACC)
     for row in range(walk.strip_row, walk.strip_end, PLAN.BLOCK_P * PLAN.N_BLOCKS):
-        tile = place_tile(inputs.mask, walk.index, walk, row, view, PLAN)
+        tile = place_tile(inputs.mask, walk.index, walk, row, view, PLAN.RAGGED_P, PLAN)
         _raw, x = load_blocks(inputs.x, inputs.mask, tile, view, False, PLAN)
         h = find_h(load_gradients(inputs, tile, view, False, PLAN), x, None)
         d = [block - mean for block in x]
@@ -277,7 +277,7 @@ def gate_sums(inputs, parameters, numbers, strips, partials, extent, PLAN: tl.co
     sum_qzs, totals = sum_chunks(products, scales, gaussians, std, columns_inside(position, view))
     store_strip_numbers(strips, walk, position, view, [tl.sum(total_q, 0)[None, :], sum_qzs])
     if partials is not None:
-        store_partials(partials, totals, walk.head)
+        store_partials(partials, totals, walk.head, walk.program)
 
 
 @triton.jit

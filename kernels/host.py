@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton.language as tl
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from . import launch, tiles
 from .operands import Extent, Inputs, Layout, Strided, acc_dtype, encode, find_layout, varies
+from .whole import take_steps
 
 
 # --- Plans ----------------------------------------------------------------------------------------
@@ -43,14 +44,13 @@ class Numbers(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """Hold what a pass does, whatever its tensors hold: tile, extent, the same encoded, the programs a head that share
+    """Hold what a pass does, whatever its tensors hold: its extent, the same encoded, the programs a head that share
     its tiles; those where each leaves partial sums, and the groups of these that hold every parameter of a head once;
     the strides of its tensors as kernels take them; of streamed chunks the shape of their statistics, the strides of
-    numbers of them, and whether a forward pass keeps the statistics; the constants of kernels that take tiles, and of
-    those that merge strips.
+    numbers of them, whether a forward pass keeps the statistics, and whether one program takes all steps of a chunk;
+    the constants of kernels that take tiles, and of those that merge strips.
     """
 
-    tile: tiles.Tile
     extent: Extent
     encoded: Extent
     programs: int
@@ -60,6 +60,7 @@ class Plan(NamedTuple):
     stats_shape: tuple[int, ...] | None
     stats_strides: tuple[int, ...] | None
     keeps_stats: bool
+    whole: bool
     constants: dict[str, object]
     merge_constants: dict[str, object]
 
@@ -76,8 +77,8 @@ def plan(
     as kernels count them. n_sums: partial sums a group. weights: whether there are gradients of them. Kept: making it
     takes longer than a launch.
     """
-    x, mask, *others = (spec and _make_meta(*spec) for spec in specs)
-    others = [t if t is None else t.expand(x.shape) for t in (mask, *others)]
+    x, mask, *given = (spec and _make_meta(*spec) for spec in specs)
+    others = [t if t is None else t.expand(x.shape) for t in (mask, *given)]
     stats_shape = tiles.stats_shape(budget, x, axis, heads, feature_axis, mask is not None)
     streamed = stats_shape is not None
     if streamed:
@@ -107,10 +108,16 @@ def plan(
     if streamed and along != "chunk":  # but for those that share their parameters, a program a strip
         programs = extent.n_tiles * n_strips
     merged = constants._replace(BLOCK_P=tiles.STRIPS, N_BLOCKS=1, RAGGED_P=0)
+    moved = sum(t.element_size() for t in (x, *given) if t is not None)
+    kernel_options = {"num_warps": tile.num_warps}
+    registers = tiles.find_registers(budget, layout, along, x.dtype, mask is not None or weights)
+    if capped := streamed and registers is not None:
+        kernel_options["maxnreg"] = registers
+    whole = capped and tiles.takes_whole(layout, moved)
     return Plan(
-        tile, extent, extent.encode(layout.unit, layout.fastest), programs, sum_programs,
+        extent, extent.encode(layout.unit, layout.fastest), programs, sum_programs,
         sum_programs // (n_strips * n_together), strides, stats_shape, stats_strides,
-        streamed and tiles.worth_keeping(x, axis, heads), {"PLAN": constants, "num_warps": tile.num_warps},
+        streamed and tiles.worth_keeping(x, axis, heads), whole, {"PLAN": constants, **kernel_options},
         {"PLAN": merged, "num_warps": 4},
     )  # fmt: skip
 
@@ -142,6 +149,24 @@ def _find_extent(layout: Layout, tile: tiles.Tile, strip: int | None) -> Extent:
 
 
 # --- Calls ----------------------------------------------------------------------------------------
+class Step(NamedTuple):
+    """Hold a kernel that a pass launches, its arguments but the extent, its constants but the plan, in its own order,
+    and whether it merges strips.
+    """
+
+    kernel: Any
+    args: tuple
+    constants: dict[str, object]
+    merges: bool
+
+
+@functools.cache
+def find_sources(constants: tuple) -> str:
+    """Return what tells apart functions of one name, of all in nested tuples; "" of interpreted ones."""
+    nested = (one if isinstance(one, tuple) else (one,) for one in constants)
+    return "".join(getattr(one, "cache_key", "") for ones in nested for one in ones)
+
+
 class Call:
     """Hold a pass with a budget, so many Gaussians as kernels count them, and n_sums partial sums a group.
 
@@ -166,6 +191,7 @@ class Call:
         self.plan = found = plan(budget, gaussians, n_sums, axis, self.heads, feature_axis, weights, *specs)
         self.extent, self.programs, self.along = found.extent, found.programs, found.constants["PLAN"].VARIES
         self.streamed = found.stats_shape is not None
+        self.steps: list[Step] = []
         self.stats = stats if self.streamed else None
         self.lacks_stats = self.streamed and stats is None
         if self.lacks_stats:
@@ -196,10 +222,31 @@ class Call:
 
     def launch(self, kernel, programs: int, *args, **constants) -> None:
         """Launch on a grid (programs, heads), with the constants of kernels that take tiles."""
-        grid, constants = (programs, self.heads), constants | self.plan.constants
-        launch.launch(kernel, grid, *args, self.plan.encoded, device=self.x.device, **constants)
+        self._take(Step(kernel, args, constants, merges=False), programs)
 
     def launch_merge(self, kernel, *args, **constants) -> None:
         """Launch what makes numbers of chunks from those of their strips: a program a tile of chunks."""
-        grid, constants = (self.extent.n_tiles, self.heads), constants | self.plan.merge_constants
-        launch.launch(kernel, grid, *args, self.plan.encoded, device=self.x.device, **constants)
+        self._take(Step(kernel, args, constants, merges=True), self.extent.n_tiles)
+
+    def _take(self, step: Step, programs: int) -> None:
+        """Launch a step on so many programs a head, or keep it where one program takes them all."""
+        if self.plan.whole:
+            self.steps.append(step)
+            return
+        constants = step.constants | (self.plan.merge_constants if step.merges else self.plan.constants)
+        grid = (programs, self.heads)
+        launch.launch(step.kernel, grid, *step.args, self.plan.encoded, device=self.x.device, **constants)
+
+    def launch_steps(self, name: str) -> None:
+        """Launch the steps that were kept, if any, as one kernel."""
+        if not self.steps:
+            return
+        kernels, args, constants, merges = zip(*self.steps, strict=True)
+        constants = tuple(tuple(one.values()) for one in constants)
+        launch.launch(
+            take_steps, (self.extent.n_tiles, self.heads), args, self.plan.encoded, device=self.x.device,
+            KERNELS=kernels, CONSTANTS=constants, MERGES=merges, NAME=name,
+            MERGED=self.plan.merge_constants["PLAN"], SOURCES=find_sources((*kernels, *constants)),
+            **self.plan.constants,
+        )  # fmt: skip
+        self.steps.clear()

@@ -24,22 +24,26 @@ def _knobs():
     return knobs
 
 
-@functools.cache
-def options(num_warps: int, nvidia: bool) -> dict[str, int | bool]:
-    """Return a launch's compiler options: FP fusion is pinned, since Triton 3.10 changes its default and with it the
-    last bits, and registers to what so many warps can have: ptxas would spill some bytes to reach some occupancy.
+def find_keywords(constants: dict[str, object], nvidia: bool) -> dict[str, object]:
+    """Return constants as Triton takes them, with a launch's compiler options: FP fusion is pinned, since Triton 3.10
+    changes its default and with it the last bits, and registers to what so many warps can have, or fewer where
+    constants say so: left alone, ptxas would spill some bytes to reach some occupancy.
     """
-    return {"enable_fp_fusion": True, **({"maxnreg": min(255, 2048 // num_warps)} if nvidia else {})}
+    keywords = {"enable_fp_fusion": True, "maxnreg": min(255, 2048 // constants["num_warps"])}
+    keywords |= {name: _wrap(value) for name, value in constants.items()}
+    if not nvidia:
+        del keywords["maxnreg"]
+    return keywords
 
 
-def wrap(constants: dict[str, object]) -> dict[str, object]:
-    """Return constants as Triton takes them: it takes no record of plain values (`host.Constants`) for a constant."""
+def _wrap(value: object) -> object:
+    """Return a constant as Triton takes it: of tuples (`host.Constants`) it takes no plain values."""
     from triton.language import constexpr
 
-    return {
-        name: type(value)(*map(constexpr, value)) if hasattr(value, "_fields") else value
-        for name, value in constants.items()
-    }
+    if not isinstance(value, tuple):
+        return value
+    wrapped = (_wrap(one) if isinstance(one, tuple) else constexpr(one) for one in value)
+    return type(value)(*wrapped) if hasattr(value, "_fields") else tuple(wrapped)
 
 
 class Launch(NamedTuple):
@@ -133,8 +137,7 @@ def _launch_anew(
 
     if grid[1] > MAX_HEADS:
         raise ValueError(f'num_heads is {grid[1]}, the backend "triton" takes at most {MAX_HEADS}')
-    wrapped = wrap(constants)
-    keywords = wrapped | options(constants["num_warps"], nvidia=not torch.version.hip)
+    keywords = find_keywords(constants, nvidia=not torch.version.hip)
     if device.type == "meta":
         _recorder.launches.append(Launch(kernel, args, keywords))
         return
@@ -144,4 +147,4 @@ def _launch_anew(
     if len(kept) >= MOST_KEPT:
         kept.clear()
     names = list(inspect.signature(kernel.fn).parameters)
-    kept[key] = compiled[(*grid, 1)], [wrapped[name] for name in names[len(args) :]]
+    kept[key] = compiled[(*grid, 1)], [keywords[name] for name in names[len(args) :]]

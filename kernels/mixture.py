@@ -66,7 +66,7 @@ from .operands import Split, Strided, power_of_2, split_float, strided_of
 from .params import add_lists, load_entries, store_partials, zero_blocks
 from .streamed import find_stats, locate_chunks, store_strip_numbers
 from .tile import float_of, load_blocks, load_gradients, load_numbers, store_dx, store_numbers, store_outputs
-from .walk import columns_inside, locate, next_tile, place_tile, start_walk, view_of
+from .walk import columns_inside, find_program, locate, next_tile, place_tile, start_walk, view_of
 
 
 # --- Chunks on chip -------------------------------------------------------------------------------
@@ -74,12 +74,12 @@ from .walk import columns_inside, locate, next_tile, place_tile, start_walk, vie
 def mixture_forward(inputs, parameters, outputs, settings, extent, RESIDUAL: tl.constexpr, PLAN: tl.constexpr):
     """Store y and the weights."""
     view = view_of(extent, PLAN)
-    walk = start_walk(view, BACKWARDS=False)
+    walk = start_walk(extent, view, BACKWARDS=False)
     gaussian = load_gaussian(parameters, walk.head, None, view, PLAN)
     padding = None if inputs.padding is None else float_of(inputs.padding, PLAN.ACC)
     index = walk.index
     for _ in range(walk.first_tile, view.n_tiles, walk.tile_step):
-        tile = place_tile(inputs.mask, index, walk, walk.strip_row, view, PLAN)
+        tile = place_tile(inputs.mask, index, walk, walk.strip_row, view, PLAN.RAGGED_P, PLAN)
         raw, x = load_blocks(inputs.x, inputs.mask, tile, view, RESIDUAL, PLAN)
         d, centred, inv_var = centre_unpadded(x, padding, tile, inputs.mask, settings.eps, walk.length, PLAN.ACC)
         frame = find_frame(gaussian, inv_var)
@@ -95,14 +95,14 @@ def mixture_forward(inputs, parameters, outputs, settings, extent, RESIDUAL: tl.
 def mixture_backward(inputs, parameters, dx, partials, settings, extent, RESIDUAL: tl.constexpr, PLAN: tl.constexpr):
     """Store dx, and this program's sums ke, kee, cr and cl."""
     view = view_of(extent, PLAN)
-    walk = start_walk(view, BACKWARDS=False)
+    walk = start_walk(extent, view, BACKWARDS=False)
     gaussian = load_gaussian(parameters, walk.head, None, view, PLAN)
     padding = None if inputs.padding is None else float_of(inputs.padding, PLAN.ACC)
     totals = zero_blocks(4, 1, 1, PLAN.ACC)
     index = walk.index
     for _ in range(walk.first_tile, view.n_tiles, walk.tile_step):
         # the forward pass again
-        tile = place_tile(inputs.mask, index, walk, walk.strip_row, view, PLAN)
+        tile = place_tile(inputs.mask, index, walk, walk.strip_row, view, PLAN.RAGGED_P, PLAN)
         _raw, x = load_blocks(inputs.x, inputs.mask, tile, view, False, PLAN)
         gradients = load_gradients(inputs, tile, view, RESIDUAL, PLAN)
         h = find_h(gradients, x, padding)
@@ -127,7 +127,7 @@ def mixture_backward(inputs, parameters, dx, partials, settings, extent, RESIDUA
             totals = add_lists(totals, more)
         index = next_tile(index, walk.index_step, view)
     if partials is not None:
-        store_partials(partials, totals, walk.head)
+        store_partials(partials, totals, walk.head, walk.program)
 
 
 @triton.jit
@@ -150,7 +150,7 @@ def finish_gradients(totals, parameters, head, entries, inside, K: tl.constexpr)
 def mixture_scales(inputs, parameters, numbers, strips, extent, PLAN: tl.constexpr):
     """Store the least s of a strip of each chunk of one tile's columns, and the sum of the weights relative to it."""
     view = view_of(extent, PLAN)
-    walk = start_walk(view, BACKWARDS=True)
+    walk = start_walk(extent, view, BACKWARDS=True)
     gaussian = load_gaussian(parameters, walk.head, None, view, PLAN)
     position = locate(walk.index, walk.head, walk.strip_row, view, PLAN)
     mean, mean_error, inv_var = load_numbers(numbers.stats, walk.head, position, view, 3)
@@ -159,7 +159,7 @@ def mixture_scales(inputs, parameters, numbers, strips, extent, PLAN: tl.constex
     min_s = tl.zeros([PLAN.BLOCK_P, PLAN.BLOCK_C], PLAN.ACC) + FAR
     total = tl.zeros([PLAN.BLOCK_P, PLAN.BLOCK_C], PLAN.ACC)
     for row in range(walk.strip_row, walk.strip_end, PLAN.BLOCK_P * PLAN.N_BLOCKS):
-        tile = place_tile(inputs.mask, walk.index, walk, row, view, PLAN)
+        tile = place_tile(inputs.mask, walk.index, walk, row, view, PLAN.RAGGED_P, PLAN)
         _raw, x = load_blocks(inputs.x, inputs.mask, tile, view, False, PLAN)
         _f, s = measure([block - mean for block in x], mean_error, gaussian, frame, tile.valid)
         min_s, total = add_relative(min_s, total, s, frame.log2_factor, tile.valid)
@@ -171,7 +171,7 @@ def merge_scales(strips, parameters, numbers, settings, extent, PLAN: tl.constex
     """Store the least s of every chunk of one tile's columns, in place of its 1/n, and the scale of its weights."""
     view, head = view_of(extent, PLAN), tl.program_id(1).to(tl.int64)
     gaussian = load_gaussian(parameters, head, None, view, PLAN)
-    position = locate_chunks(head, view, PLAN)
+    position = locate_chunks(head, extent, view, PLAN)
     mean, mean_error, inv_var = load_numbers(numbers.stats, head, position, view, 3)
     frame = find_frame(gaussian, inv_var)
     min_s, total = merge_relative(strips, frame.log2_factor, head, position, view, PLAN)
@@ -215,7 +215,7 @@ def mixture_sums(inputs, parameters, numbers, strips, extent, PLAN: tl.constexpr
     the gaps, and w relative weights, so that their scale need not be known before.
     """
     view = view_of(extent, PLAN)
-    walk = start_walk(view, BACKWARDS=True)
+    walk = start_walk(extent, view, BACKWARDS=True)
     gaussian = load_gaussian(parameters, walk.head, None, view, PLAN)
     position = locate(walk.index, walk.head, walk.strip_row, view, PLAN)
     mean, mean_error, inv_var, min_s = load_numbers(numbers.stats, walk.head, position, view, 4)
@@ -223,7 +223,7 @@ def mixture_sums(inputs, parameters, numbers, strips, extent, PLAN: tl.constexpr
     padding = None if inputs.padding is None else float_of(inputs.padding, PLAN.ACC)
     sums = zero_blocks(7, PLAN.BLOCK_P, PLAN.BLOCK_C, PLAN.ACC)
     for row in range(walk.strip_row, walk.strip_end, PLAN.BLOCK_P * PLAN.N_BLOCKS):
-        tile = place_tile(inputs.mask, walk.index, walk, row, view, PLAN)
+        tile = place_tile(inputs.mask, walk.index, walk, row, view, PLAN.RAGGED_P, PLAN)
         _raw, x = load_blocks(inputs.x, inputs.mask, tile, view, False, PLAN)
         f, s = measure([block - mean for block in x], mean_error, gaussian, frame, tile.valid)
         gaps = [min_s - block for block in s]
@@ -244,7 +244,7 @@ def merge_mixture_sums(strips, parameters, numbers, partials, settings, extent, 
     """
     view, head = view_of(extent, PLAN), tl.program_id(1).to(tl.int64)
     gaussian = load_gaussian(parameters, head, None, view, PLAN)
-    position = locate_chunks(head, view, PLAN)
+    position = locate_chunks(head, extent, view, PLAN)
     _mean, _error, inv_var, min_s = load_numbers(numbers.stats, head, position, view, 4)
     frame = find_frame(gaussian, inv_var)
     sum_h, sum_hf, sum_hu, sum_w, sum_wf, sum_wu, n = merge_weighted(strips, head, position, view, PLAN)
@@ -259,7 +259,7 @@ def merge_mixture_sums(strips, parameters, numbers, partials, settings, extent, 
     store_numbers(numbers.sums, head, position, view, [scale, free_h, ke * inv_count, slope])
     if partials is not None:
         inside = columns_inside(position, view) & (inv_count > 0)
-        store_partials(partials, sum_head(ke, kee, clamped, inv_var, inside), head)
+        store_partials(partials, sum_head(ke, kee, clamped, inv_var, inside), head, find_program(extent))
 
 
 @triton.jit

@@ -56,7 +56,7 @@ class Extent(NamedTuple):
     """Hold what kernels know of a call: outer sizes, x's strides, tiles of all outer places, blocks of columns along
     the inner dimension, strips that a chunk is cut into and tiles of each (None where a tile holds whole chunks),
     positions of a chunk, of the last head's, which takes the remainder (None where it is the only one), size of the
-    inner dimension.
+    inner dimension; program: whose turn it is where one plays others (`whole.py`), else None.
     """
 
     sizes: tuple[int, ...]
@@ -68,6 +68,7 @@ class Extent(NamedTuple):
     chunk: int
     longest: int | None
     inner: int
+    program: int | None = None
 
     def encode(self, unit: int, fastest: int) -> Extent:
         """Return the same as kernels take it (`walk.view_of`): Triton compiles a kernel for integers that are 1, and
@@ -135,7 +136,7 @@ class Layout:
         down, across, *_ = self.operands[0].strides
         return 0 if down == 1 else 1 if across == 1 else -1
 
-    @property
+    @functools.cached_property
     def unit(self) -> int:
         """Return 8, or 4, where tensors like x can be moved so many elements at a time, else 1: one stride is 1, others
         are multiples of it, and so is the length of what that one walks along. The length of whole rows, too, which is

@@ -113,10 +113,10 @@ def store_totals(partials, totals, walk, position, view, PLAN: tl.constexpr):
 
 # --- Totals of a head -----------------------------------------------------------------------------
 @triton.jit
-def store_partials(partials, totals, head):
+def store_partials(partials, totals, head, program):
     """Store one program's totals, [1, 1] each, at (number, head, program)."""
     distance = tl.cast(partials.strides[0] >> 1, tl.int64)
-    start = partials.data + head * (partials.strides[1] >> 1) + tl.program_id(0) + tl.zeros([1, 1], tl.int64)
+    start = partials.data + head * (partials.strides[1] >> 1) + program + tl.zeros([1, 1], tl.int64)
     for i in tl.static_range(len(totals)):
         tl.store(start + i * distance, totals[i])
 

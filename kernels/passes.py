@@ -28,6 +28,7 @@ class Kernels:
     collect(call, p, q, *settings) -> (parameters, settings) as kernels take them.
     find_numbers(call, parameters, settings) -> the numbers of streamed chunks that the forward pass needs.
     sum_chunks(call, parameters, settings, numbers) -> (sums of streamed chunks, partial sums or None).
+        add_up(call, sums) -> the partial sums where sum_chunks has none. It follows the launch that writes sums.
     forward, backward: kernels of chunks on chip. prepare, open_chunk, weigh_chunk, differentiate: what
         `streamed.forward_streamed` and `backward_streamed` take. backward_streamed: a kernel of its own in place of
         that and differentiate, where totals for the parameters come last; sum_chunks then gives room for them.
@@ -49,11 +50,7 @@ class Kernels:
     weigh_chunk: Callable
     differentiate: Callable | None = None
     backward_streamed: Callable | None = None
-
-    @property
-    def streamed_constants(self) -> dict[str, object]:
-        """Return the functions of this algorithm that both streamed frames take, and its name."""
-        return {"NAME": self.algorithm.name, "PREPARE": self.prepare, "OPEN": self.open_chunk}
+    add_up: Callable[[Call, Strided], Strided] | None = None
 
 
 def forward(
@@ -74,8 +71,9 @@ def forward(
         parameters, given = kernels.collect(call, p, q, *settings)
         if call.streamed:
             args = (call.inputs, parameters, kernels.find_numbers(call, parameters, given), outputs)
-            constants = {"WEIGH": kernels.weigh_chunk} | kernels.streamed_constants
-            call.launch(forward_streamed, call.programs, *args, RESIDUAL=residual, **constants)
+            functions = {"PREPARE": kernels.prepare, "OPEN": kernels.open_chunk, "WEIGH": kernels.weigh_chunk}
+            call.launch(forward_streamed, call.programs, *args, **functions, NAME=algorithm.name, RESIDUAL=residual)
+            call.launch_steps(f"{algorithm.name}_forward")
         else:
             call.launch(kernels.forward, call.programs, call.inputs, parameters, outputs, given, RESIDUAL=residual)
     return y, weights, call.stats if save_stats and call.plan.keeps_stats else None
@@ -130,13 +128,17 @@ def _backward_streamed(
     if call.along == "chunk" and call.need_params:
         programs, partials = call.plan.sum_programs, call.partials(n_sums, call.plan.n_groups)
         row_partials = partials
-    kernel, constants = backward_streamed, {"DIFFERENTIATE": kernels.differentiate} | kernels.streamed_constants
-    if kernels.backward_streamed is not None:
-        kernel, constants, row_partials = kernels.backward_streamed, {}, partials
+    kernel, constants = kernels.backward_streamed, {}
+    if kernel is None:
+        functions = {"PREPARE": kernels.prepare, "OPEN": kernels.open_chunk, "DIFFERENTIATE": kernels.differentiate}
+        kernel, constants = backward_streamed, functions | {"NAME": kernels.algorithm.name}
+    else:
+        row_partials = partials
     if dx is not None or row_partials is not None:
         args = (call.inputs, parameters, numbers._replace(sums=sums), dx, row_partials)
-        call.launch(kernel, programs, *args, RESIDUAL=residual, **constants)
-    return partials
+        call.launch(kernel, programs, *args, **constants, RESIDUAL=residual)
+    call.launch_steps(f"{kernels.algorithm.name}_backward")
+    return kernels.add_up(call, sums) if call.need_params and partials is None else partials
 
 
 def _launch_param_gradients(

@@ -93,12 +93,12 @@ class Chunk(NamedTuple):
 def stable_forward(inputs, parameters, outputs, _settings, extent, RESIDUAL: tl.constexpr, PLAN: tl.constexpr):
     """Store y and the weights."""
     view = view_of(extent, PLAN)
-    walk = start_walk(view, BACKWARDS=False)
+    walk = start_walk(extent, view, BACKWARDS=False)
     product = load_product(parameters, walk.head, None, view, PLAN)
     padding = None if inputs.padding is None else float_of(inputs.padding, PLAN.ACC)
     index = walk.index
     for _ in range(walk.first_tile, view.n_tiles, walk.tile_step):
-        tile = place_tile(inputs.mask, index, walk, walk.strip_row, view, PLAN)
+        tile = place_tile(inputs.mask, index, walk, walk.strip_row, view, PLAN.RAGGED_P, PLAN)
         raw, x = load_blocks(inputs.x, inputs.mask, tile, view, RESIDUAL, PLAN)
         centred, inv_var, reach = centre_chunks(x, tile, inputs.mask, parameters, walk.length, view, PLAN)
         frame = find_frame(product, centred.mean_error, inv_var, reach)
@@ -113,14 +113,14 @@ def stable_forward(inputs, parameters, outputs, _settings, extent, RESIDUAL: tl.
 def stable_backward(inputs, parameters, dx, partials, _settings, extent, RESIDUAL: tl.constexpr, PLAN: tl.constexpr):
     """Store dx, and this program's totals for both parameters of every Gaussian."""
     view = view_of(extent, PLAN)
-    walk = start_walk(view, BACKWARDS=False)
+    walk = start_walk(extent, view, BACKWARDS=False)
     product = load_product(parameters, walk.head, None, view, PLAN)
     padding = None if inputs.padding is None else float_of(inputs.padding, PLAN.ACC)
     free, totals = zero_blocks(2, 1, 1, PLAN.ACC), zero_blocks(2, 1, PLAN.K, PLAN.ACC)
     index = walk.index
     for _ in range(walk.first_tile, view.n_tiles, walk.tile_step):
         # the forward pass again
-        tile = place_tile(inputs.mask, index, walk, walk.strip_row, view, PLAN)
+        tile = place_tile(inputs.mask, index, walk, walk.strip_row, view, PLAN.RAGGED_P, PLAN)
         _raw, x = load_blocks(inputs.x, inputs.mask, tile, view, False, PLAN)
         gradients = load_gradients(inputs, tile, view, RESIDUAL, PLAN)
         centred, inv_var, reach = centre_chunks(x, tile, inputs.mask, parameters, walk.length, view, PLAN)
@@ -145,7 +145,7 @@ def stable_backward(inputs, parameters, dx, partials, _settings, extent, RESIDUA
             store_dx(dx, grad, gradients.raw, tile, view, RESIDUAL, PLAN)
         index = next_tile(index, walk.index_step, view)
     if partials is not None:
-        store_parameter_totals(partials, zero_blocks(1, 1, 1, PLAN.ACC) + free, totals, product)
+        store_parameter_totals(partials, zero_blocks(1, 1, 1, PLAN.ACC) + free, totals, product, walk.program)
 
 
 @triton.jit
@@ -166,7 +166,7 @@ def finish_gradients(totals, parameters, head, entries, inside, K: tl.constexpr)
 def stable_scales(inputs, parameters, numbers, strips, extent, PLAN: tl.constexpr):
     """Store the least s of a strip of each chunk of one tile's columns, and the sum of the weights relative to it."""
     view = view_of(extent, PLAN)
-    walk = start_walk(view, BACKWARDS=True)
+    walk = start_walk(extent, view, BACKWARDS=True)
     product = load_product(parameters, walk.head, None, view, PLAN)
     padding = None if inputs.padding is None else float_of(inputs.padding, PLAN.ACC)
     position = locate(walk.index, walk.head, walk.strip_row, view, PLAN)
@@ -176,7 +176,7 @@ def stable_scales(inputs, parameters, numbers, strips, extent, PLAN: tl.constexp
     min_s = tl.zeros([PLAN.BLOCK_P, PLAN.BLOCK_C], PLAN.ACC) + FAR
     total = tl.zeros([PLAN.BLOCK_P, PLAN.BLOCK_C], PLAN.ACC)
     for row in range(walk.strip_row, walk.strip_end, PLAN.BLOCK_P * PLAN.N_BLOCKS):
-        tile = place_tile(inputs.mask, walk.index, walk, row, view, PLAN)
+        tile = place_tile(inputs.mask, walk.index, walk, row, view, PLAN.RAGGED_P, PLAN)
         _raw, x = load_blocks(inputs.x, inputs.mask, tile, view, False, PLAN)
         shown, d = hide_padding(x, tile.valid, padding), [block - mean for block in x]
         frame = find_frame(product, mean_error, inv_var, find_reach(d, tile.valid))
@@ -190,7 +190,7 @@ def merge_scales(strips, parameters, numbers, extent, PADDED: tl.constexpr, PLAN
     """Store the least s of every chunk of one tile's columns, in place of its 1/n, and the scale of its weights."""
     view, head = view_of(extent, PLAN), tl.program_id(1).to(tl.int64)
     product = load_product(parameters, head, None, view, PLAN)
-    position = locate_chunks(head, view, PLAN)
+    position = locate_chunks(head, extent, view, PLAN)
     mean, mean_error, inv_var, inv_count = load_numbers(numbers.stats, head, position, view, 4)
     log2_factor = find_log2_factor(product, inv_var)
     min_s, total = merge_relative(strips, log2_factor, head, position, view, PLAN)
@@ -235,14 +235,14 @@ def stable_sums(inputs, parameters, numbers, strips, extent, PLAN: tl.constexpr)
     the least s less Q/a, and w relative weights, so that their scale need not be known before.
     """
     view = view_of(extent, PLAN)
-    walk = start_walk(view, BACKWARDS=True)
+    walk = start_walk(extent, view, BACKWARDS=True)
     product = load_product(parameters, walk.head, None, view, PLAN)
     position = locate(walk.index, walk.head, walk.strip_row, view, PLAN)
     mean, mean_error, inv_var, min_s = load_numbers(numbers.stats, walk.head, position, view, 4)
     padding = None if inputs.padding is None else float_of(inputs.padding, PLAN.ACC)
     sums = zero_blocks(7, PLAN.BLOCK_P, PLAN.BLOCK_C, PLAN.ACC)
     for row in range(walk.strip_row, walk.strip_end, PLAN.BLOCK_P * PLAN.N_BLOCKS):
-        tile = place_tile(inputs.mask, walk.index, walk, row, view, PLAN)
+        tile = place_tile(inputs.mask, walk.index, walk, row, view, PLAN.RAGGED_P, PLAN)
         _raw, x = load_blocks(inputs.x, inputs.mask, tile, view, False, PLAN)
         shown, d = hide_padding(x, tile.valid, padding), [block - mean for block in x]
         frame = find_frame(product, mean_error, inv_var, find_reach(d, tile.valid))
@@ -259,7 +259,7 @@ def merge_stable_sums(strips, parameters, numbers, extent, PADDED: tl.constexpr,
     """Store the scale, Σ h, Σ he·E/(a·n) and inv_var·Σ he·Q/(a·(n - 1)) of every chunk of one tile's columns."""
     view, head = view_of(extent, PLAN), tl.program_id(1).to(tl.int64)
     product = load_product(parameters, head, None, view, PLAN)
-    position = locate_chunks(head, view, PLAN)
+    position = locate_chunks(head, extent, view, PLAN)
     _mean, _error, inv_var = load_numbers(numbers.stats, head, position, view, 3)
     sum_h, sum_hf, sum_hu, sum_w, sum_wf, sum_wu, n = merge_weighted(strips, head, position, view, PLAN)
     inv_count = inverse_count(n)
@@ -277,7 +277,7 @@ def stable_backward_streamed(
 ):
     """Store dx of a strip of each chunk of one tile's columns, and the totals of this program."""
     view = view_of(extent, PLAN)
-    walk = start_walk(view, BACKWARDS=True)
+    walk = start_walk(extent, view, BACKWARDS=True)
     product = load_product(parameters, walk.head, None, view, PLAN)
     position = locate(walk.index, walk.head, walk.strip_row, view, PLAN)
     mean, chunk = open_chunk(product, numbers, walk.head, position, view, PLAN)
@@ -285,7 +285,7 @@ def stable_backward_streamed(
     free = zero_blocks(3, PLAN.BLOCK_P, PLAN.BLOCK_C, PLAN.ACC)
     totals, inside = zero_blocks(2, 1, PLAN.K, PLAN.ACC), columns_inside(position, view)
     for row in range(walk.strip_row, walk.strip_end, PLAN.BLOCK_P * PLAN.N_BLOCKS):
-        tile = place_tile(inputs.mask, walk.index, walk, row, view, PLAN)
+        tile = place_tile(inputs.mask, walk.index, walk, row, view, PLAN.RAGGED_P, PLAN)
         _raw, x = load_blocks(inputs.x, inputs.mask, tile, view, False, PLAN)
         gradients = load_gradients(inputs, tile, view, RESIDUAL, PLAN)
         shown, d = hide_padding(x, tile.valid, padding), [block - mean for block in x]
@@ -304,7 +304,7 @@ def stable_backward_streamed(
                 _heq, totals = add_clamped(totals, frame.limit, d, chunk.mean_error, he, product, frame, inside)
     if partials is not None:
         free = [sum_columns(tl.sum(block, 0)[None, :], inside) for block in free]
-        store_parameter_totals(partials, free, totals, product)
+        store_parameter_totals(partials, free, totals, product, walk.program)
 
 
 # --- On the host ----------------------------------------------------------------------------------

@@ -316,7 +316,7 @@ def add_free(sums, he, hef, f, frame):
 
 
 @triton.jit
-def store_parameter_totals(partials, free, totals, product):
+def store_parameter_totals(partials, free, totals, product, program):
     """Store one program's totals, at 2k and 2k + 1 those of the Gaussian k: beside its own what columns that do not
     clamp add to each, which is made of Σ he, 0 of whole chunks, Σ he·f and Σ he·f² [1, 1].
     """
@@ -325,6 +325,6 @@ def store_parameter_totals(partials, free, totals, product):
     ks = tl.arange(0, offsets.shape[1])[None, :]
     offset, _width, _precision = load_gaussians(product.parameters, product.head, ks, product.a.dtype)
     distance = tl.cast(partials.strides[0] >> 1, tl.int64)
-    start = partials.data + product.head * (partials.strides[1] >> 1) + tl.program_id(0) + 2 * ks * distance
+    start = partials.data + product.head * (partials.strides[1] >> 1) + program + 2 * ks * distance
     tl.store(start, offsets + (sum_hef + (product.m - offset) * sum_he))
     tl.store(start + distance, widths + (sum_heff + 2.0 * (product.m - offset) * sum_hef))

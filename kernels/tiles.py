@@ -66,6 +66,7 @@ class Budget(NamedTuple):
     strided_vector: int = 8
     strided_least_vector: int = 4  # where longer ones would leave a chunk to more lanes
     streamed_vector: int = 8
+    streamed_registers: int | None = 128  # of rows, a thread's: four programs a multiprocessor; None: spills
     longest_contiguous: int = 2 * LONGEST_CONTIGUOUS
     longest_along: int = LONGEST_CONTIGUOUS  # where parameters vary along it
     longest_masked: int = LONGEST_CONTIGUOUS  # with a mask
@@ -95,6 +96,10 @@ BACKWARD_MIXTURE = Budget(
     contiguous_full=16, contiguous_most=16, strided_masked=24, strided_full=16, strided_vector=4,
     strided_least_vector=2,
 )  # fmt: skip
+# x - mean is alive while Gaussians are added where chunks clamp
+BACKWARD_STABLE = BACKWARD_MIXTURE._replace(
+    together=16, strided=32, streamed=16, streamed_vector=4, streamed_registers=168
+)
 # so are all numbers of up to four Gaussians
 BACKWARD_GATE = Budget(
     contiguous=36, contiguous_full=8, contiguous_most=8, together=24, strided=24, strided_masked=12, strided_full=8,
@@ -114,7 +119,8 @@ def gate_backward(n_gaussians: int) -> Budget:
     """Return the gate's budget, half as much for every doubling. Longer chunks are streamed rather than spilled."""
     divisor = _doublings(n_gaussians)
     longest = {"longest_contiguous": 8192, "longest_masked": 2048, "longest_strided": 128}
-    budget = BACKWARD_GATE.divide(divisor, least=2)
+    registers = None if divisor > 2 else BACKWARD_GATE.streamed_registers
+    budget = BACKWARD_GATE.divide(divisor, least=2)._replace(streamed_registers=registers)
     return budget._replace(**{name: max(32, length // divisor) for name, length in longest.items()})
 
 
@@ -289,6 +295,28 @@ def streams(
     return find_longest(x.shape[axis], heads) > (longest // 4 if x.dtype == torch.float64 else longest)
 
 
+def find_registers(budget: Budget, layout: Layout, along: str, dtype: torch.dtype, full: bool) -> int | None:
+    """Return how many registers a thread of streamed rows has at most, None where they would spill: of columns, with a
+    mask or a gradient of the weights (full), with parameters that vary along the row, and in fp64.
+    """
+    spills = full or not layout.contiguous or along == "chunk" or dtype == torch.float64
+    return None if spills else budget.streamed_registers
+
+
+# Rows that a GPU works on at once where a program takes all steps of its own: four a multiprocessor of 132; and the
+# bytes that L2 keeps for a second read. Both are an H200's (`bench/gpus.py`); an A100 gains as well, by the model.
+AT_WORK, CACHE = 528, 40_000_000
+
+
+def takes_whole(layout: Layout, moved: int) -> bool:
+    """Tell whether one program takes all steps of a streamed row that has few registers (`whole.py`): where there are
+    many, and what is moved between two reads of a position, at most half of what rows at work read and write, stays in
+    L2. moved: bytes a position, in all tensors.
+    """
+    rows = layout.places * layout.inner * layout.heads
+    return rows >= 2 * AT_WORK and AT_WORK * layout.longest * moved <= 2 * CACHE
+
+
 def stats_shape(
     budget: Budget, x: Tensor, axis: int, heads: int, feature_axis: int | None = None, masked: bool = False
 ) -> tuple[int, ...] | None:
@@ -316,7 +344,7 @@ def count_programs(n_tiles: int, heads: int, num_warps: int, multiple: int = 1, 
 
 
 def index_bits(layout: Layout, tile: Tile) -> int:
-    """Return 32, or 64 where an offset in one tile can pass 2**31 - 1; those of whole tiles have 64 bits always."""
+    """Return 32, or 64 where an offset in one tile, or a length, can pass 2**31 - 1; those of whole tiles have 64."""
     strides = (t.strides[:2] for t in layout.operands if t is not None)
     reach = max((tile.length - 1) * along + (tile.columns - 1) * across for along, across in strides)
-    return 32 if reach < 2**31 else 64
+    return 32 if max(reach, layout.longest) < 2**31 else 64

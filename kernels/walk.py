@@ -24,11 +24,12 @@ class TileIndex(NamedTuple):
 
 
 class Walk(NamedTuple):
-    """Hold what a program takes: the tiles first_tile, first_tile + tile_step, … of a head, whose chunks have a length,
-    and of each the strip of the chunk from strip_row up to strip_end, which may be none of a shorter head; the index of
-    the first tile, and the step of an index.
+    """Hold which program of a head this is, and what it takes: the tiles first_tile, first_tile + tile_step, … of a
+    head, whose chunks have a length, and of each the strip of the chunk from strip_row up to strip_end, which may be
+    none of a shorter head; the index of the first tile, and the step of an index.
     """
 
+    program: tl.tensor
     head: tl.tensor
     length: tl.tensor
     strip_row: tl.tensor
@@ -82,24 +83,31 @@ def view_of(extent, PLAN: tl.constexpr):
         longest = chunk
     sizes = [size >> 1 for size in extent.sizes]
     n_tiles, n_blocks = extent.n_tiles >> 1, extent.n_blocks >> 1
-    return Extent(sizes, strides, n_tiles, n_blocks, n_strips, strip, chunk, longest, inner)
+    # a number in place of None, which Triton 3.6 does not return in a record; nobody asks a view for it
+    return Extent(sizes, strides, n_tiles, n_blocks, n_strips, strip, chunk, longest, inner, 0)
 
 
 @triton.jit
-def start_walk(view, BACKWARDS: tl.constexpr):
-    """Return this program's Walk. BACKWARDS: the last program first, as what was read last may be cached."""
-    head, program = tl.program_id(1), tl.program_id(0)
-    if BACKWARDS:
+def find_program(extent):
+    """Return which program of a head this is: that of the grid, or the one whose turn it is (`whole.py`)."""
+    return tl.program_id(0) if extent.program is None else extent.program
+
+
+@triton.jit
+def start_walk(extent, view, BACKWARDS: tl.constexpr):
+    """Return this program's Walk. BACKWARDS: the grid's last program first, as what was read last may be cached."""
+    head, program = tl.program_id(1), find_program(extent)
+    if BACKWARDS and extent.program is None:
         head, program = tl.num_programs(1) - 1 - head, tl.num_programs(0) - 1 - program
     length = tl.where(head == tl.num_programs(1) - 1, view.longest, view.chunk)
-    step = tl.num_programs(0) // view.n_strips
+    step = view.n_tiles if extent.program is not None else tl.num_programs(0) // view.n_strips
     first = program // view.n_strips
     strip_row = (program % view.n_strips).to(tl.int64) * view.strip
     strip_end = tl.maximum(strip_row, tl.minimum(strip_row + view.strip, length))
     head = head.to(tl.int64)
     index = TileIndex(first // view.n_blocks, first % view.n_blocks)
     index_step = TileIndex(step // view.n_blocks, step % view.n_blocks)
-    return Walk(head, length, strip_row, strip_end, first, step, index, index_step)
+    return Walk(program, head, length, strip_row, strip_end, first, step, index, index_step)
 
 
 @triton.jit
@@ -166,18 +174,19 @@ def columns_inside(position, view):
 
 
 @triton.jit
-def place_tile(mask, index, walk, row, view, PLAN: tl.constexpr):
+def place_tile(mask, index, walk, row, view, RAGGED_P: tl.constexpr, PLAN: tl.constexpr):
     """Return the Tile that begins at a row of its chunk. Where sizes divide, the compiler sees it and drops the masks.
 
     Columns outside may be valid: they hold 0, reach no other column and are never stored, but sums over columns must
     leave them out.
     """
     position = locate(index, walk.head, row, view, PLAN)
+    left = (walk.length - row).to(PLAN.INDEX)  # positions of the chunk from here on
     row_masks, inside = [], []
     for i in tl.static_range(PLAN.N_BLOCKS):
         row_mask = tl.full([1, 1], True, tl.int1)
-        if i >= PLAN.N_BLOCKS - PLAN.RAGGED_P:
-            row_mask = (position.row + i * PLAN.BLOCK_P + position.rows < walk.length)[:, None]
+        if i >= PLAN.N_BLOCKS - RAGGED_P:
+            row_mask = (position.rows < left - i * PLAN.BLOCK_P)[:, None]
         row_masks = row_masks + [row_mask]
         if PLAN.RAGGED_C:
             inside = inside + [row_mask & (position.column + position.columns < view.inner)[None, :]]

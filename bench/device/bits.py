@@ -6,12 +6,15 @@ import itertools
 import threading
 from collections.abc import Callable, Iterator
 from functools import partial
+from unittest import mock
 
 import torch
 from torch import Tensor
 
 from bench.device.cases import ALGORITHMS, BF16, Case, Inputs, bit_cases, case, draw_inputs, helpers
 from bench.device.session import Job, Session
+from daam.kernels import tiles
+from daam.kernels.host import plan
 
 Check = Callable[[Case, Inputs], dict]  # returns what differs, by name: nothing where all is well
 
@@ -29,6 +32,8 @@ def jobs(session: Session) -> list[Job]:
         checks += [(repeat, case) for case in (*on_device, shared)]
     # a check after another, so that processes beside each other do not compile the same kernels
     checks += itertools.product((repeat, compare_rows, compare_weights), bit_cases())
+    long_rows = [(case(name, (4, 20000), 1, 1).but(params="one"), BF16) for name in ALGORITHMS]
+    checks += itertools.product([compare_steps], long_rows)
     return [
         Job(f"{check.__name__}-{case}-{str(dtype)[6:]}", partial(run_check, session, check, case, dtype))
         for check, (case, dtype) in checks
@@ -68,6 +73,16 @@ def compare_weights(case: Case, inputs: Inputs) -> dict:
     """Compare y that is returned with the weights with y alone."""
     both, alone = helpers.run(case, inputs, "triton"), helpers.run(case.but(weights=False), inputs, "triton")
     return find_differences({"y": alone["y"]}, {"y": both["y"]})
+
+
+def compare_steps(case: Case, inputs: Inputs) -> dict:
+    """Compare rows whose steps one launch takes with those that take a launch a step."""
+    apart = helpers.run(case, inputs, "triton")
+    with mock.patch.object(tiles, "AT_WORK", 1):
+        plan.cache_clear()
+        together = helpers.run(case, inputs, "triton")
+    plan.cache_clear()
+    return find_differences(together, apart)
 
 
 def call_on_stream(case: Case, inputs: Inputs) -> dict:

@@ -14,7 +14,7 @@ from bench import core
 from bench.device.cases import TIMED
 from bench.device.session import Job, Session
 from bench.device.times import empty_tensors, median_seconds
-from bench.modelled import launches
+from bench.modelled import find_steps, launches
 from bench.workloads import Workload, lengths
 from daam.kernels import host, tiles
 
@@ -70,7 +70,8 @@ def find_tiles(workload: Workload, settings: dict) -> dict[str, str]:
     x, p = workload.x, torch.empty(workload.params_shape, device="meta")
     with plan_with(settings):
         made = launches(workload.algorithm, x, p, None, workload.axis, workload.feature_axis, full=False)
-    found = {which: one.meta for one in made for which in ("forward", "backward") if which in one.name}
+    steps = [step for one in made for step in find_steps(one)]
+    found = {which: one.meta for one in steps for which in ("forward", "backward") if which in one.name}
     words = "{PLAN.BLOCK_P}x{PLAN.N_BLOCKS}x{PLAN.BLOCK_C}, {num_warps} warps"
     return {which: words.format_map(constants) for which, constants in found.items()}
 

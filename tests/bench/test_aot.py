@@ -16,9 +16,10 @@ from helpers import ALGORITHMS
 
 from bench.aot import TARGETS, compile_for
 from bench.audit import CONFIGURATIONS, DTYPES, GAUSSIANS, ONE_A_REGIME, OTHERS, Configuration
-from bench.modelled import launches
+from bench.modelled import find_steps, launches
 from daam.kernels.algorithms import count_tensors
 from daam.kernels.tiles import LONGEST_CONTIGUOUS
+from daam.kernels.whole import take_steps
 
 
 def seldom(*values):
@@ -28,7 +29,7 @@ def seldom(*values):
 
 def check(target, configuration):
     recorded = configuration.launches()
-    assert sum("forward" in launch.name for launch in recorded) == 1
+    assert sum("forward" in step.name for launch in recorded for step in find_steps(launch)) == 1
     for launch in recorded:
         compiled = compile_for(target, launch)
         if TARGETS[target].backend == "cuda":  # a wavefront of gfx942 has 64 lanes: other tiles would suit it better
@@ -38,10 +39,12 @@ def check(target, configuration):
             spared = 64 if target == "sm_100" and "backward" in launch.name and configuration.order == "columns" else 0
             if "backward" in launch.name and (configuration.along, configuration.chunk) == ("chunk", 200):
                 spared = 32 * configuration.full  # parameters of every position, a mask and weights, and ragged rows
+            if configuration.order == "rows" and not launch.name.endswith(("_forward", "_backward")):
+                spared = 16  # read again once a strip, so that a multiprocessor holds four programs
             assert compiled.stack <= spared, (
                 f"{configuration}/{launch.name} spills {compiled.stack} bytes of {compiled.registers} registers"
             )
-            if count_tensors(launch.name):
+            if launch.kernel is take_steps or count_tensors(launch.name):
                 # 128 bits, or all of a block that a thread has
                 constants = launch.meta["PLAN"]
                 block = constants.BLOCK_P * constants.BLOCK_C // (32 * launch.meta["num_warps"])
@@ -63,7 +66,12 @@ def test_sm_90(configuration):
 ON_CHIP = [one for one in ONE_A_REGIME if one.chunk <= 1024]
 
 
-@pytest.mark.parametrize("configuration", ON_CHIP, ids=str)
+def is_slow(configuration):
+    """Tell whether it takes as long to compile as all others: Gaussians one after the other, over columns of 64."""
+    return configuration.algorithm in ("gate", "stable") and configuration.chunk == 64
+
+
+@pytest.mark.parametrize("configuration", [seldom(one) if is_slow(one) else one for one in ON_CHIP], ids=str)
 def test_sm_90_in_full(configuration):
     """Add what takes registers: a mask, weights, their gradient, a residual."""
     check("sm_90", replace(configuration, full=True))
@@ -83,7 +91,8 @@ def on_other_targets():
     targets = ["sm_80", "sm_100", "gfx942"]
     for i, algorithm in enumerate(ALGORITHMS):
         configurations = [configuration for configuration in ON_CHIP if configuration.algorithm == algorithm]
-        yield from zip(configurations, targets[i:] + targets[:i], strict=True)
+        for one, target in zip(configurations, targets[i:] + targets[:i], strict=True):
+            yield seldom(one, target) if is_slow(one) else (one, target)
 
 
 @pytest.mark.parametrize(("configuration", "target"), list(on_other_targets()), ids=str)
@@ -122,7 +131,7 @@ def test_padding_values(shape):
         assert compile_for("sm_90", launch).stack == 0, launch.name
 
 
-OFTEN = [(16, ROWS), (16, COLUMNS)]
+OFTEN = [(16, ROWS)]
 SELDOM = [seldom(*one) for one in itertools.product((1, 3, 8, 16), (ROWS, COLUMNS, STREAMED)) if one not in OFTEN]
 
 

@@ -116,9 +116,23 @@ def test_every_configuration_is_committed(committed):
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90"])
 def test_nothing_that_is_committed_spills(target):
-    """Include what `make test` does not compile."""
+    """Include what `make test` does not compile. Rows that are streamed keep 16 bytes on the stack at most, which are
+    read again once a strip: without, a multiprocessor would hold three programs and not four. On sm_80 the stabilised
+    mixture's backward pass over columns may keep 40: smaller tiles issue a fifth more.
+    """
+    rows, most = read(ROOT / "bench" / "history" / "audit" / f"{target}.json").rows, {}
+    for name in rows:
+        most[name] = 16 if "-rows-" in name and not name.endswith(("_forward", "_backward")) else 0
+        if name.startswith("sm_80/stable-columns-") and name.endswith("/stable_backward"):
+            most[name] = 40
+    assert rows and not [name for name, figures in rows.items() if figures["stack"] > most[name]]
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
+def test_all_of_x_is_loaded_in_what_is_committed(target):
+    """Check that the loop whose figures are given is the one that reads x, on every target that is modelled."""
     rows = read(ROOT / "bench" / "history" / "audit" / f"{target}.json").rows
-    assert rows and not [name for name, figures in rows.items() if figures["stack"]]
+    assert rows and not [name for name, figures in rows.items() if figures["loads"] < 0.99]
 
 
 def test_the_same_twice():

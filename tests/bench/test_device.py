@@ -20,6 +20,7 @@ from bench.device import bits, calls, cases, correct, counters, machine, plan, p
 from bench.device.part import PARTS, jobs
 from bench.device.session import Job, Session, read, run_jobs
 from bench.workloads import Workload
+from daam.kernels import tiles
 
 ROOT = Path(__file__).parents[2]
 EMULATED = ("density-2x3x256", "mixture-24x4-", "gate-7x50")
@@ -387,6 +388,19 @@ def test_what_differs_by_a_bit():
     found = {"y": torch.tensor([1.0, 2.0]), "dx": torch.tensor([1.0, 1.0])}
     wanted = {"y": torch.tensor([1.0, 2.0]), "dx": torch.tensor([1.0, 1.0 + 2**-23])}
     assert bits.find_differences(found, wanted) == {"dx": pytest.approx(2**-23, rel=1e-6)}
+
+
+def test_long_rows_are_compared_with_a_launch_a_step():
+    """Check that a step that computes something else shows, and that both ways are taken."""
+    case, taken = bits.case("density", (2, 40), 1, 1), []
+
+    def run(_case, _inputs, _backend):
+        taken.append(tiles.AT_WORK)
+        return {"y": torch.tensor([float(len(taken))])}
+
+    with mock.patch.object(helpers, "run", run):
+        assert bits.compare_steps(case, None) == {"y": 1.0}
+    assert taken == [528, 1] and tiles.AT_WORK == 528
 
 
 def test_jobs_have_names_of_their_own(cpu_session):

@@ -1,6 +1,7 @@
 """The model of a launch's time: what it adds up, what more warps or a cache do; and our launches as it takes them."""
 
 import dataclasses
+import itertools
 import math
 import os
 import sys
@@ -144,12 +145,12 @@ def test_launches_add_up():
 
 
 # --- Our launches -----------------------------------------------------------------------------------
-def passes(shape, axis=1, feature_axis=None, heads=1, algorithm="density"):
+def passes(shape, axis=1, feature_axis=None, heads=1, algorithm="density", full=False):
     """Return the launches of passes over x of a shape, in bf16."""
     x = torch.empty(shape, dtype=torch.bfloat16, device="meta")
     n_params = 1 if feature_axis is None else shape[feature_axis] // (heads if feature_axis == axis else 1)
     p = torch.empty(heads, n_params, device="meta")
-    return modelled.record_passes(algorithm, x, p, None, axis, feature_axis, full=False)
+    return modelled.record_passes(algorithm, x, p, None, axis, feature_axis, full)
 
 
 @pytest.mark.parametrize(
@@ -202,7 +203,7 @@ def test_run(shape, options, run):
 def test_what_is_read_and_written():
     """Check tensors of x's size that kernels move, with weights and without, and that x's second reader finds it."""
     for full in (False, True):
-        recorded = audit.Configuration("density", "rows", "nothing", 32768, full=full).launches()
+        recorded = itertools.chain(*passes((512, 32768), full=full).values())
         moved = [modelled.count_moved(one) for one in recorded if modelled.count_tensors(one.name)]
         assert moved == [(1, 0), (1, 1 + full), (2 + full, 0), (2 + full, 1)]
 
@@ -220,6 +221,26 @@ def test_streamed_pass():
     found = modelled.model_pass(recorded, 2 * size, GPU)
     assert found.us == pytest.approx(1e6 * sum(one.seconds for one in estimates.values()) + GPU.launch + 2 * GPU.next)
     assert found.limit == max(estimates.values(), key=lambda one: one.seconds).limit and 0 < found.share < 1
+
+
+def test_steps_of_one_launch():
+    """Check that memory reads x once, and L2 again; that units do what those of the steps do; and that a program waits
+    for L2 where it reads x again, less than for memory.
+    """
+    (recorded,) = passes((1056, 32768))["forward"]
+    ((_name, found),) = modelled.estimate([recorded], GPU)
+    size = 2 * 1056 * 32768
+    assert found.memory == pytest.approx(2 * size / GPU.copy / 1e9 + size / GPU.l2_read / 1e9, rel=1e-3)
+    steps = [modelled.launched(one, compile_for(GPU.target, one)) for one in modelled.find_steps(recorded)]
+    assert [one.programs for one in steps] == [2112, 1056, 2112]
+    apart = [model.estimate(one, GPU) for one in steps]
+    for unit, seconds in found.units.items():
+        assert seconds == pytest.approx(sum(one.units[unit] for one in apart))
+    whole = modelled.take(recorded, compile_for(GPU.target, recorded), [], 0, 0.0, 0.0)
+    slower = model.estimate_steps(whole, steps, GPU)
+    assert whole.resident == 16 and found.waiting < slower.waiting
+    fewer = dataclasses.replace(whole, registers=255)  # two programs a multiprocessor, and not four: four lots, not two
+    assert model.estimate_steps(fewer, steps, GPU).waiting == pytest.approx(2 * slower.waiting)
 
 
 def test_heads_of_unequal_length():

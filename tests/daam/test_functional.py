@@ -182,7 +182,7 @@ def attend_by_paper(algorithm, x, p, q):
         chunk = x[:, h * size : None if h == len(p) - 1 else h * size + size]
         d, var = (
             chunk - chunk.mean(1, keepdim=True),
-            chunk.var(1, keepdim=True, correction=algorithm in ("mixture", "stable")),
+            chunk.var(1, keepdim=True, correction=ALGORITHMS[algorithm].record.unbiased),
         )
         if algorithm == "density":
             weights = torch.exp(-((d - offsets) ** 2) / (var + 1e-5) / (2 * widths))

@@ -203,3 +203,17 @@ def test_the_mixture_is_the_product_of_its_gaussians():
     product = (torch.exp(-(z**2) / (2 * c[0] ** 2)) / torch.sqrt(2 * math.pi * c[0] ** 2)).prod(-1)
     expected = product / product.sum(1, keepdim=True).clamp(min=1e-3)
     within(error(run(case, given, "eager")["weights"], expected), 1e-13, "weights")
+
+
+@pytest.mark.parametrize(("size", "heads"), [(24, 8), (23, 4), (15, 8), (7, 1), (5, 5), (0, 1)])
+def test_parts(size, heads):
+    """Check that parts hold every position and head once, in order, and that the last head takes the remainder."""
+    pieces = chunks.parts(size, heads)
+    assert [p.start for p in pieces] == [0, (heads - 1) * (size // heads)][: len(pieces)]
+    assert sum(p.length for p in pieces) == size and sum(p.heads for p in pieces) == heads
+    assert all(p.length % p.heads == 0 for p in pieces) and len(pieces) == (1 if size % heads == 0 else 2)
+    assert pieces[-1].length // pieces[-1].heads == size - (heads - 1) * (size // heads)
+    x = torch.arange(2 * size).reshape(2, size)
+    assert torch.equal(torch.cat([p.positions_of(x, 1) for p in pieces], 1), x)
+    params = torch.arange(heads)
+    assert torch.equal(torch.cat([p.heads_of(params, 0) for p in pieces]), params)

@@ -32,7 +32,8 @@ from emulator.sample import (
 )
 
 import daam.kernels
-from daam.kernels import launch, mixture
+from daam.kernels import launch, mixture, tiles
+from daam.kernels.host import plan
 
 KERNELS = Path(daam.kernels.__file__).parent
 ROWS, COLUMNS = CASES["rows", False], CASES["columns", False]
@@ -56,7 +57,7 @@ def test_the_sample_misses_no_kernel_of_a_regime():
     sources = "".join(file.read_text() for file in KERNELS.glob("*.py"))
     launched = set(re.findall(r"\.launch\w*\(\s*(\w+),", sources)) - {"kernel"}
     known = {kernel for spec in ALGORITHMS.values() for kernels in spec.kernels for kernel in kernels}
-    assert {kernel for *_, kernel in taken} == known | {"merge_strip_sums"} >= launched
+    assert {kernel for *_, kernel in taken} == known | {"merge_strip_sums"} >= launched - {"take_steps"}
 
 
 def test_the_sample_has_both_dtypes_and_a_mask_everywhere():
@@ -100,6 +101,25 @@ def test_a_constant_chunk(shape, params):
 def test_a_constant_chunk_of_many_strips():
     with crowded():
         assert constant_error((1, 600, 21), "features") < 1
+
+
+@pytest.mark.emulated
+@algorithms
+def test_one_program_takes_all_steps_to_the_bit(algorithm, emulated):
+    """Check rows whose steps are one launch, of whole tiles and a short one: compiled together they are rounded as they
+    are apart.
+    """
+    case = Case((2, 8_300 if algorithm == "gate" else 16_500), 1, params="one", weights=False, algorithm=algorithm)
+    given = inputs(case, FP32)
+    expected = run(case, given, "triton")
+    with mock.patch.object(tiles, "AT_WORK", 1):
+        plan.cache_clear()
+        found = run(case, given, "triton")
+    plan.cache_clear()
+    names = [f"{algorithm}_forward_whole", f"{algorithm}_backward_whole", f"{algorithm}_param_gradients"]
+    assert emulated.launched[-3:] == names
+    for name, t in expected.items():
+        assert torch.equal(found[name], t), name
 
 
 @pytest.mark.emulated

@@ -8,7 +8,6 @@ from helpers import GRADS, LAYOUTS, strided
 
 from daam.kernels import tiles
 from daam.kernels.operands import find_layout, varies
-from daam.reference.chunks import parts
 
 pytest.importorskip("triton")
 from daam.kernels import host
@@ -92,17 +91,3 @@ def test_what_does_not_merge_in_one_tensor_merges_in_none():
 
 def test_varies():
     assert [varies(1, feature_axis) for feature_axis in (None, 1, 2)] == ["nothing", "chunk", "inner"]
-
-
-@pytest.mark.parametrize(("size", "heads"), [(24, 8), (23, 4), (15, 8), (7, 1), (5, 5), (0, 1)])
-def test_parts(size, heads):
-    """Check that parts hold every position and head once, in order, and that the last head takes the remainder."""
-    pieces = parts(size, heads)
-    assert [p.start for p in pieces] == [0, (heads - 1) * (size // heads)][: len(pieces)]
-    assert sum(p.length for p in pieces) == size and sum(p.heads for p in pieces) == heads
-    assert all(p.length % p.heads == 0 for p in pieces) and len(pieces) == (1 if size % heads == 0 else 2)
-    assert pieces[-1].length // pieces[-1].heads == size - (heads - 1) * (size // heads)
-    x = torch.arange(2 * size).reshape(2, size)
-    assert torch.equal(torch.cat([p.positions_of(x, 1) for p in pieces], 1), x)
-    params = torch.arange(heads)
-    assert torch.equal(torch.cat([p.heads_of(params, 0) for p in pieces]), params)
