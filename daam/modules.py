@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Sized
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from daam.checkpoints import Published
-from daam.checks import check_dtype, check_mask, check_positive, check_tensor
+from daam.checks import check_dtype, check_eps, check_mask, check_positive, check_tensor
 from daam.functional import density_attention, density_gate, mixture_attention
 
 
@@ -109,6 +109,7 @@ class Mixture(Published):
         if isinstance(norm_axis, bool) or not isinstance(norm_axis, int):
             raise ValueError(f"norm_axis is {norm_axis!r}, expected an int")
         check_positive(num_heads=num_heads, num_gaussians=num_gaussians)
+        check_eps(eps)
         self.norm_axis, self.num_heads, self.num_gaussians = norm_axis, num_heads, num_gaussians
         self.padding_value, self.mean_offset_init, self.eps = padding_value, mean_offset_init, eps
         self.backend = backend
@@ -211,10 +212,11 @@ class MixtureBlock(Published):
         num_gaussians: Sequence[int], num_layers: int, residual: bool,
     ):  # fmt: skip
         super().__init__()
-        lengths = {"norm_axes": len(norm_axes), "num_heads": len(num_heads), "num_gaussians": len(num_gaussians)}
-        for name, length in lengths.items():
-            if length != num_layers:
-                raise ValueError(f"{name} has {length} entries, expected num_layers, {num_layers}")
+        for name, given in {"norm_axes": norm_axes, "num_heads": num_heads, "num_gaussians": num_gaussians}.items():
+            if not isinstance(given, Sized):
+                raise TypeError(f"{name} is {given!r}, expected a list of num_layers, {num_layers}, ints")
+            if len(given) != num_layers:
+                raise ValueError(f"{name} has {len(given)} entries, expected num_layers, {num_layers}")
         self.residual = residual
         self.layers = nn.ModuleList(map(layer, norm_axes, num_heads, num_gaussians))
 

@@ -59,7 +59,7 @@ def warmup(
     Calls are traced, without memory on a GPU and without a launch, under the caller's `torch.autocast`,
     `torch.no_grad` and `daam.use_backend`. Kernels depend on strides: x is taken as contiguous, gradients of outputs as
     contiguous as the outputs are, and the data of both as aligned to 16 bytes. A kernel of other strides is compiled
-    when it is launched.
+    when it is launched. Of long rows they depend on how many there are, too: give the batch sizes that will run.
 
     Args:
         module_or_function: a module, whose layers may be any, or a function such as `daam.density_attention`. It is
@@ -100,7 +100,9 @@ def warmup(
             for dtype in dtypes:
                 calls |= _trace(module_or_function, tuple(shape), dtype, device, backward, input_grad, arguments)
         launches = _record(calls)
-        reason = None if launches else f"calls launch none ({backends.backend_for(probe)[1]})"
+        if not launches:
+            chosen, why = backends.backend_for(probe)
+            reason = f"calls launch none ({why if chosen == 'eager' else 'they ask for eager, or x is empty'})"
     kernels, compiled = 0, 0
     if launches:
         from triton import JITFunction

@@ -367,3 +367,12 @@ def test_a_block_is_its_layers(residual):
     )
     with pytest.raises(ValueError, match="both given"):
         padded(given, mask=mask)
+
+
+def test_arguments_that_do_not_fit():
+    with pytest.raises(TypeError, match="num_heads is 4, expected a list of num_layers, 1, ints"):
+        daam.StableDensityBlock([2], 4, [4], 1)
+    with pytest.raises(ValueError, match="num_gaussians has 2 entries, expected num_layers, 1"):
+        daam.StableDensityBlock([2], [4], [4, 4], 1)
+    with pytest.raises(ValueError, match="eps is None, expected a finite number"):
+        daam.StableMultiHeadDensityAttention(2, 4, 4, None)

@@ -78,6 +78,7 @@ CASES = {  # what is called, shapes of x, and what else a call takes
         [(2, 7, 8)],
         {"return_attention_details": True, "mask": torch.ones(2, 7, dtype=torch.bool)},
     ),
+    "StableMultiHeadDensityAttention": (daam.StableMultiHeadDensityAttention(-1, 4, 4), [(3, 11), (1, 2, 17_001)], {}),
     "DensityGate": (daam.DensityGate(6), [(2, 6, 40), (6, 2100)], {}),
     "layers of other kinds": (Encoder(), [(4, 6, 8), (16, 16, 8)], {}),
 }
@@ -221,6 +222,11 @@ def test_nothing_is_compiled_where_triton_does_not_run():
     assert (done.kernels, done.compiled) == (0, 0)
     assert done.reason == (problem or "calls launch none (x is on cpu)")
     assert str(done) == f"0 kernels: {done.reason}"
+
+
+def test_calls_that_ask_for_another_backend(triton, recorded):
+    layer = daam.MultiHeadDensityAdaptiveAttention(1, 2, 4, backend="eager")
+    assert daam.warmup(layer, [(2, 8, 8)]).reason == "calls launch none (they ask for eager, or x is empty)"
 
 
 @pytest.mark.skipif(not interpreted, reason="of the interpreter")
