@@ -31,7 +31,9 @@ def _find_edges(code: list[Instruction]) -> list[list[int]]:
     for i, step in enumerate(code):
         ends = step.operation in ("EXIT", "RET", "s_endpgm") or step.target
         following = [i + 1] if i + 1 < len(code) and (step.predicated or not ends) else []
-        edges.append(following + ([places[step.target]] if step.target in places else []))
+        # BRA.DIV goes where lanes have parted, which they have not here
+        jumps = step.target in places and not step.name.startswith("BRA.DIV")
+        edges.append(following + ([places[step.target]] if jumps else []))
     return edges
 
 

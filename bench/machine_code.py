@@ -90,11 +90,11 @@ def instructions(text: str) -> list[Instruction]:
         amd = re.fullmatch(r"\t()([sv]_\w+|global_\w+|buffer_\w+|flat_\w+|ds_\w+)(.*)", line)
         if match := nvidia or amd:
             predicate, name, rest = match.groups()
-            jump = re.search(r"(\.L\w+)", rest) if name.startswith(("BRA", "s_cbranch", "s_branch")) else None
+            jump = re.search(r"(\.L\w+)", rest) if name.startswith(("BRA", "CALL", "s_cbranch", "s_branch")) else None
             if name not in ("NOP", "s_nop"):
                 reads, writes = _registers(name, rest, predicate) if nvidia else ((), ())
                 target = jump[1] if jump else None
-                decided = bool(predicate or (jump and reads))
+                decided = bool(predicate or (jump and reads) or name.startswith(("s_cbranch", "BRA.DIV")))
                 found.append(Instruction(name, labels, target, decided, reads, writes))
                 labels = ()
     return found

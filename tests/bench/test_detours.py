@@ -24,6 +24,19 @@ def test_what_leads_through_a_loop_over_scalars_is_left_out():
     assert names == ["MOV", "LDG.E.128", "BRA", "STG.E.128", "BRA", "EXIT"]
 
 
+def test_other_jumps():
+    """Check loops that end in a call, as sm_80 has them, and lanes that part, which they do not, and go elsewhere."""
+    called = CODE.replace("@!P2 BRA `(.L_tile)", "@!P2 CALL.REL.NOINC `(.L_tile)")
+    names = [step.name for step in skip_detours(instructions(called))]
+    assert names == ["MOV", "LDG.E.128", "BRA", "STG.E.128", "CALL.REL.NOINC", "EXIT"]
+    parted = CODE.replace(".L_gaussian:", "        /*0028*/    BRA.DIV UR4, `(.L_parted) ;\n.L_gaussian:")
+    parted += ".L_parted:\n        /*0090*/    WARPSYNC 0xf ;\n        /*00a0*/    BRA `(.L_fast) ;\n"
+    names = [step.name for step in skip_detours(instructions(parted))]
+    assert names[:6] == ["MOV", "LDG.E.128", "BRA", "STG.E.128", "BRA", "EXIT"]
+    jumps = instructions("\ts_cbranch_scc1 .LBB0_2\n\ts_branch .LBB0_3\n")
+    assert [(step.target, step.predicated) for step in jumps] == [(".LBB0_2", True), (".LBB0_3", False)]
+
+
 def test_other_code_stays():
     """Check a loop inside that moves as much as the one around it, and code without one."""
     for text in (CODE.replace("LDG.E R8", "LDG.E.128 R8"), CODE.replace("@P1 BRA", "@P1 MOV")):
