@@ -45,7 +45,6 @@ from bench.modelled import (
     model_pass,
     model_workload,
     record_passes,
-    take,
 )
 from bench.workloads import lengths, workloads
 from daam.kernels.algorithms import ALGORITHMS, count_tensors
@@ -225,10 +224,11 @@ def _add_steps(target: str, recorded: Launch, compiled: Compiled, steps: list[Fi
     waits = _count_waiting(recorded, compiled, None)
     if (gpu := MODELLED.get(target)) is not None:
         ((_name, estimate),) = modelled.estimate([recorded], gpu)
-        moved = [count_moved(step) for step in find_steps(recorded) if count_tensors(step.name)]
+        launches = [step for step in find_steps(recorded) if count_tensors(step.name)]
+        moved = [count_moved(step) for step in launches]
         tensors = max(read for read, _ in moved) + sum(written for _, written in moved)
-        copied = tensors * find_steps(recorded)[0].args[0].x.data.nbytes / gpu.copy / 1e9
-        warps = take(recorded, compiled, [], 0, 0.0, 0.0).resident
+        copied = tensors * launches[0].args[0].x.data.nbytes / gpu.copy / 1e9
+        warps = model.resident_warps(compiled.registers, compiled.shared, recorded.meta["num_warps"])
         waits |= {"warps": warps, "share": round(copied / estimate.seconds, 3)}
     return Figures(compiled.registers, compiled.stack, compiled.shared, **widest, **done, **waits)
 

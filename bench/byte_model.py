@@ -31,16 +31,14 @@ def kernel_bytes(workload: Workload, which: str) -> int:
 
 def _forward(workload: Workload) -> int:
     """Return the bytes of a forward pass."""
-    streamed = _streams(workload.record.forward, workload)
-    streamed = streamed and not _takes_whole(workload.record.forward, workload, 2)
-    more, _ = workload.record.reads_again if streamed else (0, 0)
+    more, _ = workload.record.reads_again if _reads_again(workload.record.forward, workload, 2) else (0, 0)
     return _bytes(workload, 2 + more, "forward")
 
 
 def _backward(workload: Workload) -> int:
     """Return the bytes of a backward pass, which finds statistics anew where the forward pass has kept none."""
     record, more = workload.record, 0
-    if _streams(record.backward, workload) and not _takes_whole(record.backward, workload, 3):
+    if _reads_again(record.backward, workload, 3):
         kept = _streams(record.forward, workload) and tiles.worth_keeping(workload.x, workload.axis, workload.heads)
         more = record.reads_again[1] + (0 if kept else record.reads_again[0])
     return _bytes(workload, 3 + more, "backward")
@@ -52,13 +50,17 @@ def _streams(budget: Callable[[int], tiles.Budget], workload: Workload) -> bool:
     return tiles.streams(found, workload.x, workload.axis, workload.heads, workload.feature_axis, workload.masked)
 
 
-def _takes_whole(budget: Callable[[int], tiles.Budget], workload: Workload, tensors: int) -> bool:
-    """Tell whether a program takes all steps of its chunks, in a pass that moves so many tensors of x's size."""
+def _reads_again(budget: Callable[[int], tiles.Budget], workload: Workload, tensors: int) -> bool:
+    """Tell whether a pass that moves so many tensors of x's size reads chunks from memory again: where it streams them,
+    and no program takes all steps of its own.
+    """
+    if not _streams(budget, workload):
+        return False
     x, along = workload.x, varies(workload.axis, workload.feature_axis)
     layout = find_layout(x, [], workload.axis, workload.heads, workload.feature_axis)
     found = budget(workload.params_shape[1])
     capped = tiles.find_registers(found, layout, along, x.dtype, workload.masked) is not None
-    return capped and tiles.takes_whole(layout, tensors * x.element_size())
+    return not (capped and tiles.takes_whole(layout, tensors * x.element_size()))
 
 
 def _bytes(workload: Workload, tensors: int, part: str) -> int:

@@ -173,19 +173,16 @@ def estimate(recorded: list[Launch], gpu: Gpu) -> Iterator[tuple[str, model.Esti
     """Yield (the kernel's name, its Estimate) of the launches of a pass, in order."""
     earlier = 0.0  # bytes of x that were read
     for one in recorded:
-        compiled, steps, again = compile_for(gpu.target, one), find_steps(one), one.kernel is take_steps
-        launches = []
-        for step in steps:
-            launch = launched(step, compile_for(gpu.target, step) if again else compiled, earlier, again)
-            launches.append(launch)
+        again, steps = one.kernel is take_steps, []
+        for step in find_steps(one):
+            steps.append(launched(step, compile_for(gpu.target, step), earlier, again))
             if count_tensors(step.name):
-                earlier = max(earlier, launch.read)
+                earlier = max(earlier, steps[-1].read)
         if again:
-            written = sum(launch.written for launch in launches)
-            whole = take(one, compiled, [], 0, 0.0, written)
-            yield one.name, model.estimate_steps(whole, launches, gpu)
+            whole = take(one, compile_for(gpu.target, one), [], 0, 0.0, sum(step.written for step in steps))
+            yield one.name, model.estimate_steps(whole, steps, gpu)
         else:
-            yield one.name, model.estimate(launch, gpu)
+            yield one.name, model.estimate(steps[0], gpu)
 
 
 def model_pass(recorded: list[Launch], least_bytes: float, gpu: Gpu) -> Modelled:
