@@ -164,7 +164,8 @@ class DensityAdaptiveAttention(Mixture):
     Parameters mean_offsets and c (standard normal) have shape (num_gaussians,).
 
     Raises:
-        ValueError: norm_axis is no int, num_heads or num_gaussians no positive int; forward's: see `mixture_attention`.
+        ValueError: norm_axis is no int, num_heads or num_gaussians no positive int, eps not finite or negative;
+            forward's: see `mixture_attention`.
     """
 
     def __init__(
@@ -189,7 +190,8 @@ class MultiHeadDensityAdaptiveAttention(Mixture):
     `attention_heads.{h}.mean_offsets` and `….c` are (num_gaussians,), load; `daam.to_published_state_dict` gives them.
 
     Raises:
-        ValueError: norm_axis is no int, num_heads or num_gaussians no positive int; forward's: see `mixture_attention`.
+        ValueError: norm_axis is no int, num_heads or num_gaussians no positive int, eps not finite or negative;
+            forward's: see `mixture_attention`.
     """
 
     _published_lists = ("attention_heads",)
@@ -247,6 +249,7 @@ class DensityBlock(MixtureBlock):
         padding_value, eps, backend: of all layers, see `MultiHeadDensityAdaptiveAttention`.
 
     Raises:
+        TypeError: norm_axes, num_heads or num_gaussians is no list.
         ValueError: a length is not num_layers, or a layer's arguments do not fit.
     """
 

@@ -28,8 +28,8 @@ class StableMultiHeadDensityAttention(Mixture):
     (num_gaussians,), load; `daam.to_published_state_dict` gives the first.
 
     Raises:
-        ValueError: norm_axis is no int, num_heads or num_gaussians no positive int; forward's: see
-            `daam.stable_mixture_attention`.
+        ValueError: norm_axis is no int, num_heads or num_gaussians no positive int, eps not finite or negative;
+            forward's: see `daam.stable_mixture_attention`.
     """
 
     _published_lists = ("heads", "attention_heads")
@@ -59,6 +59,7 @@ class StableDensityBlock(MixtureBlock):
     Published checkpoints load, whose `layers.{l}.` is followed by a layer's keys, and under `gaatn.` too.
 
     Raises:
+        TypeError: norm_axes, num_heads or num_gaussians is no list.
         ValueError: a length is not num_layers, or a layer's arguments do not fit.
     """
 
