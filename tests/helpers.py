@@ -16,7 +16,7 @@ from torch import Tensor
 
 import daam
 from daam import reference
-from daam.kernels import algorithms, launch
+from daam.kernels import algorithms, launch, tiles
 
 DATA = Path(__file__).parent / "data"
 EPS = {torch.float16: 2**-11, torch.bfloat16: 2**-8, torch.float32: 2**-24, torch.float64: 2**-53}
@@ -184,6 +184,19 @@ def run(case: Case, given: Inputs, backend: str) -> dict[str, Tensor]:
     grads = [given.grad_y, given.grad_weights][: len(outputs)]
     found = torch.autograd.grad(list(outputs.values()), leaves, grads)
     return outputs | dict(zip(case.gradients, found, strict=True))
+
+
+@contextlib.contextmanager
+def taking_rows_whole():
+    """Take a few streamed rows for so many that one program takes all steps of its own (`kernels/whole.py`)."""
+    from daam.kernels.host import plan  # needs Triton
+
+    with mock.patch.object(tiles, "AT_WORK", 1):
+        plan.cache_clear()
+        try:
+            yield
+        finally:
+            plan.cache_clear()
 
 
 def broadcast(mask: Tensor | None, case: Case) -> Tensor | None:

@@ -6,15 +6,12 @@ import itertools
 import threading
 from collections.abc import Callable, Iterator
 from functools import partial
-from unittest import mock
 
 import torch
 from torch import Tensor
 
 from bench.device.cases import ALGORITHMS, BF16, Case, Inputs, bit_cases, case, draw_inputs, helpers
 from bench.device.session import Job, Session
-from daam.kernels import tiles
-from daam.kernels.host import plan
 
 Check = Callable[[Case, Inputs], dict]  # returns what differs, by name: nothing where all is well
 
@@ -78,10 +75,8 @@ def compare_weights(case: Case, inputs: Inputs) -> dict:
 def compare_steps(case: Case, inputs: Inputs) -> dict:
     """Compare rows whose steps one launch takes with those that take a launch a step."""
     apart = helpers.run(case, inputs, "triton")
-    with mock.patch.object(tiles, "AT_WORK", 1):
-        plan.cache_clear()
+    with helpers.taking_rows_whole():
         together = helpers.run(case, inputs, "triton")
-    plan.cache_clear()
     return find_differences(together, apart)
 
 

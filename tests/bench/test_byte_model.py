@@ -10,6 +10,7 @@ import torch
 from bench.byte_model import kernel_bytes, least_bytes
 from bench.results import PASSES
 from bench.workloads import Workload
+from daam.kernels.operands import find_longest
 
 WORKLOADS = [
     Workload("rows", "density", (3, 74), 1, 2, dtype="bfloat16"),
@@ -69,8 +70,8 @@ def seen_twice(workload: Workload) -> dict[str, int]:
                 continue
             tile, strips = plan.BLOCK_P * plan.N_BLOCKS, one.args[-1].n_strips // 2
             assert strips == 1, "none of these chunks is cut"
-            each = x.shape[axis] // workload.heads
-            lengths = [each] * (workload.heads - 1) + [x.shape[axis] - each * (workload.heads - 1)]
+            size, heads = x.shape[axis], workload.heads
+            lengths = [size // heads] * (heads - 1) + [find_longest(size, heads)]
             columns = x.numel() // x.shape[axis]
             found[name] += x.element_size() * columns * sum(min(tile, length) for length in lengths)
     return found

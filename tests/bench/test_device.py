@@ -392,6 +392,7 @@ def test_what_differs_by_a_bit():
 
 def test_long_rows_are_compared_with_a_launch_a_step():
     """Check that a step that computes something else shows, and that both ways are taken."""
+    pytest.importorskip("triton")
     case, taken = bits.case("density", (2, 40), 1, 1), []
 
     def run(_case, _inputs, _backend):

@@ -9,7 +9,7 @@ from unittest import mock
 
 import pytest
 import torch
-from helpers import ALGORITHMS, Case, attend, inputs, recorded_launches, run
+from helpers import ALGORITHMS, Case, attend, inputs, recorded_launches, run, taking_rows_whole
 
 pytest.importorskip("triton")
 
@@ -32,8 +32,7 @@ from emulator.sample import (
 )
 
 import daam.kernels
-from daam.kernels import launch, mixture, tiles
-from daam.kernels.host import plan
+from daam.kernels import launch, mixture
 
 KERNELS = Path(daam.kernels.__file__).parent
 ROWS, COLUMNS = CASES["rows", False], CASES["columns", False]
@@ -112,10 +111,8 @@ def test_one_program_takes_all_steps_to_the_bit(algorithm, emulated):
     case = Case((2, 8_300 if algorithm == "gate" else 16_500), 1, params="one", weights=False, algorithm=algorithm)
     given = inputs(case, FP32)
     expected = run(case, given, "triton")
-    with mock.patch.object(tiles, "AT_WORK", 1):
-        plan.cache_clear()
+    with taking_rows_whole():
         found = run(case, given, "triton")
-    plan.cache_clear()
     names = [f"{algorithm}_forward_whole", f"{algorithm}_backward_whole", f"{algorithm}_param_gradients"]
     assert emulated.launched[-3:] == names
     for name, t in expected.items():

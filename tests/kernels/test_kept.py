@@ -5,12 +5,12 @@ from unittest import mock
 
 import pytest
 import torch
-from helpers import ALGORITHMS, Case, attend, inputs
+from helpers import ALGORITHMS, Case, attend, inputs, taking_rows_whole
 
 from bench import host
 from bench.stub_driver import UnavailableError, stub_driver
 from daam.backend import interpreting
-from daam.kernels import launch, tiles
+from daam.kernels import launch
 from daam.kernels.algorithms import DENSITY
 from daam.kernels.operands import Strided
 
@@ -167,16 +167,12 @@ def test_triton_is_asked_once(n, algorithm, launched):
 
 def test_triton_is_asked_once_for_steps_of_one_launch(launched):
     case = Case((2, 16_500), 1, params="one", weights=False)
-    from daam.kernels.host import plan
-
-    with mock.patch.object(tiles, "AT_WORK", 1), asked() as names:
-        plan.cache_clear()
+    with taking_rows_whole(), asked() as names:
         run(case)
         assert set(names) == {"take_steps", "param_gradients"}
         names.clear()
         first, launched[:] = list(launched), []
         run(case)
-    plan.cache_clear()
     assert not names and launched == first and len(first) == 3
 
 

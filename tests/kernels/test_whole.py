@@ -1,18 +1,16 @@
 """One program that takes all steps of a pass over its streamed chunks (`kernels/whole.py`), and when it does."""
 
-import contextlib
 from unittest import mock
 
 import pytest
 import torch
-from helpers import ALGORITHMS, Case, inputs, recorded_launches, run
+from helpers import ALGORITHMS, Case, inputs, recorded_launches, run, taking_rows_whole
 
 pytest.importorskip("triton")
 
 from bench.modelled import find_steps, record_passes
 from bench.variants import find_variants
-from daam.kernels import host, streamed, tiles
-from daam.kernels.host import plan
+from daam.kernels import host, streamed
 
 BF16, FP32 = torch.bfloat16, torch.float32
 CASES = [
@@ -25,17 +23,6 @@ CASES = [
 ]
 
 
-@contextlib.contextmanager
-def taken_whole():
-    """Take a few chunks for as many as need no launch a step."""
-    with mock.patch.object(tiles, "AT_WORK", 1):
-        plan.cache_clear()
-        try:
-            yield
-        finally:
-            plan.cache_clear()
-
-
 @pytest.mark.kernel
 @pytest.mark.parametrize(("case", "dtype"), CASES, ids=str)
 def test_bits_are_those_of_a_launch_a_step(case, dtype, device):
@@ -43,7 +30,7 @@ def test_bits_are_those_of_a_launch_a_step(case, dtype, device):
     with recorded_launches() as names:
         expected = run(case, given, "triton")
     assert any("streamed" in name for name in names) and "take_steps" not in names
-    with taken_whole(), recorded_launches() as names:
+    with taking_rows_whole(), recorded_launches() as names:
         found = run(case, given, "triton")
     forward = f"{case.algorithm}_forward" if case.shape[1] <= 10_001 else "take_steps"  # on chip
     assert names == [forward, "take_steps", "param_gradients"]
