@@ -48,7 +48,7 @@ from bench.modelled import (
 )
 from bench.workloads import lengths, workloads
 from daam.kernels.algorithms import ALGORITHMS, count_tensors
-from daam.kernels.tiles import LONGEST_CONTIGUOUS, LONGEST_STRIDED
+from daam.kernels.budgets import LONGEST_CONTIGUOUS, LONGEST_STRIDED
 from daam.kernels.whole import take_steps
 
 FEATURES = 1024

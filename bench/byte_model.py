@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from bench.workloads import Workload
-from daam.kernels import tiles
+from daam.kernels import budgets, tiles
 from daam.kernels.operands import find_layout, varies
 
 
@@ -44,13 +44,13 @@ def _backward(workload: Workload) -> int:
     return _bytes(workload, 3 + more, "backward")
 
 
-def _streams(budget: Callable[[int], tiles.Budget], workload: Workload) -> bool:
+def _streams(budget: Callable[[int], budgets.Budget], workload: Workload) -> bool:
     """Tell whether a pass streams its chunks."""
     found = budget(workload.params_shape[1])
     return tiles.streams(found, workload.x, workload.axis, workload.heads, workload.feature_axis, workload.masked)
 
 
-def _reads_again(budget: Callable[[int], tiles.Budget], workload: Workload, tensors: int) -> bool:
+def _reads_again(budget: Callable[[int], budgets.Budget], workload: Workload, tensors: int) -> bool:
     """Tell whether a pass that moves so many tensors of x's size reads chunks from memory again: where it streams them,
     and no program takes all steps of its own.
     """

@@ -107,7 +107,10 @@ def count_moved(recorded: Launch) -> tuple[int, int]:
     """Return how many tensors of x's size a launch (reads, writes): `count_tensors`, with those of the weights."""
     (reads, writes), (inputs, *others) = count_tensors(recorded.name), recorded.args
     reads += reads > 1 and inputs.grad_weights is not None
-    return reads, writes + any(isinstance(one, Outputs) and one.weights is not None for one in others)
+    outputs = next((one for one in others if isinstance(one, Outputs)), None)
+    if outputs is not None and outputs.weights is not None:
+        writes += len(outputs.weights) if type(outputs.weights) is tuple else 1
+    return reads, writes
 
 
 def count_turns(recorded: Launch, code: list[Instruction]) -> float:
@@ -122,8 +125,8 @@ def count_turns(recorded: Launch, code: list[Instruction]) -> float:
     if main_loop(code) is None:
         return 1
     partials = recorded.args[0].data  # of N sums in one loop, which may be unrolled
-    block, entries, n_sums = (recorded.meta[name] for name in ("BLOCK", "ENTRIES", "N"))
-    read = n_sums * -(-partials.shape[2] // block) * block * entries * partials.itemsize
+    block, n_sums = recorded.meta["BLOCK"], recorded.meta["N"]
+    read = n_sums * -(-partials.shape[2] // block) * block * recorded.meta.get("ENTRIES", 1) * partials.itemsize
     return max(1.0, read / _count_loaded(code, recorded.meta["num_warps"]))
 
 

@@ -1,16 +1,16 @@
 """Density adaptive attention (DAAM, arXiv 2401.11143) on Triton kernels, with an eager fallback."""
 
 from daam.backend import backend_for, use_backend
+from daam.block import density_block, fusion_for
+from daam.blocks import DensityBlock, GaussianBlock
 from daam.checkpoints import to_published_state_dict
 from daam.decoder import DATDecoder, focal_loss
 from daam.functional import density_attention, density_gate, mixture_attention, stable_mixture_attention
 from daam.importance import WeightMap, importance_factor, layer_contribution
 from daam.modules import (
     DensityAdaptiveAttention,
-    DensityBlock,
     DensityGate,
     GaussianAdaptiveAttention,
-    GaussianBlock,
     MultiHeadDAAM,
     MultiHeadDensityAdaptiveAttention,
     MultiHeadGaussianAdaptiveAttention,
@@ -39,8 +39,10 @@ __all__ = [
     "WeightMap",
     "backend_for",
     "density_attention",
+    "density_block",
     "density_gate",
     "focal_loss",
+    "fusion_for",
     "importance_factor",
     "layer_contribution",
     "load_decoder",

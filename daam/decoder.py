@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import relu, scaled_dot_product_attention
 
+from daam.blocks import DensityBlock
 from daam.checkpoints import Published
 from daam.checks import check_choice, check_dtype, check_tensor
-from daam.modules import DensityBlock, MultiHeadDAAM
+from daam.modules import MultiHeadDAAM
 
 ATTENTIONS = ("daam", "mixture", "gqdaam", "gqa", "mha", "mha_bn", "none")
 DENSITIES, GROUPED = ("daam", "mixture", "gqdaam"), ("gqdaam", "gqa")

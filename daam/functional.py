@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -61,7 +62,7 @@ def density_attention(
         )
     check_eps(eps)
     axes = (axis, None if c.shape[1] == 1 else last_axis)
-    return _in_memory_order("density", x, (mean_offset, c), mask, axes, (eps,), residual, return_weights, backend)
+    return _attend("density", x, (mean_offset, c), mask, axes, (eps,), residual, return_weights, backend)
 
 
 def mixture_attention(
@@ -203,7 +204,7 @@ def density_gate(
     if all(p.dim() == 1 for p in params.values()):
         params = {name: p.unsqueeze(0) for name, p in params.items()}
     check_params(x, params, axis, "num_gaussians")
-    return _in_memory_order("gate", x, tuple(params.values()), mask, (axis,), (), residual, return_weights, backend)
+    return _attend("gate", x, tuple(params.values()), mask, (axis,), (), residual, return_weights, backend)
 
 
 def _attend_by_product(
@@ -214,41 +215,62 @@ def _attend_by_product(
     axis = check_x(x, norm_axis)
     params = {"mean_offsets": mean_offsets, "c": c}
     check_floating(params)
+    check_gaussians(x, params, axis)
+    settings = (eps, check_settings(eps, padding_value, mask))
+    return _attend(algorithm, x, (mean_offsets, c), mask, (axis,), settings, residual, return_weights, backend)
+
+
+def check_gaussians(x: Tensor, params: dict[str, Tensor], axis: int) -> None:
+    """Check that floating parameters are Gaussians of heads whose chunks have an unbiased variance."""
     check_params(x, params, axis, "num_gaussians")
-    if x.shape[axis] // c.shape[0] < 2:
+    heads = next(iter(params.values())).shape[0]
+    if x.shape[axis] // heads < 2:
         raise ValueError(
-            f"num_heads is {c.shape[0]}, which cuts the {x.shape[axis]} positions of norm_axis {axis} into chunks of "
+            f"num_heads is {heads}, which cuts the {x.shape[axis]} positions of norm_axis {axis} into chunks of "
             "one element: expected two or more, since the variance is unbiased"
         )
+
+
+def check_settings(eps: float, padding_value: float | None, mask: Tensor | None) -> float | None:
+    """Check what both mixtures take beside parameters, and return the padding value as a float."""
     check_eps(eps)
-    if padding_value is not None:
-        padding_value = check_padding(padding_value)
-        if mask is not None:
-            raise ValueError("mask and padding_value are both given, expected one of them")
-    settings = (eps, padding_value)
-    return _in_memory_order(algorithm, x, (mean_offsets, c), mask, (axis,), settings, residual, return_weights, backend)
+    if padding_value is None:
+        return None
+    padding_value = check_padding(padding_value)
+    if mask is not None:
+        raise ValueError("mask and padding_value are both given, expected one of them")
+    return padding_value
 
 
-def _in_memory_order(
+def _attend(
     algorithm: str, x: Tensor, params: tuple[Tensor, ...], mask: Tensor | None, axes: tuple[int | None, ...],
     settings: tuple[Any, ...], residual: bool, return_weights: bool, backend: str,
 ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
-    """Call an algorithm on x with its dimensions in memory order, a view, and give its outputs x's order back.
+    """Call an algorithm on x; axes: the normalised one, and those among the algorithm's settings."""
+    options = (*settings, residual, return_weights, backend_for(x, backend)[0])
+
+    def attend(x: Tensor, mask: Tensor | None, axes: tuple[int | None, ...]) -> tuple[Tensor, ...]:
+        return ops.OPERATORS[algorithm](x, *params, mask, *axes, *options)
+
+    outputs = in_memory_order(attend, x, mask, axes)
+    return tuple(outputs) if return_weights else outputs[0]
+
+
+def in_memory_order(
+    attend: Callable[..., Sequence[Tensor]], x: Tensor, mask: Tensor | None, axes: tuple[int | None, ...]
+) -> Sequence[Tensor]:
+    """Return attend(x, mask, axes), called with dimensions in memory order, views, in x's order again.
 
     Operators then only ever allocate contiguous outputs, and a channels-last x has channels-last outputs and gradient.
-    axes: the normalised axis, and those among the algorithm's settings.
+    mask: of x's shape up to the first of the axes; it is checked, and comes as one that broadcasts against x.
     """
     if mask is not None:
         check_mask(x, mask, axes[0])
         mask = mask.reshape(*mask.shape, *[1] * (x.dim() - mask.dim()))
-    attend, options = ops.OPERATORS[algorithm], (*settings, residual, return_weights, backend_for(x, backend)[0])
     if x.is_contiguous() or 0 in x.stride():  # the order of expanded dimensions means nothing
-        outputs = attend(x, *params, mask, *axes, *options)
-    else:
-        order = sorted(range(x.dim()), key=x.stride, reverse=True)
-        mask = None if mask is None else mask.permute(order)
-        axes = tuple(None if axis is None else order.index(axis) for axis in axes)
-        outputs = attend(x.permute(order), *params, mask, *axes, *options)
-        inverse = [order.index(d) for d in range(x.dim())]
-        outputs = [t.permute(inverse) for t in outputs]
-    return tuple(outputs) if return_weights else outputs[0]
+        return attend(x, mask, axes)
+    order = sorted(range(x.dim()), key=x.stride, reverse=True)
+    mask = None if mask is None else mask.permute(order)
+    axes = tuple(None if axis is None else order.index(axis) for axis in axes)
+    inverse = [order.index(d) for d in range(x.dim())]
+    return [t.permute(inverse) for t in attend(x.permute(order), mask, axes)]

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence, Sized
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -100,6 +98,7 @@ class Mixture(Published):
     c: Tensor
     _published_parameters = ("mean_offsets", "c")
     _attend = staticmethod(mixture_attention)
+    stable = False
 
     def __init__(
         self, heads: tuple[int, ...], norm_axis: int, num_heads: int, num_gaussians: int, padding_value: float | None,
@@ -203,64 +202,6 @@ class MultiHeadDensityAdaptiveAttention(Mixture):
         super().__init__((num_heads,), norm_axis, num_heads, num_gaussians, padding_value, 0, eps, backend)
 
 
-class MixtureBlock(Published):
-    """Weigh x by layers of multi-head mixtures of densities: modules of `layer(norm_axis, num_heads, num_gaussians)`.
-
-    residual: each layer gives layer(x) + x.
-    """
-
-    def __init__(
-        self, layer: Callable[[int, int, int], Mixture], norm_axes: Sequence[int], num_heads: Sequence[int],
-        num_gaussians: Sequence[int], num_layers: int, residual: bool,
-    ):  # fmt: skip
-        super().__init__()
-        for name, given in {"norm_axes": norm_axes, "num_heads": num_heads, "num_gaussians": num_gaussians}.items():
-            if not isinstance(given, Sized):
-                raise TypeError(f"{name} is {given!r}, expected a list of num_layers, {num_layers}, ints")
-            if len(given) != num_layers:
-                raise ValueError(f"{name} has {len(given)} entries, expected num_layers, {num_layers}")
-        self.residual = residual
-        self.layers = nn.ModuleList(map(layer, norm_axes, num_heads, num_gaussians))
-
-    def forward(
-        self, x: Tensor, return_attention_details: bool = False, *, mask: Tensor | None = None
-    ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
-        """Return y, or (y, {"layer_0": weights, …}), each like x, the weights detached as published.
-
-        mask: bool, of x's shape up to the first normalised axis at most, True where x is valid, along all further axes.
-        """
-        check_tensor("x", x)
-        if mask is not None:
-            check_tensor("mask", mask)
-        details = {}
-        for i, layer in enumerate(self.layers):
-            layer_mask = _expand_mask(mask, x, layer.norm_axis)
-            out = layer(x, return_attention_details, mask=layer_mask, residual=self.residual)
-            x, details[f"layer_{i}"] = out if return_attention_details else (out, None)
-        return (x, details) if return_attention_details else x
-
-
-class DensityBlock(MixtureBlock):
-    """Weigh x by layers of multi-head mixtures of densities, x = layer(x) + x each, with the published signature.
-
-    Args:
-        norm_axes, num_heads, num_gaussians: of each layer.
-        num_layers: their number.
-        padding_value, eps, backend: of all layers, see `MultiHeadDensityAdaptiveAttention`.
-
-    Raises:
-        TypeError: norm_axes, num_heads or num_gaussians is no list.
-        ValueError: a length is not num_layers, or a layer's arguments do not fit.
-    """
-
-    def __init__(
-        self, norm_axes: Sequence[int], num_heads: Sequence[int], num_gaussians: Sequence[int], num_layers: int,
-        padding_value: float | None = None, eps: float = 1e-8, *, backend: str = "auto",
-    ):  # fmt: skip
-        layer = partial(MultiHeadDensityAdaptiveAttention, padding_value=padding_value, eps=eps, backend=backend)
-        super().__init__(layer, norm_axes, num_heads, num_gaussians, num_layers, residual=True)
-
-
 class DensityGate(Published):
     """Gate a sequence by the density of one of its projections (the JEPA tokenizer, arXiv 2512.07168):
     x·(1 + alpha·weights), where the weights are `daam.density_gate`'s of a 1x1 convolution of x, over the last axis.
@@ -342,12 +283,3 @@ class _Gaussians(Published):
 
 GaussianAdaptiveAttention = DensityAdaptiveAttention
 MultiHeadGaussianAdaptiveAttention = MultiHeadDensityAdaptiveAttention
-GaussianBlock = DensityBlock
-
-
-def _expand_mask(mask: Tensor | None, x: Tensor, norm_axis: int) -> Tensor | None:
-    """Return a mask of x's first dimensions expanded up to norm_axis; as it came if it does not fit, for an error."""
-    if mask is None or x.dim() == 0 or mask.shape != x.shape[: mask.dim()]:
-        return mask
-    rank = max(mask.dim(), norm_axis % x.dim() + 1)
-    return mask.reshape(*mask.shape, *[1] * (rank - mask.dim())).expand(x.shape[:rank])

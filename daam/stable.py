@@ -7,8 +7,9 @@ from functools import partial
 
 from torch import Tensor, nn
 
+from daam.blocks import MixtureBlock
 from daam.functional import stable_mixture_attention
-from daam.modules import Mixture, MixtureBlock
+from daam.modules import Mixture
 
 
 class StableMultiHeadDensityAttention(Mixture):
@@ -35,6 +36,7 @@ class StableMultiHeadDensityAttention(Mixture):
     _published_lists = ("heads", "attention_heads")
     _published_wrapper = "gaatn"
     _attend = staticmethod(stable_mixture_attention)
+    stable = True
 
     def __init__(
         self, norm_axis: int, num_heads: int, num_gaussians: int, eps: float = 1e-8,
@@ -55,6 +57,7 @@ class StableDensityBlock(MixtureBlock):
         num_layers: their number.
         residual: each layer gives layer(x) + x.
         eps, padding_value, backend: of all layers, see `StableMultiHeadDensityAttention`.
+        recompute: save x alone for the backward pass, see `DensityBlock`.
 
     Published checkpoints load, whose `layers.{l}.` is followed by a layer's keys, and under `gaatn.` too.
 
@@ -68,9 +71,7 @@ class StableDensityBlock(MixtureBlock):
     def __init__(
         self, norm_axes: Sequence[int], num_heads: Sequence[int], num_gaussians: Sequence[int], num_layers: int,
         eps: float = 1e-8, residual: bool = True, padding_value: float | None = None, *, backend: str = "auto",
+        recompute: bool | None = None,
     ):  # fmt: skip
         layer = partial(StableMultiHeadDensityAttention, eps=eps, padding_value=padding_value, backend=backend)
-        super().__init__(layer, norm_axes, num_heads, num_gaussians, num_layers, residual)
-
-    def extra_repr(self) -> str:
-        return f"residual={self.residual}"
+        super().__init__(layer, norm_axes, num_heads, num_gaussians, num_layers, residual, recompute)

@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from daam import backend as backends
 from daam import ops
+from daam.block_ops import BLOCKS
 from daam.checks import check_floating
 from daam.kernels import launch
 
@@ -191,6 +192,20 @@ class _Spec(NamedTuple):
 _Call = tuple[Any, tuple]  # an operator, and its arguments, a spec for each tensor
 
 
+def _describe(arg: Any) -> Any:
+    """Return an argument as calls are known by: a spec for a tensor, and a tuple for a list."""
+    if isinstance(arg, (list, tuple)):
+        return tuple(map(_describe, arg))
+    return _Spec.describe(arg) if isinstance(arg, Tensor) else arg
+
+
+def _make(arg: Any) -> Any:
+    """Return what was described on the meta device."""
+    if isinstance(arg, _Spec):
+        return arg.make("meta")
+    return [_make(one) for one in arg] if isinstance(arg, tuple) else arg
+
+
 class _Noting(TorchDispatchMode):
     """Note calls of this package's operators."""
 
@@ -200,7 +215,7 @@ class _Noting(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.namespace == "daam":
-            self.calls[func, tuple(_Spec.describe(a) if isinstance(a, Tensor) else a for a in args)] = None
+            self.calls[func, tuple(map(_describe, args))] = None
         return func(*args, **(kwargs or {}))
 
 
@@ -255,13 +270,14 @@ def _differentiate(outputs: list[Tensor]) -> None:
 # --- Kernels --------------------------------------------------------------------------------------
 def _record(calls: dict[_Call, None]) -> list[launch.Launch]:
     """Return the launches of operators' calls."""
-    passes = {one.forward_op: (one, "forward") for one in ops.OPERATORS.values()}
-    passes |= {one.backward_op: (one, "backward") for one in ops.OPERATORS.values()}
+    families = (*ops.OPERATORS.values(), *BLOCKS.values())
+    passes = {one.forward_op: (one, "forward") for one in families}
+    passes |= {one.backward_op: (one, "backward") for one in families}
     with launch.recording() as launches, torch.no_grad():
         for op, args in calls:
             operators, name = passes[op]
             run = getattr(operators.kernels, name)
-            run(*(a.make("meta") if isinstance(a, _Spec) else a for a in args))
+            run(*map(_make, args))
     return launches
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from . import tiles
+from . import budgets
 
 VARIANCE_FLOOR, SIGMA_FLOOR, WIDTH_FLOOR = 1e-6, 1e-3, 1e-8  # of the density gate, in the kernels and the reference
 
@@ -32,6 +32,7 @@ class Algorithm:
         reads_again: tensors of x's size that a pass over streamed chunks reads once more, (forward, backward), the
             backward pass with the statistics kept.
         unbiased: whether the variance is of n - 1 positions: a head has two or more.
+        layers: whether layers of it make a block, and one launch where they can.
     """
 
     name: str
@@ -39,12 +40,13 @@ class Algorithm:
     params: tuple[str, str]
     settings: dict[str, str]
     eps: float | None
-    forward: Callable[[int], tiles.Budget]
-    backward: Callable[[int], tiles.Budget]
+    forward: Callable[[int], budgets.Budget]
+    backward: Callable[[int], budgets.Budget]
     draw: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
     streamed: tuple[str, ...]
     reads_again: tuple[int, int]
     unbiased: bool = False
+    layers: bool = False
 
     @property
     def on_chip(self) -> tuple[str, ...]:
@@ -72,8 +74,8 @@ DENSITY = Algorithm(
     params=("mean_offset", "c"),
     settings={"feature_axis": "int?", "eps": "float"},
     eps=1e-5,
-    forward=lambda _n: tiles.FORWARD,
-    backward=lambda _n: tiles.BACKWARD,
+    forward=lambda _n: budgets.FORWARD,
+    backward=lambda _n: budgets.BACKWARD,
     draw=lambda normal, uniform: (0.3 * normal, 0.5 + uniform),
     streamed=(
         "strip_stats", "merge_strip_stats", "forward_streamed",
@@ -87,8 +89,8 @@ MIXTURE = Algorithm(
     params=("mean_offsets", "c"),
     settings={"eps": "float", "padding": "float?"},
     eps=1e-8,
-    forward=lambda _n: tiles.FORWARD_MIXTURE,
-    backward=lambda _n: tiles.BACKWARD_MIXTURE,
+    forward=lambda _n: budgets.FORWARD_MIXTURE,
+    backward=lambda _n: budgets.BACKWARD_MIXTURE,
     draw=lambda normal, uniform: (0.3 * normal, (0.5 + uniform) * normal.sign()),
     streamed=(
         "strip_stats", "merge_strip_stats", "mixture_scales", "merge_scales", "forward_streamed",
@@ -96,6 +98,7 @@ MIXTURE = Algorithm(
     ),
     reads_again=(2, 2),
     unbiased=True,
+    layers=True,
 )  # fmt: skip
 GATE = Algorithm(
     name="gate",
@@ -103,8 +106,8 @@ GATE = Algorithm(
     params=("mean_offsets", "log_sigma"),
     settings={},
     eps=None,
-    forward=tiles.gate_forward,
-    backward=tiles.gate_backward,
+    forward=budgets.gate_forward,
+    backward=budgets.gate_backward,
     draw=lambda normal, uniform: (0.3 * normal, uniform - 1),
     streamed=(
         "strip_stats", "merge_strip_stats", "forward_streamed",
@@ -118,8 +121,8 @@ STABLE = Algorithm(
     params=("mean_offsets", "c"),
     settings={"eps": "float", "padding": "float?"},
     eps=1e-8,
-    forward=lambda _n: tiles.FORWARD_MIXTURE,
-    backward=lambda _n: tiles.BACKWARD_STABLE,
+    forward=lambda _n: budgets.FORWARD_MIXTURE,
+    backward=lambda _n: budgets.BACKWARD_STABLE,
     draw=lambda normal, uniform: (0.3 * normal, 0.5 + uniform),
     streamed=(
         "strip_stats", "merge_strip_stats", "stable_scales", "merge_scales", "forward_streamed",
@@ -127,18 +130,20 @@ STABLE = Algorithm(
     ),
     reads_again=(2, 2),
     unbiased=True,
+    layers=True,
 )  # fmt: skip
 ALGORITHMS = {one.name: one for one in (DENSITY, MIXTURE, GATE, STABLE)}
 # Of x's size, what kernels on chip and of strips (read, write), by the last words of their names; those that handle
-# their sums begin with merge_, or are param_gradients
+# their sums begin with merge_, or end with _gradients
 TENSORS = {
-    "forward": (1, 1), "forward_streamed": (1, 1), "backward": (2, 1), "backward_streamed": (2, 1),
+    "forward": (1, 1), "forward_streamed": (1, 1), "forward_layers": (1, 1),
+    "backward": (2, 1), "backward_streamed": (2, 1), "backward_layers": (2, 1),
     "stats": (1, 0), "scales": (1, 0), "sums": (2, 0),
 }  # fmt: skip
 
 
 def count_tensors(kernel: str) -> tuple[int, int] | None:
     """Return how many tensors of x's size a kernel (reads, writes), by its name; None where it handles their sums."""
-    if kernel.startswith("merge_") or kernel == "param_gradients":
+    if kernel.startswith("merge_") or kernel.endswith("_gradients"):
         return None
     return next(moved for words, moved in TENSORS.items() if kernel.endswith(words))

@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launch, tiles
+from .budgets import Budget
 from .operands import Extent, Inputs, Layout, Strided, acc_dtype, encode, find_layout, varies
 from .whole import take_steps
 
@@ -70,7 +71,7 @@ Spec = tuple[torch.Size, tuple[int, ...], torch.dtype]  # shape, strides and dty
 
 @functools.lru_cache(maxsize=1024)
 def plan(
-    budget: tiles.Budget, gaussians: int, n_sums: int, axis: int, heads: int, feature_axis: int | None, weights: bool,
+    budget: Budget, gaussians: int, n_sums: int, axis: int, heads: int, feature_axis: int | None, weights: bool,
     *specs: Spec | None,
 ) -> Plan:  # fmt: skip
     """Return the plan of a pass on tensors of such specs: x, a mask or None, others, which have x's shape. gaussians:
@@ -181,7 +182,7 @@ class Call:
     inputs: Inputs
 
     def __init__(
-        self, budget: tiles.Budget, gaussians: int, n_sums: int, shape: torch.Size, axis: int, feature_axis: int | None,
+        self, budget: Budget, gaussians: int, n_sums: int, shape: torch.Size, axis: int, feature_axis: int | None,
         tensors: tuple[Tensor | None, ...], weights: bool = False, stats: Tensor | None = None,
         need_params: bool = False,
     ):  # fmt: skip

@@ -71,6 +71,38 @@ from .walk import columns_inside, find_program, locate, next_tile, place_tile, s
 
 # --- Chunks on chip -------------------------------------------------------------------------------
 @triton.jit
+def weigh_on_chip(x, gaussian, padding, tile, mask, settings, length, _view, PLAN: tl.constexpr):
+    """Return the weights of every block of a tile that holds whole chunks."""
+    d, centred, inv_var = centre_unpadded(x, padding, tile, mask, settings.eps, length, PLAN.ACC)
+    frame = find_frame(gaussian, inv_var)
+    _f, s = measure(d, centred.mean_error, gaussian, frame, tile.valid)
+    weights, _gaps, _min_s, _free = weigh(s, frame, gaussian, settings.log2_eps, tile.valid, centred.inv_count, mask)
+    return weights
+
+
+@triton.jit
+def differentiate_on_chip(x, gradients, gaussian, padding, tile, mask, settings, length, PLAN: tl.constexpr):
+    """Return (dx of every block but for the residual's part; Σ k·e, Σ k·e² + clamped·v, clamped, inv_var, 1/n)."""
+    # the forward pass again
+    h = find_h(gradients, x, padding)
+    d, centred, inv_var = centre_unpadded(x, padding, tile, mask, settings.eps, length, PLAN.ACC)
+    frame, inv_count = find_frame(gaussian, inv_var), centred.inv_count
+    f, s = measure(d, centred.mean_error, gaussian, frame, tile.valid)
+    weights, gaps, min_s, free = weigh(s, frame, gaussian, settings.log2_eps, tile.valid, inv_count, mask)
+    # sums over the chunk of what reaches the weights
+    sum_h = tl.sum(add_products(h, weights), 0)[None, :]
+    free_h, clamped = free * sum_h, (1.0 - free) * sum_h
+    k = find_excess(h, weights, free_h)
+    kee = clamped * (min_s + frame.offset_cost) - tl.sum(add_products(k, gaps), 0)[None, :]
+    ke = tl.sum(add_products(k, f), 0)[None, :] + clamped * (frame.origin - gaussian.m)
+    sums = Sums(free_h, ke * inv_count, kee * inv_var * inverse_count_less_one(inv_count))
+    grad = differentiate_x(
+        gradients, x, d, centred.mean_error, f, frame, h, k, weights, sums, gaussian, inv_var, padding
+    )  # fmt: skip
+    return grad, ke, kee, clamped, inv_var, inv_count
+
+
+@triton.jit
 def mixture_forward(inputs, parameters, outputs, settings, extent, RESIDUAL: tl.constexpr, PLAN: tl.constexpr):
     """Store y and the weights."""
     view = view_of(extent, PLAN)
@@ -81,12 +113,7 @@ def mixture_forward(inputs, parameters, outputs, settings, extent, RESIDUAL: tl.
     for _ in range(walk.first_tile, view.n_tiles, walk.tile_step):
         tile = place_tile(inputs.mask, index, walk, walk.strip_row, view, PLAN.RAGGED_P, PLAN)
         raw, x = load_blocks(inputs.x, inputs.mask, tile, view, RESIDUAL, PLAN)
-        d, centred, inv_var = centre_unpadded(x, padding, tile, inputs.mask, settings.eps, walk.length, PLAN.ACC)
-        frame = find_frame(gaussian, inv_var)
-        _f, s = measure(d, centred.mean_error, gaussian, frame, tile.valid)
-        weights, _gaps, _min_s, _free = weigh(
-            s, frame, gaussian, settings.log2_eps, tile.valid, centred.inv_count, inputs.mask
-        )  # fmt: skip
+        weights = weigh_on_chip(x, gaussian, padding, tile, inputs.mask, settings, walk.length, view, PLAN)
         store_outputs(outputs, x, raw, weights, padding, tile, view, RESIDUAL, PLAN)
         index = next_tile(index, walk.index_step, view)
 
@@ -101,30 +128,17 @@ def mixture_backward(inputs, parameters, dx, partials, settings, extent, RESIDUA
     totals = zero_blocks(4, 1, 1, PLAN.ACC)
     index = walk.index
     for _ in range(walk.first_tile, view.n_tiles, walk.tile_step):
-        # the forward pass again
         tile = place_tile(inputs.mask, index, walk, walk.strip_row, view, PLAN.RAGGED_P, PLAN)
         _raw, x = load_blocks(inputs.x, inputs.mask, tile, view, False, PLAN)
         gradients = load_gradients(inputs, tile, view, RESIDUAL, PLAN)
-        h = find_h(gradients, x, padding)
-        d, centred, inv_var = centre_unpadded(x, padding, tile, inputs.mask, settings.eps, walk.length, PLAN.ACC)
-        frame, inv_count = find_frame(gaussian, inv_var), centred.inv_count
-        f, s = measure(d, centred.mean_error, gaussian, frame, tile.valid)
-        weights, gaps, min_s, free = weigh(s, frame, gaussian, settings.log2_eps, tile.valid, inv_count, inputs.mask)
-        # sums over the chunk of what reaches the weights
-        sum_h = tl.sum(add_products(h, weights), 0)[None, :]
-        free_h, clamped = free * sum_h, (1.0 - free) * sum_h
-        k = find_excess(h, weights, free_h)
-        kee = clamped * (min_s + frame.offset_cost) - tl.sum(add_products(k, gaps), 0)[None, :]
-        ke = tl.sum(add_products(k, f), 0)[None, :] + clamped * (frame.origin - gaussian.m)
+        grad, ke, kee, clamped, inv_var, inv_count = differentiate_on_chip(
+            x, gradients, gaussian, padding, tile, inputs.mask, settings, walk.length, PLAN
+        )  # fmt: skip
         if dx is not None:
-            sums = Sums(free_h, ke * inv_count, kee * inv_var * inverse_count_less_one(inv_count))
-            grad = differentiate_x(
-                gradients, x, d, centred.mean_error, f, frame, h, k, weights, sums, gaussian, inv_var, padding
-            )  # fmt: skip
             store_dx(dx, grad, gradients.raw, tile, view, RESIDUAL, PLAN)
         if partials is not None:
-            more = sum_head(ke, kee, clamped, inv_var, columns_inside(tile.position, view) & (inv_count > 0))
-            totals = add_lists(totals, more)
+            inside = columns_inside(tile.position, view) & (inv_count > 0)
+            totals = add_lists(totals, sum_head(ke, kee, clamped, inv_var, inside))
         index = next_tile(index, walk.index_step, view)
     if partials is not None:
         store_partials(partials, totals, walk.head, walk.program)

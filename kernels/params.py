@@ -121,6 +121,21 @@ def store_partials(partials, totals, head, program):
         tl.store(start + i * distance, totals[i])
 
 
+@triton.jit
+def sum_groups(
+    start, distance, group_stride, n_groups, inside, N: tl.constexpr, BLOCK: tl.constexpr, ENTRIES: tl.constexpr
+):
+    """Return N sums [ENTRIES] over all groups, in fixed order and fp64. start: [1, ENTRIES] pointers to the first."""
+    totals = zero_blocks(N, BLOCK, ENTRIES, tl.float64)
+    for first in range(0, n_groups, BLOCK):
+        groups, more = tl.cast(first, tl.int64) + tl.arange(0, BLOCK)[:, None], []
+        for i in tl.static_range(N):
+            pointers = start + tl.cast(distance, tl.int64) * i + groups * group_stride
+            more = more + [tl.load(pointers, inside[None, :] & (groups < n_groups), 0.0).to(tl.float64)]
+        totals = add_lists(totals, more)
+    return [tl.sum(total, 0) for total in totals]
+
+
 @triton.jit(repr=lambda call: f"{call.constants['NAME']}_param_gradients")
 def param_gradients(
     partials, n_groups, parameters, d_p, d_q, n_entries, N: tl.constexpr, K: tl.constexpr, FINISH: tl.constexpr,
@@ -134,14 +149,7 @@ def param_gradients(
     inside, n_groups = entries < n_entries >> 1, n_groups >> 1
     distance, head_stride, group_stride, entry_stride = [stride >> 1 for stride in partials.strides]
     start = partials.data + head * head_stride + entries[None, :] * entry_stride
-    totals = zero_blocks(N, BLOCK, ENTRIES, tl.float64)
-    for first in range(0, n_groups, BLOCK):
-        groups, more = tl.cast(first, tl.int64) + tl.arange(0, BLOCK)[:, None], []
-        for i in tl.static_range(N):
-            pointers = start + tl.cast(distance, tl.int64) * i + groups * group_stride
-            more = more + [tl.load(pointers, inside[None, :] & (groups < n_groups), 0.0).to(tl.float64)]
-        totals = add_lists(totals, more)
-    totals = [tl.sum(total, 0) for total in totals]
+    totals = sum_groups(start, distance, group_stride, n_groups, inside, N, BLOCK, ENTRIES)
     p_gradient, q_gradient = FINISH(totals, parameters, head, entries, inside, K)
     tl.store(d_p.data + head * d_p.strides[0] + entries, p_gradient.to(d_p.data.dtype.element_ty), inside)
     tl.store(d_q.data + head * d_q.strides[0] + entries, q_gradient.to(d_q.data.dtype.element_ty), inside)

@@ -60,7 +60,7 @@ def forward(
     settings_and_flags: the algorithm's settings, residual, return_weights, save_stats.
     """
     *settings, residual, return_weights, save_stats = settings_and_flags
-    algorithm, y, weights = kernels.algorithm, _empty_like(x), _empty_like(x) if return_weights else None
+    algorithm, y, weights = kernels.algorithm, empty_like(x), empty_like(x) if return_weights else None
     # not whether weights are written: y is the same to the bit with and without them
     tensors, feature_axis = (x, mask, y, weights), algorithm.find_setting("feature_axis", settings)
     padding, n = float_bits(algorithm.find_setting("padding", settings), x.dtype), q.shape[1]
@@ -87,9 +87,9 @@ def backward(
     settings_and_flags: the algorithm's settings, residual, need_x, need_params.
     """
     *settings, residual, need_x, need_params = settings_and_flags
-    dx, grads = _empty_like(x) if need_x else None, (None, None)
+    dx, grads = empty_like(x) if need_x else None, (None, None)
     if need_params:  # zeros where x is empty and nothing will be written
-        grads = tuple(_empty_like(t) if x.numel() else t.new_zeros(t.shape) for t in (p, q))
+        grads = tuple(empty_like(t) if x.numel() else t.new_zeros(t.shape) for t in (p, q))
     if not x.numel():
         return dx, *grads
     algorithm, tensors, n = kernels.algorithm, (x, mask, grad_y, grad_weights, dx), q.shape[1]
@@ -161,6 +161,6 @@ def _launch_param_gradients(
     )  # fmt: skip
 
 
-def _empty_like(t: Tensor) -> Tensor:
+def empty_like(t: Tensor) -> Tensor:
     """Return room for as much, contiguous."""
     return torch.empty_like(t, memory_format=torch.contiguous_format)

@@ -22,7 +22,6 @@ Streamed chunks (`streamed.py`) are read as the mixture's are, but that totals f
 from __future__ import annotations
 
 from functools import partial
-from typing import NamedTuple
 
 import triton
 import triton.language as tl
@@ -30,7 +29,7 @@ from torch import Tensor
 
 from . import passes
 from .algorithms import STABLE
-from .blocks import add_blocks, add_products, find_h, inverse_count, inverse_count_less_one, multiply_rounded
+from .blocks import find_h, inverse_count, inverse_count_less_one, multiply_rounded
 from .host import Call, Numbers
 from .mixture_blocks import (
     FAR,
@@ -44,15 +43,14 @@ from .mixture_blocks import (
     weigh_gaps,
 )
 from .operands import power_of_2, split_float, strided_of
-from .params import add_lists, load_entries, sum_columns, zero_blocks
+from .params import load_entries, sum_columns, zero_blocks
 from .stable_blocks import (
     NARROWEST,
     WIDEST,
+    Chunk,
     Parameters,
-    Product,
     add_clamped,
     add_free,
-    centre_chunks,
     differentiate_x,
     find_frame,
     find_he,
@@ -67,25 +65,12 @@ from .stable_blocks import (
     multiply,
     pass_directly,
     store_parameter_totals,
-    weigh,
     where_equal,
 )
+from .stable_on_chip import differentiate_on_chip, keep_totals, weigh_on_chip, zero_totals
 from .streamed import find_stats, locate_chunks, store_strip_numbers
 from .tile import float_of, load_blocks, load_gradients, load_numbers, store_dx, store_numbers, store_outputs
 from .walk import columns_inside, locate, next_tile, place_tile, start_walk, view_of
-
-
-class Chunk(NamedTuple):
-    """Hold what tiles of a streamed chunk share: numbers [1, BLOCK_C], and Sums in the backward pass, times a·inv_var.
-    scale: 1/Σ relative weights, or -1/n where all are equal since none has any.
-    """
-
-    product: Product
-    mean_error: tl.tensor
-    inv_var: tl.tensor
-    min_s: tl.tensor
-    scale: tl.tensor
-    sums: Sums | list
 
 
 # --- Chunks on chip -------------------------------------------------------------------------------
@@ -100,11 +85,7 @@ def stable_forward(inputs, parameters, outputs, _settings, extent, RESIDUAL: tl.
     for _ in range(walk.first_tile, view.n_tiles, walk.tile_step):
         tile = place_tile(inputs.mask, index, walk, walk.strip_row, view, PLAN.RAGGED_P, PLAN)
         raw, x = load_blocks(inputs.x, inputs.mask, tile, view, RESIDUAL, PLAN)
-        centred, inv_var, reach = centre_chunks(x, tile, inputs.mask, parameters, walk.length, view, PLAN)
-        frame = find_frame(product, centred.mean_error, inv_var, reach)
-        shown = hide_padding(x, tile.valid, padding)
-        _f, s, _q = measure(centred.blocks, centred.mean_error, product, frame, shown)
-        weights, _equal = weigh(s, frame, shown, tile.valid, centred.inv_count, inputs.mask, padding)
+        weights = weigh_on_chip(x, product, padding, tile, inputs.mask, None, walk.length, view, PLAN)
         store_outputs(outputs, x, raw, weights, padding, tile, view, RESIDUAL, PLAN)
         index = next_tile(index, walk.index_step, view)
 
@@ -116,36 +97,20 @@ def stable_backward(inputs, parameters, dx, partials, _settings, extent, RESIDUA
     walk = start_walk(extent, view, BACKWARDS=False)
     product = load_product(parameters, walk.head, None, view, PLAN)
     padding = None if inputs.padding is None else float_of(inputs.padding, PLAN.ACC)
-    free, totals = zero_blocks(2, 1, 1, PLAN.ACC), zero_blocks(2, 1, PLAN.K, PLAN.ACC)
+    totals = zero_totals(PLAN)
     index = walk.index
     for _ in range(walk.first_tile, view.n_tiles, walk.tile_step):
-        # the forward pass again
         tile = place_tile(inputs.mask, index, walk, walk.strip_row, view, PLAN.RAGGED_P, PLAN)
         _raw, x = load_blocks(inputs.x, inputs.mask, tile, view, False, PLAN)
         gradients = load_gradients(inputs, tile, view, RESIDUAL, PLAN)
-        centred, inv_var, reach = centre_chunks(x, tile, inputs.mask, parameters, walk.length, view, PLAN)
-        d, mean_error, inv_count = centred.blocks, centred.mean_error, centred.inv_count
-        frame = find_frame(product, mean_error, inv_var, reach)
-        shown = hide_padding(x, tile.valid, padding)
-        f, s, _q = measure(d, mean_error, product, frame, shown)
-        weights, equal = weigh(s, frame, shown, tile.valid, inv_count, inputs.mask, padding)
-        h = find_h(gradients, x, padding)  # what reaches the weights, and its sums
-        sum_h = tl.sum(add_products(h, weights), 0)[None, :]
-        he = find_he(h, weights, sum_h, frame, equal, padding)
-        direct, hef = pass_directly(gradients, x, weights, padding), multiply(he, f)
-        sum_hef, heq = tl.sum(add_blocks(hef), 0)[None, :], tl.sum(add_products(hef, f), 0)[None, :]
-        inside = columns_inside(tile.position, view) & (inv_count > 0)
-        unclamped = inside & ~frame.clamps
-        free = add_lists(free, [sum_columns(sum_hef, unclamped), sum_columns(heq, unclamped)])
-        if frame.any_clamps:
-            heq, totals = add_clamped(totals, heq, d, mean_error, he, product, frame, inside)
+        grad, totals = differentiate_on_chip(
+            x, gradients, totals, product, padding, tile, inputs.mask, walk.length, view, PLAN
+        )  # fmt: skip
         if dx is not None:
-            sums = Sums(sum_h, sum_hef * inv_count, heq * inv_var * inverse_count_less_one(inv_count))
-            grad = differentiate_x(direct, d, mean_error, hef, sums)
             store_dx(dx, grad, gradients.raw, tile, view, RESIDUAL, PLAN)
         index = next_tile(index, walk.index_step, view)
     if partials is not None:
-        store_parameter_totals(partials, zero_blocks(1, 1, 1, PLAN.ACC) + free, totals, product, walk.program)
+        keep_totals(partials, totals, product, walk, PLAN)
 
 
 @triton.jit

@@ -22,7 +22,7 @@ from .blocks import (
     reciprocal,
     where_nonempty,
 )
-from .mixture_blocks import FAR, minimum_of, weigh_gaps
+from .mixture_blocks import FAR, Sums, minimum_of, weigh_gaps
 from .operands import Split, Strided
 from .params import add_lists, sum_columns
 from .walk import columns_inside
@@ -74,6 +74,19 @@ class Gaussian(NamedTuple):
     centre: tl.tensor
     distance: tl.tensor
     clamped: tl.tensor
+
+
+class Chunk(NamedTuple):
+    """Hold what tiles of a streamed chunk share: numbers [1, BLOCK_C], and Sums in the backward pass, times a·inv_var.
+    scale: 1/Σ relative weights, or -1/n where all are equal since none has any.
+    """
+
+    product: Product
+    mean_error: tl.tensor
+    inv_var: tl.tensor
+    min_s: tl.tensor
+    scale: tl.tensor
+    sums: Sums | list
 
 
 # --- Gaussians of a head, and of a chunk ----------------------------------------------------------

@@ -16,11 +16,11 @@ from bench.device.session import Job, Session
 from bench.device.times import empty_tensors, median_seconds
 from bench.modelled import find_steps, launches
 from bench.workloads import Workload, lengths
-from daam.kernels import host, tiles
+from daam.kernels import budgets, host
 
 STRIDED = ("strided", "strided_masked", "strided_full")
 CONTIGUOUS = ("contiguous", "contiguous_full", "contiguous_most", "together")
-# what is tried of `tiles.Budget`, by regime: elements a thread, and elements that it loads at once
+# what is tried of `budgets.Budget`, by regime: elements a thread, and elements that it loads at once
 TRIED = {
     "strided": [
         dict.fromkeys(STRIDED, n) | {"strided_least_vector": v, "strided_vector": 8}
@@ -78,10 +78,10 @@ def find_tiles(workload: Workload, settings: dict) -> dict[str, str]:
 
 @contextlib.contextmanager
 def plan_with(settings: dict) -> Iterator[None]:
-    """Plan passes with other numbers in `tiles.Budget`, which are part of what plans are kept by."""
+    """Plan passes with other numbers in `budgets.Budget`, which are part of what plans are kept by."""
     build = host.Call.__init__
 
-    def build_with(one: host.Call, budget: tiles.Budget, *args, **options) -> None:
+    def build_with(one: host.Call, budget: budgets.Budget, *args, **options) -> None:
         build(one, budget._replace(**settings), *args, **options)
 
     with mock.patch.object(host.Call, "__init__", build_with):

@@ -18,7 +18,7 @@ from bench.aot import TARGETS, compile_for
 from bench.audit import CONFIGURATIONS, DTYPES, GAUSSIANS, ONE_A_REGIME, OTHERS, Configuration
 from bench.modelled import find_steps, launches
 from daam.kernels.algorithms import count_tensors
-from daam.kernels.tiles import LONGEST_CONTIGUOUS
+from daam.kernels.budgets import LONGEST_CONTIGUOUS
 from daam.kernels.whole import take_steps
 
 

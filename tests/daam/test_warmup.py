@@ -166,10 +166,18 @@ def test_forward_passes_alone(triton, recorded):
 
 @compiled
 def test_calls_that_repeat_are_recorded_once(triton, recorded):
-    layer = daam.DensityBlock([1] * 5, [2] * 5, [4] * 5, 5)
+    layer = daam.DensityBlock([1] * 5, [2] * 5, [4] * 5, 5, recompute=False)
     daam.warmup(layer, [(2, 8, 4)] * 2)
     # the last layer's gradient is as contiguous as its output, and so are those that it gives
     assert [one.name for one in recorded] == ["mixture_forward", "mixture_backward", "param_gradients"]
+
+
+@compiled
+@pytest.mark.parametrize("block", [daam.DensityBlock, daam.StableDensityBlock])
+def test_layers_of_a_launch_are_recorded(block, triton, recorded):
+    daam.warmup(block([1] * 5, [2] * 5, [4] * 5, 5), [(2, 8, 4)])
+    launched = ["forward_layers", "backward_layers", "layer_gradients"]
+    assert sorted(one.name for one in recorded) == sorted(launched * 2)  # of two layers, and of three
 
 
 @compiled

@@ -42,7 +42,7 @@ alike = pytest.mark.parametrize(
 )
 
 # Every axis of every rank, all chunk lengths, features, heads, layouts, gradients and flags of the contract, each next
-# to several of the others. Chunks beyond tiles.LONGEST_* (a quarter of that in float64) are streamed.
+# to several of the others. Chunks beyond budgets.LONGEST_* (a quarter of that in float64) are streamed.
 DENSITY = [
     Case((7, 21), 0),
     Case((8, 33), 0, heads=8, params="one", grads="expanded"),

@@ -6,12 +6,12 @@ from unittest import mock
 import pytest
 import torch
 
-from daam.kernels import launch, tiles
+from daam.kernels import budgets, launch, tiles
 from daam.kernels.algorithms import ALGORITHMS
 from daam.kernels.operands import find_layout, split_float, varies
 
-GATE = [find(k) for find in (tiles.gate_forward, tiles.gate_backward) for k in (1, 4, 8, 40)]
-PASSES = (tiles.FORWARD, tiles.FORWARD_MIXTURE, tiles.BACKWARD, tiles.BACKWARD_MIXTURE, *GATE)
+GATE = [find(k) for find in (budgets.gate_forward, budgets.gate_backward) for k in (1, 4, 8, 40)]
+PASSES = (budgets.FORWARD, budgets.FORWARD_MIXTURE, budgets.BACKWARD, budgets.BACKWARD_MIXTURE, *GATE)
 
 
 def tiles_of_passes(shape, axis, feature_axis, dtype=torch.bfloat16, heads=1):
@@ -62,13 +62,13 @@ def test_lengths_of_tiles(table):
 def test_common_chunks_fill_their_tiles(n):
     """Check that columns of common lengths have tiles without rows outside the chunk."""
     plan = find_layout(torch.empty(5, n, 1024), [], 1, 1, 2)
-    assert tiles.find_tile(tiles.FORWARD, plan, False, "inner", torch.bfloat16).length == n
+    assert tiles.find_tile(budgets.FORWARD, plan, False, "inner", torch.bfloat16).length == n
 
 
 @pytest.mark.parametrize("n", [64, 512, 768, 1024])
 def test_a_row_is_one_warps(n):
     tile = tiles.find_tile(
-        tiles.FORWARD, find_layout(torch.empty(64, n), [], 1, 1, None), False, "nothing", torch.bfloat16
+        budgets.FORWARD, find_layout(torch.empty(64, n), [], 1, 1, None), False, "nothing", torch.bfloat16
     )
     assert (tile.num_warps, tile.length) == (1, n)
 
@@ -127,25 +127,25 @@ def test_stats_are_kept_for_long_chunks_only_and_cost_little():
     for shape, axis, feature_axis in (((2, 257, 9), 1, 2), ((3, 8193), 1, 1)):
         for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
             x = torch.empty(shape, dtype=dtype)
-            numbers = torch.Size(tiles.stats_shape(tiles.FORWARD, x, axis, 1, feature_axis)).numel()
+            numbers = torch.Size(tiles.stats_shape(budgets.FORWARD, x, axis, 1, feature_axis)).numel()
             assert tiles.worth_keeping(x, axis, 1)
             assert numbers * (8 if dtype == torch.float64 else 4) <= 0.05 * x.nbytes
     assert not tiles.worth_keeping(torch.empty(2, 79, 9, dtype=torch.float64), 1, 1)
     assert tiles.worth_keeping(torch.empty(2, 80, 9, dtype=torch.float64), 1, 1)
-    assert tiles.stats_shape(tiles.FORWARD, torch.empty(2, 256, 9), 1, 1, 2) is None
+    assert tiles.stats_shape(budgets.FORWARD, torch.empty(2, 256, 9), 1, 1, 2) is None
 
 
 def test_a_mask_leaves_no_room_for_the_longest_rows():
     x = torch.empty(3, 8192, dtype=torch.bfloat16)
     for masked, shape in ((False, None), (True, (4, 3, 1))):
-        assert tiles.stats_shape(tiles.FORWARD_MIXTURE, x, 1, 1, None, masked) == shape
-        assert tiles.stats_shape(tiles.BACKWARD_MIXTURE, x, 1, 1, None, masked) == shape
+        assert tiles.stats_shape(budgets.FORWARD_MIXTURE, x, 1, 1, None, masked) == shape
+        assert tiles.stats_shape(budgets.BACKWARD_MIXTURE, x, 1, 1, None, masked) == shape
 
 
 def test_stats_of_heads_of_unequal_length():
     """Check that there is room for all heads as soon as the last, the longest, is streamed."""
-    assert tiles.stats_shape(tiles.FORWARD, torch.empty(2, 513, 9), 1, 2) == (4, 2, 2, 9)
-    assert tiles.stats_shape(tiles.FORWARD, torch.empty(2, 512, 9), 1, 2) is None
+    assert tiles.stats_shape(budgets.FORWARD, torch.empty(2, 513, 9), 1, 2) == (4, 2, 2, 9)
+    assert tiles.stats_shape(budgets.FORWARD, torch.empty(2, 512, 9), 1, 2) is None
 
 
 @pytest.mark.parametrize("algorithm", ["mixture", "stable"])

@@ -6,7 +6,7 @@ import pytest
 import torch
 from helpers import GRADS, LAYOUTS, strided
 
-from daam.kernels import tiles
+from daam.kernels import budgets
 from daam.kernels.operands import find_layout, varies
 
 pytest.importorskip("triton")
@@ -78,7 +78,7 @@ def test_what_merges(shape, axis, feature_axis, sizes, inner):
 def test_what_kernels_decode_is_what_was_encoded(shape, layout):
     x = strided(shape, layout, torch.float16, GENERATOR)
     for axis, heads in itertools.product(range(x.dim()), (1, 2, 3)):
-        found = host.plan(tiles.FORWARD, 1, 2, axis, heads, None, False, (x.shape, x.stride(), x.dtype), None)
+        found = host.plan(budgets.FORWARD, 1, 2, axis, heads, None, False, (x.shape, x.stride(), x.dtype), None)
         constants = found.constants["PLAN"]
         assert found.encoded.decode(constants.UNIT, constants.FASTEST) == found.extent
 

@@ -1,0 +1,156 @@
+"""Layers of a mixture of densities on one axis, one after the other: as one call, and which way that goes."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from daam.backend import backend_for
+from daam.block_ops import BLOCKS
+from daam.checks import check_floating, check_x
+from daam.functional import check_gaussians, check_settings, in_memory_order
+from daam.kernels.budgets import MOST_LAYERS
+from daam.kernels.fusion import find_cost, find_obstacle
+from daam.ops import OPERATORS, _forward_mode, _transformed
+
+
+def density_block(
+    x: Tensor, mean_offsets: Sequence[Tensor], c: Sequence[Tensor], *, norm_axis: int = 1, eps: float = 1e-8,
+    padding_value: float | None = None, mask: Tensor | None = None, residual: bool = True, stable: bool = False,
+    recompute: bool | None = None, return_weights: bool = False, backend: str = "auto",
+) -> Tensor | tuple[Tensor, tuple[Tensor, ...]]:  # fmt: skip
+    """Weigh x by layers of mixtures of densities that share their axis and their heads, one after the other.
+
+    A layer is `daam.mixture_attention`, or with stable `daam.stable_mixture_attention`, of its own Gaussians:
+    x = layer(x) + x each, or x = layer(x) without residual. Where chunks stay on chip, up to four layers are one launch
+    forward and two backward on Triton: x is read once and y written once, values of layers are kept in fp32, or x's
+    fp64, and the backward pass, which finds them anew, saves x alone. More layers are runs of as many.
+
+    Args:
+        x: (…, norm_axis, …), rank 2 or more, fp16, bf16, fp32 or fp64, any strides; nothing is copied to change them.
+        mean_offsets, c: one of each a layer, (num_heads, num_gaussians) in any floating dtype; layers have the same
+            heads, and Gaussians as many as they like.
+        norm_axis, eps, padding_value, mask: of all layers, as one layer has them. Padding that is not 0 doubles in
+            every layer with residual, as published, and is padding no more.
+        residual: add its x to what each layer makes.
+        stable: whether layers are of the stabilised dialect.
+        recompute: save x alone for the backward pass, and find the values of layers anew, whatever that costs; None:
+            where that is expected to be faster (`fusion_for` says); False: never.
+        return_weights: return the weights of each layer too; they are differentiable.
+        backend: "auto", "triton" or "eager"; see `daam.backend_for`.
+
+    Returns:
+        y, or (y, weights), the latter one a layer, in x's shape, dtype and memory order.
+
+    Raises:
+        TypeError: an argument has the wrong type or dtype, or mean_offsets or c is no sequence of tensors.
+        ValueError: there is no layer, lengths differ, or layers differ in heads; and what a layer raises.
+        RuntimeError: backend "triton" cannot run here; the message says why.
+    """
+    axis = check_x(x, norm_axis)
+    heads = _check_layers(x, mean_offsets, c, axis)
+    settings = (eps, check_settings(eps, padding_value, mask))
+    backend, algorithm = backend_for(x, backend)[0], "stable" if stable else "mixture"
+    runs = [(run, _find_way(x, mean_offsets[run], c[run], axis, heads, mask, recompute, backend)) for run in _cut(c)]
+
+    def attend(x: Tensor, mask: Tensor | None, axes: tuple[int, ...]) -> list[Tensor]:
+        weights: list[Tensor] = []
+        for run, way in runs:
+            args = (mask, *axes, *settings, residual, return_weights, backend)
+            if way.name != "layers":
+                x, found = BLOCKS[algorithm](x, mean_offsets[run], c[run], *args, way[2:])
+                weights += found
+                continue
+            for p, q in zip(mean_offsets[run], c[run], strict=True):
+                x, *found = OPERATORS[algorithm](x, p, q, *args)
+                weights += found
+        return [x, *weights]
+
+    y, *weights = in_memory_order(attend, x, mask, (axis,))
+    return (y, tuple(weights)) if return_weights else y
+
+
+def fusion_for(
+    x: Tensor, mean_offsets: Sequence[Tensor], c: Sequence[Tensor], *, norm_axis: int = 1, mask: Tensor | None = None,
+    recompute: bool | None = None, backend: str = "auto",
+) -> tuple[str, str]:  # fmt: skip
+    """Return which way `density_block` goes with these arguments, and the reason.
+
+    Args: those of `density_block`; of the tensors shape, strides, dtype, device and requires_grad matter, and
+        whether gradients are recorded now.
+
+    Returns:
+        ("fused", "recomputed" or "layers", reason): all layers of a run in one launch a pass; one by one, with x alone
+        saved; or one by one, each as its function would run. The reason is in words.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as `density_block` does.
+    """
+    axis, backend = check_x(x, norm_axis), backend_for(x, backend)[0]
+    heads = _check_layers(x, mean_offsets, c, axis)
+    ways = [_find_way(x, mean_offsets[run], c[run], axis, heads, mask, recompute, backend) for run in _cut(c)]
+    name = max((way.name for way in ways), key=WAYS.index)
+    return name, "; ".join(dict.fromkeys(way.reason for way in ways if way.name == name))
+
+
+WAYS = ("fused", "recomputed", "layers")
+
+
+class Way(NamedTuple):
+    """Hold how a run of layers goes: one of WAYS and the reason, and which passes are one launch."""
+
+    name: str
+    reason: str
+    forward: bool = False
+    backward: bool = False
+
+
+def _cut(c: Sequence[Tensor]) -> list[slice]:
+    """Return runs of layers, as even as they can be, of at most as many as are fused."""
+    n, n_runs = len(c), -(-len(c) // MOST_LAYERS)
+    bounds = [n * i // n_runs for i in range(n_runs + 1)]
+    return [slice(*pair) for pair in itertools.pairwise(bounds)]
+
+
+def _check_layers(x: Tensor, mean_offsets: Sequence[Tensor], c: Sequence[Tensor], axis: int) -> int:
+    """Return the heads of all layers; raise TypeError or ValueError where layers do not fit x or each other."""
+    for name, given in {"mean_offsets": mean_offsets, "c": c}.items():
+        if isinstance(given, Tensor) or not isinstance(given, Sequence):
+            raise TypeError(f"{name} is a {type(given).__name__}, expected a list of tensors, one a layer")
+    if not c or len(mean_offsets) != len(c):
+        raise ValueError(f"mean_offsets has {len(mean_offsets)} layers and c has {len(c)}, expected as many, 1 or more")
+    for layer, (p, q) in enumerate(zip(mean_offsets, c, strict=True)):
+        params = {f"mean_offsets[{layer}]": p, f"c[{layer}]": q}
+        check_floating(params)
+        check_gaussians(x, params, axis)
+        if q.shape[0] != c[0].shape[0]:
+            raise ValueError(f"c[{layer}] has {q.shape[0]} heads, expected {c[0].shape[0]}, as c[0] has")
+    return c[0].shape[0]
+
+
+def _find_way(
+    x: Tensor, mean_offsets: Sequence[Tensor], c: Sequence[Tensor], axis: int, heads: int, mask: Tensor | None,
+    recompute: bool | None, backend: str,
+) -> Way:  # fmt: skip
+    """Return which way a run of layers goes on a backend."""
+    if len(c) == 1:
+        return Way("layers", "a single layer is one launch by itself")
+    if not torch.compiler.is_compiling() and (_transformed() or _forward_mode()):
+        return Way("layers", "a transform of functions, or forward-mode differentiation, is active")
+    masked = mask is not None
+    obstacle = f"the backend is {backend}" if backend != "triton" else find_obstacle(x, axis, heads, masked, len(c))
+    if not (torch.is_grad_enabled() and any(t.requires_grad for t in (x, *mean_offsets, *c))):
+        fused = "chunks stay on chip, and nothing is differentiated"
+        return Way("layers", obstacle) if obstacle else Way("fused", fused, forward=True)
+    if recompute is False:
+        return Way("layers", "recompute is False")
+    lasting = obstacle or find_obstacle(x, axis, heads, masked, len(c), backward=True)
+    if recompute and lasting:
+        return Way("recomputed", f"recompute is True, and {lasting}", forward=obstacle is None)
+    if not recompute and (reason := lasting or find_cost(x)):
+        return Way("layers", reason)
+    return Way("fused", "chunks stay on chip in both passes", forward=True, backward=True)

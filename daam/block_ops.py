@@ -1,0 +1,209 @@
+"""Layers of one algorithm as one call: operators of the Triton backend, and an autograd.Function that keeps x alone.
+
+What is said of a single layer in `ops.py` holds here: a pair of operators with fakes, a composite one that stands in
+for the Function while compiling, and double backward through formulas. Parameters are lists, one of each a layer.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from daam.backend import interpreting
+from daam.kernels import algorithms
+from daam.ops import _VERSION, OPERATORS, Operators, _forward_mode, _lib, _or_empty, _transformed
+from daam.reference.layers import differentiate_layers, run_layers
+
+
+class BlockOperators:
+    """Define and call `{name}_layers_forward`, `{name}_layers_backward` and the composite `{name}_layers`.
+
+    An instance is called with (x, ps, qs, mask, axis, *settings, residual, return_weights, backend, fused) and returns
+    (y, weights), a list, which is empty where they are not asked for. fused: whether (forward, backward) is one launch.
+    """
+
+    def __init__(self, layer: Operators):
+        self.layer, self.algorithm, name, (p, q) = layer, layer.algorithm, layer.algorithm.name, layer.algorithm.params
+        inputs = f"Tensor x, Tensor[] {p}, Tensor[] {q}, Tensor? mask"
+        how = f"int axis,{''.join(f' {kind} {one},' for one, kind in self.algorithm.settings.items())} bool residual"
+        _lib.define(f"{name}_layers_forward({inputs}, {how}, bool return_weights) -> (Tensor y, Tensor[] weights)")
+        _lib.define(
+            f"{name}_layers_backward(Tensor grad_y, {inputs}, {how}, bool need_x, bool need_params)"
+            " -> (Tensor dx, Tensor[] gradients)"
+        )
+        _lib.define(
+            f"{name}_layers({inputs}, {how}, bool return_weights, str backend, bool[] fused, str version)"
+            " -> (Tensor y, Tensor[] weights)"
+        )
+        for op in ("forward", "backward"):
+            _lib.impl(f"{name}_layers_{op}", getattr(self, f"_{op}_triton"), "CUDA")
+            _lib.impl(f"{name}_layers_{op}", getattr(self, f"_{op}_cpu"), "CPU")
+            torch.library.register_fake(f"daam::{name}_layers_{op}", getattr(self, f"_{op}_fake"), lib=_lib)
+        _lib.impl(f"{name}_layers", self._traced, "CompositeImplicitAutograd")
+        self.forward_op, self.backward_op, self.op = (
+            getattr(torch.ops.daam, f"{name}_layers{suffix}").default for suffix in ("_forward", "_backward", "")
+        )
+
+    def __call__(
+        self, x: Tensor, ps: Sequence[Tensor], qs: Sequence[Tensor], mask: Tensor | None, axis: int, *args: Any
+    ) -> tuple[Tensor, Sequence[Tensor]]:
+        *how, return_weights, backend, fused = args
+        if torch.compiler.is_compiling():
+            return self.op(x, list(ps), list(qs), mask, axis, *how, return_weights, backend, list(fused), _VERSION)
+        return self._attend(x, ps, qs, mask, (axis, *how), return_weights, backend, fused)
+
+    def _attend(self, x, ps, qs, mask, how, return_weights, backend, fused) -> tuple[Tensor, Sequence[Tensor]]:
+        call = _Call(self, how, return_weights, backend, *fused)
+        y, *weights = Layers.apply(x, mask, call, *ps, *qs)
+        return y, weights
+
+    def _traced(self, x, ps, qs, mask, *args):
+        *how, return_weights, backend, fused, _version = args
+        if _transformed() or _forward_mode():
+            y, weights = run_layers(functools.partial(self.run_formula, mask, how), x, ps, qs)
+            return y, weights if return_weights else []
+        y, weights = self._attend(x, ps, qs, mask, tuple(how), return_weights, backend, fused)
+        return y, list(weights)
+
+    def run_formula(self, mask, how, x, p, q):
+        """Return (y, weights) of a layer by its formula."""
+        return self.layer.eager.formula(x, p, q, mask, *how)
+
+    @functools.cached_property
+    def kernels(self) -> ModuleType:
+        return importlib.import_module(f"daam.kernels.{self.algorithm.name}_layers")  # imports Triton
+
+    def _forward_triton(self, x, *args):
+        return self.kernels.forward(x, *args)
+
+    def _backward_triton(self, grad_y, x, *args):
+        dx, gradients = self.kernels.backward(grad_y, x, *args)
+        return _or_empty(dx, x), gradients
+
+    def _forward_cpu(self, x, ps, qs, mask, *args):
+        if interpreting():
+            return self._forward_triton(x, ps, qs, mask, *args)
+        *how, return_weights = args
+
+        def run(x, p, q):
+            y, weights = self.layer.eager.forward(x, p, q, mask, *how, return_weights)
+            return y.contiguous(), weights
+
+        y, weights = run_layers(run, x, ps, qs)
+        return y, [t.contiguous() for t in weights if return_weights]
+
+    def _backward_cpu(self, grad_y, x, ps, qs, mask, *args):
+        if interpreting():
+            return self._backward_triton(grad_y, x, ps, qs, mask, *args)
+        *how, need_x, need_params = args
+        eager = self.layer.eager
+        run = lambda x, p, q: eager.forward(x, p, q, mask, *how, False)  # noqa: E731
+        differentiate = lambda *given: eager.backward(*given[:-1], mask, *how, given[-1], need_params)  # noqa: E731
+        dx, *grads = differentiate_layers(run, differentiate, grad_y, [None] * len(ps), x, ps, qs, need_x)
+        pairs = zip((*grads[0], *grads[1]), (*ps, *qs), strict=True)
+        return _or_empty(dx, x).contiguous(), [g.to(t.dtype).contiguous() for g, t in pairs if need_params]
+
+    def _forward_fake(self, x, ps, qs, mask, *args):
+        return x.new_empty(x.shape), [x.new_empty(x.shape) for _ in ps if args[-1]]
+
+    def _backward_fake(self, grad_y, x, ps, qs, mask, *args):
+        *_how, need_x, need_params = args
+        return x.new_empty(x.shape if need_x else 0), [t.new_empty(t.shape) for t in (*ps, *qs) if need_params]
+
+
+@dataclass(slots=True, eq=False)
+class _Call:
+    """Hold what is no tensor in a call. how: axis, the algorithm's settings and residual."""
+
+    operators: BlockOperators
+    how: tuple[Any, ...]
+    return_weights: bool
+    backend: str
+    fused_forward: bool
+    fused_backward: bool
+
+    def run(self, x, p, q, mask, return_weights=False):
+        """Return (y, weights or None) of one layer, without autograd."""
+        layer, args = self.operators.layer, (x, p, q, mask, *self.how)
+        if self.backend == "triton":
+            y, weights, _stats = layer.forward_op(*args, return_weights, False)
+            return y, weights if return_weights else None
+        return layer.eager.forward(*args, return_weights)
+
+    def differentiate(self, mask, need_params, grad_y, grad_weights, x, p, q, need_x):
+        """Return the gradients of one layer's x, p and q; None where not needed."""
+        layer, args = self.operators.layer, (grad_y, grad_weights, x, p, q, mask)
+        if self.backend != "triton":
+            return layer.eager.backward(*args, *self.how, need_x, need_params)
+        found = layer.backward_op(*args, None, *self.how, need_x, need_params)
+        return tuple(g if need else None for g, need in zip(found, (need_x, need_params, need_params), strict=True))
+
+
+class Layers(torch.autograd.Function):
+    """Return y of all layers, then the weights of each if asked for. Of x's size x alone is saved."""
+
+    @classmethod
+    def apply(cls, *args):
+        # Function.apply binds its arguments to a signature, which takes longer than everything else on the host
+        return super(torch.autograd.Function, cls).apply(*args)
+
+    @staticmethod
+    def forward(x, mask, call, *params):
+        n, operators = len(params) // 2, call.operators
+        if call.backend == "triton" and call.fused_forward:
+            y, weights = operators.forward_op(x, params[:n], params[n:], mask, *call.how, call.return_weights)
+            return (y, *weights)
+        y, weights = run_layers(
+            lambda x, p, q: call.run(x, p, q, mask, call.return_weights), x, params[:n], params[n:]
+        )  # fmt: skip
+        return (y, *weights) if call.return_weights else (y,)
+
+    @staticmethod
+    def setup_context(ctx, inputs, outputs):
+        x, mask, ctx.call, *params = inputs
+        ctx.save_for_backward(x, mask, *params)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx, grad_y, *grad_weights):
+        x, mask, *params = ctx.saved_tensors
+        call, (need_x, _mask, _call, *needs) = ctx.call, ctx.needs_input_grad
+        n, operators, how = len(params) // 2, call.operators, call.how
+        ps, qs, grad_weights = params[:n], params[n:], grad_weights or (None,) * n
+        given = any(g is not None for g in grad_weights)
+        if grad_y is None and not given:
+            return (None,) * (3 + 2 * n)
+        if torch.is_grad_enabled() or _transformed():
+            # under create_graph: closed forms in differentiable operations, exact to any order
+            eager = operators.layer.eager
+            dx, *grads = differentiate_layers(
+                functools.partial(operators.run_formula, mask, how),
+                lambda *given: eager.gradient(*given[:-1], mask, *how), grad_y, grad_weights, x, ps, qs, need_x,
+            )  # fmt: skip
+            found = (*grads[0], *grads[1])
+        elif call.backend == "triton" and call.fused_backward and not given:
+            dx, found = operators.backward_op(grad_y, x, ps, qs, mask, *how, need_x, any(needs))
+            found = found or [None] * (2 * n)
+        else:
+            dx, *grads = differentiate_layers(
+                lambda x, p, q: call.run(x, p, q, mask), functools.partial(call.differentiate, mask, any(needs)),
+                grad_y, grad_weights, x, ps, qs, need_x,
+            )  # fmt: skip
+            found = (*grads[0], *grads[1])
+        each = zip(found, params, needs, strict=True)
+        return (
+            dx if need_x else None, None, None,
+            *(g.to(t.dtype) if need and g is not None else None for g, t, need in each),
+        )  # fmt: skip
+
+
+BLOCKS = {
+    name: BlockOperators(OPERATORS[name]) for name, algorithm in algorithms.ALGORITHMS.items() if algorithm.layers
+}
