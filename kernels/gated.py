@@ -33,6 +33,7 @@ from .gated_tiles import (
     load_blocks,
     load_columns,
     load_rows,
+    load_valid,
     move_tile,
     new_numbers,
     open_tile,
@@ -60,7 +61,8 @@ def sum_channels(totals, PLAN: tl.constexpr):
     """Return the sums of blocks over channels, rows."""
     if PLAN.N_T == 1:
         return [tl.sum(add_blocks(totals), 0)[None, :]]
-    return [tl.sum(total, 0)[None, :] for total in totals]
+    else:
+        return [tl.sum(total, 0)[None, :] for total in totals]
 
 
 @triton.jit
@@ -105,7 +107,7 @@ def gated_project(x, mask, weight, bias, p, sizes, PLAN: tl.constexpr):
     totals = zero_blocks(PLAN.N_C * PLAN.N_T, PLAN.BLOCK_C, PLAN.BLOCK_T, PLAN.ACC)
     for channel in range(0, sizes.channels, PLAN.BLOCK_C * PLAN.N_C):
         moved = move_tile(tile, channel, sizes, PLAN)
-        blocks = load_blocks(x, moved, tile.valid, sizes, PLAN)
+        blocks = load_valid(x, mask, moved, sizes, PLAN)
         totals = add_products(totals, blocks, load_columns(weight, moved, PLAN))
     constant = tl.load(bias).to(PLAN.ACC)
     store_rows(p, [row + constant for row in sum_channels(totals, PLAN)], tile, sizes, PLAN)
@@ -119,8 +121,8 @@ def gated_sums(x, grad_y, mask, gates, grad_gate, alpha, h, partials, sizes, PLA
     totals = zero_blocks(PLAN.N_C * PLAN.N_T, PLAN.BLOCK_C, PLAN.BLOCK_T, PLAN.ACC)
     for channel in range(0, sizes.channels, PLAN.BLOCK_C * PLAN.N_C):
         moved = move_tile(tile, channel, sizes, PLAN)
-        blocks = load_blocks(x, moved, tile.valid, sizes, PLAN)
-        totals = add_products(totals, blocks, load_blocks(grad_y, moved, tile.valid, sizes, PLAN))
+        blocks = load_valid(x, mask, moved, sizes, PLAN)
+        totals = add_products(totals, blocks, load_valid(grad_y, mask, moved, sizes, PLAN))
     sums = sum_channels(totals, PLAN)
     if h is not None:
         factor = tl.load(alpha).to(PLAN.ACC)
@@ -164,7 +166,7 @@ def gated_backward(x, grad_y, mask, gates, dp, weight, alpha, dx, partials, size
         tile = open_tile(find_place(first.batch, first.channel, time, PLAN), mask, sizes, PLAN)
         dp_rows, blocks, factors = load_rows(dp, tile, sizes, PLAN), [], []
         if partials is not None:
-            totals = add_times(totals, load_blocks(x, tile, tile.valid, sizes, PLAN), dp_rows)
+            totals = add_times(totals, load_valid(x, mask, tile, sizes, PLAN), dp_rows)
         if dx is not None:
             if grad_y is not None:
                 blocks = load_blocks(grad_y, tile, tile.time_masks, sizes, PLAN)
@@ -213,7 +215,7 @@ def forward(
     if not x.numel():
         return y, x.new_empty((batch, 1, times), dtype=gate_dtype), p, None, None
     mask_rows = strided_rows(mask)
-    call = _find_call("sums", x)
+    call = _find_call("project", x)
     _launch(
         gated_project, call, x, strided_like(x, x), mask_rows, strided_of(weight.reshape(channels)), bias,
         strided_rows(p),
@@ -251,7 +253,7 @@ def backward(
     h, d_alpha = grad_gate, alpha.new_zeros(()) if need_alpha else None
     if grad_rows is not None and (need_p or need_alpha or need_params):
         h = new_numbers(x, x.shape[0], 1, x.shape[2]) if need_p or need_params else None
-        call = _find_call("sums", x, strided_like(x, x), grad_rows)
+        call = _find_call("sums", x, grad_rows)
         partials = new_numbers(x, call.programs) if need_alpha else None
         given = None if grad_gate is None or h is None else strided_rows(grad_gate.squeeze(1))
         _launch(

@@ -182,6 +182,20 @@ def load_blocks(t, tile, time_masks, sizes, PLAN: tl.constexpr):
 
 
 @triton.jit
+def load_valid(t, mask, tile, sizes, PLAN: tl.constexpr):
+    """Return the blocks of a tile, 0 where not valid. Where a thread loads several times at once it loads all."""
+    TOGETHER: tl.constexpr = mask is not None and PLAN.FASTEST == 2 and PLAN.UNIT > 1
+    if TOGETHER:
+        found, blocks = [], load_blocks(t, tile, tile.time_masks, sizes, PLAN)
+        valid = mask_blocks(tile.channel_masks, tile.valid)
+        for i in tl.static_range(len(blocks)):
+            found = found + [tl.where(valid[i], blocks[i], 0.0)]
+    else:
+        found = load_blocks(t, tile, tile.valid, sizes, PLAN)
+    return found
+
+
+@triton.jit
 def store_blocks(t, blocks, tile, sizes, PLAN: tl.constexpr):
     """Store the elements of a tile that are inside."""
     pointers, masks = block_pointers(t, tile.place, sizes, PLAN), mask_blocks(tile.channel_masks, tile.time_masks)
@@ -244,34 +258,43 @@ class Call(NamedTuple):
 
 THREADS, WARP = 128, 32
 RUN, LONG_RUN, LONG = 128, 256, 4096  # bytes along the times at once, from so many times on: fewer fill a GPU sooner
-AT_ONCE = 64  # bytes that a thread loads before it uses the first
+# Columns, or rows, of a number a thread or more are laid out for themselves, and blocks moved to their layout in a loop
+AT_MOST = 64
+# Bytes that a thread loads of a tensor before it uses the first: more leave registers to fewer programs
+AT_ONCE = {"project": 64, "outputs": 64, "sums": 32, "gradients": 32}
+# Elements, and at least times, of which one program sums dp·x: its fp32 numbers are 1 % of what it moves
+STRIP, STRIP_TIMES = 8192, 64
 
 
 @functools.lru_cache(maxsize=1024)
 def find_call(kind: str, dtype: torch.dtype, shape: torch.Size, strides: tuple[int, ...], *others: tuple) -> Call:
     """Return the call of a kernel of a kind on x of a dtype, a shape (batch, channels, times) and strides.
 
-    kind: "sums" over channels of all of a program's times, "outputs" of some channels and times, "gradients": the same,
-    with sums over the times of a strip. others: strides of tensors of x's shape, () where x's. No tile depends on the
-    batch: it has those of its rows.
+    kind: "project", a sum over channels; "sums", that of a product; "outputs" of some channels and times; "gradients",
+    the same from two tensors, with sums over the times of a strip. others: strides of tensors of x's shape,
+    () where x's. No tile depends on the batch: it has those of its rows.
     """
     batch, channels, times = shape
     fastest, unit = _find_unit(dtype, shape, strides)
-    n_tensors = 1 if kind == "outputs" else max(1, len(others))
-    block, n_blocks = _find_block(kind, dtype, shape, strides, unit, n_tensors)
-    along_times = _in_channels(shape, strides)
-    size = shape[TIME] if along_times else shape[CHANNEL]
-    n_blocks = min(n_blocks, power_of_2(-(-size // (block[1] if along_times else block[0]))))
-    n_c, n_t = (1, n_blocks) if along_times else (n_blocks, 1)
-    tile_c, tile_t = block[0] * n_c, block[1] * n_t
-    strip = min(4 if unit > 1 or along_times else 8, -(-times // tile_t)) if kind == "gradients" else 1
+    (block_c, block_t), n_blocks = _find_block(kind, dtype, shape, strides, unit)
+    n_c = n_t = 1
+    if _in_channels(shape, strides):
+        n_t = min(n_blocks, power_of_2(-(-times // block_t)))
+    else:
+        n_c = min(n_blocks, power_of_2(-(-channels // block_c)))
+    tile_c, tile_t = block_c * n_c, block_t * n_t
+    strip = 1
+    if kind == "gradients":
+        strip = -(-min(times, max(STRIP_TIMES, STRIP // tile_c)) // tile_t)
     reach = max((tile_c - 1) * s[CHANNEL] + (tile_t - 1) * s[TIME] for s in (strides, *others) if s)
     plan = Plan(
-        *block, n_c, n_t, strip, channels % tile_c != 0, times % tile_t != 0, unit, fastest,
+        block_c, block_t, n_c, n_t, strip, channels % tile_c != 0, times % tile_t != 0, unit, fastest,
         tl.float64 if dtype == torch.float64 else tl.float32,
         tl.int32 if max(reach, channels, times) < 2**31 else tl.int64,
     )  # fmt: skip
-    n_strips, n_groups = -(-times // (tile_t * strip)), 1 if kind == "sums" else -(-channels // tile_c)
+    n_strips, n_groups = -(-times // (tile_t * strip)), 1
+    if kind in ("outputs", "gradients"):
+        n_groups = -(-channels // tile_c)
     steps = tuple(1 if i == fastest else encode(step // unit) for i, step in enumerate(strides))
     lengths = (size // unit if i == fastest else size for i, size in ((CHANNEL, channels), (TIME, times)))
     sizes = Sizes(*map(encode, (*lengths, n_strips, n_groups)), steps)
@@ -291,28 +314,27 @@ def _find_unit(dtype: torch.dtype, shape: torch.Size, strides: tuple[int, ...]) 
     fastest = CHANNEL if _in_channels(shape, strides) else TIME
     if strides[fastest] != 1:
         return -1, 1
-    steps = [strides[0], strides[CHANNEL + TIME - fastest], shape[fastest]]
-    if shape[CHANNEL + TIME - fastest] == 1:
-        steps[1] = 0
+    other = CHANNEL + TIME - fastest
+    steps = (strides[0], strides[other] if shape[other] > 1 else 0, shape[fastest])
     fits = max(steps) < 2**31  # multiplied by the unit in 32 bits
     units = (n for n in (8, 4, 2) if n * dtype.itemsize <= 16)
     return fastest, next((n for n in units if fits and not any(step % n for step in steps)), 1)
 
 
 def _find_block(
-    kind: str, dtype: torch.dtype, shape: torch.Size, strides: tuple[int, ...], unit: int, n_tensors: int
+    kind: str, dtype: torch.dtype, shape: torch.Size, strides: tuple[int, ...], unit: int
 ) -> tuple[tuple[int, int], int]:
     """Return the channels and times of a block, of four warps that load `unit` elements a thread, and how many blocks
-    are loaded at once from each of so many tensors.
+    are loaded at once.
     """
     _batch, channels, times = shape
-    n_blocks = min(16, max(1, AT_ONCE // (unit * dtype.itemsize * n_tensors)))
-    if _in_channels(shape, strides):  # a warp has all channels of a time, or as many as it can load
-        block_c = min(WARP * unit, power_of_2(channels))
+    n_blocks = min(16 if kind in ("project", "outputs") else 8, AT_ONCE[kind] // (unit * dtype.itemsize))
+    if _in_channels(shape, strides):
+        block_c = min(AT_MOST, WARP * unit, power_of_2(channels))
         return (block_c, min(THREADS * unit // block_c, power_of_2(times))), n_blocks
-    # a thread has all channels of its times; sums over times stay in a warp, a row of one channel
+    # a thread has all channels of its times; sums over times stay in a warp, of a row of one channel or several
     run = (RUN if times < LONG else LONG_RUN) // dtype.itemsize
-    block_t = min(WARP * unit if kind == "gradients" else run, power_of_2(times))
+    block_t = min(min(AT_MOST, WARP * unit) if kind == "gradients" else run, power_of_2(times))
     return (min(THREADS * unit // block_t, power_of_2(channels)), block_t), n_blocks
 
 
