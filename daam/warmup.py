@@ -22,7 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from daam import backend as backends
-from daam import ops
+from daam import gated, ops
 from daam.checks import check_floating
 from daam.kernels import launch
 
@@ -255,8 +255,9 @@ def _differentiate(outputs: list[Tensor]) -> None:
 # --- Kernels --------------------------------------------------------------------------------------
 def _record(calls: dict[_Call, None]) -> list[launch.Launch]:
     """Return the launches of operators' calls."""
-    passes = {one.forward_op: (one, "forward") for one in ops.OPERATORS.values()}
-    passes |= {one.backward_op: (one, "backward") for one in ops.OPERATORS.values()}
+    known = (*ops.OPERATORS.values(), gated.GATED)
+    passes = {one.forward_op: (one, "forward") for one in known}
+    passes |= {one.backward_op: (one, "backward") for one in known}
     with launch.recording() as launches, torch.no_grad():
         for op, args in calls:
             operators, name = passes[op]

@@ -24,10 +24,8 @@ from torch import Tensor
 
 from . import gate, launch
 from .blocks import add_blocks
-from .gated_tiles import (
-    Call,
+from .gated_blocks import (
     decode,
-    find_call,
     find_place,
     first_place,
     load_blocks,
@@ -35,13 +33,11 @@ from .gated_tiles import (
     load_rows,
     load_valid,
     move_tile,
-    new_numbers,
     open_tile,
     store_blocks,
     store_rows,
-    strided_like,
-    strided_rows,
 )
+from .gated_tiles import Call, find_call, new_numbers, strided_like, strided_rows
 from .operands import Strided, strided_of
 from .params import add_lists, zero_blocks
 
