@@ -218,7 +218,9 @@ class Gating(torch.autograd.Function):
     def setup_context(ctx, inputs, outputs):
         *tensors, ctx.call = inputs
         _y, gate, p, gates, stats = outputs
-        ctx.mark_non_differentiable(p, gates, stats)
+        x, weight, bias, _alpha, *gaussians = ctx.needs_input_grad[:6]
+        constant = () if x or weight or bias or any(gaussians) else (gate,)
+        ctx.mark_non_differentiable(p, gates, stats, *constant)
         ctx.save_for_backward(*tensors, gate if gate.dtype == p.dtype else gates, p, stats)
         ctx.set_materialize_grads(False)
 
