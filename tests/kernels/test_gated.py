@@ -127,12 +127,11 @@ def test_all_layouts(shape, layout, grads, mask, device):
 
 
 @pytest.mark.kernel
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_a_gate_that_is_streamed(layout, device):
+def test_a_gate_that_is_streamed(device):
     """Check a length that stays on chip in neither pass, of float64; the backward pass has the statistics."""
     forward = ["gated_project", "strip_stats", "merge_strip_stats", "forward_streamed", "gated_forward"]
     backward = ["gated_sums", "gate_sums", "backward_streamed", "param_gradients", "gated_backward"]
-    agree(Case((1, 3, 4100), layout), device, (*forward, *backward))
+    agree(Case((1, 2, 4100)), device, (*forward, *backward))
 
 
 @pytest.mark.kernel
@@ -144,7 +143,7 @@ def test_precision(layout, dtype, device):
     """Check that errors are at most 2·(eager's error + 2·eps·M), as `helpers.bound` has it, of the worst of four draws.
     Gradients of the convolution and alpha are rounded to x's dtype, as these are.
     """
-    case, worst, largest = Case((2, 20, 90), layout), {}, Counter()
+    case, worst, largest = Case((2, 9, 60), layout), {}, Counter()
     for seed in range(4):
         given = inputs(case, dtype, seed, device)
         exact = module_of(case, dtype, seed, device, "eager").double()
@@ -166,7 +165,7 @@ def test_precision(layout, dtype, device):
 @pytest.mark.kernel
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_a_batch_equals_its_rows(layout, device):
-    case = Case((3, 24, 130), layout)
+    case = Case((3, 12, 70), layout)
     module = module_of(case, torch.float32, device=device)
     x, _mask, grad_y, grad_gate = inputs(case, torch.float32, device=device)
     together = run(module, x, None, grad_y, grad_gate)
@@ -256,7 +255,7 @@ def count_accesses(collected, t):
 
 @pytest.mark.kernel
 @pytest.mark.not_emulated("the interpreter counts accesses")
-@pytest.mark.parametrize("shape", [(2, 64, 225), pytest.param((2, 128, 1125), marks=pytest.mark.slow)], ids=str)
+@pytest.mark.parametrize("shape", [(2, 64, 129), pytest.param((2, 128, 1125), marks=pytest.mark.slow)], ids=str)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_transfers(layout, shape, device):
     """Check that every element of x is read twice and one of y written, then x and grad_y read twice and dx written."""
