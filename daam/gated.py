@@ -70,8 +70,8 @@ def find_obstacle(x: Tensor, conv: nn.Conv1d, params: dict[str, Tensor | None]) 
     """Return why kernels cannot take x, the convolution and the parameters, by name, in words; None where they can:
     where the formula raises an error it is left to that.
     """
-    if x.shape[-1] == 0:
-        return "x has no positions"
+    if x.dim() not in (2, 3) or x.shape[-1] == 0:
+        return f"x has shape {tuple(x.shape)}"
     if conv.stride != (1,) or conv.padding != (0,):
         return f"to_attn has stride {conv.stride} and padding {conv.padding}"
     for name, t in {"x": x, **params}.items():

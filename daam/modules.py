@@ -272,10 +272,14 @@ class DensityGate(Published):
         in_ch: channels of x.
         num_gaussians: Gaussians whose mean makes the weights.
         cap: kept as published, where nothing uses it.
-        backend: of the weights; "auto", "triton" or "eager"; see `daam.backend_for`.
+        backend: "auto", "triton" or "eager"; see `daam.backend_for`.
 
     Parameters, under their published names: to_attn.weight, to_attn.bias, alpha (0.05), gaa.mean_offsets (0),
     gaa.log_sigma (log 0.5), the last two of shape (num_gaussians,).
+
+    On the Triton backend the convolution, the weights and the product are fused: x moves three times forward and five
+    times backward, of any strides, and the projection is not rounded to x's dtype. Beside x the backward pass keeps two
+    numbers a position. Where to_attn or gaa has hooks, or is replaced, it is called; `fusion_for` tells.
 
     Raises:
         ValueError: in_ch or num_gaussians is no positive int.
@@ -321,8 +325,8 @@ class DensityGate(Published):
         return torch.where(mask, valid * (1 + self.alpha * gate), x), gate
 
     def fusion_for(self, x: Tensor, mask: Tensor | None = None) -> tuple[str, str]:
-        """Return ("fused" or "formula", reason), the reason in words: whether a call on x launches the fused kernels,
-        or the convolution, the weights and the product one after the other. The mask never matters.
+        """Return ("fused" or "formula", reason), the reason in words: whether a call on x launches the fused kernels
+        or takes the convolution, the weights and the product one after the other. The mask never matters.
 
         Raises:
             ValueError, RuntimeError: as `daam.backend_for` does.

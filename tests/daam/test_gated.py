@@ -57,6 +57,8 @@ def test_which_calls_are_fused(device):
     module = module_of(device=device)
     assert module.fusion_for(x) == ("fused", "requested by the argument backend")
     assert module.fusion_for(x, x[:, 0] > 0)[0] == "fused"
+    assert module.fusion_for(x[:, 0, 0]) == ("formula", "x has shape (2,)")  # which forward refuses
+    assert module.fusion_for(x[..., :0]) == ("formula", "x has shape (2, 6, 0)")
     assert module_of(backend="eager").fusion_for(x) == (
         "formula", "the backend is eager: requested by the argument backend"
     )  # fmt: skip
@@ -304,10 +306,14 @@ def test_functorch(device):
     rows = torch.randn(2, *y.shape, dtype=y.dtype).to(device)
     batched = torch.autograd.grad(y, leaf, rows, is_grads_batched=True, retain_graph=True)[0]
     alike(batched, [torch.autograd.grad(y, leaf, row, retain_graph=True)[0] for row in rows])
-    compiled = torch.compile(
-        torch.func.vmap(torch.func.grad(lambda x: call(params, x))), fullgraph=True, backend="aot_eager"
-    )
-    alike([compiled(x)], expected[:1])
+
+
+@kernel
+@pytest.mark.slow
+def test_functorch_compiled(device):
+    x, module = torch.randn(2, 6, 20, dtype=torch.float64).to(device), module_of(device=device)
+    mapped = torch.func.vmap(torch.func.grad(lambda x: loss(module, x)))
+    alike([torch.compile(mapped, fullgraph=True, backend="aot_eager")(x)], gradients(module, x)[:1])
 
 
 @kernel
