@@ -225,7 +225,7 @@ def test_an_empty_batch(shape, device):
 
 @contextlib.contextmanager
 def accesses():
-    """Collect the addresses of all elements that kernels load and store, in the list that is given."""
+    """Record the addresses of all elements that kernels load and store, in the list that is given."""
     from triton.runtime import interpreter
 
     builder, collected = interpreter.interpreter_builder, []
