@@ -40,13 +40,13 @@ def gate_channels(
     single = x.dim() == 2
     if single:
         x, mask = x.unsqueeze(0), None if mask is None else mask.unsqueeze(0)
-    order = [0, 1, 2]
-    if not (x.is_contiguous() or 0 in x.stride()):  # the order of expanded dimensions means nothing
-        order = sorted(order, key=x.stride, reverse=True)
-    inverse = [order.index(i) for i in range(3)]
-    how = (order.index(1), order.index(2), gate_dtype)
-    y, gate = GATED(x.permute(order), weight, bias, alpha, mean_offsets, log_sigma, mask, *how)
-    y = y.permute(inverse)
+    params = (weight, bias, alpha, mean_offsets, log_sigma)
+    if x.is_contiguous() or 0 in x.stride():  # the order of expanded dimensions means nothing
+        y, gate = GATED(x, *params, mask, 1, 2, gate_dtype)
+    else:
+        order = sorted(range(3), key=x.stride, reverse=True)
+        y, gate = GATED(x.permute(order), *params, mask, order.index(1), order.index(2), gate_dtype)
+        y = y.permute([order.index(i) for i in range(3)])
     return (y.squeeze(0), gate.squeeze(0)) if single else (y, gate)
 
 

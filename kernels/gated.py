@@ -189,6 +189,13 @@ def _find_call(kind: str, x: Tensor, *others: Strided | None) -> Call:
     return find_call(kind, x.dtype, x.shape, x.stride(), *(t.strides for t in others if t is not None))
 
 
+def _order(t: Tensor | None, channel_axis: int, time_axis: int) -> Tensor | None:
+    """Return a tensor as (batch, channels, times), a view; None of None."""
+    if t is None or (channel_axis, time_axis) == (1, 2):
+        return t
+    return t.permute(3 - channel_axis - time_axis, channel_axis, time_axis)
+
+
 def _gate_arguments(p: Tensor, mean_offsets: Tensor, log_sigma: Tensor, mask: Tensor | None) -> tuple:
     """Return p and a mask, (batch, times), and parameters (K,) as `gate` takes them."""
     mask = None if mask is None else mask.unsqueeze(1)
@@ -204,8 +211,7 @@ def forward(
     weights in the dtype of arithmetic, (batch, times), and statistics of streamed chunks where worth keeping.
     """
     y = torch.empty_like(x, dtype=torch.promote_types(x.dtype, gate_dtype), memory_format=torch.contiguous_format)
-    order = (3 - channel_axis - time_axis, channel_axis, time_axis)
-    x, y_view = x.permute(order), y.permute(order)
+    x, y_view = (_order(t, channel_axis, time_axis) for t in (x, y))
     batch, channels, times = x.shape
     p = new_numbers(x, batch, times)
     if not x.numel():
@@ -237,13 +243,12 @@ def backward(
     gates: the weights in the dtype of arithmetic, (batch, times), as p. Of both gradients one may be None.
     """
     dx = torch.empty_like(x, memory_format=torch.contiguous_format) if need_x else None
-    order = (3 - channel_axis - time_axis, channel_axis, time_axis)
-    x, dx_view = x.permute(order), None if dx is None else dx.permute(order)
+    x, dx_view, grad_y = (_order(t, channel_axis, time_axis) for t in (x, dx, grad_y))
     if not x.numel():
         needs = zip((weight, bias, alpha), (need_weight, need_bias, need_alpha), strict=True)
         parameters = (t.new_zeros(t.shape) if need_params else None for t in (mean_offsets, log_sigma))
         return dx, *(t.new_zeros(t.shape) if need else None for t, need in needs), *parameters
-    grad_rows = None if grad_y is None else strided_like(grad_y.permute(order), x)
+    grad_rows = strided_like(grad_y, x)
     mask_rows, gate_rows = strided_rows(mask), strided_rows(gates)
     need_p = need_x or need_weight or need_bias
     h, d_alpha = grad_gate, alpha.new_zeros(()) if need_alpha else None
