@@ -8,13 +8,14 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from daam.backend import backend_for
 from daam.block_ops import BLOCKS
 from daam.checks import check_floating, check_x
 from daam.functional import check_gaussians, check_settings, in_memory_order
 from daam.kernels.budgets import MOST_LAYERS
-from daam.kernels.fusion import find_cost, find_obstacle
+from daam.kernels.fusion import count_together, find_obstacle
 from daam.ops import OPERATORS, _forward_mode, _transformed
 
 
@@ -52,22 +53,20 @@ def density_block(
         RuntimeError: backend "triton" cannot run here; the message says why.
     """
     axis = check_x(x, norm_axis)
-    heads = _check_layers(x, mean_offsets, c, axis)
     settings = (eps, check_settings(eps, padding_value, mask))
     backend, algorithm = backend_for(x, backend)[0], "stable" if stable else "mixture"
-    runs = [(run, _find_way(x, mean_offsets[run], c[run], axis, heads, mask, recompute, backend)) for run in _cut(c)]
+    way, runs = _plan(x, mean_offsets, c, axis, mask is not None, recompute, backend)
 
     def attend(x: Tensor, mask: Tensor | None, axes: tuple[int, ...]) -> list[Tensor]:
         weights: list[Tensor] = []
-        for run, way in runs:
-            args = (mask, *axes, *settings, residual, return_weights, backend)
-            if way.name != "layers":
-                x, found = BLOCKS[algorithm](x, mean_offsets[run], c[run], *args, way[2:])
-                weights += found
-                continue
-            for p, q in zip(mean_offsets[run], c[run], strict=True):
-                x, *found = OPERATORS[algorithm](x, p, q, *args)
-                weights += found
+        args, passes = (mask, *axes, *settings, residual, return_weights, backend), (way.forward, way.backward)
+        for run in runs:
+            ps, qs = mean_offsets[run], c[run]
+            if len(ps) > 1:
+                x, found = BLOCKS[algorithm](x, ps, qs, *args, passes)
+            else:
+                x, *found = OPERATORS[algorithm](x, *ps, *qs, *args)
+            weights += found
         return [x, *weights]
 
     y, *weights = in_memory_order(attend, x, mask, (axis,))
@@ -91,29 +90,72 @@ def fusion_for(
         TypeError, ValueError, RuntimeError: as `density_block` does.
     """
     axis, backend = check_x(x, norm_axis), backend_for(x, backend)[0]
-    heads = _check_layers(x, mean_offsets, c, axis)
-    ways = [_find_way(x, mean_offsets[run], c[run], axis, heads, mask, recompute, backend) for run in _cut(c)]
-    name = max((way.name for way in ways), key=WAYS.index)
-    return name, "; ".join(dict.fromkeys(way.reason for way in ways if way.name == name))
+    way, _ = _plan(x, mean_offsets, c, axis, mask is not None, recompute, backend)
+    return way.name, way.reason
 
 
 WAYS = ("fused", "recomputed", "layers")
 
 
 class Way(NamedTuple):
-    """Hold how a run of layers goes: one of WAYS and the reason, and which passes are one launch."""
+    """Hold how layers go: one of WAYS and the reason, of how many a run is at most, and which passes of one are one
+    launch.
+    """
 
     name: str
     reason: str
+    most: int = 1
     forward: bool = False
     backward: bool = False
 
 
-def _cut(c: Sequence[Tensor]) -> list[slice]:
-    """Return runs of layers, as even as they can be, of at most as many as are fused."""
-    n, n_runs = len(c), -(-len(c) // MOST_LAYERS)
-    bounds = [n * i // n_runs for i in range(n_runs + 1)]
-    return [slice(*pair) for pair in itertools.pairwise(bounds)]
+_plans: dict[tuple, tuple[Way, list[slice]]] = {}  # of plain tensors: to check them anew takes as long as a layer
+MOST_PLANS = 1024
+
+
+def _plan(
+    x: Tensor, mean_offsets: Sequence[Tensor], c: Sequence[Tensor], axis: int, masked: bool, recompute: bool | None,
+    backend: str,
+) -> tuple[Way, list[slice]]:  # fmt: skip
+    """Return which way layers go, and their runs; raise TypeError or ValueError where they do not fit."""
+    if torch.compiler.is_compiling() or _transformed() or _forward_mode():
+        return _plan_anew(x, mean_offsets, c, axis, masked, recompute, backend)
+    params = (*mean_offsets, *c)
+    specs = [_describe(t) for t in params]
+    if type(x) is not Tensor or None in specs:
+        return _plan_anew(x, mean_offsets, c, axis, masked, recompute, backend)
+    how = (len(c), axis, masked, recompute, backend, _differentiates(x, params))
+    key = (x.shape, x.stride(), x.dtype, x.device, *how, *specs)
+    found = _plans.get(key)
+    if found is None:
+        found = _plan_anew(x, mean_offsets, c, axis, masked, recompute, backend)
+        if len(_plans) >= MOST_PLANS:
+            _plans.clear()
+        _plans[key] = found
+    return found
+
+
+def _describe(t: Tensor) -> tuple | None:
+    """Return what of a plain tensor decides whether it fits, None of any other."""
+    plain = type(t) in (Parameter, Tensor) and not t.is_nested
+    return (t.shape, t.dtype, t.device, t.layout) if plain else None
+
+
+def _plan_anew(
+    x: Tensor, mean_offsets: Sequence[Tensor], c: Sequence[Tensor], axis: int, masked: bool, recompute: bool | None,
+    backend: str,
+) -> tuple[Way, list[slice]]:  # fmt: skip
+    """Return what `_plan` does."""
+    heads, n = _check_layers(x, mean_offsets, c, axis), len(c)
+    way = _find_way(x, _differentiates(x, (*mean_offsets, *c)), axis, heads, masked, n, recompute, backend)
+    n_runs = -(-n // way.most)
+    bounds = [n * i // n_runs for i in range(n_runs + 1)]  # as even as they can be
+    return way, [slice(*pair) for pair in itertools.pairwise(bounds)]
+
+
+def _differentiates(x: Tensor, params: Sequence[Tensor]) -> bool:
+    """Tell whether gradients are recorded."""
+    return torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in params))
 
 
 def _check_layers(x: Tensor, mean_offsets: Sequence[Tensor], c: Sequence[Tensor], axis: int) -> int:
@@ -133,24 +175,29 @@ def _check_layers(x: Tensor, mean_offsets: Sequence[Tensor], c: Sequence[Tensor]
 
 
 def _find_way(
-    x: Tensor, mean_offsets: Sequence[Tensor], c: Sequence[Tensor], axis: int, heads: int, mask: Tensor | None,
-    recompute: bool | None, backend: str,
+    x: Tensor, differentiated: bool, axis: int, heads: int, masked: bool, n_layers: int, recompute: bool | None,
+    backend: str,
 ) -> Way:  # fmt: skip
-    """Return which way a run of layers goes on a backend."""
-    if len(c) == 1:
+    """Return which way layers go on a backend."""
+    if n_layers == 1:
         return Way("layers", "a single layer is one launch by itself")
     if not torch.compiler.is_compiling() and (_transformed() or _forward_mode()):
         return Way("layers", "a transform of functions, or forward-mode differentiation, is active")
-    masked = mask is not None
-    obstacle = f"the backend is {backend}" if backend != "triton" else find_obstacle(x, axis, heads, masked, len(c))
-    if not (torch.is_grad_enabled() and any(t.requires_grad for t in (x, *mean_offsets, *c))):
-        fused = "chunks stay on chip, and nothing is differentiated"
-        return Way("layers", obstacle) if obstacle else Way("fused", fused, forward=True)
+    most = min(n_layers, MOST_LAYERS)
+    obstacle = f"the backend is {backend}" if backend != "triton" else find_obstacle(x, axis, heads, masked, most)
+    if not differentiated:
+        reason = "chunks stay on chip, and nothing is differentiated"
+        return Way("layers", obstacle) if obstacle else Way("fused", reason, most, forward=True)
     if recompute is False:
         return Way("layers", "recompute is False")
-    lasting = obstacle or find_obstacle(x, axis, heads, masked, len(c), backward=True)
-    if recompute and lasting:
-        return Way("recomputed", f"recompute is True, and {lasting}", forward=obstacle is None)
-    if not recompute and (reason := lasting or find_cost(x)):
-        return Way("layers", reason)
-    return Way("fused", "chunks stay on chip in both passes", forward=True, backward=True)
+    lasting = obstacle or find_obstacle(x, axis, heads, masked, most, backward=True)
+    if lasting and not recompute:
+        return Way("layers", lasting)
+    if lasting:
+        return Way("recomputed", f"recompute is True, and {lasting}", most, forward=obstacle is None)
+    if not recompute:
+        most = min(most, count_together(x, axis, heads))
+        if most == 1:
+            reason = f"{x.numel()} elements of {x.dtype} are expected to take longer together"
+            return Way("layers", reason)
+    return Way("fused", f"chunks stay on chip in both passes of {most} layers", most, forward=True, backward=True)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from daam.backend import interpreting
+from daam import ops
 from daam.kernels import algorithms
 from daam.ops import _VERSION, OPERATORS, Operators, _forward_mode, _lib, _or_empty, _transformed
 from daam.reference.layers import differentiate_layers, run_layers
@@ -88,7 +88,7 @@ class BlockOperators:
         return _or_empty(dx, x), gradients
 
     def _forward_cpu(self, x, ps, qs, mask, *args):
-        if interpreting():
+        if ops.interpreting():
             return self._forward_triton(x, ps, qs, mask, *args)
         *how, return_weights = args
 
@@ -100,7 +100,7 @@ class BlockOperators:
         return y, [t.contiguous() for t in weights if return_weights]
 
     def _backward_cpu(self, grad_y, x, ps, qs, mask, *args):
-        if interpreting():
+        if ops.interpreting():
             return self._backward_triton(grad_y, x, ps, qs, mask, *args)
         *how, need_x, need_params = args
         eager = self.layer.eager
@@ -146,6 +146,14 @@ class _Call:
         return tuple(g if need else None for g, need in zip(found, (need_x, need_params, need_params), strict=True))
 
 
+def _unobserved(t: Tensor) -> bool:
+    """Tell whether nothing would see an operator called on t: no mode is active, and t is no subclass. Its kernels may
+    then be called without it: to hand lists to an operator takes a tenth of a call.
+    """
+    plain = type(t) is Tensor and torch._C._len_torch_dispatch_stack() == 0
+    return plain and (t.is_cuda or ops.interpreting())
+
+
 class Layers(torch.autograd.Function):
     """Return y of all layers, then the weights of each if asked for. Of x's size x alone is saved."""
 
@@ -158,7 +166,8 @@ class Layers(torch.autograd.Function):
     def forward(x, mask, call, *params):
         n, operators = len(params) // 2, call.operators
         if call.backend == "triton" and call.fused_forward:
-            y, weights = operators.forward_op(x, params[:n], params[n:], mask, *call.how, call.return_weights)
+            run = operators.kernels.forward if _unobserved(x) else operators.forward_op
+            y, weights = run(x, params[:n], params[n:], mask, *call.how, call.return_weights)
             return (y, *weights)
         y, weights = run_layers(
             lambda x, p, q: call.run(x, p, q, mask, call.return_weights), x, params[:n], params[n:]
@@ -189,7 +198,8 @@ class Layers(torch.autograd.Function):
             )  # fmt: skip
             found = (*grads[0], *grads[1])
         elif call.backend == "triton" and call.fused_backward and not given:
-            dx, found = operators.backward_op(grad_y, x, ps, qs, mask, *how, need_x, any(needs))
+            run = operators.kernels.backward if _unobserved(grad_y) else operators.backward_op
+            dx, found = run(grad_y, x, ps, qs, mask, *how, need_x, any(needs))
             found = found or [None] * (2 * n)
         else:
             dx, *grads = differentiate_layers(
@@ -200,7 +210,7 @@ class Layers(torch.autograd.Function):
         each = zip(found, params, needs, strict=True)
         return (
             dx if need_x else None, None, None,
-            *(g.to(t.dtype) if need and g is not None else None for g, t, need in each),
+            *(None if not need or g is None else g if g.dtype == t.dtype else g.to(t.dtype) for g, t, need in each),
         )  # fmt: skip
 
 

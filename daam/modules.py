@@ -7,9 +7,12 @@ import math
 import torch
 from torch import Tensor, nn
 
+from daam import gated
+from daam.backend import backend_for
 from daam.checkpoints import Published
 from daam.checks import check_dtype, check_eps, check_mask, check_positive, check_tensor
 from daam.functional import density_attention, density_gate, mixture_attention
+from daam.ops import _forward_mode, _transformed
 
 
 class MultiHeadDAAM(Published):
@@ -210,10 +213,14 @@ class DensityGate(Published):
         in_ch: channels of x.
         num_gaussians: Gaussians whose mean makes the weights.
         cap: kept as published, where nothing uses it.
-        backend: of the weights; "auto", "triton" or "eager"; see `daam.backend_for`.
+        backend: "auto", "triton" or "eager"; see `daam.backend_for`.
 
     Parameters, under their published names: to_attn.weight, to_attn.bias, alpha (0.05), gaa.mean_offsets (0),
     gaa.log_sigma (log 0.5), the last two of shape (num_gaussians,).
+
+    On the Triton backend the convolution, the weights and the product are fused: x moves three times forward and five
+    times backward, of any strides, and the projection is not rounded to x's dtype. Beside x the backward pass keeps two
+    numbers a position. Where to_attn or gaa has hooks, or is replaced, it is called; `fusion_for` tells.
 
     Raises:
         ValueError: in_ch or num_gaussians is no positive int.
@@ -246,14 +253,39 @@ class DensityGate(Published):
         channels = self.to_attn.in_channels
         if x.dim() not in (2, 3) or x.shape[-2] != channels:
             raise ValueError(f"x has shape {tuple(x.shape)}, expected (batch, {channels}, length) or without batch")
+        if mask is not None:
+            check_mask(x.select(-2, 0), mask, x.dim() - 2)
+        if self.fusion_for(x, mask)[0] == "fused":
+            return gated.gate_channels(x, *self._inputs().values(), mask, gated.find_dtype(x))
         if mask is None:
             gate = self.gaa(self.to_attn(x), backend=self.backend)
             return x * (1 + self.alpha * gate), gate
-        check_mask(x.select(-2, 0), mask, x.dim() - 2)
         mask = mask.unsqueeze(-2)
         valid = x.masked_fill(~mask, 0)  # what stands elsewhere would reach the gradients of the convolution and alpha
         gate = self.gaa(self.to_attn(valid), mask, self.backend)
         return torch.where(mask, valid * (1 + self.alpha * gate), x), gate
+
+    def fusion_for(self, x: Tensor, mask: Tensor | None = None) -> tuple[str, str]:
+        """Return ("fused" or "formula", reason), the reason in words: whether a call on x launches the fused kernels
+        or takes the convolution, the weights and the product one after the other. The mask never matters.
+
+        Raises:
+            ValueError, RuntimeError: as `daam.backend_for` does.
+        """
+        backend, reason = backend_for(x, self.backend)
+        if backend != "triton":
+            return "formula", f"the backend is eager: {reason}"
+        if not torch.compiler.is_compiling() and (_transformed() or _forward_mode()):
+            return "formula", "a transform, such as vmap or jvp, composes its parts"
+        problem = gated.find_override({"to_attn": (self.to_attn, nn.Conv1d), "gaa": (self.gaa, _Gaussians)})
+        problem = problem or gated.find_obstacle(x, self.to_attn, self._inputs())
+        return ("fused", reason) if problem is None else ("formula", problem)
+
+    def _inputs(self) -> dict[str, Tensor | None]:
+        """Return the parameters of a call, by the names of `gated`."""
+        conv, gaa = self.to_attn, self.gaa
+        parameters = {"alpha": self.alpha, "mean_offsets": gaa.mean_offsets, "log_sigma": gaa.log_sigma}
+        return {"weight": conv.weight, "bias": conv.bias, **parameters}
 
     def extra_repr(self) -> str:
         return f"cap={self.cap}, backend={self.backend!r}"

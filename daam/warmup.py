@@ -22,7 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from daam import backend as backends
-from daam import ops
+from daam import gated, ops
 from daam.block_ops import BLOCKS
 from daam.checks import check_floating
 from daam.kernels import launch
@@ -270,7 +270,7 @@ def _differentiate(outputs: list[Tensor]) -> None:
 # --- Kernels --------------------------------------------------------------------------------------
 def _record(calls: dict[_Call, None]) -> list[launch.Launch]:
     """Return the launches of operators' calls."""
-    families = (*ops.OPERATORS.values(), *BLOCKS.values())
+    families = (*ops.OPERATORS.values(), *BLOCKS.values(), gated.GATED)
     passes = {one.forward_op: (one, "forward") for one in families}
     passes |= {one.backward_op: (one, "backward") for one in families}
     with launch.recording() as launches, torch.no_grad():

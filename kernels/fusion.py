@@ -4,26 +4,32 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from . import budgets, tiles
+from . import tiles
+from .budgets import MOST_LAYERS, layers_backward, layers_forward
+from .operands import axis_is_fastest, find_longest, inner_dim
 
-# Elements of a half precision x from which layers that are differentiated run one by one unless memory counts: their
-# instructions take longer than the bytes they save
-MOST_HALF = 2**21
+# By the model of an H200 (`bench/model.py`), forward and backward pass together: the fewer layers share a launch, the
+# more of their instructions overlap. Launches count up to FEW elements; beyond, two layers pay, and more where a warp
+# holds a chunk without a barrier; not so in half precision from MANY on, where the bytes that are saved are few.
+FEW, MANY = 2**19, 2**22
+WARP = 256  # positions of a chunk along the fastest dimension that one warp holds, of three layers or four
 
 
 def find_obstacle(x: Tensor, axis: int, heads: int, masked: bool, n_layers: int, backward: bool = False) -> str | None:
     """Return why a pass of layers on x is not one launch, in words; None where it is."""
-    budget = (budgets.layers_backward if backward else budgets.layers_forward)(n_layers)
-    if tiles.streams(budget, x, axis, heads, None, masked):
-        name = "backward" if backward else "forward"
-        return (
-            f"chunks of {x.shape[axis] // heads} positions do not stay on chip in the {name} pass of {n_layers} layers"
-        )
-    return None
+    budget = (layers_backward if backward else layers_forward)(n_layers)
+    if not tiles.streams(budget, x, axis, heads, None, masked):
+        return None
+    name = "backward" if backward else "forward"
+    return f"chunks of {find_longest(x.shape[axis], heads)} positions do not stay on chip in the {name} pass"
 
 
-def find_cost(x: Tensor) -> str | None:
-    """Return why layers that are differentiated are not expected to be faster as one launch; None where they are."""
-    if x.element_size() < 4 and x.numel() >= MOST_HALF:
-        return f"the backward pass of {x.numel()} elements of {x.dtype} is expected to be faster layer by layer"
-    return None
+def count_together(x: Tensor, axis: int, heads: int) -> int:
+    """Return of how many layers a launch is expected to be faster than one by one, where they are differentiated."""
+    n = x.numel()
+    if n <= FEW:
+        return MOST_LAYERS
+    if x.element_size() < 4 and n > MANY:
+        return 1
+    contiguous = axis_is_fastest(x, axis, inner_dim(x, axis, None))
+    return MOST_LAYERS if contiguous and find_longest(x.shape[axis], heads) <= WARP else 2

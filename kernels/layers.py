@@ -23,7 +23,7 @@ from torch import Tensor
 from . import launch
 from .budgets import Budget, layers_backward, layers_forward
 from .host import Call
-from .operands import Inputs, Outputs, Strided, encode, float_bits, strided_of
+from .operands import Inputs, Outputs, Strided, encode, float_bits
 from .params import sum_groups
 from .passes import Kernels, empty_like
 from .tile import float_of, load_blocks, load_gradients, store_blocks
@@ -137,7 +137,7 @@ def layer_gradients(
     K: tl.constexpr, FINISH: tl.constexpr, NAME: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Store the gradients of one Gaussian of a layer and a head, as `params.param_gradients` does: program layer·K + k
-    has N of the layer's N_SUMS partial sums, from EACH·k on.
+    has N of the layer's N_SUMS partial sums, from EACH·k on. gradients: a pair of pointers a layer.
     """
     head, layer, k = tl.program_id(1).to(tl.int64), tl.program_id(0) // K, tl.program_id(0) % K
     distance, head_stride = [tl.cast(stride >> 1, tl.int64) for stride in partials.strides[:2]]
@@ -146,11 +146,11 @@ def layer_gradients(
     totals = sum_groups(start, distance, 1, n_groups >> 1, entries < K, N, BLOCK, 1)
     for i in tl.static_range(len(parameters)):
         if layer == i:
-            p, q = gradients[i]
-            inside = entries < parameters[i].n
+            p_ptr, q_ptr = gradients[i]
+            inside, places = entries < parameters[i].n, head * parameters[i].n + entries
             p_gradient, q_gradient = FINISH(totals, parameters[i], head, entries, inside, K)
-            tl.store(p.data + head * p.strides[0] + entries, p_gradient.to(p.data.dtype.element_ty), inside)
-            tl.store(q.data + head * q.strides[0] + entries, q_gradient.to(q.data.dtype.element_ty), inside)
+            tl.store(p_ptr + places, p_gradient.to(p_ptr.dtype.element_ty), inside)
+            tl.store(q_ptr + places, q_gradient.to(q_ptr.dtype.element_ty), inside)
 
 
 # --- On the host ----------------------------------------------------------------------------------
@@ -221,8 +221,7 @@ class Layers:
         tensors: tuple[Tensor | None, ...], need_params: bool = False,
     ) -> tuple[Call, tuple, Any]:  # fmt: skip
         """Return a call, every layer's parameters and the settings, as kernels take them."""
-        (heads, *_), n = zip(*(q.shape for q in qs), strict=True)
-        n = max(n)
+        heads, n = next(iter(qs)).shape[0], max([q.shape[1] for q in qs])
         n_sums = len(ps) * self.kernels.n_sums(n)
         call = Call(
             budget, self.kernels.gaussians(n), n_sums, torch.Size((heads, n)), axis, None, tensors,
@@ -239,7 +238,7 @@ class Layers:
         n_layers, (stride, head_stride, *_) = len(parameters), partials.data.stride()
         _sum_stride, entry_stride = self.kernels.sum_strides(1)
         K = call.plan.constants["PLAN"].K
-        pairs = tuple(zip(map(strided_of, gradients[:n_layers]), map(strided_of, gradients[n_layers:]), strict=True))
+        pairs = tuple(zip(gradients[:n_layers], gradients[n_layers:], strict=True))  # contiguous
         launch.launch(
             layer_gradients, (n_layers * K, call.heads),
             Strided(partials.data, (encode(stride), encode(head_stride))), encode(partials.data.shape[2]), parameters,

@@ -27,6 +27,7 @@ the sum of weights relative to it, in the backward pass its sums, then outputs, 
 
 from __future__ import annotations
 
+import functools
 import math
 from functools import partial
 
@@ -294,9 +295,14 @@ def _collect(
     call: Call, mean_offsets: Tensor, c: Tensor, eps: float, _padding: float | None
 ) -> tuple[Parameters, Settings]:  # fmt: skip
     """Return the parameters and the settings as kernels take them."""
+    return Parameters(strided_of(mean_offsets), strided_of(c), c.shape[1]), _find_settings(eps)
+
+
+@functools.lru_cache
+def _find_settings(eps: float) -> Settings:
+    """Return eps and its logarithm as kernels take them."""
     log2_eps = split_float(math.log2(eps)) if eps > 0 else Split(-math.inf, 0.0)
-    parameters = Parameters(strided_of(mean_offsets), strided_of(c), c.shape[1])
-    return parameters, Settings(split_float(eps), log2_eps)
+    return Settings(split_float(eps), log2_eps)
 
 
 def _find_numbers(call: Call, parameters: Parameters, settings: Settings) -> Numbers:

@@ -239,7 +239,8 @@ def test_the_backend_runs(build, device):
     layer, x = BUILDS[build][0]("triton").to(device), X.to(device)
     with recorded_launches() as names:
         layer(x)
-    assert sum("forward" in name for name in names) == BUILDS[build][1]
+    weighed = [name for name in names if "forward" in name and not name.startswith("gated_")]
+    assert len(weighed) == BUILDS[build][1]
 
 
 def test_the_backend_is_a_keyword():

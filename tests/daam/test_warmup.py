@@ -80,6 +80,7 @@ CASES = {  # what is called, shapes of x, and what else a call takes
     ),
     "StableMultiHeadDensityAttention": (daam.StableMultiHeadDensityAttention(-1, 4, 4), [(3, 11), (1, 2, 17_001)], {}),
     "DensityGate": (daam.DensityGate(6), [(2, 6, 40), (6, 2100)], {}),
+    "DensityGate, mask": (daam.DensityGate(6), [(2, 6, 41)], {"mask": lambda x: x[:, 0] > 0}),
     "layers of other kinds": (Encoder(), [(4, 6, 8), (16, 16, 8)], {}),
 }
 
