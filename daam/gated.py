@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.parameter import Parameter
 
 from daam import ops
-from daam.kernels import tiles
+from daam.kernels import budgets, tiles
 from daam.kernels.operands import acc_dtype
 from daam.ops import _VERSION, _forward_mode, _lib, _or_empty, _transformed
 from daam.reference import gated as reference
@@ -176,7 +176,7 @@ class Operators:
         gates = p.new_empty(0 if gate_dtype == acc else (batch, times))
         line = p.unsqueeze(1)
         if save_stats and tiles.worth_keeping(line, 2, 1) and (x.device.type != "cpu" or ops.interpreting()):
-            stats = tiles.stats_shape(tiles.gate_forward(1), line, 2, 1, None, mask is not None)
+            stats = tiles.stats_shape(budgets.gate_forward(1), line, 2, 1, None, mask is not None)
         y = x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, gate_dtype))
         return y, x.new_empty((batch, 1, times), dtype=gate_dtype), p, gates, p.new_empty(stats or 0)
 
