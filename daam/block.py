@@ -15,7 +15,8 @@ from daam.block_ops import BLOCKS
 from daam.checks import check_floating, check_x
 from daam.functional import check_gaussians, check_settings, in_memory_order
 from daam.kernels.budgets import MOST_LAYERS
-from daam.kernels.fusion import count_together, find_obstacle
+from daam.kernels.fusion import count_fitting, count_together
+from daam.kernels.operands import find_longest
 from daam.ops import OPERATORS, _forward_mode, _transformed
 
 
@@ -183,21 +184,28 @@ def _find_way(
         return Way("layers", "a single layer is one launch by itself")
     if not torch.compiler.is_compiling() and (_transformed() or _forward_mode()):
         return Way("layers", "a transform of functions, or forward-mode differentiation, is active")
-    most = min(n_layers, MOST_LAYERS)
-    obstacle = f"the backend is {backend}" if backend != "triton" else find_obstacle(x, axis, heads, masked, most)
+    most = count_fitting(x, axis, heads, masked, n_layers) if backend == "triton" else 1
+    obstacle = f"the backend is {backend}" if backend != "triton" else _find_obstacle(x, axis, heads, most, "forward")
     if not differentiated:
         reason = "chunks stay on chip, and nothing is differentiated"
         return Way("layers", obstacle) if obstacle else Way("fused", reason, most, forward=True)
     if recompute is False:
         return Way("layers", "recompute is False")
-    lasting = obstacle or find_obstacle(x, axis, heads, masked, most, backward=True)
+    fitting = 1 if obstacle else count_fitting(x, axis, heads, masked, most, backward=True)
+    lasting = obstacle or _find_obstacle(x, axis, heads, fitting, "backward")
     if lasting and not recompute:
         return Way("layers", lasting)
     if lasting:
+        most = most if most > 1 else min(n_layers, MOST_LAYERS)
         return Way("recomputed", f"recompute is True, and {lasting}", most, forward=obstacle is None)
-    if not recompute:
-        most = min(most, count_together(x, axis, heads))
-        if most == 1:
-            reason = f"{x.numel()} elements of {x.dtype} are expected to take longer together"
-            return Way("layers", reason)
+    most = fitting if recompute else min(fitting, count_together(x, axis, heads))
+    if most == 1:
+        return Way("layers", f"{x.numel()} elements of {x.dtype} are expected to take longer together")
     return Way("fused", f"chunks stay on chip in both passes of {most} layers", most, forward=True, backward=True)
+
+
+def _find_obstacle(x: Tensor, axis: int, heads: int, most: int, name: str) -> str | None:
+    """Return why layers are not one launch in a pass of that name, which takes so many; None where it takes several."""
+    if most > 1:
+        return None
+    return f"chunks of {find_longest(x.shape[axis], heads)} positions do not stay on chip in the {name} pass"

@@ -118,6 +118,8 @@ def layers_forward(n_layers: int) -> Budget:
 
 @functools.cache
 def layers_backward(n_layers: int) -> Budget:
-    """Return the budget of so many layers, half as much for three or four as for two."""
+    """Return the budget of so many layers, half as much for three or four as for two. Of four, columns of more than 64
+    would spill: sixteen warps have 128 registers a thread.
+    """
     budget = BACKWARD_LAYERS.divide(1 if n_layers < 3 else 2)
-    return budget if n_layers < 4 else budget._replace(strided_long=4)
+    return budget if n_layers < 4 else budget._replace(strided_long=4, longest_strided=64, longest_long=64)

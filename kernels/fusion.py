@@ -15,13 +15,15 @@ FEW, MANY = 2**19, 2**22
 WARP = 256  # positions of a chunk along the fastest dimension that one warp holds, of three layers or four
 
 
-def find_obstacle(x: Tensor, axis: int, heads: int, masked: bool, n_layers: int, backward: bool = False) -> str | None:
-    """Return why a pass of layers on x is not one launch, in words; None where it is."""
-    budget = (layers_backward if backward else layers_forward)(n_layers)
-    if not tiles.streams(budget, x, axis, heads, None, masked):
-        return None
-    name = "backward" if backward else "forward"
-    return f"chunks of {find_longest(x.shape[axis], heads)} positions do not stay on chip in the {name} pass"
+def count_fitting(x: Tensor, axis: int, heads: int, masked: bool, n_layers: int, backward: bool = False) -> int:
+    """Return of how many layers, of so many, a pass on x is one launch: 1 where chunks do not stay on chip."""
+    budget = layers_backward if backward else layers_forward
+    fitting = (
+        n
+        for n in range(min(n_layers, MOST_LAYERS), 1, -1)
+        if not tiles.streams(budget(n), x, axis, heads, None, masked)
+    )
+    return next(fitting, 1)
 
 
 def count_together(x: Tensor, axis: int, heads: int) -> int:
