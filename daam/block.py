@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,10 +12,8 @@ from daam.backend import backend_for
 from daam.block_ops import BLOCKS
 from daam.checks import check_floating, check_x
 from daam.functional import check_gaussians, check_settings, in_memory_order
-from daam.kernels.budgets import MOST_LAYERS
-from daam.kernels.fusion import count_fitting, count_together
-from daam.kernels.operands import find_longest
-from daam.ops import OPERATORS, _forward_mode, _transformed
+from daam.ops import _forward_mode, _transformed
+from daam.ways import Way, differentiates, plan_layers
 
 
 def density_block(
@@ -56,19 +52,15 @@ def density_block(
     axis = check_x(x, norm_axis)
     settings = (eps, check_settings(eps, padding_value, mask))
     backend, algorithm = backend_for(x, backend)[0], "stable" if stable else "mixture"
-    way, runs = _plan(x, mean_offsets, c, axis, mask is not None, recompute, backend)
+    plan = None
+    if torch.compiler.is_compiling():  # the operator, which the compiler cannot look into, plans
+        _check_layers(x, mean_offsets, c, axis)
+    else:
+        plan = _plan(x, mean_offsets, c, axis, mask is not None, recompute, backend)
 
     def attend(x: Tensor, mask: Tensor | None, axes: tuple[int, ...]) -> list[Tensor]:
-        weights: list[Tensor] = []
-        args, passes = (mask, *axes, *settings, residual, return_weights, backend), (way.forward, way.backward)
-        for run in runs:
-            ps, qs = mean_offsets[run], c[run]
-            if len(ps) > 1:
-                x, found = BLOCKS[algorithm](x, ps, qs, *args, passes)
-            else:
-                x, *found = OPERATORS[algorithm](x, *ps, *qs, *args)
-            weights += found
-        return [x, *weights]
+        how = (*axes, *settings, residual)
+        return BLOCKS[algorithm](x, mean_offsets, c, mask, how, recompute, return_weights, backend, plan)
 
     y, *weights = in_memory_order(attend, x, mask, (axis,))
     return (y, tuple(weights)) if return_weights else y
@@ -95,21 +87,6 @@ def fusion_for(
     return way.name, way.reason
 
 
-WAYS = ("fused", "recomputed", "layers")
-
-
-class Way(NamedTuple):
-    """Hold how layers go: one of WAYS and the reason, of how many a run is at most, and which passes of one are one
-    launch.
-    """
-
-    name: str
-    reason: str
-    most: int = 1
-    forward: bool = False
-    backward: bool = False
-
-
 _plans: dict[tuple, tuple[Way, list[slice]]] = {}  # of plain tensors: to check them anew takes as long as a layer
 MOST_PLANS = 1024
 
@@ -119,13 +96,13 @@ def _plan(
     backend: str,
 ) -> tuple[Way, list[slice]]:  # fmt: skip
     """Return which way layers go, and their runs; raise TypeError or ValueError where they do not fit."""
-    if torch.compiler.is_compiling() or _transformed() or _forward_mode():
+    if _transformed() or _forward_mode():
         return _plan_anew(x, mean_offsets, c, axis, masked, recompute, backend)
     params = (*mean_offsets, *c)
     specs = [_describe(t) for t in params]
     if type(x) is not Tensor or None in specs:
         return _plan_anew(x, mean_offsets, c, axis, masked, recompute, backend)
-    how = (len(c), axis, masked, recompute, backend, _differentiates(x, params))
+    how = (len(c), axis, masked, recompute, backend, differentiates(x, params))
     key = (x.shape, x.stride(), x.dtype, x.device, *how, *specs)
     found = _plans.get(key)
     if found is None:
@@ -147,16 +124,8 @@ def _plan_anew(
     backend: str,
 ) -> tuple[Way, list[slice]]:  # fmt: skip
     """Return what `_plan` does."""
-    heads, n = _check_layers(x, mean_offsets, c, axis), len(c)
-    way = _find_way(x, _differentiates(x, (*mean_offsets, *c)), axis, heads, masked, n, recompute, backend)
-    n_runs = -(-n // way.most)
-    bounds = [n * i // n_runs for i in range(n_runs + 1)]  # as even as they can be
-    return way, [slice(*pair) for pair in itertools.pairwise(bounds)]
-
-
-def _differentiates(x: Tensor, params: Sequence[Tensor]) -> bool:
-    """Tell whether gradients are recorded."""
-    return torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in params))
+    heads = _check_layers(x, mean_offsets, c, axis)
+    return plan_layers(x, (*mean_offsets, *c), axis, heads, masked, recompute, backend)
 
 
 def _check_layers(x: Tensor, mean_offsets: Sequence[Tensor], c: Sequence[Tensor], axis: int) -> int:
@@ -173,39 +142,3 @@ def _check_layers(x: Tensor, mean_offsets: Sequence[Tensor], c: Sequence[Tensor]
         if q.shape[0] != c[0].shape[0]:
             raise ValueError(f"c[{layer}] has {q.shape[0]} heads, expected {c[0].shape[0]}, as c[0] has")
     return c[0].shape[0]
-
-
-def _find_way(
-    x: Tensor, differentiated: bool, axis: int, heads: int, masked: bool, n_layers: int, recompute: bool | None,
-    backend: str,
-) -> Way:  # fmt: skip
-    """Return which way layers go on a backend."""
-    if n_layers == 1:
-        return Way("layers", "a single layer is one launch by itself")
-    if not torch.compiler.is_compiling() and (_transformed() or _forward_mode()):
-        return Way("layers", "a transform of functions, or forward-mode differentiation, is active")
-    most = count_fitting(x, axis, heads, masked, n_layers) if backend == "triton" else 1
-    obstacle = f"the backend is {backend}" if backend != "triton" else _find_obstacle(x, axis, heads, most, "forward")
-    if not differentiated:
-        reason = "chunks stay on chip, and nothing is differentiated"
-        return Way("layers", obstacle) if obstacle else Way("fused", reason, most, forward=True)
-    if recompute is False:
-        return Way("layers", "recompute is False")
-    fitting = 1 if obstacle else count_fitting(x, axis, heads, masked, most, backward=True)
-    lasting = obstacle or _find_obstacle(x, axis, heads, fitting, "backward")
-    if lasting and not recompute:
-        return Way("layers", lasting)
-    if lasting:
-        most = most if most > 1 else min(n_layers, MOST_LAYERS)
-        return Way("recomputed", f"recompute is True, and {lasting}", most, forward=obstacle is None)
-    most = fitting if recompute else min(fitting, count_together(x, axis, heads))
-    if most == 1:
-        return Way("layers", f"{x.numel()} elements of {x.dtype} are expected to take longer together")
-    return Way("fused", f"chunks stay on chip in both passes of {most} layers", most, forward=True, backward=True)
-
-
-def _find_obstacle(x: Tensor, axis: int, heads: int, most: int, name: str) -> str | None:
-    """Return why layers are not one launch in a pass of that name, which takes so many; None where it takes several."""
-    if most > 1:
-        return None
-    return f"chunks of {find_longest(x.shape[axis], heads)} positions do not stay on chip in the {name} pass"

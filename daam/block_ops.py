@@ -20,13 +20,15 @@ from daam import ops
 from daam.kernels import algorithms
 from daam.ops import _VERSION, OPERATORS, Operators, _forward_mode, _lib, _or_empty, _transformed
 from daam.reference.layers import differentiate_layers, run_layers
+from daam.ways import Way, plan_layers
 
 
 class BlockOperators:
     """Define and call `{name}_layers_forward`, `{name}_layers_backward` and the composite `{name}_layers`.
 
-    An instance is called with (x, ps, qs, mask, axis, *settings, residual, return_weights, backend, fused) and returns
-    (y, weights), a list, which is empty where they are not asked for. fused: whether (forward, backward) is one launch.
+    An instance is called with (x, ps, qs, mask, how, recompute, return_weights, backend, plan), how being axis, the
+    algorithm's settings and residual, and plan what `ways.plan_layers` gives, None while compiling; it returns y and
+    the weights of each layer, if they are asked for.
     """
 
     def __init__(self, layer: Operators):
@@ -39,8 +41,8 @@ class BlockOperators:
             " -> (Tensor dx, Tensor[] gradients)"
         )
         _lib.define(
-            f"{name}_layers({inputs}, {how}, bool return_weights, str backend, bool[] fused, str version)"
-            " -> (Tensor y, Tensor[] weights)"
+            f"{name}_layers({inputs}, {how}, bool? recompute, bool return_weights, str backend, str version)"
+            " -> Tensor[] y_and_weights"
         )
         for op in ("forward", "backward"):
             _lib.impl(f"{name}_layers_{op}", getattr(self, f"_{op}_triton"), "CUDA")
@@ -52,25 +54,34 @@ class BlockOperators:
         )
 
     def __call__(
-        self, x: Tensor, ps: Sequence[Tensor], qs: Sequence[Tensor], mask: Tensor | None, axis: int, *args: Any
-    ) -> tuple[Tensor, Sequence[Tensor]]:
-        *how, return_weights, backend, fused = args
-        if torch.compiler.is_compiling():
-            return self.op(x, list(ps), list(qs), mask, axis, *how, return_weights, backend, list(fused), _VERSION)
-        return self._attend(x, ps, qs, mask, (axis, *how), return_weights, backend, fused)
+        self, x: Tensor, ps: Sequence[Tensor], qs: Sequence[Tensor], mask: Tensor | None, how: tuple[Any, ...],
+        recompute: bool | None, return_weights: bool, backend: str, plan: tuple[Way, list[slice]] | None,
+    ) -> list[Tensor]:  # fmt: skip
+        if plan is None:
+            return self.op(x, list(ps), list(qs), mask, *how, recompute, return_weights, backend, _VERSION)
+        return self._attend(x, ps, qs, mask, how, return_weights, backend, *plan)
 
-    def _attend(self, x, ps, qs, mask, how, return_weights, backend, fused) -> tuple[Tensor, Sequence[Tensor]]:
-        call = _Call(self, how, return_weights, backend, *fused)
-        y, *weights = Layers.apply(x, mask, call, *ps, *qs)
-        return y, weights
+    def _attend(self, x, ps, qs, mask, how, return_weights, backend, way, runs) -> list[Tensor]:
+        weights: list[Tensor] = []
+        for run in runs:
+            p, q = ps[run], qs[run]
+            if len(p) > 1:
+                call = _Call(self, how, return_weights, backend, way.forward, way.backward)
+                x, *found = Layers.apply(x, mask, call, *p, *q)
+            else:
+                x, *found = self.layer._attend(x, *p, *q, mask, how, return_weights, backend)
+            weights += found
+        return [x, *weights]
 
     def _traced(self, x, ps, qs, mask, *args):
-        *how, return_weights, backend, fused, _version = args
+        *how, recompute, return_weights, backend, _version = args
         if _transformed() or _forward_mode():
             y, weights = run_layers(functools.partial(self.run_formula, mask, how), x, ps, qs)
-            return y, weights if return_weights else []
-        y, weights = self._attend(x, ps, qs, mask, tuple(how), return_weights, backend, fused)
-        return y, list(weights)
+            return [y, *(weights if return_weights else [])]
+        axis, *_others = how
+        (heads, _n), *_shapes = (q.shape for q in qs)
+        plan = plan_layers(x, (*ps, *qs), axis, heads, mask is not None, recompute, backend)
+        return self._attend(x, ps, qs, mask, tuple(how), return_weights, backend, *plan)
 
     def run_formula(self, mask, how, x, p, q):
         """Return (y, weights) of a layer by its formula."""
@@ -146,6 +157,11 @@ class _Call:
         return tuple(g if need else None for g, need in zip(found, (need_x, need_params, need_params), strict=True))
 
 
+def _batched(*gradients: Tensor | None) -> bool:
+    """Tell whether there are many gradients in one, of is_grads_batched, which no operator with lists takes."""
+    return any(type(t) is Tensor and not torch._C._has_storage(t) for t in gradients)
+
+
 def _unobserved(t: Tensor) -> bool:
     """Tell whether nothing would see an operator called on t: no mode is active, and t is no subclass. Its kernels may
     then be called without it: to hand lists to an operator takes a tenth of a call.
@@ -189,7 +205,7 @@ class Layers(torch.autograd.Function):
         given = any(g is not None for g in grad_weights)
         if grad_y is None and not given:
             return (None,) * (3 + 2 * n)
-        if torch.is_grad_enabled() or _transformed():
+        if torch.is_grad_enabled() or _transformed() or _batched(grad_y, *grad_weights):
             # under create_graph: closed forms in differentiable operations, exact to any order
             eager = operators.layer.eager
             dx, *grads = differentiate_layers(
@@ -215,5 +231,7 @@ class Layers(torch.autograd.Function):
 
 
 BLOCKS = {
-    name: BlockOperators(OPERATORS[name]) for name, algorithm in algorithms.ALGORITHMS.items() if algorithm.layers
+    name: BlockOperators(OPERATORS[name])
+    for name, algorithm in algorithms.ALGORITHMS.items()
+    if algorithm.layers_backward
 }

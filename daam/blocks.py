@@ -9,10 +9,11 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from daam.block import WAYS, density_block, fusion_for
+from daam.block import density_block, fusion_for
 from daam.checkpoints import Published
 from daam.checks import check_tensor
 from daam.modules import Mixture, MultiHeadDensityAdaptiveAttention
+from daam.ways import WAYS
 
 
 class MixtureBlock(Published):

@@ -32,7 +32,8 @@ class Algorithm:
         reads_again: tensors of x's size that a pass over streamed chunks reads once more, (forward, backward), the
             backward pass with the statistics kept.
         unbiased: whether the variance is of n - 1 positions: a head has two or more.
-        layers: whether layers of it make a block, and one launch where they can.
+        layers_backward: the budget of the backward pass of so many layers, which are one launch where they can; None
+            where layers make no block.
     """
 
     name: str
@@ -46,7 +47,7 @@ class Algorithm:
     streamed: tuple[str, ...]
     reads_again: tuple[int, int]
     unbiased: bool = False
-    layers: bool = False
+    layers_backward: Callable[[int], budgets.Budget] | None = None
 
     @property
     def on_chip(self) -> tuple[str, ...]:
@@ -98,7 +99,7 @@ MIXTURE = Algorithm(
     ),
     reads_again=(2, 2),
     unbiased=True,
-    layers=True,
+    layers_backward=budgets.layers_backward,
 )  # fmt: skip
 GATE = Algorithm(
     name="gate",
@@ -130,7 +131,7 @@ STABLE = Algorithm(
     ),
     reads_again=(2, 2),
     unbiased=True,
-    layers=True,
+    layers_backward=budgets.stable_layers_backward,
 )  # fmt: skip
 ALGORITHMS = {one.name: one for one in (DENSITY, MIXTURE, GATE, STABLE)}
 # Of x's size, what kernels on chip and of strips (read, write), by the last words of their names; those that handle

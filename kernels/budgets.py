@@ -123,3 +123,10 @@ def layers_backward(n_layers: int) -> Budget:
     """
     budget = BACKWARD_LAYERS.divide(1 if n_layers < 3 else 2)
     return budget if n_layers < 4 else budget._replace(strided_long=4, longest_strided=64, longest_long=64)
+
+
+@functools.cache
+def stable_layers_backward(n_layers: int) -> Budget:
+    """Return the stabilised mixture's budget of so many layers: of several rows a thread holds half as much."""
+    budget = layers_backward(n_layers)
+    return budget._replace(together=budget.together // 2)

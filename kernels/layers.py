@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launch
-from .budgets import Budget, layers_backward, layers_forward
+from .budgets import Budget, layers_forward
 from .host import Call
 from .operands import Inputs, Outputs, Strided, encode, float_bits
 from .params import sum_groups
@@ -201,7 +201,7 @@ class Layers:
         gradients = [empty_like(t) if x.numel() else t.new_zeros(t.shape) for t in (*ps, *qs) if need_params]
         if not x.numel() or not (need_x or need_params):
             return dx, gradients
-        budget = layers_backward(len(ps))
+        budget = algorithm.layers_backward(len(ps))
         call, parameters, given = self._open(budget, ps, qs, axis, settings, (x, mask, grad_y, dx), need_params)
         *inputs, call_dx = call.tensors
         call.inputs = Inputs(*inputs, None, float_bits(algorithm.find_setting("padding", settings), x.dtype))

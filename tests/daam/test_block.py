@@ -268,7 +268,7 @@ def test_opcheck(algorithm, kernels, device):
     torch.library.opcheck(getattr(ops, f"{algorithm}_layers_forward").default, (x, ps, qs, *how, True))
     torch.library.opcheck(getattr(ops, f"{algorithm}_layers_backward").default, (x, x, ps, qs, *how, True, True))
     leaves = [p.requires_grad_() for p in ps]
-    args = (x.requires_grad_(), leaves, qs, *how, False, "triton" if kernels else "eager", [kernels, kernels], "0")
+    args = (x.requires_grad_(), leaves, qs, *how, True, False, "triton" if kernels else "eager", "0")
     torch.library.opcheck(getattr(ops, f"{algorithm}_layers").default, args)
 
 
