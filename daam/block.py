@@ -6,14 +6,13 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 
 from daam.backend import backend_for
 from daam.block_ops import BLOCKS
 from daam.checks import check_floating, check_x
 from daam.functional import check_gaussians, check_settings, in_memory_order
 from daam.ops import _forward_mode, _transformed
-from daam.ways import Way, differentiates, plan_layers
+from daam.ways import Plan, differentiates, is_plain, is_plain_parameter, plan_layers
 
 
 def density_block(
@@ -56,7 +55,7 @@ def density_block(
     if torch.compiler.is_compiling():  # the operator, which the compiler cannot look into, plans
         _check_layers(x, mean_offsets, c, axis)
     else:
-        plan = _plan(x, mean_offsets, c, axis, mask is not None, recompute, backend)
+        plan = _plan(x, mean_offsets, c, axis, mask, recompute, backend)
 
     def attend(x: Tensor, mask: Tensor | None, axes: tuple[int, ...]) -> list[Tensor]:
         how = (*axes, *settings, residual)
@@ -83,46 +82,41 @@ def fusion_for(
         TypeError, ValueError, RuntimeError: as `density_block` does.
     """
     axis, backend = check_x(x, norm_axis), backend_for(x, backend)[0]
-    way, _ = _plan(x, mean_offsets, c, axis, mask is not None, recompute, backend)
+    way = _plan(x, mean_offsets, c, axis, mask, recompute, backend).way
     return way.name, way.reason
 
 
-_plans: dict[tuple, tuple[Way, list[slice]]] = {}  # of plain tensors: to check them anew takes as long as a layer
+_plans: dict[tuple, Plan] = {}  # of plain tensors: to check them anew takes as long as a layer
 MOST_PLANS = 1024
 
 
 def _plan(
-    x: Tensor, mean_offsets: Sequence[Tensor], c: Sequence[Tensor], axis: int, masked: bool, recompute: bool | None,
-    backend: str,
-) -> tuple[Way, list[slice]]:  # fmt: skip
-    """Return which way layers go, and their runs; raise TypeError or ValueError where they do not fit."""
+    x: Tensor, mean_offsets: Sequence[Tensor], c: Sequence[Tensor], axis: int, mask: Tensor | None,
+    recompute: bool | None, backend: str,
+) -> Plan:  # fmt: skip
+    """Return the plan of layers; raise TypeError or ValueError where they do not fit."""
     if _transformed() or _forward_mode():
+        return _plan_anew(x, mean_offsets, c, axis, mask is not None, recompute, backend)
+    params, masked = (*mean_offsets, *c), mask is not None
+    plain = type(x) is Tensor and is_plain(x) and all(map(is_plain_parameter, params))
+    if not plain or (masked and not is_plain(mask)):
         return _plan_anew(x, mean_offsets, c, axis, masked, recompute, backend)
-    params = (*mean_offsets, *c)
-    specs = [_describe(t) for t in params]
-    if type(x) is not Tensor or None in specs:
-        return _plan_anew(x, mean_offsets, c, axis, masked, recompute, backend)
-    how = (len(c), axis, masked, recompute, backend, differentiates(x, params))
-    key = (x.shape, x.stride(), x.dtype, x.device, *how, *specs)
+    how = (type(mean_offsets), type(c), len(c), axis, masked, recompute, backend, differentiates(x, params))
+    key = (x.shape, x.stride(), x.dtype, x.device, *how, *[(t.shape, t.dtype, t.device) for t in params])
     found = _plans.get(key)
     if found is None:
         found = _plan_anew(x, mean_offsets, c, axis, masked, recompute, backend)
+        found = found._replace(plain=backend == "triton" and not x.is_meta)
         if len(_plans) >= MOST_PLANS:
             _plans.clear()
         _plans[key] = found
     return found
 
 
-def _describe(t: Tensor) -> tuple | None:
-    """Return what of a plain tensor decides whether it fits, None of any other."""
-    plain = type(t) in (Parameter, Tensor) and not t.is_nested
-    return (t.shape, t.dtype, t.device, t.layout) if plain else None
-
-
 def _plan_anew(
     x: Tensor, mean_offsets: Sequence[Tensor], c: Sequence[Tensor], axis: int, masked: bool, recompute: bool | None,
     backend: str,
-) -> tuple[Way, list[slice]]:  # fmt: skip
+) -> Plan:  # fmt: skip
     """Return what `_plan` does."""
     heads = _check_layers(x, mean_offsets, c, axis)
     return plan_layers(x, (*mean_offsets, *c), axis, heads, masked, recompute, backend)

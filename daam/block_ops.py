@@ -20,7 +20,7 @@ from daam import ops
 from daam.kernels import algorithms
 from daam.ops import _VERSION, OPERATORS, Operators, _forward_mode, _lib, _or_empty, _transformed
 from daam.reference.layers import differentiate_layers, run_layers
-from daam.ways import Way, plan_layers
+from daam.ways import Plan, enters_plainly, is_plain, plan_layers
 
 
 class BlockOperators:
@@ -55,18 +55,18 @@ class BlockOperators:
 
     def __call__(
         self, x: Tensor, ps: Sequence[Tensor], qs: Sequence[Tensor], mask: Tensor | None, how: tuple[Any, ...],
-        recompute: bool | None, return_weights: bool, backend: str, plan: tuple[Way, list[slice]] | None,
+        recompute: bool | None, return_weights: bool, backend: str, plan: Plan | None,
     ) -> list[Tensor]:  # fmt: skip
         if plan is None:
             return self.op(x, list(ps), list(qs), mask, *how, recompute, return_weights, backend, _VERSION)
         return self._attend(x, ps, qs, mask, how, return_weights, backend, *plan)
 
-    def _attend(self, x, ps, qs, mask, how, return_weights, backend, way, runs) -> list[Tensor]:
+    def _attend(self, x, ps, qs, mask, how, return_weights, backend, way, runs, plain) -> list[Tensor]:
         weights: list[Tensor] = []
         for run in runs:
             p, q = ps[run], qs[run]
             if len(p) > 1:
-                call = _Call(self, how, return_weights, backend, way.forward, way.backward)
+                call = _Call(self, how, return_weights, backend, way.forward, way.backward, plain)
                 x, *found = Layers.apply(x, mask, call, *p, *q)
             else:
                 x, *found = self.layer._attend(x, *p, *q, mask, how, return_weights, backend)
@@ -131,7 +131,9 @@ class BlockOperators:
 
 @dataclass(slots=True, eq=False)
 class _Call:
-    """Hold what is no tensor in a call. how: axis, the algorithm's settings and residual."""
+    """Hold what is no tensor in a call. how: axis, the algorithm's settings and residual. plain: whether kernels may be
+    called without their operator, if nothing has entered the thread: to hand it lists takes a tenth of a call.
+    """
 
     operators: BlockOperators
     how: tuple[Any, ...]
@@ -139,6 +141,7 @@ class _Call:
     backend: str
     fused_forward: bool
     fused_backward: bool
+    plain: bool
 
     def run(self, x, p, q, mask, return_weights=False):
         """Return (y, weights or None) of one layer, without autograd."""
@@ -162,14 +165,6 @@ def _batched(*gradients: Tensor | None) -> bool:
     return any(type(t) is Tensor and not torch._C._has_storage(t) for t in gradients)
 
 
-def _unobserved(t: Tensor) -> bool:
-    """Tell whether nothing would see an operator called on t: no mode is active, and t is no subclass. Its kernels may
-    then be called without it: to hand lists to an operator takes a tenth of a call.
-    """
-    plain = type(t) is Tensor and torch._C._len_torch_dispatch_stack() == 0
-    return plain and (t.is_cuda or ops.interpreting())
-
-
 class Layers(torch.autograd.Function):
     """Return y of all layers, then the weights of each if asked for. Of x's size x alone is saved."""
 
@@ -182,7 +177,7 @@ class Layers(torch.autograd.Function):
     def forward(x, mask, call, *params):
         n, operators = len(params) // 2, call.operators
         if call.backend == "triton" and call.fused_forward:
-            run = operators.kernels.forward if _unobserved(x) else operators.forward_op
+            run = operators.kernels.forward if call.plain and enters_plainly() else operators.forward_op
             y, weights = run(x, params[:n], params[n:], mask, *call.how, call.return_weights)
             return (y, *weights)
         y, weights = run_layers(
@@ -205,7 +200,8 @@ class Layers(torch.autograd.Function):
         given = any(g is not None for g in grad_weights)
         if grad_y is None and not given:
             return (None,) * (3 + 2 * n)
-        if torch.is_grad_enabled() or _transformed() or _batched(grad_y, *grad_weights):
+        plain = call.plain and not given and enters_plainly() and type(grad_y) is Tensor and is_plain(grad_y)
+        if torch.is_grad_enabled() or _transformed() or (not plain and _batched(grad_y, *grad_weights)):
             # under create_graph: closed forms in differentiable operations, exact to any order
             eager = operators.layer.eager
             dx, *grads = differentiate_layers(
@@ -214,7 +210,7 @@ class Layers(torch.autograd.Function):
             )  # fmt: skip
             found = (*grads[0], *grads[1])
         elif call.backend == "triton" and call.fused_backward and not given:
-            run = operators.kernels.backward if _unobserved(grad_y) else operators.backward_op
+            run = operators.kernels.backward if plain else operators.backward_op
             dx, found = run(grad_y, x, ps, qs, mask, *how, need_x, any(needs))
             found = found or [None] * (2 * n)
         else:

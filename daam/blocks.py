@@ -91,8 +91,12 @@ class MixtureBlock(Published):
     def _describe(self, run: list[Mixture]) -> dict[str, Any]:
         """Return the arguments of `density_block` for some layers that are alike."""
         first = run[0]
+        # where they are found by name a module looks among its parameters last
+        mean_offsets, c = ([layer._parameters.get(name) for layer in run] for name in ("mean_offsets", "c"))
+        if any(p is None for p in (*mean_offsets, *c)):  # parametrised
+            mean_offsets, c = [layer.mean_offsets for layer in run], [layer.c for layer in run]
         return {
-            "mean_offsets": [layer.mean_offsets for layer in run], "c": [layer.c for layer in run],
+            "mean_offsets": mean_offsets, "c": c,
             "norm_axis": first.norm_axis, "eps": first.eps, "padding_value": first.padding_value,
             "residual": self.residual, "stable": first.stable, "recompute": self.recompute, "backend": first.backend,
         }  # fmt: skip

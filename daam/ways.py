@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from daam.kernels.budgets import MOST_LAYERS
 from daam.kernels.fusion import count_fitting, count_together
@@ -36,13 +37,21 @@ def cut_runs(n_layers: int, most: int) -> list[slice]:
     return [slice(*pair) for pair in itertools.pairwise(bounds)]
 
 
+class Plan(NamedTuple):
+    """Hold which way layers go and their runs, and whether all tensors are plain ones (`find_keys`)."""
+
+    way: Way
+    runs: list[slice]
+    plain: bool = False
+
+
 def plan_layers(
     x: Tensor, params: Sequence[Tensor], axis: int, heads: int, masked: bool, recompute: bool | None, backend: str
-) -> tuple[Way, list[slice]]:
-    """Return which way layers go on a backend, and their runs. params: two of each layer."""
+) -> Plan:
+    """Return the plan of layers on a backend. params: two of each layer."""
     n_layers = len(params) // 2
     way = find_way(x, differentiates(x, params), axis, heads, masked, n_layers, recompute, backend)
-    return way, cut_runs(n_layers, way.most)
+    return Plan(way, cut_runs(n_layers, way.most))
 
 
 def differentiates(x: Tensor, params: Sequence[Tensor]) -> bool:
@@ -84,3 +93,32 @@ def _find_obstacle(x: Tensor, axis: int, heads: int, most: int, name: str) -> st
     if most > 1:
         return None
     return f"chunks of {find_longest(x.shape[axis], heads)} positions do not stay on chip in the {name} pass"
+
+
+# --- Tensors and threads that an operator would see as they are ------------------------------------
+_BackendSelect, _ADInplaceOrView = torch._C.DispatchKey.BackendSelect, torch._C.DispatchKey.ADInplaceOrView
+_THREAD = (torch._C.DispatchKeySet(_BackendSelect) | torch._C.DispatchKeySet(_ADInplaceOrView)).raw_repr()
+_plain_keys: dict[str, int] = {}
+
+
+def enters_plainly() -> bool:
+    """Tell whether this thread is in no mode, transform or tracer, which add dispatch keys, and nothing profiles it."""
+    return torch._C._dispatch_tls_local_include_set().raw_repr() == _THREAD and not torch.autograd._profiler_enabled()
+
+
+def is_plain(t: Tensor) -> bool:
+    """Tell whether a tensor has no dispatch keys but those of its device: negated views, zero, batched and functional
+    tensors do. False where the thread is not plain.
+    """
+    device_type = t.device.type
+    if device_type not in _plain_keys:
+        if not enters_plainly():
+            return False
+        _plain_keys[device_type] = torch._C._dispatch_keys(torch.empty(0, device=device_type)).raw_repr()
+    return torch._C._dispatch_keys(t).raw_repr() == _plain_keys[device_type]
+
+
+def is_plain_parameter(t: Tensor) -> bool:
+    """Tell the same of a parameter, which is no transform's: by what takes a quarter of the time."""
+    strided = type(t) in (Parameter, Tensor) and t.layout is torch.strided
+    return strided and not (t.is_nested or t.is_neg() or t._is_zerotensor())

@@ -137,7 +137,7 @@ def layer_gradients(
     K: tl.constexpr, FINISH: tl.constexpr, NAME: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Store the gradients of one Gaussian of a layer and a head, as `params.param_gradients` does: program layer·K + k
-    has N of the layer's N_SUMS partial sums, from EACH·k on. gradients: a pair of pointers a layer.
+    has N of the layer's N_SUMS partial sums, from EACH·k on. gradients: pointers, of one parameter, then the other.
     """
     head, layer, k = tl.program_id(1).to(tl.int64), tl.program_id(0) // K, tl.program_id(0) % K
     distance, head_stride = [tl.cast(stride >> 1, tl.int64) for stride in partials.strides[:2]]
@@ -146,7 +146,7 @@ def layer_gradients(
     totals = sum_groups(start, distance, 1, n_groups >> 1, entries < K, N, BLOCK, 1)
     for i in tl.static_range(len(parameters)):
         if layer == i:
-            p_ptr, q_ptr = gradients[i]
+            p_ptr, q_ptr = gradients[i], gradients[len(parameters) + i]
             inside, places = entries < parameters[i].n, head * parameters[i].n + entries
             p_gradient, q_gradient = FINISH(totals, parameters[i], head, entries, inside, K)
             tl.store(p_ptr + places, p_gradient.to(p_ptr.dtype.element_ty), inside)
@@ -198,8 +198,10 @@ class Layers:
         """
         *settings, residual, need_x, need_params = how
         algorithm, dx = self.kernels.algorithm, empty_like(x) if need_x else None
-        gradients = [empty_like(t) if x.numel() else t.new_zeros(t.shape) for t in (*ps, *qs) if need_params]
-        if not x.numel() or not (need_x or need_params):
+        if not x.numel():
+            return dx, [t.new_zeros(t.shape) for t in (*ps, *qs) if need_params]
+        gradients = [t.new_empty(t.shape) for t in (*ps, *qs)] if need_params else []
+        if not (need_x or need_params):
             return dx, gradients
         budget = algorithm.layers_backward(len(ps))
         call, parameters, given = self._open(budget, ps, qs, axis, settings, (x, mask, grad_y, dx), need_params)
@@ -238,10 +240,10 @@ class Layers:
         n_layers, (stride, head_stride, *_) = len(parameters), partials.data.stride()
         _sum_stride, entry_stride = self.kernels.sum_strides(1)
         K = call.plan.constants["PLAN"].K
-        pairs = tuple(zip(gradients[:n_layers], gradients[n_layers:], strict=True))  # contiguous
         launch.launch(
             layer_gradients, (n_layers * K, call.heads),
             Strided(partials.data, (encode(stride), encode(head_stride))), encode(partials.data.shape[2]), parameters,
-            pairs, device=partials.data.device, N_SUMS=n_sums, N=self.kernels.n_entry_sums, EACH=entry_stride, K=K,
-            FINISH=self.kernels.finish, NAME=self.kernels.algorithm.name, BLOCK=2048, num_warps=8,
+            tuple(gradients), device=partials.data.device, N_SUMS=n_sums, N=self.kernels.n_entry_sums,
+            EACH=entry_stride, K=K, FINISH=self.kernels.finish, NAME=self.kernels.algorithm.name, BLOCK=2048,
+            num_warps=8,
         )  # fmt: skip
