@@ -9,7 +9,7 @@ from torch import Tensor
 
 from daam.backend import backend_for
 from daam.block_ops import BLOCKS
-from daam.checks import check_floating, check_x
+from daam.checks import check_floating, check_recompute, check_tensor, check_x
 from daam.functional import check_gaussians, check_settings, in_memory_order
 from daam.ops import _forward_mode, _transformed
 from daam.ways import Plan, differentiates, is_plain, is_plain_parameter, plan_layers
@@ -51,11 +51,7 @@ def density_block(
     axis = check_x(x, norm_axis)
     settings = (eps, check_settings(eps, padding_value, mask))
     backend, algorithm = backend_for(x, backend)[0], "stable" if stable else "mixture"
-    plan = None
-    if torch.compiler.is_compiling():  # the operator, which the compiler cannot look into, plans
-        _check_layers(x, mean_offsets, c, axis)
-    else:
-        plan = _plan(x, mean_offsets, c, axis, mask, recompute, backend)
+    plan = _plan(x, mean_offsets, c, axis, mask, recompute, backend)
 
     def attend(x: Tensor, mask: Tensor | None, axes: tuple[int, ...]) -> list[Tensor]:
         how = (*axes, *settings, residual)
@@ -82,8 +78,10 @@ def fusion_for(
         TypeError, ValueError, RuntimeError: as `density_block` does.
     """
     axis, backend = check_x(x, norm_axis), backend_for(x, backend)[0]
-    way = _plan(x, mean_offsets, c, axis, mask, recompute, backend).way
-    return way.name, way.reason
+    plan = _plan(x, mean_offsets, c, axis, mask, recompute, backend)
+    if plan is None:
+        raise RuntimeError("fusion_for is called while compiling, where layers are not planned yet")
+    return plan.way.name, plan.way.reason
 
 
 _plans: dict[tuple, Plan] = {}  # of plain tensors: to check them anew takes as long as a layer
@@ -93,15 +91,24 @@ MOST_PLANS = 1024
 def _plan(
     x: Tensor, mean_offsets: Sequence[Tensor], c: Sequence[Tensor], axis: int, mask: Tensor | None,
     recompute: bool | None, backend: str,
-) -> Plan:  # fmt: skip
-    """Return the plan of layers; raise TypeError or ValueError where they do not fit."""
+) -> Plan | None:  # fmt: skip
+    """Return the plan of layers, None while compiling; raise TypeError or ValueError where they do not fit."""
+    check_recompute(recompute)
+    if mask is not None:
+        check_tensor("mask", mask)
+    for name, given in (("mean_offsets", mean_offsets), ("c", c)):
+        if not isinstance(given, (list, tuple)):
+            raise TypeError(f"{name} is a {type(given).__name__}, expected a list of tensors, one a layer")
+    if torch.compiler.is_compiling():  # the operator, which the compiler does not look into, plans
+        _check_layers(x, mean_offsets, c, axis)
+        return None
     if _transformed() or _forward_mode():
         return _plan_anew(x, mean_offsets, c, axis, mask is not None, recompute, backend)
     params, masked = (*mean_offsets, *c), mask is not None
     plain = type(x) is Tensor and is_plain(x) and all(map(is_plain_parameter, params))
     if not plain or (masked and not is_plain(mask)):
         return _plan_anew(x, mean_offsets, c, axis, masked, recompute, backend)
-    how = (type(mean_offsets), type(c), len(c), axis, masked, recompute, backend, differentiates(x, params))
+    how = (len(c), axis, masked, recompute, backend, differentiates(x, params))
     key = (x.shape, x.stride(), x.dtype, x.device, *how, *[(t.shape, t.dtype, t.device) for t in params])
     found = _plans.get(key)
     if found is None:
@@ -124,9 +131,6 @@ def _plan_anew(
 
 def _check_layers(x: Tensor, mean_offsets: Sequence[Tensor], c: Sequence[Tensor], axis: int) -> int:
     """Return the heads of all layers; raise TypeError or ValueError where layers do not fit x or each other."""
-    for name, given in {"mean_offsets": mean_offsets, "c": c}.items():
-        if isinstance(given, Tensor) or not isinstance(given, Sequence):
-            raise TypeError(f"{name} is a {type(given).__name__}, expected a list of tensors, one a layer")
     if not c or len(mean_offsets) != len(c):
         raise ValueError(f"mean_offsets has {len(mean_offsets)} layers and c has {len(c)}, expected as many, 1 or more")
     for layer, (p, q) in enumerate(zip(mean_offsets, c, strict=True)):

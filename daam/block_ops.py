@@ -200,7 +200,8 @@ class Layers(torch.autograd.Function):
         given = any(g is not None for g in grad_weights)
         if grad_y is None and not given:
             return (None,) * (3 + 2 * n)
-        plain = call.plain and not given and enters_plainly() and type(grad_y) is Tensor and is_plain(grad_y)
+        plain = call.plain and not given and type(x) is type(grad_y) is Tensor
+        plain = plain and enters_plainly() and is_plain(grad_y)
         if torch.is_grad_enabled() or _transformed() or (not plain and _batched(grad_y, *grad_weights)):
             # under create_graph: closed forms in differentiable operations, exact to any order
             eager = operators.layer.eager

@@ -11,7 +11,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from daam.block import density_block, fusion_for
 from daam.checkpoints import Published
-from daam.checks import check_tensor
+from daam.checks import check_recompute, check_tensor
 from daam.modules import Mixture, MultiHeadDensityAdaptiveAttention
 from daam.ways import WAYS
 
@@ -32,8 +32,7 @@ class MixtureBlock(Published):
                 raise TypeError(f"{name} is {given!r}, expected a list of num_layers, {num_layers}, ints")
             if len(given) != num_layers:
                 raise ValueError(f"{name} has {len(given)} entries, expected num_layers, {num_layers}")
-        if recompute not in (None, True, False):
-            raise TypeError(f"recompute is {recompute!r}, expected True, False or None")
+        check_recompute(recompute)
         self.residual, self.recompute = residual, recompute
         self.layers = nn.ModuleList(map(layer, norm_axes, num_heads, num_gaussians))
 
@@ -68,6 +67,9 @@ class MixtureBlock(Published):
         Where layers differ in axis or heads, have hooks, or are no layers of ours, each goes by itself: the way is that
         of those which are fused least, and the reason names all.
         """
+        check_tensor("x", x)
+        if mask is not None:
+            check_tensor("mask", mask)
         ways = [] if len(self.layers) else [("layers", "there is no layer")]
         for run in self._find_runs(x):
             described = self._describe(run)
@@ -141,8 +143,9 @@ def _find_key(layer: nn.Module, rank: int) -> tuple[Any, ...] | None:
         return None
     if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks:
         return None
-    axis = layer.norm_axis % rank if rank else layer.norm_axis
-    return axis, layer.num_heads, layer.eps, layer.padding_value, layer.backend, layer.stable
+    if not -rank <= layer.norm_axis < rank:
+        return None
+    return layer.norm_axis % rank, layer.num_heads, layer.eps, layer.padding_value, layer.backend, layer.stable
 
 
 def _expand_mask(mask: Tensor | None, x: Tensor, norm_axis: int) -> Tensor | None:

@@ -107,6 +107,11 @@ def check_choice(name: str, value: str, choices: Collection[str]) -> None:
         raise ValueError(f"{name} is {value!r}, expected one of {', '.join(map(repr, choices))}")
 
 
+def check_recompute(recompute: Any) -> None:
+    if not any(recompute is choice for choice in (None, True, False)):
+        raise TypeError(f"recompute is {recompute!r}, expected True, False or None")
+
+
 def check_positive(**sizes: int) -> None:
     for name, size in sizes.items():
         if isinstance(size, bool) or not isinstance(size, int) or size < 1:

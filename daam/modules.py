@@ -270,8 +270,10 @@ class DensityGate(Published):
         or takes the convolution, the weights and the product one after the other. The mask never matters.
 
         Raises:
+            TypeError: x is no dense tensor.
             ValueError, RuntimeError: as `daam.backend_for` does.
         """
+        check_tensor("x", x)
         backend, reason = backend_for(x, self.backend)
         if backend != "triton":
             return "formula", f"the backend is eager: {reason}"

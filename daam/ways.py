@@ -102,8 +102,11 @@ _plain_keys: dict[str, int] = {}
 
 
 def enters_plainly() -> bool:
-    """Tell whether this thread is in no mode, transform or tracer, which add dispatch keys, and nothing profiles it."""
-    return torch._C._dispatch_tls_local_include_set().raw_repr() == _THREAD and not torch.autograd._profiler_enabled()
+    """Tell whether this thread is in no mode, transform or tracer, which add dispatch keys, and nothing profiles it, or
+    compiles it: compiled autograd traces backward passes.
+    """
+    plain = torch._C._dispatch_tls_local_include_set().raw_repr() == _THREAD
+    return plain and not (torch.compiler.is_compiling() or torch.autograd._profiler_enabled())
 
 
 def is_plain(t: Tensor) -> bool:

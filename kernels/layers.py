@@ -24,7 +24,7 @@ from . import launch
 from .budgets import Budget, layers_forward
 from .host import Call
 from .operands import Inputs, Outputs, Strided, encode, float_bits
-from .params import sum_groups
+from .params import store_gradient, sum_groups
 from .passes import Kernels, empty_like
 from .tile import float_of, load_blocks, load_gradients, store_blocks
 from .walk import next_tile, place_tile, start_walk, view_of
@@ -149,8 +149,8 @@ def layer_gradients(
             p_ptr, q_ptr = gradients[i], gradients[len(parameters) + i]
             inside, places = entries < parameters[i].n, head * parameters[i].n + entries
             p_gradient, q_gradient = FINISH(totals, parameters[i], head, entries, inside, K)
-            tl.store(p_ptr + places, p_gradient.to(p_ptr.dtype.element_ty), inside)
-            tl.store(q_ptr + places, q_gradient.to(q_ptr.dtype.element_ty), inside)
+            store_gradient(p_ptr + places, p_gradient, inside)
+            store_gradient(q_ptr + places, q_gradient, inside)
 
 
 # --- On the host ----------------------------------------------------------------------------------
@@ -229,6 +229,8 @@ class Layers:
             budget, self.kernels.gaussians(n), n_sums, torch.Size((heads, n)), axis, None, tensors,
             need_params=need_params,
         )  # fmt: skip
+        if call.streamed:
+            raise RuntimeError("x lies in memory otherwise than when its layers were planned: chunks leave the chip")
         found = [self.kernels.collect(call, p, q, *settings) for p, q in zip(ps, qs, strict=True)]
         parameters, (given, *_) = zip(*found, strict=True)
         return call, parameters, given

@@ -136,6 +136,14 @@ def sum_groups(
     return [tl.sum(total, 0) for total in totals]
 
 
+@triton.jit
+def store_gradient(pointers, gradient, inside):
+    """Store a gradient that comes in fp64, by way of fp32 where it becomes bf16: the interpreter knows no other."""
+    DTYPE: tl.constexpr = pointers.dtype.element_ty
+    rounded = gradient if tl.float64 == DTYPE else gradient.to(tl.float32)
+    tl.store(pointers, rounded.to(DTYPE), inside)
+
+
 @triton.jit(repr=lambda call: f"{call.constants['NAME']}_param_gradients")
 def param_gradients(
     partials, n_groups, parameters, d_p, d_q, n_entries, N: tl.constexpr, K: tl.constexpr, FINISH: tl.constexpr,
@@ -151,5 +159,5 @@ def param_gradients(
     start = partials.data + head * head_stride + entries[None, :] * entry_stride
     totals = sum_groups(start, distance, group_stride, n_groups, inside, N, BLOCK, ENTRIES)
     p_gradient, q_gradient = FINISH(totals, parameters, head, entries, inside, K)
-    tl.store(d_p.data + head * d_p.strides[0] + entries, p_gradient.to(d_p.data.dtype.element_ty), inside)
-    tl.store(d_q.data + head * d_q.strides[0] + entries, q_gradient.to(d_q.data.dtype.element_ty), inside)
+    store_gradient(d_p.data + head * d_p.strides[0] + entries, p_gradient, inside)
+    store_gradient(d_q.data + head * d_q.strides[0] + entries, q_gradient, inside)

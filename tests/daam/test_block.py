@@ -7,6 +7,7 @@ import time
 import pytest
 import torch
 from helpers import close, error, recorded_launches, within
+from torch._dynamo import compiled_autograd
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import daam
@@ -248,6 +249,45 @@ def test_functorch(device):
     close(rows.sum(0), torch.autograd.grad(block(leaf[0]).sum(), leaf)[0], "batched gradients")
 
 
+@pytest.mark.kernel
+def test_what_only_a_dispatcher_sees(device):
+    """Check compiled autograd, a profile, a negated view and a zero tensor: kernels are not called past them."""
+    block = build(layers=2, device=device, backend="triton")
+    x = torch.randn(2, 8, dtype=torch.float64, device=device)
+    leaves = [x.clone().requires_grad_(), *block.parameters()]
+    expected = torch.autograd.grad(block(leaves[0]).sin().sum(), leaves)
+    with compiled_autograd._enable(torch.compile(backend="aot_eager")):
+        block(leaves[0]).sin().sum().backward()
+    for leaf, wanted in zip(leaves, expected, strict=True):
+        within(error(leaf.grad, wanted), 1e-11, "compiled autograd")
+    with torch.profiler.profile() as profile:
+        block(leaves[0])
+    assert any("daam::mixture_layers_forward" in event.name for event in profile.events())
+    negated = torch._neg_view(-x)
+    assert torch.equal(block(negated), block(x))
+    grad = torch._neg_view(-torch.ones_like(x))
+    (found,) = torch.autograd.grad(block(leaves[0]), leaves[:1], grad)
+    close(found, torch.autograd.grad(block(leaves[0]).sum(), leaves[0])[0], "negated gradient")
+
+
+@pytest.mark.kernel
+@algorithms
+def test_half_precision_parameters(algorithm, device):
+    """Check gradients of parameters in bf16, which kernels make in fp64."""
+    block = build(algorithm, layers=2, device=device, dtype=torch.bfloat16, backend="triton")
+    x = torch.randn(4, 16, device=device)
+    found = torch.autograd.grad(block(x).sin().sum(), block.parameters())
+    exact = build(algorithm, layers=2, device=device)
+    for p, q in zip(exact.parameters(), block.parameters(), strict=True):
+        p.data = q.data.double()
+    expected = torch.autograd.grad(exact(x.double()).sin().sum(), exact.parameters())
+    for one, wanted in zip(found, expected, strict=True):
+        within(error(one, wanted), 2e-2, "gradient")
+    layer, whole = block.layers[0], exact.layers[0]  # by itself
+    found, expected = (torch.autograd.grad(m(t).sin().sum(), m.c)[0] for m, t in ((layer, x), (whole, x.double())))
+    within(error(found, expected), 2e-2, "gradient of a layer")
+
+
 def op_arguments(algorithm, device, dtype=torch.float32):
     block = build(algorithm, layers=2, device=device, dtype=dtype)
     ps, qs = ([p.detach() for p in group] for group in parameters(block))
@@ -372,7 +412,7 @@ def test_host_time_of_a_block():
     [
         ({"c": []}, ValueError, "mean_offsets has 2 layers and c has 0, expected as many, 1 or more"),
         ({"c": torch.ones(2, 2, 3)}, TypeError, "c is a Tensor, expected a list of tensors, one a layer"),
-        ({"mean_offsets": "ab"}, TypeError, r"mean_offsets\[0\] is a str, expected a Tensor"),
+        ({"mean_offsets": list("ab")}, TypeError, r"mean_offsets\[0\] is a str, expected a Tensor"),
         ({"c": [torch.ones(2, 3), torch.ones(2, 4)]}, ValueError, r"c\[1\] has shape \(2, 4\), expected \(2, 3\)"),
         (
             {"mean_offsets": [torch.ones(2, 3), torch.ones(4, 3)], "c": [torch.ones(2, 3), torch.ones(4, 3)]},
@@ -380,6 +420,9 @@ def test_host_time_of_a_block():
         ),
         ({"mask": torch.ones(2, 8, dtype=torch.bool), "padding_value": 0.0}, ValueError, "are both given"),
         ({"mask": torch.ones(2, 7, dtype=torch.bool)}, ValueError, r"mask has shape \(2, 7\)"),
+        ({"mask": [1]}, TypeError, "mask is a list, expected a Tensor"),
+        ({"mean_offsets": 3}, TypeError, "mean_offsets is a int, expected a list of tensors, one a layer"),
+        ({"recompute": 0}, TypeError, "recompute is 0, expected True, False or None"),
         ({"eps": -1.0}, ValueError, "eps is -1.0"),
         ({"norm_axis": 2}, ValueError, "norm_axis is 2"),
         ({"backend": "gpu"}, ValueError, "backend is 'gpu'"),
@@ -392,6 +435,12 @@ def test_errors(change, error_type, message):
 
 
 def test_errors_of_a_block():
-    with pytest.raises(TypeError, match="recompute is 'yes', expected True, False or None"):
-        daam.DensityBlock([1], [1], [1], 1, recompute="yes")
+    for wrong in ("yes", 0, 1, []):
+        with pytest.raises(TypeError, match=r"recompute is .*, expected True, False or None"):
+            daam.DensityBlock([1], [1], [1], 1, recompute=wrong)
+    with pytest.raises(ValueError, match="norm_axis is 5"):
+        daam.DensityBlock([2, 5], [2, 2], [2, 2], 2)(torch.randn(2, 3, 8))
+    for call in (daam.DensityBlock([1], [1], [1], 1).fusion_for, daam.DensityGate(2).fusion_for):
+        with pytest.raises(TypeError, match="x is a list, expected a Tensor"):
+            call([1])
     assert "recompute=True" in repr(daam.DensityBlock([1], [1], [1], 1, recompute=True))
