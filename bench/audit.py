@@ -13,7 +13,7 @@ B200.
 
 Configurations: bf16 and fp32, aligned, 2^26 elements, 4 Gaussians, 1024 columns; other dtypes and --full on demand.
 With --gpu, instead: what the model makes of both passes of each, of the workloads of the benchmarks, and of chunks as
-long as the authors' models have.
+long as the authors' models have; and of whole modules (`bench/recorded.py`).
 
 The same compiler gives the same figures.
 bench/history/audit keeps those of the code as it is, a file a target, and the tests compare with them exactly.
@@ -22,17 +22,16 @@ bench/history/audit keeps those of the code as it is, a file a target, and the t
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-import torch
 import triton
 
 from bench import model, modelled
 from bench.aot import TARGETS, Compiled, Launch, compile_for
+from bench.configurations import CONFIGURATIONS, DTYPES, ELEMENTS, Configuration, GatedConfiguration
 from bench.gpus import GPUS, Gpu
 from bench.machine_code import find_turn
 from bench.modelled import (
@@ -44,87 +43,16 @@ from bench.modelled import (
     launched,
     model_pass,
     model_workload,
-    record_passes,
+    x_of,
 )
+from bench.modules import ModuleWorkload, modules
+from bench.recorded import bound_formula, model_module
 from bench.workloads import lengths, workloads
-from daam.kernels.algorithms import ALGORITHMS, count_tensors
-from daam.kernels.budgets import LONGEST_CONTIGUOUS, LONGEST_STRIDED
+from daam.kernels.algorithms import count_tensors
 from daam.kernels.whole import take_steps
 
-FEATURES = 1024
-GAUSSIANS = 4
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
 AUDITED = ["bf16", "fp32"]  # unless told
-ELEMENTS = 2**26  # of x
 MODELLED = {GPUS[name].target: GPUS[name] for name in ("a100", "h200", "b200")}
-
-
-@dataclass(frozen=True)
-class Configuration:
-    """Describe a forward and a backward pass of one regime.
-
-    order: "rows" where the axis is the fastest dimension, "columns" where another one is. along: what parameters vary
-    along, "chunk", "inner" or "nothing". full: with mask, weights, their gradient and residual.
-    """
-
-    algorithm: str
-    order: str
-    along: str
-    chunk: int
-    dtype: str = "bf16"
-    full: bool = False
-
-    def __str__(self) -> str:
-        parts = (self.algorithm, self.order, self.along, self.chunk, self.dtype, *(["full"] if self.full else []))
-        return "-".join(map(str, parts))
-
-    def passes(self) -> dict[str, list[Launch]]:
-        """Return the launches of a forward and a backward pass, with gradients of everything."""
-        shape, axis = (ELEMENTS // self.chunk, self.chunk), 1
-        if self.order == "columns":
-            shape = (ELEMENTS // (self.chunk * FEATURES), self.chunk, FEATURES)
-        elif self.along == "inner":
-            shape, axis = (ELEMENTS // (self.chunk * FEATURES), FEATURES, self.chunk), 2
-        feature_axis = {"chunk": axis, "inner": 3 - axis, "nothing": None}[self.along]
-        x = torch.empty(shape, dtype=DTYPES[self.dtype], device="meta")
-        columns = {"chunk": self.chunk, "inner": FEATURES, "nothing": 1 if self.algorithm == "density" else GAUSSIANS}
-        p = torch.empty(1, columns[self.along], device="meta")
-        mask = torch.empty(shape, dtype=torch.bool, device="meta")[..., :1] if self.full else None
-        return record_passes(self.algorithm, x, p, mask, axis, feature_axis, self.full)
-
-    def launches(self) -> list[Launch]:
-        """Return the launches of both passes."""
-        return list(itertools.chain(*self.passes().values()))
-
-
-# chunk lengths: of models, powers of two and others, the longest on chip, and streamed ones
-ROWS = [4, 16, 64, 200, 512, 768, 1024, LONGEST_CONTIGUOUS, 8 * LONGEST_CONTIGUOUS]
-UNEVEN = [750, 937, 3750, 7500, 15_000]  # rows of the authors' models
-COLUMNS = [1, 3, 6, 12, 24, 37, 64, 128, LONGEST_STRIDED, 32 * LONGEST_STRIDED]
-OTHERS = [name for name in ALGORITHMS if name != "density"]
-CONFIGURATIONS = [
-    one if isinstance(one, Configuration) else Configuration(*one)
-    for one in (
-        *itertools.product(["density"], ["rows"], ["chunk", "nothing"], ROWS),
-        *itertools.product(["density"], ["columns"], ["inner", "nothing"], COLUMNS),
-        *itertools.product(["density"], ["rows"], ["inner"], [ROWS[1], ROWS[6], ROWS[-1]]),
-        *itertools.product(["density"], ["columns"], ["chunk"], [COLUMNS[1], COLUMNS[6], COLUMNS[-1]]),
-        *itertools.product(OTHERS, ["rows"], ["nothing"], ROWS),
-        *itertools.product(ALGORITHMS, ["rows"], ["nothing"], UNEVEN),
-        Configuration("density", "rows", "chunk", UNEVEN[3]),
-        *itertools.product(OTHERS, ["columns"], ["nothing"], COLUMNS),
-    )
-]
-ONE_A_REGIME = [
-    Configuration("density", "rows", "chunk", 1024),
-    Configuration("density", "rows", "chunk", ROWS[-1]),
-    *(Configuration("density", "columns", "inner", chunk) for chunk in (3, 256, COLUMNS[-1])),
-    *(Configuration(name, "rows", "nothing", 1024) for name in OTHERS),
-    *(Configuration(name, "columns", "nothing", chunk) for name in OTHERS for chunk in (3, 64)),
-    # the stabilised mixture's passes over strips take as long to compile as all others', whose frame they share
-    Configuration("mixture", "rows", "nothing", ROWS[-1]),  # forward in one launch, backward a launch a step
-    *(Configuration(name, "columns", "nothing", COLUMNS[-1]) for name in ("mixture", "gate")),
-]
 
 
 @dataclass(frozen=True)
@@ -156,7 +84,7 @@ def figures(target: str, recorded: Launch, compiled: Compiled) -> Figures:
     code = compiled.instructions
     turn, threads = find_turn(code), TARGETS[target].warp_size * recorded.meta["num_warps"]
     elements = count_elements(recorded, code) / threads
-    itemsize = recorded.args[0].x.data.itemsize
+    itemsize = x_of(recorded).itemsize
     loads, stores = ([one.bits for one in turn if one.bits and one.loads == wanted] for wanted in (True, False))
     moved = [sum(bits) / 8 / itemsize / elements for bits in (loads, stores)]
     return Figures(
@@ -192,7 +120,7 @@ def _count_waiting(recorded: Launch, compiled: Compiled, gpu: Gpu | None) -> dic
     }
 
 
-def audit(target: str, configurations: list[Configuration]) -> Iterator[tuple[str, Figures]]:
+def audit(target: str, configurations: list[Configuration | GatedConfiguration]) -> Iterator[tuple[str, Figures]]:
     """Yield (the configuration's and the kernel's name, the figures) of every kernel of some configurations."""
     for configuration in configurations:
         for recorded in configuration.launches():
@@ -227,13 +155,13 @@ def _add_steps(target: str, recorded: Launch, compiled: Compiled, steps: list[Fi
         launches = [step for step in find_steps(recorded) if count_tensors(step.name)]
         moved = [count_moved(step) for step in launches]
         tensors = max(read for read, _ in moved) + sum(written for _, written in moved)
-        copied = tensors * launches[0].args[0].x.data.nbytes / gpu.copy / 1e9
+        copied = tensors * x_of(launches[0]).nbytes / gpu.copy / 1e9
         warps = model.resident_warps(compiled.registers, compiled.shared, recorded.meta["num_warps"])
         waits |= {"warps": warps, "share": round(copied / estimate.seconds, 3)}
     return Figures(compiled.registers, compiled.stack, compiled.shared, **widest, **done, **waits)
 
 
-def print_model(gpu: Gpu, configurations: list[Configuration]) -> None:
+def print_model(gpu: Gpu, configurations: list[Configuration | GatedConfiguration]) -> None:
     """Print what the model makes of the passes of configurations, and of the workloads, on a GPU."""
     print(f"{gpu.name}: microseconds, share of a copy, what takes longest; forward, then backward")
     for one in configurations:
@@ -242,6 +170,21 @@ def print_model(gpu: Gpu, configurations: list[Configuration]) -> None:
         print(f"{one!s:64}", *(_text(model_pass(made, least[name], gpu)) for name, made in one.passes().items()))
     for workload in (*workloads("cuda"), *lengths()):
         print(f"{workload!s:64}", *map(_text, model_workload(workload, gpu).values()), flush=True)
+    for workload in modules("cuda"):
+        if not workload.in_model:
+            _print_module(workload, gpu)
+
+
+def _print_module(workload: ModuleWorkload, gpu: Gpu) -> None:
+    """Print what the model makes of a module as it goes by itself, of a block layer by layer too, and the least that
+    any fusion of its formula takes: a bound, and nothing that was measured.
+    """
+    ways = {"": model_module(workload, gpu)}
+    if workload.layers > 1:
+        ways["layer by layer"] = model_module(workload, gpu, recompute=False)
+    ways["formula, at least"] = bound_formula(workload, gpu)
+    for way, passes in ways.items():
+        print(f"{f'{workload} {way}':88}", *map(_text, passes.values()), flush=True)
 
 
 def _text(one: Modelled) -> str:

@@ -11,7 +11,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from bench.workloads import Workload
-from daam.kernels import budgets, tiles
+from daam.kernels import budgets, fusion, tiles
+from daam.kernels.budgets import MOST_LAYERS
 from daam.kernels.operands import find_layout, varies
 
 
@@ -23,25 +24,42 @@ def least_bytes(workload: Workload, which: str) -> int:
 def kernel_bytes(workload: Workload, which: str) -> int:
     """Return the bytes that our kernels move in a pass, one of results.PASSES: chunks too long for the chip are read
     again, from memory unless L2 still holds them (`tiles.takes_whole`). Statistics and partial sums of the parameters'
-    gradients are left out: a few percent of a large x, as much as x for a small one.
+    gradients are left out: a few percent of a large x, as much as x for a small one; so are a gate's numbers of a
+    position. Of a model our layer alone would count: there is no such figure.
     """
-    moved = {"forward": _forward, "backward": _backward}
-    return sum(moved[part](workload) for part in which.split("+"))
+    count = _count_in_module if workload.whole else _count_in_pass
+    return sum(_bytes(workload, count(workload, part), part) for part in which.split("+"))
 
 
-def _forward(workload: Workload) -> int:
-    """Return the bytes of a forward pass."""
+def _count_in_module(workload: Workload, part: str) -> int:
+    """Return how many tensors of x's size a module moves in a pass: a gate is fused, a block says itself whether."""
+    if workload.algorithm == "gate":
+        return workload.moved[part]
+    way, _reason = workload.build("triton").to("meta").fusion_for(workload.x)
+    if way != "fused":
+        return workload.layers * _count_in_pass(workload, part)
+    together = min(MOST_LAYERS, fusion.count_together(workload.x, workload.axis, workload.heads))
+    return -(-workload.layers // together) * workload.moved[part]
+
+
+def _count_in_pass(workload: Workload, part: str) -> int:
+    """Return how many tensors of x's size an algorithm moves in a pass."""
+    return {"forward": _count_forward, "backward": _count_backward}[part](workload)
+
+
+def _count_forward(workload: Workload) -> int:
+    """Return the tensors of a forward pass."""
     more, _ = workload.record.reads_again if _reads_again(workload.record.forward, workload, 2) else (0, 0)
-    return _bytes(workload, 2 + more, "forward")
+    return 2 + more
 
 
-def _backward(workload: Workload) -> int:
-    """Return the bytes of a backward pass, which finds statistics anew where the forward pass has kept none."""
+def _count_backward(workload: Workload) -> int:
+    """Return the tensors of a backward pass, which finds statistics anew where the forward pass has kept none."""
     record, more = workload.record, 0
     if _reads_again(record.backward, workload, 3):
         kept = _streams(record.forward, workload) and tiles.worth_keeping(workload.x, workload.axis, workload.heads)
         more = record.reads_again[1] + (0 if kept else record.reads_again[0])
-    return _bytes(workload, 3 + more, "backward")
+    return 3 + more
 
 
 def _streams(budget: Callable[[int], budgets.Budget], workload: Workload) -> bool:

@@ -223,7 +223,7 @@ def figures(workload: Workload, pass_name: str, name: str, names: tuple[str, ...
         memory = {"saved_bytes": saved_bytes(candidate.forward, candidate.leaves[candidate.inputs :])}
     else:
         memory = {"peak_bytes": peak_bytes(step(candidate, pass_name))}
-    if candidate.backend == "triton" and not workload.whole:
+    if candidate.backend == "triton" and not workload.in_model:
         memory["kernel_bytes"] = kernel_bytes(workload, pass_name)
     return {
         **described(workload, pass_name, name, candidate.backend),

@@ -13,6 +13,7 @@ from torch.nn.functional import softplus
 
 import daam
 from daam.kernels.algorithms import SIGMA_FLOOR, VARIANCE_FLOOR, WIDTH_FLOOR
+from daam.reference.stable import FARTHEST, WIDTHS
 
 
 class PlainDAAM(daam.MultiHeadDAAM):
@@ -41,6 +42,22 @@ class PlainMixture(daam.MultiHeadDensityAdaptiveAttention):
             product = product * (torch.exp(-(z**2) / (2 * c**2)) / torch.sqrt(2 * math.pi * c**2))
         weights = product / product.sum(dim, keepdim=True).clamp(min=self.eps)
         y = (chunks * weights).flatten(1, dim)
+        return y + x if residual else y
+
+
+class PlainStable(daam.StableMultiHeadDensityAttention):
+    """Weigh x by a stabilised mixture as its authors write it; norm_axis is 1, and heads divide it."""
+
+    def forward(self, x: Tensor, _details: bool = False, *, mask: None = None, residual: bool = False) -> Tensor:
+        """Return y, like x."""
+        chunks, dim, total = x.unflatten(1, (self.num_heads, -1)), 2, 0.0
+        mean, variance = chunks.mean(dim, keepdim=True), chunks.var(dim, keepdim=True)
+        for mean_offset, c in zip(self.mean_offsets.unbind(1), self.c.unbind(1), strict=True):
+            mean_offset, c = (p.view(-1, *[1] * (x.dim() - 1)) for p in (mean_offset, c))
+            u = ((chunks - mean - mean_offset) / torch.sqrt(variance + self.eps)).clamp(-FARTHEST, FARTHEST)
+            square = c.clamp(*WIDTHS) ** 2 + self.eps
+            total = total - u**2 / (2 * square) - torch.log(2 * math.pi * square) / 2
+        y = (chunks * torch.softmax(total, dim)).flatten(1, dim)
         return y + x if residual else y
 
 

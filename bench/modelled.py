@@ -7,6 +7,7 @@ import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -16,7 +17,8 @@ from bench.gpus import Gpu
 from bench.machine_code import Instruction, find_turn, main_loop
 from bench.workloads import Workload
 from daam.kernels.algorithms import ALGORITHMS, count_tensors
-from daam.kernels.operands import Extent, Outputs
+from daam.kernels.gated_tiles import CHANNEL, TIME, Sizes
+from daam.kernels.operands import Extent, Inputs, Outputs
 from daam.kernels.whole import take_steps
 
 
@@ -44,7 +46,42 @@ def record_passes(
     with recording() as forward:
         stats = kernels.forward(*args, *how, full, True)[2]
     with recording() as backward:
-        kernels.backward(x, x if full else None, *args, stats, *how, True, True)
+        kernels.backward(torch.empty_like(x), x if full else None, *args, stats, *how, True, True)
+    return {"forward": forward, "backward": backward}
+
+
+def record_layers(
+    algorithm: str, layers: int, x: torch.Tensor, p: torch.Tensor, mask: torch.Tensor | None, axis: int, full: bool
+) -> dict[str, list[Launch]]:
+    """Return the launches of passes as `record_passes` does, of layers with residual that share one. full: with
+    weights.
+    """
+    kernels = importlib.import_module(f"daam.kernels.{algorithm}_layers")
+    settings = ALGORITHMS[algorithm].settings_of(None, None, None)
+    args, how = (x, [p] * layers, [p] * layers, mask), (axis, *settings, True)
+    with recording() as forward:
+        kernels.forward(*args, *how, full)
+    with recording() as backward:
+        kernels.backward(torch.empty_like(x), *args, *how, True, True)
+    return {"forward": forward, "backward": backward}
+
+
+def record_gated(x: torch.Tensor, gaussians: int, full: bool) -> dict[str, list[Launch]]:
+    """Return the launches of passes of the gate with its projection and product, x (batch, channels, times) of any
+    order on the meta device. full: with a mask, and a gradient of the gate.
+    """
+    kernels = importlib.import_module("daam.kernels.gated")
+    batch, channels, times = x.shape
+    order = sorted(range(3), key=x.stride, reverse=True)
+    ordered, axes = x.permute(order), (order.index(1), order.index(2))
+    params = [x.new_empty(shape) for shape in ((1, channels, 1), (1,), (), (gaussians,), (gaussians,))]
+    mask = x.new_empty((batch, times), dtype=torch.bool) if full else None
+    with recording() as forward:
+        _y, gate, p, gates, stats = kernels.forward(ordered, *params, mask, *axes, x.dtype, True)
+    gates = gate.squeeze(1) if gates is None else gates
+    with recording() as backward:
+        grads = torch.empty_like(ordered), gate if full else None
+        kernels.backward(*grads, ordered, *params, mask, p, gates, stats, *axes, *[True] * 5)
     return {"forward": forward, "backward": backward}
 
 
@@ -55,12 +92,12 @@ def launches(*args, **options) -> list[Launch]:
 
 def count_unrolled(code: list[Instruction], loaded: float, num_warps: int) -> int:
     """Return how often LLVM unrolled the main loop, a turn of which loads so many bytes as it was written."""
-    return max(1, int(_count_loaded(code, num_warps) / loaded))
+    return max(1, int(_count_bytes(code, num_warps) / loaded))
 
 
-def _count_loaded(code: list[Instruction], num_warps: int) -> float:
-    """Return the bytes that a program loads in a turn of the main loop."""
-    return sum(step.bits for step in find_turn(code) if step.loads) / 8 * 32 * num_warps
+def _count_bytes(code: list[Instruction], num_warps: int, loads: bool = True) -> float:
+    """Return the bytes that a program loads in a turn of the main loop, or else stores."""
+    return sum(step.bits for step in find_turn(code) if step.bits and step.loads == loads) / 8 * 32 * num_warps
 
 
 def find_steps(recorded: Launch) -> list[Launch]:
@@ -78,6 +115,29 @@ def find_steps(recorded: Launch) -> list[Launch]:
     return found
 
 
+def x_of(recorded: Launch) -> torch.Tensor:
+    """Return the tensor x of a launch that moves such."""
+    first = recorded.args[0]
+    return (first.x if isinstance(first, Inputs) else first).data
+
+
+def moves_channels(recorded: Launch) -> bool:
+    """Tell whether a launch is one of the fused gate's own, which know x as (batch, channels, times)."""
+    return isinstance(recorded.args[-1], Sizes)
+
+
+def count_shares(recorded: Launch) -> tuple[tuple[float, int], tuple[float, int]]:
+    """Return (elements of a tile that are inside, on average; how many tiles there are) along the channels and the
+    times of such a launch.
+    """
+    plan, found = recorded.meta["PLAN"], []
+    for axis, block in ((CHANNEL, plan.BLOCK_C * plan.N_C), (TIME, plan.BLOCK_T * plan.N_T)):
+        size = x_of(recorded).shape[axis]
+        n = -(-size // block)
+        found.append((size / n, n))
+    return tuple(found)
+
+
 def extent_of(recorded: Launch) -> Extent:
     """Return the extent of a launch whose kernel takes one, decoded, chunks as long as they are on average."""
     extent = recorded.args[-1].decode(recorded.meta["PLAN"].UNIT, recorded.meta["PLAN"].FASTEST)
@@ -87,8 +147,16 @@ def extent_of(recorded: Launch) -> Extent:
 
 def count_tiles(recorded: Launch, code: list[Instruction]) -> int:
     """Return how many tiles of x a turn of the main loop handles: as often as LLVM unrolled a loop over strips."""
-    plan, extent = recorded.meta["PLAN"], extent_of(recorded)
-    rows, itemsize = plan.BLOCK_P * plan.N_BLOCKS, recorded.args[0].x.data.itemsize
+    plan, itemsize = recorded.meta["PLAN"], x_of(recorded).itemsize
+    if moves_channels(recorded):
+        tile = plan.BLOCK_C * plan.N_C * plan.BLOCK_T * plan.N_T * itemsize
+        if main_loop(code) is None:
+            return 1
+        reads, writes = count_tensors(recorded.name)
+        if writes:  # beside x it reads rows, as often as threads share them
+            return max(1, int(_count_bytes(code, recorded.meta["num_warps"], loads=False) / tile / writes))
+        return count_unrolled(code, tile * reads, recorded.meta["num_warps"])
+    rows, extent = plan.BLOCK_P * plan.N_BLOCKS, extent_of(recorded)
     if extent.chunk <= rows:
         return 1
     loaded = rows * plan.BLOCK_C * itemsize * count_moved(recorded)[0]
@@ -99,6 +167,9 @@ def count_elements(recorded: Launch, code: list[Instruction]) -> float:
     """Return how many elements of x a turn of the main loop handles, of one program: those of its tiles that are inside
     the chunk.
     """
+    if moves_channels(recorded):
+        (channels, _), (times, _) = count_shares(recorded)
+        return channels * times * count_tiles(recorded, code)
     plan, extent = recorded.meta["PLAN"], extent_of(recorded)
     return min(extent.chunk, plan.BLOCK_P * plan.N_BLOCKS) * plan.BLOCK_C * count_tiles(recorded, code)
 
@@ -106,6 +177,8 @@ def count_elements(recorded: Launch, code: list[Instruction]) -> float:
 def count_moved(recorded: Launch) -> tuple[int, int]:
     """Return how many tensors of x's size a launch (reads, writes): `count_tensors`, with those of the weights."""
     (reads, writes), (inputs, *others) = count_tensors(recorded.name), recorded.args
+    if moves_channels(recorded):
+        return reads, writes
     reads += reads > 1 and inputs.grad_weights is not None
     outputs = next((one for one in others if isinstance(one, Outputs)), None)
     if outputs is not None and outputs.weights is not None:
@@ -116,6 +189,9 @@ def count_moved(recorded: Launch) -> tuple[int, int]:
 def count_turns(recorded: Launch, code: list[Instruction]) -> float:
     """Return how many turns of the main loop a program takes, on average."""
     programs, plan = math.prod(recorded.grid), recorded.meta.get("PLAN")
+    if moves_channels(recorded):
+        (_, n_channels), (_, n_times) = count_shares(recorded)
+        return x_of(recorded).shape[0] * n_channels * n_times / programs / count_tiles(recorded, code)
     if plan is not None:
         extent = extent_of(recorded)
         if not count_tensors(recorded.name):
@@ -127,7 +203,7 @@ def count_turns(recorded: Launch, code: list[Instruction]) -> float:
     partials = recorded.args[0].data  # of N sums in one loop, which may be unrolled
     block, n_sums = recorded.meta["BLOCK"], recorded.meta["N"]
     read = n_sums * -(-partials.shape[2] // block) * block * recorded.meta.get("ENTRIES", 1) * partials.itemsize
-    return max(1.0, read / _count_loaded(code, recorded.meta["num_warps"]))
+    return max(1.0, read / _count_bytes(code, recorded.meta["num_warps"]))
 
 
 def launched(recorded: Launch, compiled: Compiled, earlier: float = 0.0, again: bool = False) -> model.Launched:
@@ -136,9 +212,9 @@ def launched(recorded: Launch, compiled: Compiled, earlier: float = 0.0, again: 
     """
     code, run = compiled.instructions, None
     if count_tensors(recorded.name):
-        read, written = (float(n * recorded.args[0].x.data.nbytes) for n in count_moved(recorded))
+        read, written = (float(n * x_of(recorded).nbytes) for n in count_moved(recorded))
         cached = min(read, earlier)
-        run = None if _rows(extent_of(recorded)) else find_run(recorded, code)
+        run = find_run(recorded, code) if moves_channels(recorded) or not _rows(extent_of(recorded)) else None
     else:  # sums that the launch before has written
         read = cached = float(recorded.args[0].data.nbytes)
         written = 0.0
@@ -164,8 +240,12 @@ def _rows(extent: Extent) -> bool:
 
 def find_run(recorded: Launch, code: list[Instruction]) -> int:
     """Return the bytes side by side in memory that one access of a warp touches: lanes go along what is contiguous."""
-    plan, extent = recorded.meta["PLAN"], extent_of(recorded)
-    x, lanes = recorded.args[0].x.data, 32 * max((step.bits for step in find_turn(code) if step.loads), default=0) // 8
+    plan, x = recorded.meta["PLAN"], x_of(recorded)
+    lanes = 32 * max((step.bits for step in find_turn(code) if step.loads), default=0) // 8
+    if moves_channels(recorded):
+        block = {CHANNEL: plan.BLOCK_C, TIME: plan.BLOCK_T}.get(plan.FASTEST, 1)
+        return min(lanes, min(block, x.shape[plan.FASTEST]) * x.itemsize)
+    extent = extent_of(recorded)
     if not _rows(extent):
         return min(lanes, min(plan.BLOCK_C, extent.inner) * x.itemsize)
     whole = plan.N_BLOCKS == 1 and extent.chunk == plan.BLOCK_P  # rows follow each other
@@ -174,18 +254,33 @@ def find_run(recorded: Launch, code: list[Instruction]) -> int:
 
 def estimate(recorded: list[Launch], gpu: Gpu) -> Iterator[tuple[str, model.Estimate]]:
     """Yield (the kernel's name, its Estimate) of the launches of a pass, in order."""
-    earlier = 0.0  # bytes of x that were read
+    touched: set[int] = set()  # storages that were read or written, which L2 may still hold
     for one in recorded:
         again, steps = one.kernel is take_steps, []
         for step in find_steps(one):
-            steps.append(launched(step, compile_for(gpu.target, step), earlier, again))
-            if count_tensors(step.name):
-                earlier = max(earlier, steps[-1].read)
+            tensors = list(find_tensors(step.args))
+            earlier = sum(t.nbytes for t in tensors if t.untyped_storage()._cdata in touched and _fills(t, step))
+            steps.append(launched(step, compile_for(gpu.target, step), float(earlier), again))
+            touched |= {t.untyped_storage()._cdata for t in tensors}
         if again:
             whole = take(one, compile_for(gpu.target, one), [], 0, 0.0, sum(step.written for step in steps))
             yield one.name, model.estimate_steps(whole, steps, gpu)
         else:
             yield one.name, model.estimate(steps[0], gpu)
+
+
+def find_tensors(args: Any) -> Iterator[torch.Tensor]:
+    """Yield the tensors among arguments of a launch, at any depth of tuples."""
+    if isinstance(args, torch.Tensor):
+        yield args
+    elif isinstance(args, tuple):
+        for one in args:
+            yield from find_tensors(one)
+
+
+def _fills(t: torch.Tensor, recorded: Launch) -> bool:
+    """Tell whether a tensor has as many elements as x of a launch."""
+    return count_tensors(recorded.name) is not None and t.numel() == x_of(recorded).numel()
 
 
 def model_pass(recorded: list[Launch], least_bytes: float, gpu: Gpu) -> Modelled:

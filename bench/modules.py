@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 import daam
-from bench.formulas import PlainDAAM, PlainGate, PlainMixture
-from bench.workloads import Workload, typed
+from bench.formulas import PlainDAAM, PlainGate, PlainMixture, PlainStable
+from bench.workloads import STABLE, Workload, typed
 
 FORMULA = "formula"  # in place of a backend: plain torch operations
 HEAD = 64  # features of a head of the transformer's attention, at most
@@ -60,9 +60,12 @@ class ModuleWorkload(Workload):
             module = one(self.shape[-1], self.heads, norm_axis=self.axis, residual=True, **how)
         else:
             sizes = self.axis, self.heads, self.gaussians
-            module = daam.DensityBlock(*([n] * self.layers for n in sizes), self.layers, **how)
+            stable = self.algorithm == STABLE
+            block = daam.StableDensityBlock if stable else daam.DensityBlock
+            module = block(*([n] * self.layers for n in sizes), self.layers, **how)
             if plain:
-                module.layers = nn.ModuleList(PlainMixture(*sizes) for _ in range(self.layers))
+                one = PlainStable if stable else PlainMixture
+                module.layers = nn.ModuleList(one(*sizes) for _ in range(self.layers))
         return TransformerBlock(self.shape[-1], module).to(self.x.dtype) if self.in_model else module
 
     def inputs(self, device: str) -> tuple[Tensor, tuple[Tensor, ...], Tensor]:
@@ -130,18 +133,26 @@ class TransformerBlock(nn.Module):
         return x + self.transform(x)
 
 
+# gate-module: of the authors' tokenizer, at its strides, in fp32 as they train it, and in a fork's bf16. block: of the
+# published package, three layers as its README shows, and of an implicit model; stable: its authors' later dialect.
 _GPU = [
-    ModuleWorkload("gate-module", "gate", (32, 512, 1125), 2, 1, 4, "float32"),
-    ModuleWorkload("gate-module", "gate", (8, 128, 45_000), 2, 1, 4, "float32"),
+    *(
+        ModuleWorkload("gate-module", "gate", shape, 2, 1, 4, "float32")
+        for shape in ((32, 512, 1125), (8, 128, 45_000), (8, 256, 5625), (32, 512, 225))
+    ),
+    ModuleWorkload("gate-module", "gate", (32, 256, 5625), 2, 1, 4),
     ModuleWorkload("block", "mixture", (10, 128), 1, 4, 5, layers=3),
     ModuleWorkload("block", "mixture", (4096, 1024), 1, 4, 5, layers=3),
     ModuleWorkload("block", "mixture", (16_384, 256), 1, 1, 16, layers=4),
+    *(ModuleWorkload("block", "mixture", (rows, 1024), 1, 4, 5, "float32", layers=3) for rows in (64, 4096)),
+    ModuleWorkload("block", STABLE, (64, 1024), 1, 4, 4, "float32", layers=3),
     ModuleWorkload("model", "density", (8, 1024, 768), 1, 8),
     ModuleWorkload("model", "mixture", (8, 1024, 768), 1, 8, 4),
 ]
 _CPU = [
     ModuleWorkload("gate-module", "gate", (2, 128, 1125), 2, 1, 4, "float32"),
     ModuleWorkload("block", "mixture", (10, 128), 1, 4, 5, layers=3),
+    ModuleWorkload("block", STABLE, (10, 128), 1, 4, 4, layers=3),
     ModuleWorkload("model", "density", (4, 128, 128), 1, 8),
     ModuleWorkload("model", "mixture", (4, 128, 128), 1, 8, 4),
 ]

@@ -15,7 +15,7 @@ import torch
 import triton
 
 from bench.aot import Launch, Offline, find_keywords
-from bench.audit import DTYPES
+from bench.configurations import DTYPES
 from bench.modelled import record_passes
 from daam.kernels.algorithms import ALGORITHMS
 

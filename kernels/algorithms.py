@@ -139,7 +139,7 @@ ALGORITHMS = {one.name: one for one in (DENSITY, MIXTURE, GATE, STABLE)}
 TENSORS = {
     "forward": (1, 1), "forward_streamed": (1, 1), "forward_layers": (1, 1),
     "backward": (2, 1), "backward_streamed": (2, 1), "backward_layers": (2, 1),
-    "stats": (1, 0), "scales": (1, 0), "sums": (2, 0),
+    "stats": (1, 0), "scales": (1, 0), "sums": (2, 0), "project": (1, 0),
 }  # fmt: skip
 
 

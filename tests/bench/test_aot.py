@@ -15,7 +15,16 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 from helpers import ALGORITHMS
 
 from bench.aot import TARGETS, compile_for
-from bench.audit import CONFIGURATIONS, DTYPES, GAUSSIANS, ONE_A_REGIME, OTHERS, Configuration
+from bench.configurations import (
+    CONFIGURATIONS,
+    DTYPES,
+    GAUSSIANS,
+    LAYERED,
+    ONE_A_REGIME,
+    OTHERS,
+    Configuration,
+    GatedConfiguration,
+)
 from bench.modelled import find_steps, launches
 from daam.kernels.algorithms import count_tensors
 from daam.kernels.budgets import LONGEST_CONTIGUOUS
@@ -33,6 +42,9 @@ def often(names):
 
 
 def check(target, configuration):
+    if isinstance(configuration, GatedConfiguration):
+        check_gated(target, configuration)
+        return
     recorded = configuration.launches()
     assert sum("forward" in step.name for launch in recorded for step in find_steps(launch)) == 1
     for launch in recorded:
@@ -58,7 +70,19 @@ def check(target, configuration):
                 assert compiled.load_bits >= widest or narrow, f"{configuration}/{launch.name}"
 
 
+def check_gated(target, configuration):
+    """Check that the fused gate's kernels spill nothing, and load 128 bits where times that divide by 8 are fastest."""
+    recorded = configuration.launches()
+    assert [one.name for one in recorded] == [f"gated_{name}" for name in ("project", "forward", "sums", "backward")]
+    for launch in recorded:
+        compiled = compile_for(target, launch)
+        assert compiled.stack == 0 and compiled.registers * 32 * launch.meta["num_warps"] <= 65536, launch.name
+        unit = launch.meta["PLAN"].UNIT
+        assert compiled.load_bits >= min(128, 8 * DTYPES[configuration.dtype].itemsize * unit), launch.name
+
+
 def test_every_algorithm_is_audited():
+    assert LAYERED == ["mixture", "stable"]
     assert {configuration.algorithm for configuration in CONFIGURATIONS} == set(ALGORITHMS)
     assert set(OTHERS) == {name for name, spec in ALGORITHMS.items() if not spec.features}
 
@@ -68,7 +92,7 @@ def test_sm_90(configuration):
     check("sm_90", configuration)
 
 
-ON_CHIP = [one for one in ONE_A_REGIME if one.chunk <= 1024]
+ON_CHIP = [one for one in ONE_A_REGIME if isinstance(one, Configuration) and one.chunk <= 1024 and one.layers == 1]
 
 
 def is_slow(configuration):

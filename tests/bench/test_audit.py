@@ -16,6 +16,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 from bench import audit, compare
 from bench.aot import compile_for
+from bench.configurations import CONFIGURATIONS, ONE_A_REGIME, Configuration, GatedConfiguration
 from bench.machine_code import instructions, main_loop
 from bench.results import read
 
@@ -73,7 +74,7 @@ def test_code_without_a_loop():
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])
 def test_figures(target):
     """Check that x is loaded once and y stored once; backward x, grad_y and dx once each; an exponential an element."""
-    configuration = audit.Configuration("density", "rows", "nothing", 1024)
+    configuration = Configuration("density", "rows", "nothing", 1024)
     found = dict(audit.audit(target, [configuration]))
     forward, backward = found[f"{configuration}/density_forward"], found[f"{configuration}/density_backward"]
     assert (forward.loads, forward.stores) == (backward.loads / 2, backward.stores) == (1.0, 1.0)
@@ -81,6 +82,31 @@ def test_figures(target):
     bits = 128 if target == "sm_90" else 64  # 64 lanes share a block there
     assert (forward.load_bits, forward.store_bits, forward.stack) == (bits, bits, 0)
     assert (forward.share is None) == (target == "gfx942")
+
+
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+@pytest.mark.parametrize("dtype", audit.AUDITED)
+def test_figures_of_the_fused_gate(target, dtype):
+    """Check that every kernel moves what it must of x, and beside it rows and columns; and one exponential nowhere."""
+    configuration = GatedConfiguration("channels", 128, 1125, dtype)
+    found = dict(audit.audit(target, [configuration]))
+    moved = {"project": (1, 0), "forward": (1, 1), "sums": (2, 0), "backward": (2, 1)}
+    assert list(found) == [f"{configuration}/gated_{name}" for name in moved]
+    for figures, (loads, stores) in zip(found.values(), moved.values(), strict=True):
+        assert loads <= figures.loads < 1.4 * loads and stores <= figures.stores < 1.1 * stores + 0.01
+        assert figures.stack == figures.special == 0 and figures.load_bits == 128
+
+
+def test_figures_of_layers():
+    """Check that layers together load x once, and that each adds instructions of its own."""
+    found = [
+        dict(audit.audit("sm_90", [Configuration("mixture", "rows", "nothing", 256, "fp32", layers=layers)]))
+        for layers in (1, 2)
+    ]
+    for (_, single), (name, double) in zip(*(one.items() for one in found), strict=True):
+        assert name.startswith("mixture-layers2-rows-nothing-256-fp32/") and name.endswith("_layers")
+        assert (single.loads, single.stores) == (double.loads, double.stores)
+        assert 1.5 * single.instructions < double.instructions < 3 * single.instructions
 
 
 @pytest.fixture(scope="module")
@@ -91,14 +117,12 @@ def committed():
     return run
 
 
-EVERY = {replace(one, dtype=dtype) for one in audit.CONFIGURATIONS for dtype in audit.AUDITED}
-SELDOM = sorted(EVERY.difference(audit.ONE_A_REGIME), key=str)
+EVERY = {replace(one, dtype=dtype) for one in CONFIGURATIONS for dtype in audit.AUDITED}
+SELDOM = sorted(EVERY.difference(ONE_A_REGIME), key=str)
 
 
 @pytest.mark.parametrize(
-    "configuration",
-    [*audit.ONE_A_REGIME, *(pytest.param(seldom, marks=pytest.mark.audit) for seldom in SELDOM)],
-    ids=str,
+    "configuration", [*ONE_A_REGIME, *(pytest.param(seldom, marks=pytest.mark.audit) for seldom in SELDOM)], ids=str
 )
 def test_sm_90_is_as_committed(configuration, committed):
     """Check that nothing became worse; and that what became better is committed, lest it become worse unseen."""
@@ -136,17 +160,17 @@ def test_all_of_x_is_loaded_in_what_is_committed(target):
 
 
 def test_the_same_twice():
-    configuration = audit.Configuration("gate", "columns", "nothing", 6)
+    configuration = Configuration("gate", "columns", "nothing", 6)
     assert dict(audit.audit("sm_90", [configuration])) == dict(audit.audit("sm_90", [configuration]))
 
 
 def test_a_worse_kernel_has_worse_figures():
     """Check that a row over too many warps issues more, and that a tile too large spills and holds fewer warps."""
-    recorded = audit.Configuration("density", "rows", "nothing", 1024).launches()[0]
+    recorded = Configuration("density", "rows", "nothing", 1024).launches()[0]
     good = audit.figures("sm_90", recorded, compile_for("sm_90", recorded))
     recorded.meta.update(num_warps=8)
     assert audit.figures("sm_90", recorded, compile_for("sm_90", recorded)).instructions > 1.5 * good.instructions
-    recorded = audit.Configuration("density", "columns", "inner", 256, "fp32", True).launches()[0]
+    recorded = Configuration("density", "columns", "inner", 256, "fp32", True).launches()[0]
     recorded.meta.update(PLAN=recorded.meta["PLAN"]._replace(BLOCK_C=256), num_warps=4)
     bad = audit.figures("sm_90", recorded, compile_for("sm_90", recorded))
     assert bad.stack > 0 and bad.warps == 8
@@ -157,7 +181,7 @@ def test_command(tmp_path, capsys):
     arguments = ["audit", "--targets", "sm_90", "--dtypes", "bf16", "--output", str(output)]
     with (
         mock.patch.object(sys, "argv", arguments),
-        mock.patch.object(audit, "CONFIGURATIONS", [audit.Configuration("mixture", "rows", "nothing", 64)]),
+        mock.patch.object(audit, "CONFIGURATIONS", [Configuration("mixture", "rows", "nothing", 64)]),
     ):
         audit.main()
     found = json.loads(output.read_text())["targets"]["sm_90"]

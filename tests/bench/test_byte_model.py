@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from bench.byte_model import kernel_bytes, least_bytes
+from bench.modules import ModuleWorkload
 from bench.results import PASSES
 from bench.workloads import Workload
 from daam.kernels.operands import find_longest
@@ -104,6 +105,33 @@ def test_bytes(workload, device):
     for pass_name in PASSES:
         assert kernel_bytes(workload, pass_name) == sum(moved[part] for part in pass_name.split("+"))
         assert least_bytes(workload, pass_name) == sum(least[part] for part in pass_name.split("+"))
+
+
+MODULES = [
+    ModuleWorkload("block", "mixture", (3, 96), 1, 4, 5, "float32", layers=3),
+    ModuleWorkload("block", "stable", (2, 12, 9), 1, 2, 4, "float32", layers=2),
+    ModuleWorkload("gate-module", "gate", (2, 5, 37), 2, 1, 4, "float32"),
+]
+
+
+@pytest.mark.kernel
+@pytest.mark.not_emulated("the interpreter counts accesses")
+@pytest.mark.parametrize("workload", MODULES, ids=str)
+def test_bytes_of_modules(workload, device):
+    """Check that every element of x and of the results of a whole module is accessed as often as the model says."""
+    if device.type != "cpu":
+        pytest.skip("only the interpreter counts")
+    x, params, grad_y = workload.inputs("cpu")
+    leaves = [t.requires_grad_() for t in (x, *params)]
+    call = workload.bind(leaves, "triton")
+    with accesses() as forward:
+        y = call()
+    with accesses() as backward:
+        dx, *_grads = torch.autograd.grad(y, leaves, grad_y)
+    for name, counted, large in (("forward", forward, (x, y)), ("backward", backward, (x, grad_y, dx))):
+        accessed = sum(counted[address] for one in large for address in elements(one)) * x.element_size()
+        small = {"forward": 1, "backward": 2}[name] * workload.params_bytes
+        assert kernel_bytes(workload, name) == accessed + small == least_bytes(workload, name)
 
 
 def test_bytes_by_hand():

@@ -16,6 +16,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 from bench import audit, model, modelled
 from bench.aot import compile_for
+from bench.configurations import Configuration
 from bench.gpus import GPUS, READ_RUNS, WRITE_RUNS
 from bench.machine_code import instructions
 from bench.timeline import find_timeline
@@ -175,7 +176,7 @@ def test_turns_of_partial_sums(loads, turns):
     """Check that 1366 groups are 11 tiles of 128, of 2 sums of 16 entries, of which 8 warps load two by 8 loads of
     128 bits; and that a loop which was unrolled takes as many at once.
     """
-    recorded = audit.Configuration("density", "rows", "chunk", 1024).passes()["backward"][-1]
+    recorded = Configuration("density", "rows", "chunk", 1024).passes()["backward"][-1]
     load = "        /*0010*/                   LDG.E.128 R4, desc[UR14][R2.64] ;\n"
     code = instructions(LOOP.replace(load, load * loads))
     assert recorded.args[0].data.shape[2] == 1366 and modelled.count_turns(recorded, code) == turns
@@ -252,7 +253,7 @@ def test_heads_of_unequal_length():
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
 def test_figures_of_waiting(target):
     """Check what can be counted by hand: a thread loads its share of 24 positions of some columns, and stores it."""
-    recorded = audit.Configuration("density", "columns", "nothing", 24).launches()[0]
+    recorded = Configuration("density", "columns", "nothing", 24).launches()[0]
     plan, threads = recorded.meta["PLAN"], 32 * recorded.meta["num_warps"]
     size = 2 * 24 * plan.BLOCK_C // threads
     found = audit.figures(target, recorded, compile_for(target, recorded))
@@ -263,12 +264,13 @@ def test_figures_of_waiting(target):
 
 def test_command(capsys):
     """Check that --gpu prints what is modelled of configurations and of workloads."""
-    configuration, workload = audit.Configuration("gate", "columns", "nothing", 6), next(iter(workloads("cuda")))
+    configuration, workload = Configuration("gate", "columns", "nothing", 6), next(iter(workloads("cuda")))
     with (
         mock.patch.object(sys, "argv", ["audit", "--gpu", "h200", "--dtypes", "bf16"]),
         mock.patch.object(audit, "CONFIGURATIONS", [configuration]),
         mock.patch.object(audit, "workloads", lambda _device: [workload]),
         mock.patch.object(audit, "lengths", dict),
+        mock.patch.object(audit, "modules", lambda _device: []),
     ):
         audit.main()
     title, *lines = capsys.readouterr().out.splitlines()
