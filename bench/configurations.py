@@ -100,7 +100,7 @@ ROWS = [4, 16, 64, 200, 512, 768, 1024, LONGEST_CONTIGUOUS, 8 * LONGEST_CONTIGUO
 UNEVEN = [750, 937, 3750, 7500, 15_000]  # rows of the authors' models
 COLUMNS = [1, 3, 6, 12, 24, 37, 64, 128, LONGEST_STRIDED, 32 * LONGEST_STRIDED]
 OTHERS = [name for name in ALGORITHMS if name != "density"]
-LAYERED = [name for name, record in ALGORITHMS.items() if record.layers]
+LAYERED = [name for name, record in ALGORITHMS.items() if record.layers_backward]
 LAYERS = [  # order, chunk and how many share a launch: of blocks that people have, in heads or whole
     *(("rows", 256, layers) for layers in (2, 3, 4)),
     *(("rows", 1024, layers) for layers in (2, 3)),
