@@ -93,7 +93,7 @@ def test_figures_of_the_fused_gate(target):
     assert list(found) == [f"{configuration}/gated_{name}" for name in moved]
     bits = 128 if target == "sm_90" else 64  # 64 lanes share a block there
     for figures, (loads, stores) in zip(found.values(), moved.values(), strict=True):
-        assert loads <= figures.loads < 1.4 * loads and stores <= figures.stores < 1.1 * stores + 0.01
+        assert loads <= figures.loads < 1.7 * loads and stores <= figures.stores < 1.1 * stores + 0.01
         assert figures.stack == 0 and figures.special < 0.2 and figures.load_bits == bits
 
 
