@@ -176,12 +176,14 @@ def print_model(gpu: Gpu, configurations: list[Configuration | GatedConfiguratio
 
 
 def _print_module(workload: ModuleWorkload, gpu: Gpu) -> None:
-    """Print what the model makes of a module as it goes by itself, of a block layer by layer too, and the least that
-    any fusion of its formula takes: a bound, and nothing that was measured.
+    """Print what the model makes of a module, of a block fused and layer by layer, and the least that any fusion of its
+    formula takes: a bound, and nothing that was measured.
     """
-    ways = {"": model_module(workload, gpu)}
     if workload.layers > 1:
+        ways = {"fused": model_module(workload, gpu, recompute=True)}
         ways["layer by layer"] = model_module(workload, gpu, recompute=False)
+    else:
+        ways = {"": model_module(workload, gpu)}
     ways["formula, at least"] = bound_formula(workload, gpu)
     for way, passes in ways.items():
         print(f"{f'{workload} {way}':88}", *map(_text, passes.values()), flush=True)

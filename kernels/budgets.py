@@ -100,7 +100,13 @@ MOST_LAYERS = 4  # of one launch: with more of them a thread would hold less tha
 # one layer is alive at a time, but the code of all is there: where blocks are many, too, it compiles slowly
 FORWARD_LAYERS = FORWARD_MIXTURE._replace(long=32, longest_contiguous=2 * LONGEST_CONTIGUOUS)
 FORWARD_MORE_LAYERS = FORWARD_LAYERS._replace(
-    strided=24, strided_masked=24, strided_full=24, strided_long=16, strided_alone=12
+    contiguous_full=16,
+    contiguous_most=16,
+    strided=24,
+    strided_masked=24,
+    strided_full=24,
+    strided_long=16,
+    strided_alone=12,
 )
 # x_l, the distance from the mean and the weights of every layer are alive at once
 BACKWARD_LAYERS = BACKWARD_MIXTURE._replace(

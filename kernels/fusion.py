@@ -10,8 +10,8 @@ from .operands import axis_is_fastest, find_longest, inner_dim
 
 # By the model of an H200 (`bench/model.py`), forward and backward pass together: the fewer layers share a launch, the
 # more of their instructions overlap. Launches count up to FEW elements; beyond, two layers pay, and more where a warp
-# holds a chunk without a barrier; not so in half precision from MANY on, where the bytes that are saved are few.
-FEW, MANY = 2**19, 2**22
+# holds a chunk without a barrier; not so in half precision past MANY, where the bytes that are saved are few.
+FEW, MANY = 2**19, 2**21
 WARP = 256  # positions of a chunk along the fastest dimension that one warp holds, of three layers or four
 
 

@@ -69,9 +69,9 @@ def way(x, layers=3, backend="triton", **options):
         ((4, 4096), "float32", {}, "layers", "4096 positions do not stay on chip in the backward pass"),
         ((4, 4096), "float32", {"recompute": True}, "recomputed", "recompute is True, and chunks of 4096"),
         ((4, 20_000), "float32", {}, "layers", "in the forward pass"),
-        ((2**14, 256), "bfloat16", {}, "fused", "of 3 layers"),
-        ((2**14 + 1, 256), "bfloat16", {}, "layers", "4194560 elements of torch.bfloat16"),
-        ((2**14 + 1, 256), "bfloat16", {"recompute": True}, "fused", "of 3 layers"),
+        ((2**13, 256), "bfloat16", {}, "fused", "of 3 layers"),
+        ((2**13 + 1, 256), "bfloat16", {}, "layers", "2097408 elements of torch.bfloat16"),
+        ((2**13 + 1, 256), "bfloat16", {"recompute": True}, "fused", "of 3 layers"),
         ((2**16, 256), "float32", {}, "fused", "of 3 layers"),
         ((2**13, 512), "float32", {"layers": 4}, "fused", "of 2 layers"),
         ((2**10, 512), "float32", {"layers": 4}, "fused", "of 4 layers"),
@@ -90,7 +90,7 @@ def test_ways_where_nothing_is_differentiated():
     with torch.no_grad():
         assert way(x) == ("fused", "chunks stay on chip, and nothing is differentiated")
         assert way(torch.empty(4, 9000))[0] == "layers"
-        assert way(torch.empty(2**14 + 1, 256, dtype=torch.bfloat16))[0] == "fused"
+        assert way(torch.empty(2**13 + 1, 256, dtype=torch.bfloat16))[0] == "fused"
 
 
 def test_ways_of_transforms():
