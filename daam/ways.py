@@ -38,7 +38,7 @@ def cut_runs(n_layers: int, most: int) -> list[slice]:
 
 
 class Plan(NamedTuple):
-    """Hold which way layers go and their runs, and whether all tensors are plain ones (`find_keys`)."""
+    """Hold which way layers go and their runs, and whether all tensors are plain ones (`is_plain`)."""
 
     way: Way
     runs: list[slice]

@@ -81,7 +81,7 @@ def test_modelled_times(capsys):
     audit._print_module(BLOCK, GPU)
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert all(line[0] == str(BLOCK) for line in lines)
-    assert [" ".join(line[1:-6]) for line in lines] == ["", "layer by layer", "formula, at least"]
+    assert [" ".join(line[1:-6]) for line in lines] == ["fused", "layer by layer", "formula, at least"]
     for place in (-6, -3):
         together, apart, least = (float(line[place]) for line in lines)
         assert least <= together < apart

@@ -1,5 +1,6 @@
 """Every kernel of every regime, compiled and emulated, and wrong ones that this finds."""
 
+import copy
 import importlib.util
 import mmap
 import re
@@ -9,7 +10,7 @@ from unittest import mock
 
 import pytest
 import torch
-from helpers import ALGORITHMS, Case, attend, inputs, recorded_launches, run, taking_rows_whole
+from helpers import ALGORITHMS, Case, attend, error, inputs, recorded_launches, run, taking_rows_whole
 
 pytest.importorskip("triton")
 
@@ -31,6 +32,7 @@ from emulator.sample import (
     worst,
 )
 
+import daam
 import daam.kernels
 from daam.kernels import launch, mixture
 
@@ -38,6 +40,7 @@ KERNELS = Path(daam.kernels.__file__).parent
 ROWS, COLUMNS = CASES["rows", False], CASES["columns", False]
 algorithms = pytest.mark.parametrize("algorithm", ALGORITHMS)
 sample = pytest.mark.parametrize(("case", "dtype"), SAMPLE, ids=str)
+TOGETHER = ["forward_layers", "backward_layers", "layer_gradients"]
 WHOLE = (32, 64)  # fills its tiles: the compiler fuses no product that a select follows
 BARRIER = re.compile(r"bar\.sync\s+0;")
 STORED_BY_SOME = re.compile(r"@!?%p\d+\s+(?=st\.global)")
@@ -56,7 +59,8 @@ def test_the_sample_misses_no_kernel_of_a_regime():
     sources = "".join(file.read_text() for file in KERNELS.glob("*.py"))
     launched = set(re.findall(r"\.launch\w*\(\s*(\w+),", sources)) - {"kernel"}
     known = {kernel for spec in ALGORITHMS.values() for kernels in spec.kernels for kernel in kernels}
-    assert {kernel for *_, kernel in taken} == known | {"merge_strip_sums"} >= launched - {"take_steps"}
+    others = {"take_steps", *TOGETHER}  # of the tests of what is fused
+    assert {kernel for *_, kernel in taken} == known | {"merge_strip_sums"} >= launched - others
 
 
 def test_the_sample_has_both_dtypes_and_a_mask_everywhere():
@@ -71,6 +75,48 @@ def test_the_sample_has_both_dtypes_and_a_mask_everywhere():
 @sample
 def test_agrees_with_float64(case, dtype):
     assert worst(case, dtype) <= LIMIT
+
+
+@pytest.mark.emulated
+@pytest.mark.parametrize("stable", [False, True])
+@pytest.mark.parametrize(("shape", "masked"), [((5, 150), True), ((2, 26, 21), False), ((2, 1100), False)], ids=str)
+def test_layers_together(stable, shape, masked):
+    """Check three layers of several Gaussians, over rows of one warp and several, and columns."""
+    x, grad_y = torch.randn(shape), torch.randn(shape)
+    params = [0.3 * torch.randn(2, n) for n in (1, 3, 4)] + [0.5 + torch.rand(2, n) for n in (1, 3, 4)]
+    mask = torch.rand(shape[:2]) > 0.3 if masked else None
+    results = {}
+    for backend, dtype in (("triton", torch.float32), ("eager", torch.float64)):
+        leaves = [t.to(dtype).requires_grad_() for t in (x, *params)]
+        with crowded(), recorded_launches() as names:
+            y = daam.density_block(
+                leaves[0], leaves[1:4], leaves[4:], mask=mask, stable=stable, recompute=True, backend=backend
+            )
+            results[backend] = (y, *torch.autograd.grad(y, leaves, grad_y.to(dtype)))
+        assert backend == "eager" or names == TOGETHER
+    for found, expected in zip(*results.values(), strict=True):
+        assert error(found, expected) < 1e-5
+
+
+@pytest.mark.emulated
+@pytest.mark.parametrize("layout", [(0, 1, 2), (0, 2, 1)], ids=["times", "channels"])
+def test_a_gate_together(layout):
+    """Check the gate with its projection and product, times and channels fastest in memory, with a mask."""
+    gate, x = daam.DensityGate(21, 3, backend="triton"), torch.randn(2, 21, 150).permute(layout)
+    x = x.contiguous().permute(layout)
+    mask, results = torch.rand(2, 150) > 0.2, {}
+    for backend, dtype in (("triton", torch.float32), ("eager", torch.float64)):
+        module = copy.deepcopy(gate).to(dtype)
+        module.backend = backend
+        leaf = x.to(dtype).requires_grad_()
+        with recorded_launches() as names:
+            y, weights = module(leaf, mask=mask)
+            loss = y.sin().sum() + weights.cos().sum()
+            results[backend] = (y, weights, *torch.autograd.grad(loss, [leaf, *module.parameters()]))
+        assert backend == "eager" or {"gated_project", "gated_forward", "gated_sums", "gated_backward"} <= set(names)
+    scale = max(t.abs().max().item() for t in results["eager"][2:])
+    for found, expected in zip(*results.values(), strict=True):  # the bias has no gradient but what is left of a sum
+        assert (found.double() - expected).abs().max() < 1e-5 * max(1.0, scale)
 
 
 @pytest.mark.emulated
