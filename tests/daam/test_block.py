@@ -186,7 +186,7 @@ def test_hooks_and_other_modules_are_called(device):
     assert called.count(daam.MultiHeadDensityAdaptiveAttention) == 3
 
 
-@backends
+@pytest.mark.parametrize("backend", ["eager", pytest.param("triton", marks=[pytest.mark.kernel, pytest.mark.slow])])
 @algorithms
 def test_double_backward(backend, algorithm, device):
     block = build(algorithm, layers=2, device=device, backend=backend, recompute=True)
@@ -295,13 +295,17 @@ def op_arguments(algorithm, device, dtype=torch.float32):
     return x, ps, qs, (None, 1, 1e-8, None, True)
 
 
-@algorithms
-@pytest.mark.parametrize("kernels", [False, pytest.param(True, marks=pytest.mark.kernel)])
+@pytest.mark.parametrize(
+    ("algorithm", "kernels"),
+    [
+        pytest.param("mixture", True, marks=pytest.mark.kernel),
+        pytest.param("stable", True, marks=[pytest.mark.kernel, pytest.mark.slow]),
+        *(pytest.param(algorithm, False, marks=pytest.mark.slow) for algorithm in BLOCKS),
+    ],
+)
 def test_opcheck(algorithm, kernels, device):
     if interpreting() != kernels:
         pytest.skip("the operators of the CPU run the kernels in the interpreter, and formulas elsewhere")
-    if algorithm == "stable" and not kernels:
-        pytest.skip("a quarter of a minute, for what the other combinations show")
     x, ps, qs, how = op_arguments(algorithm, device)
     ops = torch.ops.daam
     torch.library.opcheck(getattr(ops, f"{algorithm}_layers_forward").default, (x, ps, qs, *how, True))

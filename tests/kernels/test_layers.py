@@ -91,7 +91,7 @@ def test_fused_layers_equal_layers_one_by_one(one, device):
     ("algorithm", "dtype"),
     [
         ("mixture", torch.float32),
-        ("stable", torch.bfloat16),
+        pytest.param("stable", torch.bfloat16, marks=pytest.mark.slow),
         pytest.param("mixture", torch.bfloat16, marks=pytest.mark.slow),
         pytest.param("stable", torch.float32, marks=pytest.mark.slow),
     ],
