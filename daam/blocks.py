@@ -11,7 +11,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from daam.block import density_block, fusion_for
 from daam.checkpoints import Published
-from daam.checks import check_recompute, check_tensor
+from daam.checks import check_recompute, check_tensor, has_hooks
 from daam.modules import Mixture, MultiHeadDensityAdaptiveAttention
 from daam.ways import WAYS
 
@@ -141,9 +141,7 @@ def _find_key(layer: nn.Module, rank: int) -> tuple[Any, ...] | None:
     """
     if not isinstance(layer, Mixture) or type(layer).forward is not Mixture.forward or "forward" in layer.__dict__:
         return None
-    if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks:
-        return None
-    if not -rank <= layer.norm_axis < rank:
+    if has_hooks(layer) or not -rank <= layer.norm_axis < rank:
         return None
     return layer.norm_axis % rank, layer.num_heads, layer.eps, layer.padding_value, layer.backend, layer.stable
 

@@ -7,7 +7,7 @@ from collections.abc import Collection
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.parameter import Parameter, is_lazy
 
 _FLOATING = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
@@ -62,6 +62,13 @@ def _check_subclass(name: str, t: Tensor) -> None:
         raise TypeError(f"{name} is uninitialized, expected a Tensor with sizes: run its lazy module once before")
     if type(t).__name__ == "MaskedTensor":
         raise TypeError(f"{name} is a MaskedTensor, expected a plain Tensor: pass its get_data(), and a mask beside it")
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Tell whether a module has hooks of its own, which must see it called."""
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
 
 
 def lacks_memory(error: BaseException) -> bool:

@@ -18,12 +18,12 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.parameter import Parameter
 
 from daam import ops
+from daam.checks import has_hooks
 from daam.kernels import budgets, tiles
 from daam.kernels.operands import acc_dtype
 from daam.ops import _VERSION, _forward_mode, _lib, _or_empty, _transformed
 from daam.reference import gated as reference
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _PARAMETERS = ("weight", "bias", "alpha", "mean_offsets", "log_sigma")
 _INPUTS = "Tensor x, " + "".join(f"Tensor {name}, " for name in _PARAMETERS) + "Tensor? mask"
 _AXES = "int channel_axis, int time_axis"
@@ -59,7 +59,7 @@ def find_override(modules: dict[str, tuple[nn.Module, type]]) -> str | None:
     for name, (module, expected) in modules.items():
         if type(module) is not expected:
             return f"{name} is a {type(module).__name__}"
-        if any(getattr(module, hooks) for hooks in _HOOKS):
+        if has_hooks(module):
             return f"{name} has hooks"
         if "forward" in module.__dict__:
             return f"{name}.forward is replaced"
