@@ -71,26 +71,29 @@ def first_place(sizes, PLAN: tl.constexpr):
 
 
 @triton.jit
-def mask_channels(place, sizes, PLAN: tl.constexpr):
-    """Return which channels of a tile are inside, columns: a constant, which compilers see, where sizes divide."""
-    masks, left = [], (sizes.channels - place.channel).to(PLAN.INDEX)
-    for i in tl.static_range(PLAN.N_C):
+def mask_range(numbers, left, N: tl.constexpr, BLOCK: tl.constexpr, RAGGED: tl.constexpr):
+    """Return which numbers of N blocks are among those left: a constant, which compilers see, where sizes divide."""
+    masks = []
+    for i in tl.static_range(N):
         inside = tl.full([1, 1], True, tl.int1)
-        if PLAN.RAGGED_C:
-            inside = place.channels < left - i * PLAN.BLOCK_C
+        if RAGGED:
+            inside = numbers < left - i * BLOCK
         masks = masks + [inside]
     return masks
 
 
 @triton.jit
+def mask_channels(place, sizes, PLAN: tl.constexpr):
+    """Return which channels of a tile are inside, columns."""
+    left = (sizes.channels - place.channel).to(PLAN.INDEX)
+    return mask_range(place.channels, left, PLAN.N_C, PLAN.BLOCK_C, PLAN.RAGGED_C)
+
+
+@triton.jit
 def open_tile(place, mask, sizes, PLAN: tl.constexpr):
     """Return the Tile of a place."""
-    masks, left = [], (sizes.times - place.time).to(PLAN.INDEX)
-    for i in tl.static_range(PLAN.N_T):
-        inside = tl.full([1, 1], True, tl.int1)
-        if PLAN.RAGGED_T:
-            inside = place.times < left - i * PLAN.BLOCK_T
-        masks = masks + [inside]
+    left = (sizes.times - place.time).to(PLAN.INDEX)
+    masks = mask_range(place.times, left, PLAN.N_T, PLAN.BLOCK_T, PLAN.RAGGED_T)
     valid = masks
     if mask is not None:
         pointers, valid = row_pointers(mask, place, sizes, PLAN), []
