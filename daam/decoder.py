@@ -12,11 +12,13 @@ from daam.blocks import DensityBlock
 from daam.checkpoints import Published
 from daam.checks import check_choice, check_dtype, check_tensor
 from daam.modules import MultiHeadDAAM
+from daam.standardize import Standardize
 
 ATTENTIONS = ("daam", "mixture", "gqdaam", "gqa", "mha", "mha_bn", "none")
 DENSITIES, GROUPED = ("daam", "mixture", "gqdaam"), ("gqdaam", "gqa")
 CLASSIFIER = ("conv1", "conv2", "fc")
 WIDTH, QUERY_HEADS, KEY_VALUE_HEADS = 512, 8, 2  # of grouped-query attention, as in the paper
+HEADS = (8, 6, 5, 4, 3, 2, 1)  # of the densities, the first that fits
 
 
 class GroupedQueryAttention(nn.Module):
@@ -87,10 +89,13 @@ class DATDecoder(Published):
             layer (Algorithm 2, with the residual); "gqdaam", density attention, then Linear(num_features, 512) and
             grouped-query attention; "gqa", the same without density attention; "mha", standard attention of 8 heads;
             "mha_bn", with batch normalisation of every feature behind it; "none".
-        num_heads: of the densities; must divide num_layers. Leave each head three layers or more: one layer is its own
-            mean (an error for the mixture), and of two each is one standard deviation from theirs.
+        num_heads: of the densities; must divide num_layers. None: as many as `heads_for` finds to fit, 8 of 24 layers.
+            Leave each head three layers or more: one layer is its own mean (an error for the mixture), and of two each
+            is one standard deviation from theirs.
         num_gaussians: of the mixture.
         conv_channels: between the convolutions.
+        standardize: whether layers of x are standardised first, by the statistics that `decoder.standardize.fit(x)`
+            takes of the x of training, (examples, num_layers, num_features); they are buffers, saved with the decoder.
         backend: of the densities, "auto", "triton" or "eager"; see `daam.backend_for`.
 
     Weights of convolutions and classifier are Xavier-uniform. Published checkpoints of the attention load as they are:
@@ -106,10 +111,13 @@ class DATDecoder(Published):
     _published_layers = CLASSIFIER
 
     def __init__(
-        self, num_layers: int, num_features: int, num_classes: int, *, attention: str = "daam", num_heads: int = 8,
-        num_gaussians: int = 4, conv_channels: int = 512, backend: str = "auto",
+        self, num_layers: int, num_features: int, num_classes: int, *, attention: str = "daam",
+        num_heads: int | None = None, num_gaussians: int = 4, conv_channels: int = 512, standardize: bool = False,
+        backend: str = "auto",
     ):  # fmt: skip
         super().__init__()
+        if num_heads is None:
+            num_heads = heads_for(num_layers)
         sizes = {
             "num_layers": num_layers, "num_features": num_features, "num_classes": num_classes, "num_heads": num_heads,
             "num_gaussians": num_gaussians, "conv_channels": conv_channels,
@@ -124,7 +132,8 @@ class DATDecoder(Published):
             raise ValueError(f"num_heads is {num_heads}, expected 2 or more of the {num_layers} layers for each")
         if attention.startswith("mha") and num_features % QUERY_HEADS:
             raise ValueError(f"num_features is {num_features}, expected a multiple of {QUERY_HEADS} for {attention!r}")
-        self.settings = {**sizes, "attention": attention}
+        self.settings = {**sizes, "attention": attention, "standardize": standardize}
+        self.standardize = Standardize(num_layers) if standardize else None
         self.daam = _density(num_features, attention, num_heads, num_gaussians, backend)
         self.standard = _standard(num_features, attention)
         self.norm = nn.BatchNorm1d(num_features) if attention == "mha_bn" else None
@@ -136,7 +145,7 @@ class DATDecoder(Published):
 
     def reset_parameters(self) -> None:
         """Draw all parameters anew and clear the statistics of batch normalisation, those of its modules included."""
-        for module in (self.daam, self.standard, self.norm):
+        for module in (self.standardize, self.daam, self.standard, self.norm):
             if module is not None:
                 module.apply(_reset)  # parts before the whole, as they are constructed
         # as at construction: what torch draws of all three, and then the weights
@@ -161,6 +170,7 @@ class DATDecoder(Published):
         check_dtype(x, self.conv1.weight, "conv1")
         if return_weights and self.daam is None:
             raise ValueError(f"return_weights: attention {self.settings['attention']!r} has no densities")
+        x = x if self.standardize is None else self.standardize(x)
         if not return_weights:
             return self._decode(x if self.daam is None else self.daam(x))
         if isinstance(self.daam, DensityBlock):
@@ -205,18 +215,30 @@ def _reset(module: nn.Module) -> None:
         module.reset_parameters()
 
 
+def heads_for(layers: int) -> int:
+    """Return the number of heads of densities over so many layers: the largest of HEADS that divides them and leaves
+    each head three or more, as the paper's 8 of 24; 1 where none does.
+    """
+    # of two layers each is one standard deviation from their mean: density attention would weigh them alike
+    return next((h for h in HEADS if layers % h == 0 and layers // h >= 3), 1)
+
+
 def grid(features: int) -> tuple[int, int]:
     """Return the two factors of a number that are nearest to a square, the smaller one first."""
     smaller = next(a for a in range(math.isqrt(features), 0, -1) if features % a == 0)
     return smaller, features // smaller
 
 
-def focal_loss(scores: Tensor, labels: Tensor, gamma: float = 2.5, alpha: float = 0.25) -> Tensor:
+def focal_loss(
+    scores: Tensor, labels: Tensor, gamma: float = 2.5, alpha: float = 0.25, weight: Tensor | None = None
+) -> Tensor:
     """Return alpha·(1 - p)^gamma·cross entropy, p the probability of the label, averaged over the batch (arXiv
-    1708.02002). The defaults are those of arXiv 2401.11143. scores: (batch, classes); labels: (batch,) of integers.
+    1708.02002). The defaults are those of arXiv 2401.11143. scores: (batch, classes); labels: (batch,) of integers;
+    weight: of the classes, (classes,), for an average weighted as that of torch's cross_entropy.
     """
     check_tensor("scores", scores)
     check_tensor("labels", labels)
     cross_entropy = nn.functional.cross_entropy(scores, labels, reduction="none")
     # 1 - p, exact for p near 1; its gradient at p = 1 exists, since gamma is more than 1
-    return (alpha * (-torch.expm1(-cross_entropy)).pow(gamma) * cross_entropy).mean()
+    losses = alpha * (-torch.expm1(-cross_entropy)).pow(gamma) * cross_entropy
+    return losses.mean() if weight is None else (losses * weight[labels]).sum() / weight[labels].sum()
