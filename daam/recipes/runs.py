@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,15 @@ from torch import Tensor
 from daam.recipes.cache import write_whole
 from daam.recipes.errors import UserError
 
-RESULTS = {"method": str, "accuracy": dict, "trainable_parameters": int, "seconds_per_epoch": float, "memory": dict,
-           "settings": dict, "examples": str, "parts": list, "about": dict}  # fmt: skip
-STATE = {"model", "optimizer", "schedule", "part", "best"}
+RESULTS = {"method": str, "accuracy": dict, "balanced_accuracy": dict, "macro_f1": dict, "chance": float,
+           "trainable_parameters": int,
+           "seconds": float, "memory": dict, "names": list, "settings": dict, "examples": str, "parts": list,
+           "about": dict}  # fmt: skip
+SCORES = ("accuracy", "balanced_accuracy", "macro_f1")  # of a part, and of a run as mean and std
+STATE = {"tried", "chosen", "current"}
+# of arXiv 2401.11143; where these differ from the defaults, the paper's methods train less
+PAPER = {"epochs": 35, "batch": 8, "rates": (1e-4,), "loss": "focal", "stop_after": 15, "choose_by": "accuracy",
+         "standardize": False, "conv_channels": 512, "zero_start": False}  # fmt: skip
 
 
 class RunError(UserError):
@@ -28,15 +34,26 @@ class Settings:
     """Hold what a run's numbers depend on, beside the examples."""
 
     method: str
-    epochs: int = 35
-    batch: int = 8
-    rate: float = 1e-4
+    epochs: int = 100  # at most
+    batch: int = 32
+    rates: tuple[float, ...] = (1e-4, 3e-4, 1e-3)  # each is tried; the best one on validation is tested
     weight_decay: float = 1e-2
-    loss: str = "focal"
+    loss: str = "cross_entropy"
     folds: int = 5
     seeds: int | None = None  # where given: so many random splits instead of folds
-    stop_after: int = 15  # epochs without a better one
+    stop_after: int = 10  # epochs without a better one
+    choose_by: str = "loss"  # or "accuracy": what of validation chooses the epoch and the rate, then the other
     layers: tuple[int, ...] = ()  # where not empty: the layers that are used, counted from 0
+    standardize: bool = True  # layers, by those of the training part
+    conv_channels: int = 64  # of the decoders
+    zero_start: bool = True  # classifiers start at 0
+    class_weights: bool = False  # rare classes count as much as others, in the loss and on validation
+
+    @classmethod
+    def of(cls, results: dict[str, Any]) -> Settings:
+        """Return the settings that a run's results were made with."""
+        lists = {name: tuple(results["settings"][name]) for name in ("rates", "layers")}
+        return cls(**{**results["settings"], **lists})
 
 
 @dataclass(frozen=True)
@@ -52,15 +69,24 @@ class Split:
 class Part:
     """Hold what one fold or seed gave: numbers, lists with a number for each epoch, and places of examples."""
 
-    accuracy: float = 0.0  # on test, of the best epoch
+    accuracy: float = 0.0  # on test, of the best epoch at the best rate
+    balanced_accuracy: float = 0.0
+    macro_f1: float = 0.0
+    rate: float = 0.0  # the one that was chosen
     best_epoch: int = -1
-    losses: list[float] = field(default_factory=list)  # of training
-    accuracies: list[float] = field(default_factory=list)  # of validation
+    losses: list[float] = field(default_factory=list)  # of training, at this rate
+    accuracies: list[float] = field(default_factory=list)  # of validation; balanced ones with class weights
     validation_losses: list[float] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
+    tried: list[dict[str, float]] = field(default_factory=list)  # a summary for every rate
     memory: int = 0  # bytes of training: the peak on a GPU, elsewhere what a forward pass saves for its backward pass
+    parameters: int = 0  # that training changes
+    train: int = 0  # number of examples that train
     validation: list[int] = field(default_factory=list)  # places of examples
     test: list[int] = field(default_factory=list)  # places of examples
+    predictions: list[int] = field(default_factory=list)  # of test, the class of each
+    probabilities: list[list[float]] = field(default_factory=list)  # (test, classes); in the part's own file alone
+    warnings: list[str] = field(default_factory=list)
 
 
 def check_output(output: Path) -> None:
@@ -103,12 +129,14 @@ def read_results(folder: Path, splits: list[Split] | None = None) -> dict[str, A
 
 def _details(results: dict[str, Any]) -> dict[str, bool]:
     """Return whether the entries of some results are complete, by the name of each that has entries itself."""
-    accuracy, memory, layers = results["accuracy"], results["memory"], results["settings"].get("layers")
+    memory, layers, rates = results["memory"], results["settings"].get("layers"), results["settings"].get("rates")
     fields = Settings.__dataclass_fields__.keys()
+    right = results["settings"].keys() == fields and isinstance(layers, list) and isinstance(rates, list)
     return {
-        "accuracy": _are_numbers([accuracy.get("mean"), accuracy.get("std")]),
+        **{name: _are_numbers([results[name].get("mean"), results[name].get("std")]) for name in SCORES},
         "memory": _are_numbers([memory.get("bytes")]) and isinstance(memory.get("what"), str),
-        "settings": results["settings"].keys() == fields and isinstance(layers, list) and _are_places(layers),
+        "settings": right and _are_places(layers) and _are_numbers(rates),
+        "names": all(isinstance(name, str) for name in results["names"]),
         "parts": bool(results["parts"]),
     }
 
@@ -117,9 +145,10 @@ def read_part(data: Any, split: Split | None, path: Path) -> Part:
     """Return the part that a file at path holds as data; raise a RunError where it is none, or of another split."""
     try:
         part = Part(**data)
-        numbers = [part.accuracy, part.best_epoch, part.memory]
+        numbers = [part.accuracy, part.balanced_accuracy, part.macro_f1, part.rate, part.best_epoch, part.memory]
         numbers += part.losses + part.accuracies + part.validation_losses + part.seconds
-        right = _are_numbers(numbers) and _are_places(part.validation + part.test)
+        places = [part.train, part.parameters, *part.validation, *part.test, *part.predictions]
+        right = _are_numbers(numbers) and _are_places(places) and part.best_epoch < len(part.losses)
     except TypeError:
         right = False
     if not right:
@@ -155,18 +184,28 @@ def read_json(path: Path) -> Any:
 
 
 def save_state(path: Path, state: dict[str, Any]) -> None:
-    """Write a checkpoint into a file as a whole, or not at all."""
+    """Write a checkpoint into a file as a whole, or not at all: see `load_state`."""
     data = io.BytesIO()
-    torch.save(state, data)
+    plain = {key: {**value, "part": asdict(value["part"])} for key, value in state.items() if isinstance(value, dict)}
+    torch.save({**state, **plain}, data)
     write_whole(path, data.getvalue())
 
 
-def load_state(path: Path, device: str) -> dict[str, Any]:
-    """Return the checkpoint that a file holds, on a device; raise a RunError where it is broken."""
+def load_state(path: Path, split: Split, device: str) -> dict[str, Any]:
+    """Return the checkpoint of a split that a file holds, on a device; raise a RunError where it is broken.
+
+    Its "tried" are summaries of rates that are done; "chosen" is the best of them, its part and its tensors, or None;
+    "current" is how far the next one is, or None.
+    """
     try:
         state = torch.load(path, map_location=device)
     except Exception as error:  # zip, pickle and end of file each fail in a way of their own
         raise RunError(_broken(path, type(error).__name__)) from None
-    if not isinstance(state, dict) or not state.keys() >= STATE:
+    if not isinstance(state, dict) or state.keys() != STATE or not isinstance(state["tried"], list):
         raise RunError(_broken(path, "no checkpoint"))
+    for key in ("chosen", "current"):
+        if isinstance(state[key], dict):
+            state[key]["part"] = read_part(state[key].get("part"), split, path)
+        elif state[key] is not None:
+            raise RunError(_broken(path, "no checkpoint"))
     return state

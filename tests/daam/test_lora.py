@@ -25,7 +25,7 @@ from daam.recipes.runs import RunError, Settings
 from daam.recipes.splits import find_equal, splits
 
 WORDS = {"weather": ["rain", "snow", "wind"], "food": ["bread", "soup", "cheese"]}
-QUICK = Settings("lora", epochs=6, folds=2, rate=1e-2, batch=8)
+QUICK = Settings("lora", epochs=6, folds=2, rates=(1e-2,), batch=8, loss="focal", choose_by="accuracy")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -73,7 +73,7 @@ def made_again(made, folder, change, batch=32):
 @pytest.mark.parametrize("method", ["lora", "lora+"])
 def test_adapters_learn_and_the_encoder_does_not(method, made, tmp_path):
     data, encoder, cache = made
-    settings = replace(QUICK, method=method, rate=1e-2 if method == "lora" else 2e-3)
+    settings = replace(QUICK, method=method, rates=(1e-2 if method == "lora" else 2e-3,))
     job = lora_job(data, encoder, cache, settings)
     built, build = [], job.build
     job.build = lambda: built.append(build()) or built[-1]
@@ -137,7 +137,7 @@ def test_encoders_in_half_precision(dtype, method, made, tmp_path):
     encoder; in fp16 all would be NaN, in bf16 a third of A would stay where it is.
     """
     data, encoder, cache = made_again(made, tmp_path, lambda model: model.to(dtype))
-    settings = replace(QUICK, method=method, rate=1e-2 if method == "lora" else 2e-3, weight_decay=0.0)
+    settings = replace(QUICK, method=method, rates=(1e-2 if method == "lora" else 2e-3,), weight_decay=0.0)
     job = lora_job(data, encoder, cache, settings)
     built, build = [], job.build
     job.build = lambda: built.append(build()) or built[-1]

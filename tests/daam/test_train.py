@@ -1,14 +1,11 @@
 """Training, comparison and explanation on features: every method, resumed runs, tables and pictures."""
 
-import itertools
 import json
 import math
 import multiprocessing
-import random
 import shutil
 import types
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,18 +15,19 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("safetensors")
 
 from helpers import close, within
+from safetensors.torch import load_file
 
 import daam
-from daam.recipes import compare, explain, lock, plots, train, training
+from daam.recipes import compare, explain, fitting, lock, plots, train, training
 from daam.recipes.cache import Cache
 from daam.recipes.errors import UserError
-from daam.recipes.runs import RunError, Settings
-from daam.recipes.splits import find_equal, splits
-from daam.recipes.training import METHODS, cached_job, decoder_for, heads_for
+from daam.recipes.logistic import STRENGTHS
+from daam.recipes.methods import LOGISTIC, LORA, METHODS, decoder_for, heads_of
+from daam.recipes.runs import PAPER, RunError, Settings
+from daam.recipes.training import cached_job
 
-HISTORY = Path(__file__).parents[2] / "bench" / "history"
 LAYERS, FEATURES = 6, 16
-QUICK = Settings("daam", epochs=3, folds=2, rate=3e-3, stop_after=15)
+QUICK = Settings("daam", epochs=3, folds=2, rates=(3e-3,), batch=8, stop_after=15, conv_channels=8)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -86,9 +84,10 @@ def finished(cache, tmp_path_factory):
     return folder
 
 
-def test_the_papers_settings_are_the_defaults():
-    settings = Settings("daam")
-    assert (settings.epochs, settings.batch, settings.rate, settings.loss, settings.folds) == (35, 8, 1e-4, "focal", 5)
+def test_the_papers_settings():
+    settings = Settings("daam", **PAPER)
+    assert (settings.epochs, settings.batch, settings.rates, settings.loss) == (35, 8, (1e-4,), "focal")
+    assert (settings.folds, settings.standardize, settings.conv_channels, settings.zero_start) == (5, False, 512, False)
 
 
 @pytest.mark.parametrize(
@@ -96,120 +95,9 @@ def test_the_papers_settings_are_the_defaults():
     [(24, "daam", 8), (24, "daamv2", 1), (6, "daam", 2), (12, "mixture", 4), (4, "daam", 1), (40, "gqdaam", 8)],
 )
 def test_heads(layers, method, heads):
-    assert heads_for(layers, method) == heads
-
-
-SPLITTINGS = [{"folds": 2}, {"folds": 3}, {"folds": 5}, {"seeds": 3}]
-
-
-def needed(folds=None, seeds=None):
-    """Return the fewest examples of a class that can be split: parts that do not test it must train and validate."""
-    if seeds:
-        return 3
-    return next(n for n in itertools.count(folds) if n - math.ceil(n / folds) >= 2)
-
-
-def check_splits(found, labels, folds=None, seeds=None, groups=None):
-    """Check that parts do not overlap and have all classes, that folds test every example once, and that groups stay
-    together.
-    """
-    indices, classes = torch.arange(len(labels)), set(labels.tolist())
-    for split in found:
-        parts = [split.train, split.validation, split.test]
-        assert torch.cat(parts).sort().values.equal(indices)
-        assert all(set(labels[part].tolist()) == classes for part in parts)
-        if groups is not None:
-            owners = [set(groups[part].tolist()) for part in parts]
-            assert sum(map(len, owners)) == len(set(groups.tolist())), "a group is in two parts"
-    if folds:
-        assert len(found) == folds and torch.cat([split.test for split in found]).sort().values.equal(indices)
-    else:
-        assert len(found) == seeds and not torch.equal(found[0].test, found[1].test)
-
-
-def draw_labels(generator, least):
-    """Draw shuffled labels of one to seven classes, some of as few examples as can be."""
-    counts = [least + generator.choice([0, 0, 1, 2, 9, 40, 95]) for _ in range(generator.randint(1, 7))]
-    labels = [label for label, count in enumerate(counts) for _ in range(count)]
-    generator.shuffle(labels)
-    return torch.tensor(labels)
-
-
-@pytest.mark.parametrize("options", SPLITTINGS, ids=str)
-def test_every_class_is_in_every_part(options):
-    generator = random.Random(0)
-    for _ in range(40):
-        labels = draw_labels(generator, needed(**options))
-        settings = replace(QUICK, **options)
-        found = splits(labels, settings)
-        check_splits(found, labels, **options)
-        for split, repeated in zip(found, splits(labels, settings), strict=True):
-            assert split.train.equal(repeated.train) and split.test.equal(repeated.test), "drawn anew"
-
-
-@pytest.mark.parametrize("plan", SPLITTINGS, ids=str)
-def test_equal_examples_stay_together(plan):
-    generator = random.Random(1)
-    for _ in range(20):
-        labels = draw_labels(generator, needed(**plan))
-        copies = torch.tensor([i for i in range(len(labels)) for _ in range(generator.choice([1, 1, 2, 7]))])
-        copies = copies[torch.randperm(len(copies), generator=torch.Generator().manual_seed(0))]
-        groups = torch.tensor([(copies == original).nonzero()[0].item() for original in copies])
-        check_splits(splits(labels[copies], replace(QUICK, **plan), groups), labels[copies], **plan, groups=groups)
-
-
-def test_classes_of_too_few_different_examples_are_split_by_example(tmp_path):
-    """Check that examples of such classes are split singly, while equal examples of other classes stay together."""
-    labels = torch.tensor([0] * 20 + [1] * 20)
-    groups = torch.cat([torch.arange(10).repeat(2), torch.arange(20, 23).repeat(7)[:20]])
-    found = splits(labels, QUICK, groups)
-    check_splits(found, labels, folds=2)
-    for split in found:
-        parts = [set(groups[part[part < 20]].tolist()) for part in (split.train, split.validation, split.test)]
-        assert sum(map(len, parts)) == 10
-
-
-@pytest.mark.parametrize("options", SPLITTINGS, ids=str)
-def test_fewer_examples_than_needed(options):
-    """Check that the message says the number that is enough, in our words, and proposes folds that are possible."""
-    least = needed(**options)
-    labels = torch.tensor([0] * 30 + [1] * (least - 1))
-    with pytest.raises(RunError) as refused:
-        splits(labels, replace(QUICK, **options))
-    message = str(refused.value)
-    assert f"class 1 has {least - 1} examples, expected {least} or more to split by label: add examples" in message
-    assert ("take --folds" in message) == ("folds" in options and least > 3)
-    if "take --folds" in message:
-        folds = int(message.rpartition(" ")[2])
-        check_splits(splits(labels, replace(QUICK, folds=folds)), labels, folds=folds)
-
-
-def test_splits_are_those_of_the_committed_comparison():
-    """Check that splits are what they always were where all examples differ and no class is rare."""
-    digits = torch.tensor(pytest.importorskip("sklearn.datasets").load_digits().target)
-    labels = digits[digits >= 5] - 5
-    rows = json.loads((HISTORY / "digits-cpu" / "comparison.json").read_text())
-    found = splits(labels, replace(QUICK, seeds=3), torch.arange(len(labels)))
-    for row in rows:
-        assert [part["test"] for part in row["parts"]] == [split.test.tolist() for split in found]
-        assert [part["validation"] for part in row["parts"]] == [split.validation.tolist() for split in found]
-
-
-def test_equal_examples_are_found():
-    """Check that examples equal up to rounding are found, as the same text in another batch comes out."""
-    generator = torch.Generator().manual_seed(0)
-    features = torch.randn(60, LAYERS, FEATURES, generator=generator)
-    expected = torch.arange(60)
-    for copy, original in ((7, 3), (20, 3), (59, 40)):
-        features[copy] = features[original] * (1 + 1e-6 * torch.randn(LAYERS, FEATURES, generator=generator))
-        expected[copy] = original
-    features[50] = features[1] * (1 + 1e-3)  # more than rounding
-    assert find_equal(features).equal(expected)
-    features[10], features[30] = 3e38, features[10]
-    assert find_equal(features)[[7, 20, 59]].tolist() == [3, 3, 40]
-    for same in (torch.zeros(5, 2, 3), torch.full((5, 2, 3), 0.1)):
-        assert find_equal(same).tolist() == [0] * 5
-    assert find_equal(torch.ones(1, 2, 3)).tolist() == [0] and not len(find_equal(torch.ones(0, 2, 3)))
+    assert heads_of(method, layers) == heads
+    if method != "daamv2":
+        assert daam.DATDecoder(layers, 16, 3, attention=method, conv_channels=2).settings["num_heads"] == heads
 
 
 def test_a_run_keeps_equal_examples_together(cache, tmp_path):
@@ -241,41 +129,63 @@ def test_equal_examples_are_told(copies, line, cache, command, tmp_path, capsys,
     assert [text for text in printed if "examples equal" in text] == ([line] if line else [])
 
 
-@pytest.mark.parametrize("method", [method for method in METHODS if not method.startswith("lora")])
-def test_methods(method, cache, tmp_path):
+@pytest.fixture(scope="module")
+def plain():
+    """Return a cache of three classes that many features of two layers tell apart, the last one of them."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(60) % 3
+    features = torch.randn(60, LAYERS, FEATURES, generator=generator)
+    for label in range(3):
+        features[labels == label, 2::3, 5 * label : 5 * label + 5] += 2
+    return Cache(features, labels, ["a", "b", "c"], {"encoder": "made up", "source": "nowhere"})
+
+
+@pytest.mark.parametrize("method", [method for method in METHODS if method not in LORA])
+def test_methods(method, plain, tmp_path):
     """Check that each method learns what is plain to see, and that its results say what they are."""
-    settings = replace(QUICK, method=method, epochs=8, rate=3e-2 if method == "linear" else 3e-3)
-    results = training.run(cached_job(cache, settings), settings, tmp_path)
-    assert results["accuracy"]["mean"] > 0.6 > 1 / 3
-    decoder = decoder_for(method, LAYERS, FEATURES, 3)
-    assert results["trainable_parameters"] == sum(p.numel() for p in decoder.parameters())
-    assert len(results["parts"]) == 2 and results["memory"]["bytes"] > 0 and results["seconds_per_epoch"] > 0
+    settings = replace(QUICK, method=method, epochs=8, rates=(3e-3, 3e-2))
+    results = training.run(cached_job(plain, settings), settings, tmp_path)
+    assert results["accuracy"]["mean"] > 0.6 > 1 / 3 == pytest.approx(results["chance"])
+    for name in ("balanced_accuracy", "macro_f1"):
+        assert results[name]["mean"] == pytest.approx(results["accuracy"]["mean"], abs=0.1)
+    model = decoder_for(method, LAYERS, FEATURES, 3, standardize=True, conv_channels=8)
+    assert results["trainable_parameters"] == sum(p.numel() for p in model.parameters())
+    assert len(results["parts"]) == 2 and results["memory"]["bytes"] > 0 and results["seconds"] > 0
     assert (tmp_path / "learning-curves.png").stat().st_size > 10_000
+    assert (tmp_path / "confusion.png").stat().st_size > 5_000
     assert not list(tmp_path.glob("*.pt")), "checkpoints of finished parts go"
-    if method != "linear":
-        part = results["parts"][0]
-        best = daam.load_decoder(tmp_path / "part-0.safetensors").eval()
-        test = torch.tensor(part["test"])
-        assert (best(cache.features[test]).argmax(1) == cache.labels[test]).float().mean() == pytest.approx(
-            part["accuracy"]
-        )
+    path, part = tmp_path / "part-0.safetensors", results["parts"][0]
+    if isinstance(model, daam.DATDecoder):
+        model = daam.load_decoder(path)
+    else:
+        model.load_state_dict(load_file(path))
+    test = torch.tensor(part["test"])
+    assert model.eval()(plain.features[test]).argmax(1).tolist() == part["predictions"]
+    train = sorted(set(range(60)) - set(part["test"]) - set(part["validation"]))
+    close(model.standardize.mean, plain.features[train].mean((0, 2))[:, None], "means of the training part")
+    assert [tried["rate"] for tried in part["tried"]] == (
+        list(STRENGTHS) if method in LOGISTIC else list(settings.rates)
+    )
+    best = max(part["tried"], key=lambda tried: (tried["accuracy"], -tried["loss"]))
+    assert part["rate"] == best["rate"] and part["accuracies"][part["best_epoch"]] == best["accuracy"]
 
 
 def numbers(results):
     """Return the results of a run without its times."""
-    return [{key: value for key, value in part.items() if key != "seconds"} for part in results["parts"]]
+    found = [{key: value for key, value in part.items() if key != "seconds"} for part in results["parts"]]
+    return [part | {"tried": [tried | {"seconds": 0} for tried in part["tried"]]} for part in found]
 
 
 @pytest.mark.parametrize("method", ["daam", "mha_bn"])
-@pytest.mark.parametrize("stops", [9, 25], ids=["in the second epoch", "in the second part"])
+@pytest.mark.parametrize("stops", [9, 28, 45], ids=["in the second epoch", "at the second rate", "in the second part"])
 def test_an_interrupted_run_ends_with_the_same_numbers(stops, method, cache, tmp_path, monkeypatch):
     """Check that a resumed run restores running statistics of batch normalisation, the optimizer and the best epoch. An
-    epoch has 4 batches and a validation; the first call counts saved bytes.
+    epoch has 4 batches and a validation; the first call at a rate counts saved bytes.
     """
-    settings = replace(QUICK, method=method)
+    settings = replace(QUICK, method=method, rates=(3e-3, 1e-3))
     job = cached_job(cache, settings)
     expected = training.run(job, settings, tmp_path / "undisturbed")
-    original, calls = training._loss, []
+    original, calls = fitting._loss, []
 
     def interrupted(*args):
         calls.append(args)
@@ -283,10 +193,11 @@ def test_an_interrupted_run_ends_with_the_same_numbers(stops, method, cache, tmp
             raise KeyboardInterrupt
         return original(*args)
 
-    monkeypatch.setattr(training, "_loss", interrupted)
+    monkeypatch.setattr(fitting, "_loss", interrupted)
+    monkeypatch.setattr(fitting, "SAVE_EVERY", 0)
     with pytest.raises(KeyboardInterrupt):
         training.run(job, settings, tmp_path / "run")
-    monkeypatch.setattr(training, "_loss", original)
+    monkeypatch.setattr(fitting, "_loss", original)
     assert list((tmp_path / "run").glob("*.pt"))
     assert numbers(training.run(job, settings, tmp_path / "run")) == numbers(expected)
     finished = (tmp_path / "run" / "part-0.safetensors").read_bytes()
@@ -295,7 +206,7 @@ def test_an_interrupted_run_ends_with_the_same_numbers(stops, method, cache, tmp
 
 def test_stops_early(cache, tmp_path):
     """Check that a run without anything to learn ends after stop_after epochs, and tests the best one."""
-    settings = replace(QUICK, epochs=40, stop_after=2, rate=0.0)
+    settings = replace(QUICK, epochs=40, stop_after=2, rates=(0.0,))
     part = training.run(cached_job(cache, settings), settings, tmp_path)["parts"][0]
     assert (part["best_epoch"], len(part["losses"])) == (0, 3)
 
@@ -304,10 +215,10 @@ def test_of_equal_accuracies_the_lower_loss_is_tested(cache, tmp_path):
     """Check that of equal accuracies the lowest loss decides: on few examples many epochs get all right, and the first
     of them is hardly trained.
     """
-    settings = replace(QUICK, epochs=12)
+    settings = replace(QUICK, epochs=12, choose_by="accuracy")
     for part in training.run(cached_job(cache, settings), settings, tmp_path)["parts"]:
-        scores = list(zip(part["accuracies"], [-loss for loss in part["validation_losses"]], strict=True))
-        assert scores[part["best_epoch"]] == max(scores)
+        pairs = list(zip(part["accuracies"], [-loss for loss in part["validation_losses"]], strict=True))
+        assert pairs[part["best_epoch"]] == max(pairs)
         assert part["best_epoch"] > part["accuracies"].index(max(part["accuracies"]))
 
 
@@ -353,12 +264,15 @@ def test_a_start_that_fails_leaves_the_folder_free(cache, tmp_path):
 
 @pytest.mark.parametrize(
     ("settings", "advice"),
-    [({"rate": 1e30}, "choose a lower --rate"), ({"rate": 1.0, "weight_decay": 1e30}, "choose a lower --weight-decay")],
+    [
+        ({"rates": (1e30,)}, "choose a lower --rate"),
+        ({"rates": (1.0,), "weight_decay": 1e30}, "choose a lower --weight-decay"),
+    ],
     ids=str,
 )
 def test_a_loss_that_is_not_finite(settings, advice, cache, tmp_path):
     settings = replace(QUICK, **settings)
-    with pytest.raises(RunError, match=rf"training loss is (nan|inf) in epoch .*: {advice}$"):
+    with pytest.raises(RunError, match=rf"training loss is not finite in epoch 1, at no rate: {advice}$"):
         training.run(cached_job(cache, settings), settings, tmp_path)
 
 
@@ -430,15 +344,6 @@ def test_parts_of_other_splits(name, finished, cache, tmp_path):
         (tmp_path / "results.json").unlink()
     with pytest.raises(RunError, match=f"{name} is of other splits of the examples"):
         training.run(cached_job(cache, QUICK), QUICK, tmp_path)
-
-
-def test_many_classes(tmp_path):
-    """Check that as many examples validate as there are classes."""
-    labels = torch.arange(80) % 16
-    large = Cache(torch.randn(80, LAYERS, FEATURES), labels, [str(i) for i in range(16)], {})
-    settings = replace(QUICK, method="linear", epochs=1)
-    part = training.run(cached_job(large, settings), settings, tmp_path)["parts"][0]
-    assert sorted(labels[part["validation"]].tolist()) == list(range(16))
 
 
 def test_too_few_examples(tmp_path):
@@ -629,6 +534,7 @@ def test_compare(command, tmp_path, capsys):
     assert [row["method"] for row in rows] == methods
     assert [part["test"] for part in rows[0]["parts"]] == [part["test"] for part in rows[2]["parts"]], "same folds"
     lines = (tmp_path / "table.md").read_text().splitlines()
+    lines = lines[: lines.index("")]
     assert len(lines) == 5 and all(any(f"| {name} |" in line for line in lines) for name in methods)
     accuracies = [float(line.split("|")[2].split("±")[0]) for line in lines[2:]]
     assert accuracies == sorted(accuracies, reverse=True)
@@ -639,111 +545,6 @@ def test_compare(command, tmp_path, capsys):
     assert (tmp_path / "daam" / "part-0.json").stat().st_mtime_ns == time, "trained again"
 
 
-@pytest.mark.parametrize("method", ["daam", "mixture", "gqdaam"])
-def test_explain(method, command, cache, tmp_path, capsys):
-    run, out = tmp_path / "run", tmp_path / "out"
-    settings = replace(QUICK, method=method)
-    results = training.run(cached_job(cache, settings), settings, run)
-    command(explain, run, "cache", "--output", out, "--ablate", 2)
-    report = json.loads((out / "importance.json").read_text())
-    total, count = torch.zeros(LAYERS, FEATURES), 0
-    for i, part in enumerate(results["parts"]):
-        assert not set(part["validation"]) & set(part["test"])
-        decoder = daam.load_decoder(run / f"part-{i}.safetensors").eval()
-        total += decoder(cache.features[part["validation"]], return_weights=True)[1].detach().sum(0)
-        count += len(part["validation"])
-    expected = daam.layer_contribution(total / count)
-    close(torch.tensor(report["layer_contribution"]), expected, "percent")
-    importance = daam.importance_factor(total / count)
-    first = report["most_important"][0]
-    assert first["importance"] == 1 and importance[first["layer"] - 1, first["feature"]] == pytest.approx(1)
-    order = expected.argsort(descending=True) + 1
-    assert report["ablation"]["highest"]["layers"] == sorted(order[:2].tolist())
-    assert report["ablation"]["lowest"]["layers"] == sorted(order[-2:].tolist())
-    assert {path.name for path in out.glob("*.png")} == {"importance.png", "gaussians.png"}
-    assert "highest layers" in capsys.readouterr().out
-
-
-def test_layers_keep_their_numbers(command, cache, tmp_path):
-    settings = replace(QUICK, layers=(1, 2, 4))
-    training.run(cached_job(cache, settings), settings, tmp_path / "run")
-    command(explain, tmp_path / "run", "cache", "--output", tmp_path)
-    report = json.loads((tmp_path / "importance.json").read_text())
-    assert report["layers"] == [2, 3, 5] and {entry["layer"] for entry in report["most_important"]} <= {2, 3, 5}
-
-
-@pytest.mark.parametrize("count", [1, 4])
-def test_ablations_that_do_not_fit(count, command, finished, tmp_path, capsys):
-    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
-    with pytest.raises(SystemExit):
-        command(explain, tmp_path, "cache", "--output", tmp_path / "out", "--ablate", count)
-    assert f"--ablate is {count}, expected 2 to 3, half of the 6 layers" in capsys.readouterr().err
-
-
-def test_what_cannot_be_explained(command, tmp_path, capsys, cache, monkeypatch):
-    def refused():
-        with pytest.raises(SystemExit):
-            command(explain, tmp_path, "cache", "--output", tmp_path)
-        return capsys.readouterr().err
-
-    assert "finish the run" in refused()
-    (tmp_path / "results.json").write_text("{}")
-    assert "holds no results" in refused()
-    (tmp_path / "results.json").unlink()
-    settings = replace(QUICK, method="linear", epochs=1)
-    training.run(cached_job(cache, settings), settings, tmp_path)
-    assert "'linear', which has no densities" in refused()
-    changed = replace(cache, features=cache.features + 1)
-    settings = replace(QUICK, epochs=1)
-    training.run(cached_job(changed, settings), settings, tmp_path / "other")
-    tmp_path = tmp_path / "other"
-    assert "was trained on another cache" in refused()
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        "",
-        "{",
-        "[1]",
-        '"text"',
-        *({"drop": key} for key in ("accuracy", "settings", "examples", "parts", "about", "memory")),
-        {"settings": {}},
-        {"settings": {"method": "daam", "nonsense": 1}},
-        {"parts": []},
-        {"parts": [{}, {"nonsense": 1}]},
-        {"parts": "none"},
-        {"method": ["daam"]},
-        {"about": None},
-    ],
-    ids=str,
-)
-def test_results_that_are_broken(change, finished, refused, tmp_path):
-    shutil.copytree(finished, tmp_path / "run")
-    path = tmp_path / "run" / "results.json"
-    data = json.loads(path.read_text())
-    if isinstance(change, dict):
-        data.pop(change.get("drop"), None)
-        change = json.dumps({**data, **{key: value for key, value in change.items() if key != "drop"}})
-    path.write_text(change)
-    line = refused(explain, tmp_path / "run", "cache", "--output", tmp_path / "out")
-    assert str(path) in line and ("is broken" in line or "holds no results" in line)
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize("content", ["missing", "broken", "of other sizes", "of another method"])
-def test_decoders_that_are_broken(content, finished, refused, tmp_path):
-    shutil.copytree(finished, tmp_path / "run")
-    path = tmp_path / "run" / "part-1.safetensors"
-    path.unlink()
-    if content == "broken":
-        path.write_text("{}")
-    elif content != "missing":
-        method, layers = ("mha", LAYERS) if content == "of another method" else ("daam", LAYERS + 1)
-        daam.save_decoder(decoder_for(method, layers, FEATURES, 3), path)
-    assert str(path) in refused(explain, tmp_path / "run", "cache", "--output", tmp_path / "out")
-
-
 NAMES = ["prices_$5_to_$10.csv", "$x_{$.csv", "a^b_{c}%d#e&f\\g~.csv", "$\\frac{$", "价格.csv", "$$", "<b>&amp;"]
 
 
@@ -751,7 +552,7 @@ def results_named(name):
     part = {"losses": [3.0, 1.0], "accuracies": [0.5, 0.6], "best_epoch": 1}
     about = {"cache": {"encoder": name, "source": name}, "device": name, "torch": "2"}
     return {"method": name, "parts": [part], "accuracy": {"mean": 0.5, "std": 0.1}, "about": about,
-            "trainable_parameters": 10, "settings": {"loss": "focal"}}  # fmt: skip
+            "trainable_parameters": 10, "chance": 0.3, "settings": {"loss": "focal"}}  # fmt: skip
 
 
 def test_names_are_drawn_as_they_are(tmp_path, monkeypatch, recwarn, capsys):
@@ -772,8 +573,8 @@ def test_names_are_drawn_as_they_are(tmp_path, monkeypatch, recwarn, capsys):
             plots.plot_comparison([results_named(name), results_named("other")], tmp_path / f"comparison-{i}.png")
         name = " ".join(NAMES)
         plots.plot_curves(results_named(name), tmp_path / "curves.png")
-        plots.plot_importance(map_, map_.mean(1), [1, 2, 3, 4], 2, name, tmp_path / "importance.png")
-        plots.plot_gaussians(map_[:2], map_[2:], name, tmp_path / "gaussians.png")
+        plots.plot_importance(map_, map_, [1, 2, 3, 4], 2, name, tmp_path / "importance.png")
+        plots.plot_gaussians((map_[:2], map_[2:]), (map_[:2], map_[2:]), name, tmp_path / "gaussians.png")
     assert len(list(tmp_path.glob("*.png"))) == len(NAMES) + 3
     assert read and all("mathdefault" in text for text in read), "names were read as mathematics"
     assert not recwarn.list and not capsys.readouterr().err
@@ -796,7 +597,8 @@ def test_a_picture_that_fails_ends_nothing(cache, command, tmp_path, capsys, mon
     command(compare, "cache", "--methods", "linear", "daam", *options)
     out, err = capsys.readouterr()
     told = [line for line in err.splitlines() if line.startswith("no picture")]
-    pictures = ["linear/learning-curves.png", "daam/learning-curves.png", "comparison.png"]
+    drawn = ("learning-curves.png", "confusion.png")
+    pictures = [f"{method}/{name}" for method in ("linear", "daam") for name in drawn] + ["comparison.png"]
     assert told == [f"no picture {tmp_path / 'out' / name}: ValueError no such font" for name in pictures]
     for name in ("linear/results.json", "daam/results.json", "table.md", "comparison.json"):
         assert (tmp_path / "out" / name).stat().st_size
