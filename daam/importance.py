@@ -9,6 +9,10 @@ from torch import Tensor
 def importance_factor(weights: Tensor) -> Tensor:
     """Return (w - min) / (max - min) over the whole map; zeros where all its values are the same.
 
+    It shows how densities, at their learned offsets and widths, weigh each layer and feature relative to the others of
+    its head. It does not show that a layer matters for the answer: the map of an untrained decoder is often nearly
+    the same, so compare with that and with what dropping a layer costs (`daam.recipes.explain` does both).
+
     Args:
         weights: a map of attention weights, (layers, features) say, averaged over a validation set; see `WeightMap`.
 

@@ -16,6 +16,18 @@ def test_importance_factor():
     assert torch.equal(found.flatten().argsort(stable=True), random.flatten().argsort(stable=True)), "order is kept"
 
 
+def test_weights_are_relative_within_a_head():
+    """Check what the docstring of importance_factor says a map shows: what a layer weighs depends on its own head's."""
+    x = torch.randn(4, 6, 16, dtype=torch.float64)
+    layer = daam.MultiHeadDAAM(num_features=16, num_heads=2, eps=0, dtype=torch.float64)
+    weights = layer(x, return_weights=True)[1]
+    changed = x.clone()
+    changed[:, 0] += 3
+    moved = layer(changed, return_weights=True)[1] != weights
+    assert moved[:, :3].any((0, 2)).all() and not moved[:, 3:].any(), "the other head's layers moved"
+    close(layer(10 * x + 5, return_weights=True)[1], weights, "weights at another scale")
+
+
 def test_a_constant_map_is_zero():
     assert torch.equal(daam.importance_factor(torch.full((3, 4), 0.7)), torch.zeros(3, 4))
 
