@@ -8,8 +8,8 @@ SHELL := bash
 
 AUDITS := audit-sm_80 audit-sm_90 audit-sm_100 audit-gfx942
 
-.PHONY: demo test test-daam test-others test-emulated test-emulated-sample margins lint bench audit audit-model test-slow \
-	gpu gpu-dry gpu-prepare clean
+.PHONY: demo examples test test-daam test-others test-emulated test-emulated-sample margins lint bench audit audit-model \
+	test-slow gpu gpu-dry gpu-prepare clean
 
 demo: $(INSTALLED)
 	$(BIN)/python -m daam.recipes.digits $(ARGS)
@@ -50,6 +50,15 @@ test-emulated-%: $(INSTALLED)
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+# Methods compared on real data out of packages, a quarter of an hour of two cores: results go into build/examples,
+# and with ARGS="--keep bench/history/examples" to the committed ones.
+examples: export OMP_NUM_THREADS := 1
+examples: $(INSTALLED)
+	$(MAKE) --jobs=2 --output-sync=target $(addprefix examples-,text vision speech)
+
+examples-%: $(INSTALLED)
+	$(BIN)/python -m bench.examples $* $(ARGS)
 
 # Times and memory beside other providers, and their plots.
 bench: $(INSTALLED)

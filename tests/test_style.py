@@ -8,10 +8,10 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 DOCSTRINGS = (
-    *("kernels", "daam", "daam/reference", "daam/recipes", "bench", "bench/device"),
+    *("kernels", "daam", "daam/reference", "daam/recipes", "bench", "bench/device", "bench/examples"),
     *("tests", "tests/bench", "tests/daam", "tests/emulator", "tests/kernels"),
 )
-IMPORTS = ("daam", "daam/recipes", "daam/reference", "daam/kernels", "bench", "bench/device")
+IMPORTS = ("daam", "daam/recipes", "daam/reference", "daam/kernels", "bench", "bench/device", "bench/examples")
 VERBS = (  # that a docstring may begin with, in the imperative: others may be added, nouns may not
     "Access|Add|Answer|Append|Assert|Attend|Average|Build|Call|Check|Choose|Classify|Compare|Compile|Compute|Copy|Count|Cut|"
     "Decode|Define|Describe|Draw|Embed|Encode|End|Explain|Fail|Fill|Find|Freeze|Gate|Give|Hold|Import|Include|Keep|Launch|Leave|Let|List|"
