@@ -26,7 +26,7 @@ KNOWN = 5  # of them the encoder learns, decoders the others
 LAYERS, WIDTH, PATCH, SIDE = 12, 64, 4, 28
 TOKENS = (SIDE // PATCH) ** 2
 # Of a class. Each of the encoder's is seen once: two minutes of a core that nothing else uses.
-ENCODER_IMAGES, TRAIN_IMAGES, TEST_IMAGES = 5000, 400, 200
+ENCODER_IMAGES, TRAIN_IMAGES, TEST_IMAGES = 5000, 250, 200
 
 
 class ImageEncoder(nn.Module):

@@ -34,7 +34,7 @@ with extra():
 
 LAYERS, FEATURES = 12, 64
 METHODS = ("daam", "mha", "weighted_sum", "logistic", "logistic_last")
-RATES = (3e-4, 1e-3, 3e-3)
+RATES = (1e-3, 1e-2)
 
 
 class Encoder(nn.Module):

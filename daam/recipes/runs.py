@@ -36,7 +36,7 @@ class Settings:
     method: str
     epochs: int = 100  # at most
     batch: int = 32
-    rates: tuple[float, ...] = (1e-4, 3e-4, 1e-3)  # each is tried; the best one on validation is tested
+    rates: tuple[float, ...] = (1e-4, 1e-3, 1e-2)  # each is tried; the best one on validation is tested
     weight_decay: float = 1e-2
     loss: str = "cross_entropy"
     folds: int = 5
