@@ -31,16 +31,17 @@ class Standardize(nn.Module):
         self.std.fill_(1)
 
     @torch.no_grad()
-    def fit(self, x: Tensor) -> None:
-        """Take the statistics of examples, (examples, layers, features); raise ValueError for other shapes, and where
-        they are not finite.
+    def fit(self, x: Tensor, places: Tensor | None = None) -> None:
+        """Take the statistics of examples, (examples, layers, features), of those at some places, (count,), or of all;
+        raise ValueError for other shapes, and where they are not finite.
         """
         check_tensor("x", x)
         layers = len(self.mean)
         if x.dim() != 3 or x.shape[1] != layers or not x.numel():
             raise ValueError(f"x has shape {tuple(x.shape)}, expected (examples, {layers}, features), one or more each")
-        for layer in range(layers):  # one by one: all of them in double precision may have no room
-            var, mean = torch.var_mean(x[:, layer].double(), correction=0)
+        for layer in range(layers):  # one by one: a copy of all, and in double precision, may have no room
+            rows = x[:, layer] if places is None else x[places, layer]
+            var, mean = torch.var_mean(rows.cpu().double(), correction=0)  # some accelerators have no fp64
             if not (var.isfinite() and mean.isfinite()):
                 raise ValueError(f"x has features that are not finite, in layer {layer} of 0 to {layers - 1}")
             std = var.sqrt()

@@ -8,6 +8,7 @@ import math
 import torch
 
 LARGEST = 10**9  # of whole numbers: torch counts in 64 bits
+MOST_LAYERS = 1000  # of a range
 MOST_SEEDS = 1000  # their splits are all drawn before the first one trains
 
 
@@ -38,7 +39,7 @@ def layer_range(text: str) -> range:
         found = range(int(first) - 1, int(last if dash else first))
     except ValueError:
         found = range(0)
-    if not found or found.start < 0:
+    if not 0 < len(found) <= MOST_LAYERS or found.start < 0:
         raise argparse.ArgumentTypeError(f"{text!r}, expected a layer from 1 on or a range like 4-6")
     return found
 

@@ -50,16 +50,25 @@ def _difference(row: dict[str, Any], best: dict[str, Any] | None) -> str:
         return "" if best is None else "the best"
     p = compare_runs(row, best)
     if math.isnan(p):
-        return "one part: unknown"
+        return "unknown"
     return f"yes (p {p:.3f})" if p < LEVEL else f"no (p {p:.2f})"
 
 
 def compare_runs(first: dict[str, Any], second: dict[str, Any]) -> float:
-    """Return the p value of the difference of two runs' accuracies on the same parts; see `scores.p_value`."""
+    """Return the p value of the difference of two runs' accuracies on the same parts; see `scores.p_value`. NaN where
+    all parts have the same test examples, as the data names them: their spread says nothing of others.
+    """
+    if tests_once(first):
+        return math.nan
     parts = first["parts"], second["parts"]
     accuracies = [[part["accuracy"] for part in run] for run in parts]
     shares = [len(part["test"]) / part["train"] for part in first["parts"]]
     return p_value(*accuracies, float(np.mean(shares)))
+
+
+def tests_once(row: dict[str, Any]) -> bool:
+    """Return whether all parts of a run test the same examples."""
+    return all(part["test"] == row["parts"][0]["test"] for part in row["parts"])
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -81,11 +90,14 @@ def notes(rows: list[dict[str, Any]]) -> list[str]:
     rates = f"{'of the paper; ' if is_papers(settings) else ''}rates " + ", ".join(f"{r:g}" for r in settings["rates"])
     features = "standardised" if settings["standardize"] else "as they are"
     weights = ", class weights" if settings["class_weights"] else ""
-    frequent = rows[0]["chance"]
+    test = f"by a paired t test over the parts, corrected for their common training examples, at {LEVEL}"
+    spread = f"{len(parts)} test parts"
+    if tests_once(rows[0]):
+        test = "unknown, as all test the same examples"
+        spread = f"{len(parts)} repetitions, on the same test examples"
     lines = [
-        f"Mean ± standard deviation of {len(parts)} test parts; saying the most frequent class gives {frequent:.3f}. "
-        f"Below the best: by a paired t test over the parts, corrected for their common training examples, at {LEVEL}. "
-        f"Seconds of training a part, at all rates; MB {memory}.",
+        f"Mean ± standard deviation of {spread}; saying the most frequent class gives {rows[0]['chance']:.3f}. "
+        f"Below the best: {test}. Seconds of training a part, at all rates; MB {memory}.",
         f"Settings: {rates}, at most {settings['epochs']} epochs "
         f"({settings['stop_after']} without a better one), batches of {settings['batch']}, {settings['loss']} loss, "
         f"{settings['conv_channels']} channels between convolutions, layers {features}{weights}.",
@@ -101,7 +113,9 @@ def notes(rows: list[dict[str, Any]]) -> list[str]:
 
 def is_papers(settings: dict[str, Any]) -> bool:
     """Return whether settings, by name, are the paper's."""
-    return {name: settings[name] for name in PAPER} == PAPER
+    default = asdict(Settings(""))
+    expected = PAPER | {name: default[name] for name in ("weight_decay", "class_weights")}
+    return {name: settings[name] for name in expected} == expected
 
 
 def write_comparison(rows: list[dict[str, Any]], output: Path) -> str:

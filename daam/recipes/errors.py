@@ -54,6 +54,9 @@ def guarded(main: Callable[[list[str] | None], None]) -> Callable[..., None]:
             main(argv)
         except (UserError, OSError, ImportError) as error:
             end(error)
+        except KeyboardInterrupt:
+            print("interrupted: run the same command again, where it says that it goes on", file=sys.stderr)
+            raise SystemExit(130) from None
         except (MemoryError, RuntimeError) as error:
             if not lacks_memory(error):
                 raise

@@ -107,7 +107,7 @@ def drop_layers(fits: Sequence[Fitted], layers: Sequence[int]) -> list[dict[str,
 def _costs(fit: Fitted) -> np.ndarray:
     """Return increase of the loss and drop of the accuracy of a part for every layer that is dropped, (layers, 2)."""
     work, features = fit.work, fit.work.job.features
-    mean = features[work.split.train].mean(0)
+    mean = torch.stack([features[work.split.train, layer].mean(0) for layer in range(features.shape[1])])
     accuracy, loss = validate(fit.trained, work)
     found = []
     for layer in range(features.shape[1]):

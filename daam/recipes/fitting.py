@@ -34,9 +34,9 @@ def fit_part(job: Job, split: Split, settings: Settings, stem: Path, seed: int, 
     if checkpoint.exists():
         state = runs.load_state(checkpoint, split, device)
     for rate in settings.rates[len(state["tried"]) :]:
-        part, best = _fit_at(rate, work, seed, checkpoint, state)
+        part, best, finite = _fit_at(rate, work, seed, checkpoint, state)
         state["current"] = None
-        state["tried"].append(_summary(part))
+        state["tried"].append({**_summary(part), "finite": finite})
         if state["chosen"] is None or score_of(part, settings) > score_of(state["chosen"]["part"], settings):
             state["chosen"] = {"part": part, "best": best}
         runs.save_state(checkpoint, state)
@@ -57,7 +57,7 @@ def untrained(job: Job, split: Split, seed: int, device: str) -> nn.Module:
     torch.manual_seed(seed)
     model = job.build().to(device)
     if job.features is not None and getattr(model, "standardize", None) is not None:
-        model.standardize.fit(job.features[split.train.to(job.features.device)])
+        model.standardize.fit(job.features, split.train.to(job.features.device))
     return model
 
 
@@ -82,11 +82,14 @@ def class_weights(job: Job, split: Split, settings: Settings) -> Tensor | None:
 
 def _fit_at(
     rate: float, work: Work, seed: int, checkpoint: Path, state: dict[str, Any]
-) -> tuple[Part, dict[str, Tensor] | None]:
-    """Train at one rate, going on with state["current"] if there is one; return what it gave, and the best state."""
+) -> tuple[Part, dict[str, Tensor] | None, bool]:
+    """Train at one rate, going on with state["current"] if there is one; return what it gave, the best state, and
+    whether the loss stayed finite.
+    """
     split, settings = work.split, work.settings
     model = untrained(work.job, split, seed, work.device)
     optimizer = torch.optim.AdamW(work.job.rates(model, rate), weight_decay=settings.weight_decay)
+    # of the paper; where training ends after ten epochs without a better one it does nothing
     schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, "max", threshold_mode="abs", patience=10)
     part, best = Part(rate=rate, train=len(split.train), validation=split.validation.tolist()), None
     part.test = split.test.tolist()
@@ -103,8 +106,10 @@ def _fit_at(
     name = f"{settings.method} {checkpoint.stem} at {rate:g}"
     bar = Progress(epochs, desc=name, initial=epochs.start, total=epochs.stop)
     for epoch in bar:
-        if epoch - part.best_epoch > settings.stop_after or not _train_epoch(model, work, optimizer, epoch, part):
+        if epoch - part.best_epoch > settings.stop_after:
             break
+        if not _train_epoch(model, work, optimizer, epoch, part):
+            return part, best, False
         schedule.step(score_of(part, settings, epoch)[0])
         if score_of(part, settings, epoch) > score_of(part, settings):
             part.best_epoch = epoch
@@ -115,7 +120,7 @@ def _fit_at(
             state["current"] = {"model": _trained_state(model), **steps, "part": part, "best": best}
             runs.save_state(checkpoint, state)
             saved = time.monotonic()
-    return part, best
+    return part, best, True
 
 
 def _train_epoch(model: nn.Module, work: Work, optimizer: torch.optim.Optimizer, epoch: int, part: Part) -> bool:
@@ -170,7 +175,7 @@ def score_of(part: Part, settings: Settings, epoch: int | None = None) -> tuple[
 
 def _advice(work: Work) -> str:
     """Return in words what to do about a loss that is not finite: take a lower rate, or look at the examples."""
-    model, settings = work.job.build().to(work.device), work.settings
+    model, settings = untrained(work.job, work.split, 0, work.device), work.settings
     for batch in work.split.train.split(settings.batch):
         loss, _ = _loss(model, batch, work)
         gradients = torch.autograd.grad(loss, trainable(model), allow_unused=True)

@@ -21,7 +21,7 @@ with extra():
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
 
-STRENGTHS = (1e-3, 1e-2, 1e-1)  # C, inverse regularisation: as many as others have rates; validation chooses one
+STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0, 10.0)  # C, inverse regularisation, of which validation chooses one
 MOST_STEPS = 1000
 
 
@@ -36,14 +36,14 @@ def fit_logistic(job: Job, split: Split, settings: Settings, stem: Path, seed: i
     tracemalloc.start()
     for strength in STRENGTHS:
         start = time.perf_counter()
-        told = _fit(model, job, split, settings, strength)
+        converged = _fit(model, job, split, settings, strength)
         accuracy, loss = validate(model, work)
         seconds = time.perf_counter() - start
-        part.warnings += told  # lists that all share
         part.tried.append({"rate": strength, "epochs": 1, "seconds": seconds, "accuracy": accuracy, "loss": loss})
         training = loss_of(predict(model, split.train, work), job.labels[split.train], work).item()
+        told = [] if converged else [f"the fit at C = {strength:g} has not converged after {MOST_STEPS} steps"]
         now = replace(part, rate=strength, best_epoch=0, losses=[training], accuracies=[accuracy],
-                      validation_losses=[loss], seconds=[seconds])  # fmt: skip
+                      validation_losses=[loss], seconds=[seconds], warnings=told)  # fmt: skip
         if chosen is None or score_of(now, settings) > score_of(chosen, settings):
             chosen, best = now, {name: t.clone() for name, t in model.state_dict().items()}
     chosen.memory = tracemalloc.get_traced_memory()[1]
@@ -55,8 +55,8 @@ def fit_logistic(job: Job, split: Split, settings: Settings, stem: Path, seed: i
 
 
 @torch.no_grad()
-def _fit(model: Probe, job: Job, split: Split, settings: Settings, strength: float) -> list[str]:
-    """Give a probe the weights that scikit-learn finds, and return what it warns of."""
+def _fit(model: Probe, job: Job, split: Split, settings: Settings, strength: float) -> bool:
+    """Give a probe the weights that scikit-learn finds, and return whether it has converged."""
     x = job.features[split.train].cpu()
     x = model.pool(x if model.standardize is None else model.standardize(x))
     balanced = "balanced" if settings.class_weights else None
@@ -71,4 +71,4 @@ def _fit(model: Probe, job: Job, split: Split, settings: Settings, strength: flo
     model.classify.bias.fill_(-1e9)  # of classes that no example has
     present = torch.from_numpy(classifier.classes_)
     model.classify.weight[present], model.classify.bias[present] = coefficients, bias
-    return [f"after {MOST_STEPS} steps at C = {strength:g} the fit has not converged"] if told else []
+    return not told

@@ -27,7 +27,7 @@ with extra():
     from matplotlib.image import AxesImage
 
 BASELINES = ("logistic_last", "logistic", "last", "linear")
-MOST_NUMBERS = 30  # classes of which counts are legible
+MOST_NUMBERS, MOST_NAMES = 30, 60  # classes of which counts, and names, are legible
 
 
 def plot_curves(results: dict[str, Any], path: Path) -> None:
@@ -81,9 +81,10 @@ def plot_confusion(results: dict[str, Any], matrix: np.ndarray, path: Path) -> N
             for (row, column), count in np.ndenumerate(matrix):
                 color = "white" if shares[row, column] > 0.5 else "black"
                 axes.text(column, row, count, ha="center", va="center", color=color, fontsize=8)
-        ticks = range(len(names))
-        axes.set_xticks(ticks, names, rotation=90, fontsize=8, parse_math=False)
-        axes.set_yticks(ticks, names, fontsize=8, parse_math=False)
+        ticks = range(0, len(names), 1 + len(names) // MOST_NAMES)
+        shown = [name if len(name) <= 30 else f"{name[:29]}…" for name in (" ".join(names[i].split()) for i in ticks)]
+        axes.set_xticks(ticks, shown, rotation=90, fontsize=8, parse_math=False)
+        axes.set_yticks(ticks, shown, fontsize=8, parse_math=False)
         axes.set(xlabel="taken for", ylabel="class")
         _add_title(figure, f"{results['method']}: test accuracy {accuracy_of(results)}")
 

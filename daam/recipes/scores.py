@@ -34,15 +34,16 @@ def p_value(first: Sequence[float], second: Sequence[float], test_share: float) 
     """Return how probable a difference between accuracies on the same parts is where there is none: that of a paired t
     test, two-sided, with the correction for parts that train on the same examples (Nadeau and Bengio, 2003).
 
-    test_share: examples that test in examples that train. NaN for a single part.
+    test_share: examples that test in examples that train. NaN, unknown, for a single part, and where the difference is
+    the same in all: of few test examples that happens by chance.
     """
     differences = np.subtract(first, second)
     n = len(differences)
     if n < 2:
         return math.nan
     mean, variance = differences.mean(), differences.var(ddof=1)
-    if variance < 1e-18:  # rounding: all differences are the same
-        return float(abs(mean) < 1e-9)
+    if variance < 1e-18:  # but for rounding
+        return 1.0 if abs(mean) < 1e-9 else math.nan
     return float(2 * student.sf(abs(mean) / math.sqrt((1 / n + test_share) * variance), n - 1))
 
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 import daam
 from daam.recipes.jobs import Work
+from daam.recipes.methods import LOGISTIC
 from daam.recipes.runs import Part
 
 DEAD_SHARE = 0.25  # of a convolution's channels: some of 512 die in any training
@@ -26,11 +27,11 @@ def find_warnings(model: nn.Module, part: Part, work: Work) -> list[str]:
 def _of_training(part: Part, work: Work) -> list[str]:
     """Tell of training that ended with its best epoch, and of rates at which it did not end well."""
     found = []
-    if part.best_epoch + 1 == work.settings.epochs:
+    if part.best_epoch + 1 == work.settings.epochs and work.settings.method not in LOGISTIC:
         found.append(f"the best epoch is the last of {work.settings.epochs}: more --epochs may do better")
     for tried in part.tried:
-        if "accuracy" not in tried:
-            found.append(f"at a rate of {tried['rate']:g} the loss is not finite")
+        if not tried.get("finite", True):
+            found.append(f"at a rate of {tried['rate']:g} the loss is not finite from epoch {tried['epochs'] + 1} on")
     return found
 
 
@@ -56,9 +57,9 @@ def _of_channels(model: nn.Module, work: Work) -> list[str]:
     found = []
     for name, dead in dead_channels(model, work).items():
         if (count := int(dead.sum())) >= max(1, DEAD_SHARE * len(dead)):
+            advice = "a lower --rate" + ("" if model.standardize is not None else ", or --standardize")
             found.append(
-                f"{count} of {len(dead)} channels of {name} are dead, no training example passes them: take a lower "
-                "--rate, or --standardize"
+                f"{count} of {len(dead)} channels of {name} are dead, no training example passes them: take {advice}"
             )
     return found
 

@@ -137,7 +137,7 @@ def test_committed_results_are_whole(name):
     )
     assert all(int(row["parts"]) >= 3 for row in rows.values())
     accuracy = {method: float(row["accuracy"]) for method, row in rows.items()}
-    assert accuracy["linear"] >= accuracy["logistic"] - 0.01 and accuracy["last"] >= accuracy["logistic_last"] - 0.015
+    assert accuracy["linear"] >= accuracy["logistic"] - 0.015 and accuracy["last"] >= accuracy["logistic_last"] - 0.015
     for method, value in accuracy.items():
         assert f"| {method} | {value:.3f} ± " in (HISTORY / name / "table.md").read_text()
     for picture in ("comparison.png", "importance.png"):

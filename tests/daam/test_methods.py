@@ -150,6 +150,23 @@ def test_logistic_regression_is_scikit_learns(method, names, tmp_path):
     assert results["memory"]["what"] == "peak of the fit"
 
 
+def test_a_rate_that_diverges_later_is_told(tmp_path, monkeypatch):
+    """Check that what it gave before stands, and that the warning says when it ended."""
+    original, calls = fitting._loss, []
+
+    def broken(model, places, work):
+        calls.append(model.training)
+        loss, scores = original(model, places, work)
+        return (loss * math.inf if sum(calls) == 8 else loss), scores
+
+    monkeypatch.setattr(fitting, "_loss", broken)
+    settings = replace(QUICK, method="last", rates=(1e-2,), epochs=5)
+    part = training.run(cached_job(made_up(), settings), settings, tmp_path)["parts"][0]
+    assert 1 <= len(part["losses"]) < 5
+    epoch = len(part["losses"]) + 1
+    assert f"at a rate of 0.01 the loss is not finite from epoch {epoch} on" in part["warnings"]
+
+
 def best_logistic(x, labels, split):
     """Return the test accuracy of scikit-learn's logistic regression on (examples, numbers), of all strengths the best
     on validation.
@@ -231,7 +248,7 @@ def test_a_rate_that_diverges_is_left_out(tmp_path):
     settings = replace(QUICK, method="linear", rates=(1e30, 1e-2))
     part = training.run(cached_job(made_up(), settings), settings, tmp_path)["parts"][0]
     assert part["rate"] == 1e-2 and part["accuracy"] > 0.5
-    assert "at a rate of 1e+30 the loss is not finite" in part["warnings"]
+    assert "at a rate of 1e+30 the loss is not finite from epoch 1 on" in part["warnings"]
     assert "accuracy" not in part["tried"][0] and part["tried"][1]["epochs"] == len(part["losses"])
 
 
@@ -388,6 +405,9 @@ def test_groups_and_parts_of_the_data(name, line, tmp_path, monkeypatch, capsys)
             assert not set(values[part["test"]].tolist()) & set(values[part["validation"]].tolist())
     else:
         assert [part["test"] for part in parts] == [list(range(40, 60))] * 3
+        results = json.loads((tmp_path / "run" / "results.json").read_text())
+        text = compare.table([results, {**results, "accuracy": {"mean": 0.0, "std": 0.0}}])
+        assert "| unknown |" in text and "3 repetitions, on the same test examples" in text, "no p value of one test"
         with pytest.raises(SystemExit):
             train.main([*arguments, str(tmp_path / "folds"), "--folds", "2"])
         assert "--folds is 2, but the data names the parts of its examples: take --seeds" in capsys.readouterr().err

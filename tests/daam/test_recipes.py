@@ -16,16 +16,18 @@ pytest.importorskip("safetensors")
 from helpers import close
 
 import daam
-from daam.recipes import digits, features, training
+from daam.recipes import digits, features, logistic, training
 from daam.recipes.cache import Cache
 from daam.recipes.data import Example
 from daam.recipes.lock import exclusive
 from daam.recipes.runs import Settings
 
 
-def test_digits(tmp_path, capsys):
+def test_digits(tmp_path, capsys, monkeypatch):
     out = tmp_path / "out"
-    arguments = ["--output", str(out), "--seeds", "2", "--epochs", "2", "--encoder-epochs", "1", "--backend", "eager"]
+    monkeypatch.setattr(digits, "RATES", (1e-3,))
+    monkeypatch.setattr(logistic, "STRENGTHS", (1e-3,))
+    arguments = ["--output", str(out), "--seeds", "2", "--epochs", "1", "--encoder-epochs", "1", "--backend", "eager"]
     threads = torch.get_num_threads()
     try:
         digits.main(arguments)
