@@ -51,7 +51,7 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# Methods compared on real data out of packages, a quarter of an hour of two cores: results go into build/examples,
+# Methods compared on real data out of packages, half an hour of two cores: results go into build/examples,
 # and with ARGS="--keep bench/history/examples" to the committed ones.
 examples: export OMP_NUM_THREADS := 1
 examples: $(INSTALLED)

