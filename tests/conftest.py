@@ -147,6 +147,15 @@ def emulated(request):
     return request.config.stash[EMULATED]
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    """Run a file on one thread: small models gain nothing from more, and lose much to them on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(autouse=True)
 def seeded():
     """Let a test draw the same numbers whichever tests ran before it."""

@@ -121,7 +121,8 @@ def is_papers(settings: dict[str, Any]) -> bool:
 def write_comparison(rows: list[dict[str, Any]], output: Path) -> str:
     """Write table.md, table.csv, comparison.json and comparison.png of runs into a folder; return the table."""
     write_json(output / "comparison.json", rows)
-    write_whole(output / "table.md", (table(rows) + "\n").encode())
+    text = table(rows)
+    write_whole(output / "table.md", f"{text}\n".encode())
     best = max(rows, key=lambda row: row["accuracy"]["mean"])
     header = ["method", "accuracy", "accuracy std", "balanced accuracy", "macro F1", "p of the difference to the best",
               "trainable parameters", "seconds", "bytes", "parts"]  # fmt: skip
@@ -133,7 +134,7 @@ def write_comparison(rows: list[dict[str, Any]], output: Path) -> str:
     ]  # fmt: skip
     write_csv(output / "table.csv", [header, *lines])
     plot_comparison(rows, output / "comparison.png")
-    return table(rows)
+    return text
 
 
 @guarded

@@ -28,13 +28,7 @@ WORDS = {"weather": ["rain", "snow", "wind"], "food": ["bread", "soup", "cheese"
 QUICK = Settings("lora", epochs=6, folds=2, rates=(1e-2,), batch=8, loss="focal", choose_by="accuracy")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Run on one thread: encoders this small gain nothing from more, and lose much to them on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -32,13 +32,7 @@ LAYERS, FEATURES = 6, 16
 QUICK = Settings("daam", epochs=10, folds=2, rates=(3e-3, 3e-2), batch=8, stop_after=15, conv_channels=8)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Run on one thread: models this small gain nothing from more."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def made_up(scale=1.0, count=60):

@@ -30,13 +30,7 @@ LAYERS, FEATURES = 6, 16
 QUICK = Settings("daam", epochs=3, folds=2, rates=(3e-3,), batch=8, stop_after=15, conv_channels=8)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Run on one thread: decoders this small gain nothing from more, and lose much to them on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
