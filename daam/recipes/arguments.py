@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import warnings
 
 import torch
 
@@ -58,14 +59,17 @@ def number(text: str) -> float:
 def device(text: str) -> str:
     """Return a text that names a device of this machine; raise ArgumentTypeError where it does not."""
     try:
-        kind, index = torch.device(text).type, torch.device(text).index
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of names that torch no longer uses, like mkldnn
+            found = torch.device(text)
     except RuntimeError:
         raise argparse.ArgumentTypeError(f"{text!r}, expected cpu, cuda or cuda:1") from None
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise argparse.ArgumentTypeError(f"{text!r}, but torch finds no GPU")
-    if kind == "cuda" and index is not None and index >= torch.cuda.device_count():
-        raise argparse.ArgumentTypeError(f"{text!r}, but torch finds {torch.cuda.device_count()} GPUs, from cuda:0 on")
+    if found.type == "cpu":
+        return text
     other = torch.accelerator.current_accelerator(check_available=True)
-    if kind not in ("cpu", "cuda") and (other is None or other.type != kind):
-        raise argparse.ArgumentTypeError(f"{text!r}, but torch finds no such device: expected cpu, cuda or cuda:1")
+    if other is None or other.type != found.type:
+        kinds = "cpu" if other is None else f"cpu or {other.type}"
+        raise argparse.ArgumentTypeError(f"{text!r}, but torch finds no such device here: expected {kinds}")
+    if found.index is not None and found.index >= (count := torch.accelerator.device_count()):
+        raise argparse.ArgumentTypeError(f"{text!r}, but torch finds {count} of these, from {found.type}:0 on")
     return text

@@ -93,7 +93,8 @@ def load_encoder(
             model with a decoder the encoder is taken, of one for several modalities the part for this one.
         modality: "text", "vision" or "speech".
         layers: name of the list of layers, where it is not clear; see `LayerPooling`.
-        max_length: of a text in tokens; what is longer is cut off. None: 128, or as many as the encoder takes.
+        max_length: of a text in tokens; what is longer is cut off. None: 128. Where the encoder takes fewer, these
+            are taken, and a line is printed where more were asked for.
         max_seconds: of a sound; what is longer is cut off.
 
     Texts and sounds of different lengths are padded, with a mask, whether or not the encoder takes one.
@@ -247,8 +248,8 @@ def _text(tokenizer: Any, encoder: nn.Module, max_length: int | None) -> Collate
         )
     limit = int(min(tokenizer.model_max_length, positions_of(encoder)))
     if max_length is not None and max_length > limit:
-        raise EncoderError(f"max_length is {max_length}, expected at most the encoder's {limit}")
-    max_length = min(MAX_LENGTH, limit) if max_length is None else max_length
+        print(f"max_length is {max_length}, but the encoder takes {limit} tokens: longer texts are cut off there")
+    max_length = min(MAX_LENGTH if max_length is None else max_length, limit)
     if max_length < least:
         raise EncoderError(f"max_length is {max_length}, expected {least} or more: {least - 1} tokens are special")
     if tokenizer.pad_token is None:  # of decoder-only models; the mask hides it

@@ -10,12 +10,15 @@ from pathlib import Path
 
 from daam.recipes.examples import WORDS, DataError, Example, name_parts, some
 
-IMAGES = ("png", "jpg", "jpeg", "bmp", "gif", "webp", "tif", "tiff")
-SOUNDS = ("wav", "flac", "ogg", "mp3", "aif", "aiff")
+IMAGES = ("png", "jpg", "jpeg", "jfif", "bmp", "gif", "webp", "avif", "tif", "tiff")
+SOUNDS = ("wav", "flac", "ogg", "oga", "opus", "mp3", "aif", "aiff", "aifc")
 KINDS = {**dict.fromkeys(IMAGES, "vision"), **dict.fromkeys(SOUNDS, "speech")}
 FILES = f"images ({', '.join(IMAGES)}) or sounds ({', '.join(SOUNDS)})"
 # What systems put into folders; hidden files begin with a dot.
-LITTER = ("thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", "__macosx", "@eadir")
+LITTER = (
+    *("thumbs.db", "thumbs.db:encryptable", "ehthumbs.db", "ehthumbs_vista.db", "desktop.ini", "$recycle.bin"),
+    *("system volume information", "icon\r", "__macosx", "@eadir", "#recycle", "lost+found"),
+)
 # A word that a folder's name has if the folder is a part of a data set, and what may follow if that is its whole name.
 PART = re.compile(r"(?<![a-z])(train|test|val|dev|eval)(ing|id|idation|uation|elopment)?(?=set|[^a-z]|$)", re.I)
 PART_END = re.compile(r"[\W_]*(set|data|images|split)?[\W_\d]*", re.I)
@@ -32,18 +35,16 @@ def read_folder(root: Path, grouped: bool) -> tuple[str, list[Example]]:
     for folder in dict.fromkeys((root, *parts)):
         if not _subfolders(folder):
             raise DataError(f"{folder}: {ADVICE}, there is none")
-        if loose := [file for file in files if file.parent == folder and _kind(file)]:
+        if loose := [file for file in files if file.parent == folder and modality_of(file)]:
             raise DataError(f"{loose[0]} is in no class: {ADVICE}")
     files = [file for file in files if file.parent not in (root, *parts)]  # without a README beside the classes
     for folder, part in parts.items():
-        inside = [file for file in files if file.is_relative_to(folder) and _kind(file)]
+        inside = [file for file in files if file.is_relative_to(folder) and modality_of(file)]
         if part in ("", "train"):  # others may lack classes
             _check_classes(folder, inside, grouped)
         if grouped:
             _check_groups(folder, inside)
-    first = {_kind(file): file for file in reversed(files)}
-    if len(first) > 1 or None in first:
-        raise DataError(f"{root}: expected only {FILES}, it holds {' and '.join(map(str, sorted(first.values())))}")
+    modality = _only_modality(root, files)
     examples = [
         _example(file, folder, part, grouped)
         for folder, part in parts.items()
@@ -55,7 +56,29 @@ def read_folder(root: Path, grouped: bool) -> tuple[str, list[Example]]:
         names = {example.label for example in examples if example.split == part}
         if empty := [str(f) for f in _subfolders(folder) if f.name not in names]:
             raise DataError(f"{', '.join(empty)}: no images or sounds, expected some for each class")
-    return next(iter(first)), examples
+    return modality, examples
+
+
+def read_files(path: Path) -> tuple[str, list[Example]]:
+    """Return the modality, "vision" or "speech", and an example without a label for each image or sound in a folder, at
+    any depth, sorted by path; path may be one of these itself. Raise a DataError where there is none, or something
+    else.
+    """
+    files = sorted(_walk(path, ())) if path.is_dir() else [path]
+    found = [file for file in files if modality_of(file)]
+    # what stands beside folders of images or sounds, like a README, is no data
+    around = {folder for file in found for folder in file.parent.parents} - {file.parent for file in found}
+    if not (files := [file for file in files if file.parent not in around]):
+        raise DataError(f"{path}: no images or sounds, expected some")
+    return _only_modality(path, files), [Example(file, "") for file in files]
+
+
+def _only_modality(root: Path, files: list[Path]) -> str:
+    """Return the modality of all files; raise a DataError where they are not of one, or some of none."""
+    first = {modality_of(file): file for file in reversed(files)}
+    if len(first) > 1 or None in first:
+        raise DataError(f"{root}: expected only {FILES}, it holds {' and '.join(map(str, sorted(first.values())))}")
+    return next(iter(first))
 
 
 def _example(file: Path, folder: Path, part: str, grouped: bool) -> Example:
@@ -155,7 +178,8 @@ def _part(name: str, has_files: bool) -> str | None:
     return match and match[1].lower()
 
 
-def _kind(file: Path) -> str | None:
+def modality_of(file: Path) -> str | None:
+    """Return "vision" or "speech", as the ending of a file's name says; None for all others."""
     return KINDS.get(file.suffix.lower().removeprefix("."))
 
 

@@ -58,26 +58,33 @@ def test_headers_with_blanks_and_other_columns(tmp_path):
 
 
 TABLES = [
-    ("a.csv", "", "has no column text and no column label; it has: $"),
-    ("a.csv", "text,class\na,b\n", "has no column label; it has: text, class$"),
+    ("a.csv", "", "the file is empty$"),
+    ("a.csv", b"\xef\xbb\xbf\r\n\n", "the file is empty$"),
+    ("a.jsonl", "", "the file is empty$"),
+    ("a.csv", "\ntext,label\na,b\n", "has no column text and no column label; it has: ; choose with --text and --lab"),
+    ("a.csv", "text,class\na,b\n", "has no column label; it has: text, class; choose with --label$"),
+    ("a.csv", "title;class\na;b\n", "has no column text and no column label; it has: title, class; choose with --t"),
     ("a.csv", "text,label\na,b\nc, \n", "line 3: the label is empty"),
     ("a.csv", "text,label\na\n", "line 2: the label is empty"),
     ("a.csv", 'text,label\na,b\n"",b\n', "line 3: the text is empty"),
     ("a.csv", "text,label\nwell, no,b\n", 'line 2: more than 2 columns; put a text with commas into "quotes"'),
     ("a.csv", 'text,label\n"a,b\n', "line 2: broken CSV"),
-    ("a.csv", "text,label\na,x\nb,x\n", "2 examples of 1 classes, expected two classes or more"),
+    ("a.csv", "text,label\na,x\nb,x\n", "2 examples of 1 classes, expected 2 or more classes$"),
     ("a.csv", "text,label\n", "0 examples of 0 classes"),
     ("a.csv", "text,label,text\na,x,1\nb,y,2\n", "has the column text twice; it has: text, label, text"),
     ("a.csv", "label,text,id, label ,id\nx,a,1,y,2\n", "has the column label and the column id twice"),
-    ("a.csv", "text;label\na;x\n", "no column text and no column label; it has: text;label .*commas .*not ';'"),
-    ("a.csv", "text\tlabel\na\tx\n", r"expected columns with commas between them, not '\\t'"),
+    ("a.csv", "text;label\na;x;\n", 'line 2: more than 2 columns; put a text with semicolons into "quotes"'),
+    ("a.tsv", "text\tlabel\na\tx\t\n", 'line 2: more than 2 columns; put a text with tabs into "quotes"'),
+    ("a.tsv", 'text\tlabel\n"a" b\tx\n', "line 2: broken CSV"),
+    ("a.tsv", 'text\tlabel\n"a\tx\nb\ty\nc"\tz\nd\ty\n', 'line 4: a cell holds tabs and ends of lines, expected "'),
     ("a.csv", b"text,label\n\xff,x\n", "not in UTF-8"),
     ("a.csv", "text,label\na,x\nb,y\n".encode("utf-16"), "not in UTF-8"),
     ("a.csv", "text,label\na,x\nb,y\n".encode("utf-16-le"), "not in UTF-8 .it holds NUL"),
     ("a.csv", "text,label\na\0,x\nb,y\n", "not in UTF-8 .it holds NUL"),
     ("a.jsonl", '{"text": "a", "label": "b"}\n\n{"text": \n', "line 3: broken JSON"),
-    ("a.jsonl", '{"text": "a", "kind": "b"}\n', "line 1: no label; it has: text, kind"),
-    ("a.jsonl", "[1]\n", "line 1: expected an object"),
+    ("a.jsonl", '{"text": "a", "kind": "b"}\n', "line 1: no label; it has: text, kind; choose with --label$"),
+    ("a.jsonl", '{"class": "b"}\n', "line 1: no text and no label; it has: class; choose with --text and --label$"),
+    ("a.jsonl", "[1]\n", 'line 1: expected an object, {"text": ..., "label": ...}$'),
     ("a.jsonl", '{"text": null, "label": "b"}\n', "line 1: the text is None, expected a string$"),
     ("a.jsonl", '{"text": "a", "label": " "}\n', "line 1: the label is empty"),
     ("a.jsonl", '{"text": "a", "label": "b", "text": "c"}\n', "line 1: broken JSON .text twice in an object"),
@@ -87,7 +94,7 @@ TABLES = [
     ("a.jsonl", '{"text": "\\ud800", "label": "b"}\n', "line 1: the text is not in Unicode"),
     ("a.jsonl", '{"text": ' + "[" * 100_000, "line 1: broken JSON .*recursion"),
     ("a.jsonl", '{"text": "a", "label": ' + "1" * 9999 + "}\n", "line 1: broken JSON"),
-    ("a.txt", "a", r"expected a \.csv or \.jsonl file, or a folder with one subfolder for each class"),
+    ("a.txt", "a", r"expected a \.csv, \.tsv or \.jsonl file, or a folder with one subfolder for each class"),
 ]
 
 
@@ -96,6 +103,64 @@ def test_broken_tables(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(DataError, match=f"{name}.*{message}"):
         read_examples(tmp_path / name)
+
+
+DELIMITED = [  # a header, a row, and its text, which holds what elsewhere stands between columns
+    ("text,label", "a; b|c,x", "a; b|c"),
+    ("text;label", "a, b|c;x", "a, b|c"),
+    ("text|label", "a, b; c|x", "a, b; c"),
+    ("text\tlabel", "a, b; c|d\tx", "a, b; c|d"),
+    ('"text";"label"', '"a; b";"x"', "a; b"),
+    ("\ufefftext ; label;more", "a, b;x;1", "a, b"),
+    ("n,o;text;label", "1;a, b;x", "a, b"),
+]
+
+
+@pytest.mark.parametrize(("header", "row", "text"), DELIMITED)
+def test_delimiters_that_the_header_shows(header, row, text, tmp_path):
+    for name in ("a.csv", "a.tsv"):
+        (tmp_path / name).write_text(f"{header}\n{row}\n{row.replace('x', 'y')}\n", encoding="utf-8")
+        assert read_examples(tmp_path / name) == ("text", [Example(text, "x"), Example(text, "y")])
+
+
+def test_quoted_cells_of_tsv(tmp_path):
+    path, texts = tmp_path / "a.tsv", ["two\nlines", "a\ttab", 'a "word"', 'wo"rd']
+    with path.open("w", newline="") as file:
+        csv.writer(file, delimiter="\t").writerows([("text", "label"), *zip(texts, "xyxy", strict=True)])
+    assert [example.source for example in read_examples(path)[1]] == texts
+
+
+def test_columns_of_other_names(tmp_path):
+    """Check that columns called text and label are others where they are not asked for."""
+    names = ("label", "title", "stars", "who", "text")
+    rows = [("0", "good", 5, "ann", "n"), ("0", "bad", 1, "bob", "n")]
+    path = tmp_path / "a.csv"
+    with path.open("w", newline="") as file:
+        csv.writer(file).writerows([names, *rows])
+    table = tmp_path / "a.jsonl"
+    table.write_text("\n".join(json.dumps(dict(zip(names, row, strict=True))) for row in rows))
+    for file in (path, table):
+        found = read_examples(file, text="title", label="stars", groups="who")
+        assert found == ("text", [Example("good", "5", "ann"), Example("bad", "1", "bob")])
+        _, found = read_examples(file, text="title", label="stars", groups="label")
+        assert [(e.label, e.group) for e in found] == [("5", "0"), ("1", "0")]
+        with pytest.raises(DataError, match=r"no (column )?name; it has: label, title, .*; choose with --text$"):
+            read_examples(file, text="name", label="stars")
+    path.write_text("title,stars\ngood, \n")
+    with pytest.raises(DataError, match=r"line 2: the stars is empty$"):
+        read_examples(path, text="title", label="stars")
+    for options, message in {
+        ("stars", "stars"): "--text and --label are both 'stars', expected two columns$",
+        ("", "stars"): "--text is '', expected the name of a column$",
+        ("title", ""): "--label is '', expected the name of a column$",
+    }.items():
+        with pytest.raises(DataError, match=message):
+            read_examples(path, text=options[0], label=options[1])
+    with pytest.raises(DataError, match=r"--groups is 'stars', expected a column beside title and stars$"):
+        read_examples(path, text="title", label="stars", groups="stars")
+    for options, name in (({"text": "title"}, "text"), ({"label": "stars"}, "label")):
+        with pytest.raises(DataError, match=f"--{name} is '{options[name]}', but .* is no table: expected nothing"):
+            read_examples(tmp_path, **options)
 
 
 def test_long_texts_in_csv(tmp_path):
@@ -202,7 +267,7 @@ def test_a_column_split_that_is_not_used_is_told(tmp_path, capsys):
 
 WORDS = "expected one of train, training, validation, valid, val, dev, development, test, testing, eval, evaluation"
 BROKEN_COLUMNS = [
-    ({"groups": "who"}, SPEAKERS, "has no column who; it has: text, label, speaker, part$"),
+    ({"groups": "who"}, SPEAKERS, "has no column who; it has: text, label, speaker, part; choose with --groups$"),
     ({"groups": "who", "split": "s"}, SPEAKERS, "has no column who and no column s; it has: text"),
     ({"groups": "speaker"}, SPEAKERS.replace("bob", " "), "line 4: the speaker is empty$"),
     ({"split": "part"}, SPEAKERS.replace("DEV", ""), "line 4: the part is empty$"),
@@ -220,8 +285,8 @@ BROKEN_COLUMNS = [
     ({"groups": "part", "split": "part"}, SPEAKERS, "--groups and --split are both 'part', expected two columns$"),
 ]  # fmt: skip
 BROKEN_KEYS = [
-    ({"groups": "who"}, {}, "line 1: no who; it has: text, label$"),
-    ({"split": "part"}, {}, "line 1: no part; it has: text, label$"),
+    ({"groups": "who"}, {}, "line 1: no who; it has: text, label; choose with --groups$"),
+    ({"split": "part"}, {}, "line 1: no part; it has: text, label; choose with --split$"),
     ({"groups": "who"}, {"who": 1.5}, "line 1: the who is 1.5, expected a string or a whole number$"),
     ({"groups": "who"}, {"who": True}, "line 1: the who is True, expected a string or a whole number$"),
     ({"groups": "who"}, {"who": "\ud800"}, "line 1: the who is not in Unicode"),
@@ -293,11 +358,23 @@ def test_folders(tmp_path):
 
 
 def test_kinds_of_files(tmp_path):
-    for modality, kinds in {"vision": "gif webp tif TIFF bmp", "speech": "wav flac ogg mp3 aiff AIF"}.items():
+    images, sounds = "gif webp avif tif TIFF bmp jfif", "wav flac ogg oga opus mp3 aiff AIF aifc"
+    for modality, kinds in {"vision": images, "speech": sounds}.items():
         paths = [tmp_path / modality / "ab"[i % 2] / f"1.{kind}" for i, kind in enumerate(kinds.split())]
         touch(*paths)
         found = read_examples(tmp_path / modality)
         assert found[0] == modality and [e.source for e in found[1]] == sorted(paths)
+
+
+LITTER = "Thumbs.db ehthumbs_vista.db .DS_Store ._1.png desktop.ini $RECYCLE.BIN/1.png lost+found/a.txt #recycle/1.wav"
+
+
+@pytest.mark.parametrize("name", LITTER.split())
+def test_what_systems_put_into_folders(name, tmp_path):
+    """Check files and folders beside data, in the root, in a class and in a folder below."""
+    files = [tmp_path / name for name in ("a/1.png", "a/deep/2.png", "b/3.png")]
+    touch(*files, *(tmp_path / folder / name for folder in ("", "a", "a/deep", "b")))
+    assert read_examples(tmp_path)[1] == [Example(file, file.relative_to(tmp_path).parts[0]) for file in files]
 
 
 def test_links(tmp_path):
@@ -415,7 +492,7 @@ def test_folders_that_are_groups(tmp_path):
         DataError, match=r"--split is 'part', but .* is a folder: expected nothing, its folders train, va"
     ):
         read_examples(root, split="part")
-    with pytest.raises(DataError, match=r"has no column folder; it has: text, label$"):
+    with pytest.raises(DataError, match=r"has no column folder; it has: text, label; choose with --groups$"):
         read_examples(TEXTS, groups="folder")
 
 
@@ -544,7 +621,7 @@ def test_premultiplied_transparency(tmp_path):
 
 
 COLOURS = np.array([[255, 0, 0], [0, 128, 0], [10, 20, 200], [255, 255, 255], [0, 0, 0]])
-MODES = {"RGB": "bmp gif png", "RGBA": "webp tif", "P": "png gif", "CMYK": "jpg tif", "YCbCr": "jpg tif"}
+MODES = {"RGB": "bmp gif png", "RGBA": "webp tif", "P": "png gif", "CMYK": "jfif tif", "YCbCr": "jpg tif"}
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -668,6 +745,8 @@ KINDS = {
     "aiff": {},
     "wav": {"format": "WAVEX"},
     "aif": {"format": "AIFF", "subtype": "FLOAT"},
+    "aifc": {"format": "AIFF", "subtype": "DOUBLE"},
+    "oga": {"format": "OGG", "subtype": "VORBIS"},
 }
 
 
@@ -686,7 +765,7 @@ def test_kinds_and_rates(tmp_path, kind):
         assert found.dtype == np.float32 and found.shape == expected.shape
         # the ends ring, codecs are not exact
         inner = slice(rate // 10, -rate // 10)
-        assert np.abs(found - expected)[inner].max() < (1e-2 if kind in ("ogg", "mp3") else 1e-3)
+        assert np.abs(found - expected)[inner].max() < (1e-2 if kind in ("ogg", "oga", "mp3") else 1e-3)
     assert len(read_sound(path, 16000, seconds=0.25)) == 4000
     assert len(read_sound(path, 16000, seconds=9)) == 24000
 

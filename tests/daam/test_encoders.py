@@ -358,7 +358,7 @@ def test_lora_is_refused_where_padding_counts(texts, command, tmp_path):
     with pytest.raises(RunError, match=r"depend on the batch they stand in: LoRA would learn that \(checked on 6"):
         lora_job(texts, str(model), cache, Settings("lora"))
     text_model(model, "FNet")  # other weights
-    with pytest.raises(RunError, match=r"--encoder .*model: its encoder_sha256 is .*, expected the cache's"):
+    with pytest.raises(EncoderError, match=r"encoder .*model: its encoder_sha256 is .*, expected the cache's"):
         lora_job(texts, str(model), cache, Settings("lora"))
 
 
@@ -538,8 +538,11 @@ def test_texts_longer_than_the_positions(name, positions, limit, texts, command,
     assert f"1 of these examples are longer than {limit} tokens: cut off there" in printed
     batches = [{k: v for k, v in b.items() if k == "input_ids"} for b in text_batches(model)]
     close(cache.features[:6], layers_alone(encoder, encoder.encoder.layer, batches), "features", (1e-5, 1e-5))
-    line = command(texts, model, "--max-length", limit + 1, error=True, cache=tmp_path / "other")
-    assert f"max_length is {limit + 1}, expected at most the encoder's {limit}" in line
+    for length in (limit, limit + 1, 128):  # what an encoder cannot take is told, and as many as it can are taken
+        other, printed = command(texts, model, "--max-length", length, cache=tmp_path / str(length))
+        told = f"max_length is {length}, but the encoder takes {limit} tokens: longer texts are cut off there\n"
+        assert (told in printed) == (length > limit)
+        assert torch.equal(other.features, cache.features) and other.about["max_length"] == limit
 
 
 def test_layers_that_are_none(texts, command, tmp_path):
