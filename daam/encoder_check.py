@@ -1,4 +1,24 @@
-"""Measure on examples what features of a frozen encoder depend on, instead of knowing it by the encoder's name."""
+"""Measure on examples what features of a frozen encoder depend on, instead of knowing it by the encoder's name.
+
+A frozen encoder computes one function, and yet an example may get other features beside others than alone. Examples of
+a batch are padded to the longest one, and padding reaches the others wherever something does not look at the mask:
+
+- Positions that count from the end, or through padding, as where it stands on the left, or in relative positions.
+- Convolutions over time, whose windows reach over an example's end: speech encoders, unless they are given zeros there
+  and zeros are what they saw in training. Those that normalise a group of features over all positions (GroupNorm in the
+  first layer of wav2vec 2.0's base models) change by the number of padded positions themselves.
+- Fourier transforms over positions (FNet), poolings and downsamplings that round a length up, hashes or random features
+  of all positions.
+- Batch normalisation in training mode, which is why encoders are put in eval mode, and mixtures of experts with a
+  capacity, which drop positions for those of others.
+- An extractor that normalises a sound, or pads an image, by what stands beside it.
+
+Then an accuracy would depend on the size of the batch, and on the order of the examples. What is left where nothing of
+that happens is rounding: matrices of another size are added up in another order, 1e-6 standard deviations in fp32.
+`check_encoder` tells the two apart, and `daam.recipes.features` takes batches accordingly: of any examples, of about
+one length, so that little is padded; of equal lengths, where padding changes something; one at a time, where a batch
+does. So features do not depend on the batch, as far as sixteen examples show what does.
+"""
 
 from __future__ import annotations
 
@@ -50,7 +70,7 @@ class Findings:
 
     def as_dict(self) -> dict[str, Any]:
         """Return the findings as plain values, for JSON."""
-        return {name: value for name, value in asdict(self).items() if name != "shape"}
+        return asdict(self)
 
 
 class NotFiniteError(ValueError):

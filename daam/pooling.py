@@ -30,6 +30,7 @@ class LayerPooling(nn.Module):
             one width: of a hierarchical encoder name the layers of one stage.
         batch_first: False where layers give (positions, batch, features), as those of XLNet and of
             `nn.TransformerEncoder` by default. None tells by the sizes of the input, and asks where they do not tell.
+        embeddings: whether what goes into the first layer is averaged too, and comes before the layers.
 
     Whether features of an example depend on the batch it stands in is a matter of the encoder: `check` measures it.
 
@@ -38,11 +39,12 @@ class LayerPooling(nn.Module):
     """
 
     def __init__(
-        self, encoder: nn.Module, layers: str | Sequence[nn.Module] | None = None, batch_first: bool | None = None
-    ):
+        self, encoder: nn.Module, layers: str | Sequence[nn.Module] | None = None, batch_first: bool | None = None,
+        embeddings: bool = False,
+    ):  # fmt: skip
         super().__init__()
         self.encoder = encoder.requires_grad_(False).eval()
-        self.batch_first = batch_first
+        self.batch_first, self.embeddings = batch_first, embeddings
         self._layers = find_layers(unwrap(encoder), layers)  # a plain list: the encoder has registered them
         modules = (module for layer in self._layers for module in layer.modules())
         if batch_first is None and any(isinstance(m, nn.MultiheadAttention) and not m.batch_first for m in modules):
@@ -58,7 +60,8 @@ class LayerPooling(nn.Module):
 
     @property
     def num_layers(self) -> int:
-        return len(self._layers)
+        """Return how many layers are averaged, the embeddings among them where they are."""
+        return len(self._layers) + self.embeddings
 
     def train(self, mode: bool = True) -> LayerPooling:
         """Leave the encoder in eval mode: nothing of it learns."""
@@ -79,7 +82,7 @@ class LayerPooling(nn.Module):
         such an encoder. No layer outlives the next one.
 
         Args:
-            inputs, kwargs: go to the encoder. Its embeddings are not among the layers.
+            inputs, kwargs: go to the encoder.
             attention_mask: (batch, positions), 1 where valid; goes to the encoder where that takes one. Where layers
                 have fewer positions, as in speech encoders, it is shortened as the encoder says.
             pooling_mask: (batch, positions), 1 where valid, for averaging alone; "all" where all positions are valid.
@@ -121,10 +124,10 @@ class LayerPooling(nn.Module):
         call = _Call(self.encoder, inputs, kwargs, named, mask, self.batch_first)
         with _lock(encoder):
             try:
-                return call.run(self._layers)
+                return call.run(self._layers, self.embeddings)
             except _UnclearLayoutError:
                 call.batch_first = self._find_layout(call)
-                return call.run(self._layers)
+                return call.run(self._layers, self.embeddings)
 
     def _find_layout(self, call: _Call) -> bool:
         """Tell whether layers give the batch first, by a call on its first example alone."""
@@ -156,10 +159,13 @@ class _Call:
     batch_first: bool | None
     valid: dict[torch.Size, Tensor | None] = field(default_factory=dict)
 
-    def run(self, layers: list[nn.Module]) -> tuple[Tensor, Tensor]:
-        """Return averages (batch, layers, features) and the number of positions of each example."""
+    def run(self, layers: list[nn.Module], embeddings: bool = False) -> tuple[Tensor, Tensor]:
+        """Return averages (batch, layers, features) and the number of positions of each example. embeddings: whether
+        those of what goes into the first layer come first.
+        """
         averages: dict[nn.Module, list[Tensor]] = {layer: [] for layer in layers}
         counts: list[Tensor] = []
+        first: list[Tensor] = []
 
         def keep(layer: nn.Module, output: Any) -> None:
             hidden = self._as_batch_first(_first_tensor(layer, output))
@@ -167,12 +173,18 @@ class _Call:
             averages[layer].append(average)
             counts.append(count)
 
-        self._watch(layers, keep)
+        def keep_input(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+            if not first:  # one that runs repeatedly has them the first time
+                hidden = self._as_batch_first(_first_tensor(layer, args or tuple(kwargs.values())))
+                first.append(_average(hidden, self._valid(hidden))[0])
+
+        start = keep_input if embeddings else None
+        self._watch(layers, keep, start)
         if not counts:  # layers whose forward is called directly have no hooks
-            self._watch(layers, keep, direct=True)
+            self._watch(layers, keep, start, direct=True)
         _check_runs(layers, averages)
         runs = {layer: iter(runs) for layer, runs in averages.items()}
-        means = [next(runs[layer]) for layer in layers]
+        means = first + [next(runs[layer]) for layer in layers]
         if len(widths := {mean.shape[-1] for mean in means}) > 1:
             raise ValueError(
                 f"layers have {', '.join(map(str, sorted(widths)))} features, expected one width: name the layers of "
@@ -196,8 +208,10 @@ class _Call:
             return found.args[0]
         raise ValueError("layers did not run, expected once each")
 
-    def _watch(self, layers: list[nn.Module], keep: Callable, direct: bool = False) -> None:
-        with _run_uncompiled(self.encoder), _watch_layers(layers, keep, direct):
+    def _watch(
+        self, layers: list[nn.Module], keep: Callable, start: Callable | None = None, direct: bool = False
+    ) -> None:
+        with _run_uncompiled(self.encoder), _watch_layers(layers, keep, start, direct):
             self.encoder(*self.inputs, **self.kwargs)
 
     def _as_batch_first(self, hidden: Tensor) -> Tensor:
@@ -287,25 +301,36 @@ def _check_runs(layers: list[nn.Module], averages: dict[nn.Module, list[Tensor]]
 
 
 @contextlib.contextmanager
-def _watch_layers(layers: list[nn.Module], keep: Callable, direct: bool) -> Iterator[None]:
-    """Call keep(layer, output) whenever a layer ran in this thread, by hooks or, if direct, by a replaced forward."""
+def _watch_layers(layers: list[nn.Module], keep: Callable, start: Callable | None, direct: bool) -> Iterator[None]:
+    """Call keep(layer, output) whenever a layer ran in this thread, by hooks or, if direct, by a replaced forward; and
+    start(layer, args, kwargs), if given, before the first one runs.
+    """
     thread, undo = threading.get_ident(), contextlib.ExitStack()
 
     def hook(layer: nn.Module, args: Any, output: Any) -> None:
         if threading.get_ident() == thread:
             keep(layer, output)
 
+    def pre_hook(layer: nn.Module, args: Any, kwargs: Any) -> None:
+        if threading.get_ident() == thread and start is not None and layer is layers[0]:
+            start(layer, args, kwargs)
+
     with undo:
         for layer in dict.fromkeys(layers):
-            undo.callback(_replace_forward(layer, hook) if direct else layer.register_forward_hook(hook).remove)
+            if direct:
+                undo.callback(_replace_forward(layer, pre_hook, hook))
+            else:
+                undo.callback(layer.register_forward_pre_hook(pre_hook, with_kwargs=True).remove)
+                undo.callback(layer.register_forward_hook(hook).remove)
         yield
 
 
-def _replace_forward(layer: nn.Module, hook: Callable) -> Callable[[], None]:
-    """Let a layer's forward end with a hook; return a function that takes that back."""
+def _replace_forward(layer: nn.Module, pre_hook: Callable, hook: Callable) -> Callable[[], None]:
+    """Let a layer's forward begin and end with a hook; return a function that takes that back."""
     original, override = layer.forward, layer.__dict__.get("forward")
 
     def forward(*args: Any, **kwargs: Any) -> Any:
+        pre_hook(layer, args, kwargs)
         output = original(*args, **kwargs)
         hook(layer, args, output)
         return output

@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from daam.checks import check_tensor
-
+BLOCK = 2**21  # numbers in memory at a time
 CONSTANT = 1e-6  # standard deviation in means: one this small is the rounding of features that never change
 
 
@@ -33,20 +32,26 @@ class Standardize(nn.Module):
     @torch.no_grad()
     def fit(self, x: Tensor, places: Tensor | None = None) -> None:
         """Take the statistics of examples, (examples, layers, features), of those at some places, (count,), or of all;
-        raise ValueError for other shapes, and where they are not finite.
+        raise ValueError for other shapes, and where they are not finite. x may be on disk: what x[places] gives counts.
         """
-        check_tensor("x", x)
-        layers = len(self.mean)
-        if x.dim() != 3 or x.shape[1] != layers or not x.numel():
-            raise ValueError(f"x has shape {tuple(x.shape)}, expected (examples, {layers}, features), one or more each")
-        for layer in range(layers):  # one by one: a copy of all, and in double precision, may have no room
-            rows = x[:, layer] if places is None else x[places, layer]
-            var, mean = torch.var_mean(rows.cpu().double(), correction=0)  # some accelerators have no fp64
-            if not (var.isfinite() and mean.isfinite()):
-                raise ValueError(f"x has features that are not finite, in layer {layer} of 0 to {layers - 1}")
-            std = var.sqrt()
-            self.mean[layer] = mean
-            self.std[layer] = torch.where(std > CONSTANT * mean.abs(), std, 1)
+        layers, shape = len(self.mean), tuple(x.shape)
+        if len(shape) != 3 or shape[1] != layers or 0 in shape:
+            raise ValueError(f"x has shape {shape}, expected (examples, {layers}, features), one or more each")
+        places = torch.arange(len(x), device=x.device) if places is None else places
+        count, mean, squares = 0, torch.zeros(layers, dtype=torch.float64), torch.zeros(layers, dtype=torch.float64)
+        # some examples at a time, in double precision: all of them may have no room (Chan, Golub and LeVeque, 1979)
+        for block in places.split(max(1, BLOCK // (shape[1] * shape[2]))):
+            rows = x[block].cpu().double().transpose(0, 1).flatten(1)  # some accelerators have no fp64
+            var, block_mean = torch.var_mean(rows, 1, correction=0)
+            total, difference = count + rows.shape[1], block_mean - mean
+            squares += var * rows.shape[1] + difference.square() * (count * rows.shape[1] / total)
+            mean += difference * (rows.shape[1] / total)
+            count = total
+        if len(wrong := (~(squares.isfinite() & mean.isfinite())).nonzero()):
+            raise ValueError(f"x has features that are not finite, in layer {wrong[0].item()} of 0 to {layers - 1}")
+        std = (squares / max(count, 1)).sqrt()
+        self.mean[:, 0] = mean
+        self.std[:, 0] = torch.where(std > CONSTANT * mean.abs(), std, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         return (x - self.mean) / self.std

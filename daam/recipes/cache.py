@@ -1,11 +1,16 @@
-"""Features of a frozen encoder on disk: a folder of safetensors shards and a `cache.json` that says what they are."""
+"""Features of a frozen encoder on disk: a folder of safetensors shards and a `cache.json` that says what they are.
+
+`daam.recipes.writer` makes them; `examples.csv` beside them lists the examples.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -20,6 +25,10 @@ with extra():
 
 KEYS = ("examples", "shard", "layers", "features", "names")
 EXTRA = {"groups": "groups", "parts": "split"}  # tensors of a shard that there are where cache.json has an entry
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}  # of features in shards
+COLUMNS = ("text", "label")  # of a table of texts
+IN_MEMORY = 2**28  # bytes of features in fp32 that are read into memory; of more each is read when it is asked for
+BLOCK = 2**22  # numbers in memory at a time where all features are gone through
 AGAIN = "delete it and run the command that made the cache again"
 
 
@@ -27,18 +36,23 @@ class CacheError(UserError):
     """Tell that a cache is incomplete, broken or of something else; the message says which file, and what to do."""
 
 
-@dataclass
+@dataclass(eq=False)  # so that functions can keep what they found out of one
 class Cache:
-    """Hold features of examples, their labels, the names of the classes, and what cache.json says about them; groups
-    and parts where data has some.
+    """Hold features of examples, in memory or on disk, their labels, the names of the classes, and what cache.json says
+    about them; groups and parts where data has some.
     """
 
-    features: Tensor  # (examples, layers, features) in fp32
+    features: Tensor | StoredFeatures  # (examples, layers, features) in fp32
     labels: Tensor  # (examples,) in int64
     names: list[str]
     about: dict  # encoder, modality, source, sizes, a hash of the examples
     groups: Tensor | None = None  # (examples,) in int64: a number for each group, like a speaker
     parts: Tensor | None = None  # (examples,) in int64: the place of each example's part among `examples.PARTS`
+
+    @property
+    def dtype(self) -> str:
+        """Return the dtype of features on disk, one of DTYPES: they have its precision."""
+        return self.about.get("dtype", "fp32")
 
 
 def read_about(folder: str | Path) -> dict:
@@ -59,95 +73,103 @@ def read_about(folder: str | Path) -> dict:
     for key in EXTRA.values():
         if not isinstance(about.get(key), (str, type(None))):
             raise CacheError(f"{path}: {key} is {about[key]!r}, expected a name or null: make the cache anew")
+    about = add_defaults(about)
+    if about["dtype"] not in DTYPES:
+        raise CacheError(f"{path}: dtype is {about['dtype']!r}, expected one of {', '.join(DTYPES)}")
     return about
 
 
+def add_defaults(about: dict) -> dict:
+    """Return what cache.json says together with what that of an earlier version does not."""
+    added = {"dtype": "fp32", "embeddings": False, "layer_numbers": list(range(1, 1 + about["layers"]))}
+    if about.get("modality") == "text":
+        added["columns"] = list(COLUMNS)
+    return {**added, **about}
+
+
 def read_cache(folder: str | Path) -> Cache:
-    """Read all of a complete cache into memory and return it. Raise a CacheError where there is none; shards are
-    missing, truncated or changed; a shape or dtype is not what cache.json says; features are NaN or infinite.
+    """Check all of a complete cache and return it. Raise a CacheError where there is none; shards are missing,
+    truncated or changed; a shape or dtype is not what cache.json says; features are NaN or infinite.
+
+    Features of more than IN_MEMORY bytes stay on disk: what is returned reads those that are asked for.
     """
     folder, about = Path(folder), read_about(folder)
-    count = _shards(about)
-    present = sum(_path(folder, index).exists() for index in range(count))
+    count = count_shards(about)
+    present = sum(path_of(folder, index).exists() for index in range(count))
     if present < count:
         raise CacheError(f"{folder} holds {present} of {count} shards: run the command that made it again")
     wanted = _wanted(about, about["examples"])
-    tensors = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in wanted.items()}
+    tensors = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in wanted.items() if name != "features"}
+    stored = StoredFeatures(folder, about)
+    features = torch.empty(stored.shape) if 4 * stored.shape.numel() <= IN_MEMORY else stored
     for index in range(count):
-        rows = _rows(about, index)
-        for name, rows_of_it in _read_shard(folder, about, index).items():
-            tensors[name][rows.start : rows.stop] = rows_of_it
-    return Cache(names=about["names"], about=about, **tensors)
+        rows, shard = rows_of(about, index), read_shard(folder, about, index)
+        if isinstance(features, Tensor):
+            features[rows.start : rows.stop] = shard["features"]
+        for name, numbers in tensors.items():
+            numbers[rows.start : rows.stop] = shard[name]
+    return Cache(features=features, names=about["names"], about=about, **tensors)
 
 
-class Writer:
-    """Write a cache shard by shard; the shards that an earlier run completed stay as they are.
+class StoredFeatures:
+    """Read features of examples, (examples, layers, features) in fp32, from the shards of a cache when they are asked
+    for: features[places] are those of some examples, (places, layers, features), places a tensor of int64.
 
-    Args:
-        folder: the cache's, made where there is none.
-        about: the content of cache.json: examples, shard (examples of each file but the last), layers, features, names
-            of the classes; groups and split, a name for what they come from, where examples have groups and parts; and
-            whatever else tells this cache from others.
-
-    `missing` are the indices of the shards to be written, broken ones included. `about` is what cache.json says.
-
-    Raises:
-        CacheError: the folder holds a cache of something else.
+    layers: the places of those that are read, in order; None: all.
     """
 
-    def __init__(self, folder: str | Path, about: dict):
-        about = json.loads(json.dumps(about, default=str))  # as it will be read: paths and tuples are none in JSON
-        self.folder = Path(folder)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / "cache.json"
-        if not path.exists():
-            if shards := sorted(self.folder.glob("*.safetensors")):
-                raise CacheError(f"{self.folder} holds {shards[0].name} but no cache.json: choose another folder")
-            write_whole(path, (json.dumps(about, indent=1, ensure_ascii=False) + "\n").encode())
-        self.about = read_about(self.folder)
-        # the same data may lie elsewhere by now, and differences of the order of sums are measured anew
-        for key in sorted((self.about.keys() | about.keys()) - {"source", "checked"}):
-            if self.about.get(key) != about.get(key):
-                raise CacheError(
-                    f"{path} is of another cache: its {key} is {self.about.get(key)!r}, expected {about.get(key)!r}. "
-                    "Choose another folder, or delete this one"
-                )
-        self.missing = [index for index in range(_shards(about)) if not self._complete(index)]
+    device = torch.device("cpu")
 
-    def _complete(self, index: int) -> bool:
-        try:
-            _read_shard(self.folder, self.about, index)
-        except CacheError:
-            return False
-        return True
+    def __init__(self, folder: Path, about: dict, layers: Sequence[int] | None = None):
+        self._folder, self._about, self._layers = folder, about, None if layers is None else list(layers)
+        self.shape = torch.Size([about["examples"], len(layers or range(about["layers"])), about["features"]])
 
-    def rows(self, index: int) -> range:
-        """Return the places of a shard's examples among all."""
-        return _rows(self.about, index)
+    def __len__(self) -> int:
+        return self.shape[0]
 
-    def write(
-        self, index: int, features: Tensor, labels: Tensor, groups: Tensor | None = None, parts: Tensor | None = None
-    ) -> None:
-        """Write shard index, as a whole or not at all: features (rows, layers, features) in fp32; labels, and where
-        `about` names their source groups and parts, (rows,) in int64. Raise a CacheError where one is missing or too
-        many, a shape or dtype is wrong, features are NaN or infinite, labels are of no class, parts are none.
-        """
-        path = _path(self.folder, index)
-        given = {"features": features, "labels": labels, "groups": groups, "parts": parts}
-        tensors = {name: t.contiguous() for name, t in given.items() if t is not None}
-        _check(path, self.about, index, tensors)
-        write_whole(path, save(tensors, metadata={"sha256": _digest(tensors)}))
+    def __getitem__(self, places: Tensor) -> Tensor:
+        found = torch.empty(len(places), *self.shape[1:])
+        shards = places // self._about["shard"]
+        for index in shards.unique().tolist():
+            # opened anew each time: a cache may have more shards than a process may have open files
+            with safe_open(path_of(self._folder, index), framework="pt") as file:
+                rows = file.get_slice("features")
+                for i in (shards == index).nonzero().flatten().tolist():
+                    row = int(places[i]) - index * self._about["shard"]
+                    found[i] = rows[row] if self._layers is None else rows[row][self._layers]
+        return found
+
+    def choose(self, layers: Sequence[int]) -> StoredFeatures:
+        """Return the same features of some layers alone."""
+        return StoredFeatures(self._folder, self._about, layers)
 
 
-def _shards(about: dict) -> int:
+def choose_layers(features: Tensor | StoredFeatures, layers: Sequence[int]) -> Tensor | StoredFeatures:
+    """Return features, (examples, layers, features), of some layers, or as they are where none are named."""
+    if not layers:
+        return features
+    return features[:, list(layers)] if isinstance(features, Tensor) else features.choose(layers)
+
+
+def iterate_blocks(features: Tensor | StoredFeatures, places: Tensor | None = None) -> Iterator[Tensor]:
+    """Yield the features of the examples at some places, or of all, (examples, …), some examples at a time."""
+    places = torch.arange(len(features)) if places is None else places
+    most = max(1, BLOCK // max(1, features.shape[1:].numel()))
+    yield from (features[block] for block in places.split(most))
+
+
+def count_shards(about: dict) -> int:
+    """Return how many shards the cache has that cache.json tells about."""
     return -(-about["examples"] // about["shard"])
 
 
-def _rows(about: dict, index: int) -> range:
+def rows_of(about: dict, index: int) -> range:
+    """Return the places of a shard's examples among all."""
     return range(about["examples"])[index * about["shard"] : (index + 1) * about["shard"]]
 
 
-def _path(folder: Path, index: int) -> Path:
+def path_of(folder: Path, index: int) -> Path:
+    """Return where a shard stands in a cache's folder."""
     return folder / f"{index:05}.safetensors"
 
 
@@ -161,12 +183,16 @@ def write_whole(path: Path, data: bytes) -> None:
     os.replace(part, path)
 
 
+@lru_cache(maxsize=1)  # features are read whole for it
 def fingerprint(cache: Cache) -> str:
     """Return the SHA-256 of what a training run depends on: features, labels and the names of the classes, and groups
     and parts where there are some.
     """
-    names = json.dumps(cache.names)
-    text = names + _digest({"features": cache.features, "labels": cache.labels})
+    total = hashlib.sha256()
+    for block in iterate_blocks(cache.features):
+        total.update(block.contiguous().numpy())
+    total.update(cache.labels.contiguous().numpy())
+    text = json.dumps(cache.names) + total.hexdigest()
     for name in EXTRA:
         if (tensor := getattr(cache, name)) is not None:
             text += name + _digest({name: tensor})
@@ -177,7 +203,7 @@ def _digest(tensors: dict[str, Tensor]) -> str:
     """Return the SHA-256 of the bytes of tensors, since safetensors does not see that numbers of a file changed."""
     total = hashlib.sha256()
     for name in sorted(tensors):
-        total.update(tensors[name].contiguous().numpy())
+        total.update(tensors[name].contiguous().view(torch.uint8).numpy())
     return total.hexdigest()
 
 
@@ -185,11 +211,19 @@ def _wanted(about: dict, rows: int) -> dict[str, tuple[tuple[int, ...], torch.dt
     """Return the shape and the dtype of each tensor of a cache, or of a shard, with so many rows."""
     numbers = ["labels", *(name for name, key in EXTRA.items() if about.get(key) is not None)]
     features = (rows, about["layers"], about["features"])
-    return {"features": (features, torch.float32), **dict.fromkeys(numbers, ((rows,), torch.int64))}
+    return {"features": (features, DTYPES[about["dtype"]]), **dict.fromkeys(numbers, ((rows,), torch.int64))}
 
 
-def _read_shard(folder: Path, about: dict, index: int) -> dict[str, Tensor]:
-    path = _path(folder, index)
+def write_shard(folder: Path, about: dict, index: int, tensors: dict[str, Tensor]) -> None:
+    """Write a shard as a whole or not at all; raise a CacheError where its tensors are not what cache.json says."""
+    path = path_of(folder, index)
+    _check(path, about, index, tensors)
+    write_whole(path, save(tensors, metadata={"sha256": _digest(tensors)}))
+
+
+def read_shard(folder: Path, about: dict, index: int) -> dict[str, Tensor]:
+    """Return the tensors of a shard; raise a CacheError where it is broken, or not what cache.json says."""
+    path = path_of(folder, index)
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dict)
@@ -203,7 +237,7 @@ def _read_shard(folder: Path, about: dict, index: int) -> dict[str, Tensor]:
 
 
 def _check(path: Path, about: dict, index: int, tensors: dict[str, Tensor]) -> None:
-    rows = _rows(about, index)
+    rows = rows_of(about, index)
     wanted = _wanted(about, len(rows))
     found = {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()}
     if found != wanted:

@@ -8,7 +8,8 @@ import functools
 import os
 import sys
 from collections.abc import Callable, Iterator
-from typing import NoReturn
+from pathlib import Path
+from typing import Any, NoReturn
 
 from daam.checks import lacks_memory
 
@@ -27,7 +28,16 @@ def extra() -> Iterator[None]:
 
 
 class Parser(argparse.ArgumentParser):
-    """Parse arguments; errors are one line of standard error, and exit status 2."""
+    """Parse arguments; errors are one line of standard error, and exit status 2. Help names the command as it is run:
+    python -m and a module, or a script.
+    """
+
+    def __init__(self, **options: Any):
+        # what python -m runs has a spec; scripts have none, or on Windows that of the file they are in
+        module = getattr(getattr(sys.modules["__main__"], "__spec__", None), "name", "__main__")
+        script = Path(sys.argv[0]).name
+        prog = script if module == "__main__" else f"python -m {module.removesuffix('.__main__')}"
+        super().__init__(**{"prog": prog, **options})
 
     def error(self, message: str) -> NoReturn:
         end(message)
@@ -39,18 +49,19 @@ def end(message: object) -> NoReturn:
     raise SystemExit(2)
 
 
-def guarded(main: Callable[[list[str] | None], None]) -> Callable[..., None]:
+def guarded(main: Callable[[list[str] | None], None], *, several: bool = False) -> Callable[..., None]:
     """Return a command's main that ends what the user can mend in one line, with exit status 2.
 
     That is every `UserError`; files and folders that cannot be read or written; packages that are not installed;
-    memory that does not suffice; several processes, which would write into one folder. All other exceptions are bugs
-    and pass through with their traceback.
+    memory that does not suffice; several processes, which would write into one folder, unless the command shares its
+    work among several. All other exceptions are bugs and pass through with their traceback.
     """
 
     @functools.wraps(main)
     def run(argv: list[str] | None = None) -> None:
         try:
-            _check_one_process()
+            if not several:
+                _check_one_process()
             main(argv)
         except (UserError, OSError, ImportError) as error:
             end(error)
@@ -68,6 +79,6 @@ def guarded(main: Callable[[list[str] | None], None]) -> Callable[..., None]:
 def _check_one_process() -> None:
     if (size := os.environ.get("WORLD_SIZE", "1")) not in ("", "1"):
         raise UserError(
-            f"WORLD_SIZE is {size}, expected 1: recipes run in one process, and several would write into one folder; "
-            "start them without torchrun"
+            f"WORLD_SIZE is {size}, expected 1: this recipe runs in one process, and several would write into one "
+            "folder; start it without torchrun"
         )

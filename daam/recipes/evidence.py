@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import daam
-from daam.recipes.cache import Cache
+from daam.recipes.cache import Cache, iterate_blocks
 from daam.recipes.errors import extra
 from daam.recipes.fitting import validate
 from daam.recipes.jobs import Work
@@ -107,7 +107,7 @@ def drop_layers(fits: Sequence[Fitted], layers: Sequence[int]) -> list[dict[str,
 def _costs(fit: Fitted) -> np.ndarray:
     """Return increase of the loss and drop of the accuracy of a part for every layer that is dropped, (layers, 2)."""
     work, features = fit.work, fit.work.job.features
-    mean = torch.stack([features[work.split.train, layer].mean(0) for layer in range(features.shape[1])])
+    mean = sum(x.double().sum(0) for x in iterate_blocks(features, work.split.train)) / len(work.split.train)
     accuracy, loss = validate(fit.trained, work)
     found = []
     for layer in range(features.shape[1]):

@@ -100,13 +100,20 @@ def load_part(folder: Path, i: int, results: dict[str, Any], cache: Cache) -> da
 
 def explain(folder: Path, results: dict[str, Any], cache: Cache, output: Path) -> dict[str, Any]:
     """Write importance.json, importance.png and gaussians.png of a run; return what the first says: see `draw`, and
-    `drop_layers` for "dropped". Layers count from 1, features from 0.
+    `drop_layers` for "dropped". Layers count from 1 as the encoder has them, features from 0.
     """
     fits = load_fits(folder, results, cache)
     report = draw(fits, results, output)
     report["dropped"] = drop_layers(fits, report["layers"])
     write_json(output / "importance.json", report)
     return report
+
+
+def number_layers(results: dict[str, Any], places: Sequence[int]) -> list[int]:
+    """Return what an encoder's layers at some places of a cache are called: its numbers, 0 of the embeddings."""
+    about = results["about"].get("cache")
+    numbers = about.get("layer_numbers") if isinstance(about, dict) else None
+    return [numbers[place] if numbers else place + 1 for place in places]
 
 
 def draw(fits: Sequence[Fitted], results: dict[str, Any], output: Path) -> dict[str, Any]:
@@ -117,7 +124,7 @@ def draw(fits: Sequence[Fitted], results: dict[str, Any], output: Path) -> dict[
     start = average_weights((fit.untrained, fit.work) for fit in fits).mean()
     importance, contribution = daam.importance_factor(trained.mean()), daam.layer_contribution(trained.mean())
     first = fits[0]
-    layers = [layer + 1 for layer in first.work.settings.layers or range(len(contribution))]
+    layers = number_layers(results, first.work.settings.layers or range(len(contribution)))
     heads = first.trained.settings["num_heads"]
     learned = gaussians(first.trained)
     report = {
@@ -163,7 +170,7 @@ def ablate(results: dict[str, Any], cache: Cache, contribution: Tensor, count: i
         layers = tuple(sorted(used[i] for i in chosen.tolist()))
         settings = replace(Settings.of(results), layers=layers)
         done = run(cached_job(cache, settings), settings, output / name, about=results["about"])
-        found[name] = {"layers": [layer + 1 for layer in layers], "accuracy": done["accuracy"]}
+        found[name] = {"layers": number_layers(results, layers), "accuracy": done["accuracy"]}
     return found
 
 

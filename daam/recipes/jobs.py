@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from daam.recipes.cache import StoredFeatures
 from daam.recipes.runs import Settings, Split
 
 
@@ -25,7 +26,7 @@ class Job:
     names: list[str]  # of the classes
     identity: str  # a hash of the examples
     rates: Callable[[nn.Module, float], list[dict]] = lambda model, rate: [{"params": trainable(model), "lr": rate}]
-    features: Tensor | None = None  # (examples, layers, features), where inputs are taken from them
+    features: Tensor | StoredFeatures | None = None  # (examples, layers, features), where inputs are taken from them
     equal: Tensor | None = None  # for every example the first that equals it, see `splits.find_equal`; None: none do
     groups: Tensor | None = None  # of examples that must not be on two sides, (examples,); None: there are none
     parts: Tensor | None = None  # the part that each example belongs to, (examples,), where data says so

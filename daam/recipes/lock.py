@@ -13,6 +13,7 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
+from daam.recipes import processes
 from daam.recipes.errors import UserError
 
 NAME = ".lock"
@@ -23,12 +24,13 @@ def exclusive(folder: str | Path) -> Iterator[None]:
     """Keep a folder, made where there is none, to this process until the block ends or the process dies.
 
     The lock is a file `.lock` in the folder, which goes with the block; one that a killed process left locks nothing.
-    Nothing is locked on Windows, and on file systems that cannot lock. Raises a UserError where another process has the
-    folder, or another block of this one.
+    Nothing is locked on Windows, and on file systems that cannot lock. Of processes that work together the first one
+    locks for all; the others wait for it before they write (`processes.wait`). Raises a UserError where another process
+    has the folder, or another block of this one.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    file = _lock(folder)
+    file = _lock(folder) if processes.rank() == 0 else None
     try:
         yield
     finally:

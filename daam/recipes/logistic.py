@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 import daam
+from daam.recipes.cache import iterate_blocks
 from daam.recipes.errors import extra
 from daam.recipes.fitting import class_weights, loss_of, predict, score_of, test_part, untrained, validate
 from daam.recipes.jobs import Job, Work
@@ -50,15 +51,15 @@ def fit_logistic(job: Job, split: Split, settings: Settings, stem: Path, seed: i
     tracemalloc.stop()
     model.load_state_dict(best)
     test_part(model, chosen, work)
-    daam.save_decoder(model, stem.with_suffix(".safetensors"))
+    daam.save_decoder(model, stem.with_suffix(".safetensors"), job.names)
     return chosen
 
 
 @torch.no_grad()
 def _fit(model: Probe, job: Job, split: Split, settings: Settings, strength: float) -> bool:
     """Give a probe the weights that scikit-learn finds, and return whether it has converged."""
-    x = job.features[split.train].cpu()
-    x = model.pool(x if model.standardize is None else model.standardize(x))
+    blocks = (x.cpu() for x in iterate_blocks(job.features, split.train))
+    x = torch.cat([model.pool(x if model.standardize is None else model.standardize(x)) for x in blocks])
     balanced = "balanced" if settings.class_weights else None
     classifier = LogisticRegression(C=strength, max_iter=MOST_STEPS, class_weight=balanced)
     with warnings.catch_warnings(record=True) as told:

@@ -4,10 +4,13 @@ or as data says, where it does.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import numpy as np
 import torch
 from torch import Tensor
 
+from daam.recipes.cache import BLOCK, Cache, StoredFeatures, iterate_blocks
 from daam.recipes.errors import extra
 from daam.recipes.examples import PARTS, TEST, TRAIN, VALIDATION
 from daam.recipes.grouped import check_groups, hold_out_groups, name_of, places_of, split_groups
@@ -19,7 +22,9 @@ with extra():
     from sklearn.model_selection import StratifiedKFold, train_test_split
 
 PREDEFINED = 3  # runs on a predefined split, where --seeds gives no number of them
-EQUAL = 1e-5  # distance in norms of an example: the same text is 5e-7 apart in other batches, others of its words 0.15
+# distance in norms of an example, by the dtype on disk: the same text is 5e-7 apart in other batches, and further where
+# some of its features are rounded to one side and to the other; other texts of its words are 0.15 apart
+EQUAL = {"fp32": 1e-5, "fp16": 1e-3, "bf16": 1e-3}
 DIRECTIONS = 4  # two equal examples are neighbours along one of them, whatever lies between along another
 REACH = 6  # a projection on a direction of unit variance is apart by six standard deviations of a distance at most
 
@@ -155,20 +160,30 @@ def needed(folds: int, seeds: int | None) -> int:
     return 4 if folds == 2 else folds
 
 
-def find_equal(features: Tensor) -> Tensor:
+@lru_cache(maxsize=1)  # features are read whole for it
+def equal_in(cache: Cache) -> Tensor:
+    """Return what `find_equal` says of a cache."""
+    return find_equal(cache.features, cache.dtype)
+
+
+def find_equal(features: Tensor | StoredFeatures, dtype: str = "fp32") -> Tensor:
     """Return for every example the place of the first one with its features: (examples, …) to (examples,) in int64.
+    dtype: of features on disk, to which they were rounded.
 
     Features count as equal that differ by no more than an encoder's rounding does. To compare all pairs would take too
     long. Projections of equal examples on a random direction are nearly the same, so neighbours in their order are
     compared alone; others that lie between two equal examples along one direction do so hardly along all of them.
     """
-    rows = features.flatten(1)
-    limits = EQUAL * rows.norm(dim=1).double()  # of the distance to an equal example
-    directions = torch.randn(rows.shape[1], DIRECTIONS, generator=torch.Generator().manual_seed(0)).double()
-    # some rows at a time: all of them in double precision may have no room
-    projections = torch.cat([block.double() @ directions for block in rows.split(1024)])
-    pairs = torch.cat([_equal_neighbours(rows, limits, projection) for projection in projections.T], 1)
-    return _first_connected(pairs, len(rows))
+    size = features.shape[1:].numel()
+    directions = torch.randn(size, DIRECTIONS, generator=torch.Generator().manual_seed(0)).double()
+    norms, projections = [], []
+    for block in iterate_blocks(features):  # all of them in double precision may have no room
+        rows = block.flatten(1)
+        norms.append(rows.norm(dim=1).double())
+        projections.append(rows.double() @ directions)
+    limits = EQUAL[dtype] * torch.cat(norms)  # of the distance to an equal example
+    pairs = [_equal_neighbours(features, limits, projection) for projection in torch.cat(projections).T]
+    return _first_connected(torch.cat(pairs, 1), len(features))
 
 
 def _first_connected(pairs: Tensor, count: int) -> Tensor:
@@ -179,12 +194,13 @@ def _first_connected(pairs: Tensor, count: int) -> Tensor:
     return torch.from_numpy(first[component])
 
 
-def _equal_neighbours(rows: Tensor, limits: Tensor, projection: Tensor) -> Tensor:
-    """Return the pairs of places, (2, pairs), of equal rows that are neighbours by a projection, (rows,)."""
+def _equal_neighbours(features: Tensor | StoredFeatures, limits: Tensor, projection: Tensor) -> Tensor:
+    """Return the pairs of places, (2, pairs), of equal examples that are neighbours by a projection, (examples,)."""
     values, order = projection.sort()
     places = (values.diff() <= REACH * limits[order[1:]]).nonzero().flatten()
     pairs = torch.stack([order[places], order[places + 1]])
-    distances = torch.cat([(rows[first] - rows[second]).norm(dim=1) for first, second in pairs.split(1024, 1)])
+    both = pairs.split(max(1, BLOCK // max(1, features.shape[1:].numel())), 1)
+    distances = torch.cat([(features[first] - features[second]).flatten(1).norm(dim=1) for first, second in both])
     return pairs[:, (distances <= limits[pairs[1]]) & distances.isfinite()]
 
 

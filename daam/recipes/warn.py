@@ -11,6 +11,7 @@ import daam
 from daam.recipes.jobs import Work
 from daam.recipes.methods import LOGISTIC
 from daam.recipes.runs import Part
+from daam.standardize import Standardize
 
 DEAD_SHARE = 0.25  # of a convolution's channels: some of 512 die in any training
 UNIT = (0.1, 10.0)  # standard deviations that rates suit which suit 1
@@ -40,7 +41,9 @@ def _of_features(model: nn.Module, work: Work) -> list[str]:
     features = work.job.features
     if features is None or getattr(model, "standardize", None) is not None:
         return []
-    scales = [features[:, layer].std().item() for layer in range(features.shape[1])]
+    statistics = Standardize(features.shape[1])
+    statistics.fit(features)
+    scales = statistics.std.flatten().tolist()
     far = [scale for scale in scales if not UNIT[0] <= scale <= UNIT[1]]
     if not far:
         return []

@@ -1,5 +1,7 @@
 """What ends a command line in one line, and what shows its traceback."""
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -63,7 +65,9 @@ def test_several_processes(monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(SystemExit):
         main([])
-    assert "error: WORLD_SIZE is 2, expected 1: recipes run in one process" in capsys.readouterr().err
+    assert "error: WORLD_SIZE is 2, expected 1: this recipe runs in one process" in capsys.readouterr().err
+    partial(guarded, several=True)(main.__wrapped__)([])
+    assert capsys.readouterr().out == "ran\n"
     monkeypatch.setenv("WORLD_SIZE", "1")
     main([])
     assert capsys.readouterr().out == "ran\n"

@@ -27,9 +27,11 @@ from safetensors.torch import load_file, save_file
 
 import daam
 from daam.recipes import features
-from daam.recipes.cache import CacheError, Writer, fingerprint, read_about, read_cache
+from daam.recipes.cache import CacheError, fingerprint, read_about, read_cache
 from daam.recipes.data import DataError, Example, read_examples
 from daam.recipes.encoders import EncoderError, find_model, load_encoder
+from daam.recipes.extraction import iterate_features, load_encoder_of
+from daam.recipes.writer import Writer
 
 ROOT = Path(__file__).parents[2]
 TEXTS = ROOT / "tests/data/texts.csv"
@@ -101,7 +103,7 @@ def test_own_encoder(toy, tmp_path):
     assert about.items() >= {"encoder": "toy", "modality": "text", "source": "memory", "shard": 8, "layers": 3}.items()
     expected = toy["pooling"]()(**toy["collate"](["a" * n for n in range(1, 101)]))
     close(cache.features, expected, "features", (1e-5, 1e-5))
-    assert len(list((tmp_path / "cache").iterdir())) == 14
+    assert len(list((tmp_path / "cache").iterdir())) == 15
 
 
 def test_killed_and_run_again(toy, tmp_path):
@@ -138,7 +140,7 @@ def test_goes_on_after_an_error_in_the_middle(toy, tmp_path, capsys, monkeypatch
     folder = tmp_path / "cache"
     with pytest.raises(KeyboardInterrupt):
         run_toy(toy, folder, breaks)
-    assert sorted(files(folder)) == ["00000.safetensors", "00001.safetensors", "cache.json"]
+    assert sorted(files(folder)) == ["00000.safetensors", "00001.safetensors", "cache.json", "examples.csv"]
     (folder / "00002.safetensors.part").write_bytes(b"half a sh")
     capsys.readouterr()
     run_toy(toy, folder)
@@ -210,7 +212,7 @@ def test_broken_shards(toy, tmp_path, damage, message):
 
 
 @pytest.mark.parametrize(
-    ("length", "written"), [(11, []), (20, ["00000.safetensors", "00001.safetensors", "cache.json"])]
+    ("length", "written"), [(11, []), (20, ["00000.safetensors", "00001.safetensors", "cache.json", "examples.csv"])]
 )
 def test_nan_features_are_not_written(length, written, toy, tmp_path):
     """Check that NaN in the first examples leaves nothing written, and NaN in others what came before them."""
@@ -239,10 +241,11 @@ def test_cache_of_something_else(toy, tmp_path):
     cache, examples = tmp_path / "cache", toy["EXAMPLES"]
     run_toy(toy, cache, examples=examples[:20])
     for key, changes in {
-        "encoder is 'toy', expected 'other'": {"about": {**toy["ABOUT"], "encoder": "other"}},
-        "shard is 8, expected 4": {"shard": 4},
-        "examples is 20, expected 30": {"examples": examples[:30]},
-        "examples_sha256 is": {"examples": examples[:19] + [Example("x", "odd")]},
+        "examples is 20, expected 30": {"examples": examples[:9] + examples[40:61]},
+        "examples_sha256 is": {"examples": examples[:9] + examples[40:51]},
+        "dtype is 'fp32', expected 'bf16'": {"dtype": "bf16"},
+        r"layer_numbers is \[1, 2, 3\], expected \[1, 3\]": {"layers": [1, 3]},
+        "modality is 'text', expected 'vision'": {"about": {**toy["ABOUT"], "modality": "vision"}},
         "max_length is None, expected 9": {"about": {**toy["ABOUT"], "max_length": 9}},
     }.items():
         with pytest.raises(CacheError, match=f"cache.json is of another cache: its {key}.*Choose another folder"):
@@ -295,13 +298,11 @@ def test_groups_and_parts_go_on_where_they_stopped(toy, tmp_path):
     assert cache.groups.tolist() == [i % 7 for i in range(100)] and cache.groups.dtype == torch.int64
     assert cache.parts.tolist() == [[0, 0, 1, 0, 0, 2, 0][i % 7] for i in range(100)]
     assert (cache.about["groups"], cache.about["split"]) == ("speaker", "part")
-    for changed, key in ((grouped(examples, parts=False), "split"), (grouped(examples, groups=False), "groups")):
-        found = {"groups": "speaker", "split": "part"}[key]
-        with pytest.raises(CacheError, match=f"its (examples_sha256 is|{key} is '{found}', expected None)"):
-            run_toy(toy, folder, examples=changed, about=about)
-    other = [replace(e, group=e.group[::-1]) for e in examples[:1]] + examples[1:]
-    with pytest.raises(CacheError, match="its examples_sha256 is"):
-        run_toy(toy, folder, examples=other, about=about)
+    for changed in (grouped(examples, parts=False), grouped(examples, groups=False), examples):
+        found = run_toy(toy, folder, examples=changed, about=about)
+        assert (found["groups"] is None, found["split"] is None) == (not changed[0].group, not changed[0].split)
+    assert files(folder).keys() == files(tmp_path / "undisturbed").keys()
+    assert read_cache(folder).features.equal(cache.features)
 
 
 def test_groups_without_a_source(toy, tmp_path):
@@ -339,6 +340,7 @@ def test_caches_of_earlier_versions(toy, tmp_path):
     run_toy(toy, folder, examples=examples)
     cache = read_cache(folder)
     assert len(cache.labels) == 20 and cache.groups is None and cache.parts is None
+    (folder / "examples.csv").unlink()
     with pytest.raises(CacheError, match=r"its (examples_sha256 is|groups is None, expected 'group')"):
         run_toy(toy, folder, examples=grouped(examples))
     for key in ("groups", "split"):
@@ -425,6 +427,35 @@ def test_columns_from_csv_to_splits(tmp_path, capsys):
     table.write_text(table.read_text().replace("ann9,test", "ann8,test"))
     with pytest.raises(RunError, match=r"a\.csv through .* is not what the cache was made of: 60 examples"):
         lora_job(table, encoder, found, Settings("lora"))
+
+
+def test_columns_layers_and_a_moved_encoder(tmp_path, capsys):
+    """Check other columns, some layers in half precision, and that the cache knows its encoder wherever it lies."""
+    table, encoder = tmp_path / "a.csv", tiny_bert(tmp_path / "encoder")
+    table.write_text("\n".join(["id,body,topic", *(f"{i},a{i % 6} b{i % 5},{'xy'[i % 2]}" for i in range(20))]))
+    options = ["--encoder", encoder, "--text", "body", "--label", "topic"]
+    features.main([str(table), "--output", str(tmp_path / "all"), *options])
+    chosen = ["--layers", "encoder.layer", "2-2", "--embeddings", "--dtype", "bf16"]
+    features.main([str(table), "--output", str(tmp_path / "some"), *options, *chosen])
+    assert "20 x 2 x 16 features in bf16: 0.00128 MB" in capsys.readouterr().out
+    everything, some = (read_cache(tmp_path / name) for name in ("all", "some"))
+    assert some.features[:, 1].equal(everything.features[:, 1].bfloat16().float())
+    expected = {"layer_numbers": [0, 2], "columns": ["body", "topic"], "layer_list": "encoder.layer"}
+    assert some.about.items() >= expected.items() and some.names == ["x", "y"]
+    moved, examples = tmp_path / "elsewhere", read_examples(table, text="body", label="topic")[1]
+    Path(encoder).rename(moved)
+    (tmp_path / "some/00000.safetensors").unlink()
+    command = [str(table), "--output", str(tmp_path / "some"), "--encoder", str(moved), *options[2:], *chosen]
+    features.main(command)
+    assert read_cache(tmp_path / "some").features.equal(some.features)
+    pooling, collate = load_encoder_of(some.about, str(moved))
+    found = torch.cat([x for _, x in iterate_features(pooling, collate, examples, some.about, batch=1)])
+    close(found, some.features, "features", (2**-7, 2**-7))
+    with pytest.raises(EncoderError, match=r"elsewhere: its encoder_sha256 is [0-9a-f]{64}, expected the cache's 1234"):
+        load_encoder_of({**some.about, "encoder_sha256": "1234"}, str(moved))
+    with pytest.raises(SystemExit):
+        features.main([*command, "--layers", "a", "b"])
+    assert "--layers names the lists a and b, expected one" in capsys.readouterr().err
 
 
 def test_folders_from_parts_to_cache(tmp_path, capsys):
@@ -558,8 +589,7 @@ def test_long_texts_are_cut_off():
     pooling, collate = minilm("encoder.layer", max_length=5)
     assert collate(["one two three four five six", "one"])["input_ids"].shape == (2, 5)
     assert pooling.num_layers == 6
-    with pytest.raises(EncoderError, match=f"{MINILM}: max_length is 600, expected at most the encoder's 512"):
-        minilm(max_length=600)
+    assert minilm(max_length=600)[1].limit == 512
 
 
 @needs_minilm
