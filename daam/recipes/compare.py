@@ -2,7 +2,7 @@
 
 A row is printed as soon as its method ends; then a table (table.md, table.csv, comparison.json) and a plot are written,
 beside a folder a method with its predictions, scores of classes and confusion matrix. What is there already is not
-trained again.
+trained again, and goes on with more --epochs.
 """
 
 from __future__ import annotations
@@ -10,11 +10,13 @@ from __future__ import annotations
 import argparse
 import math
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from daam.recipes import processes
 from daam.recipes.cache import read_cache, write_whole
 from daam.recipes.errors import Parser, guarded
 from daam.recipes.lock import exclusive
@@ -30,7 +32,9 @@ EXAMPLE = """example: the methods that train on features, on 1,000 short texts:
 methods:
 {methods}
 
-Interrupted, run the same command again: it goes on where it stopped."""
+Interrupted, run the same command again: it goes on where it stopped. Finished, run it with more --epochs. Several
+processes, each on its own folds or seeds, and on its own GPU with --device cuda:
+  torchrun --nproc-per-node=2 -m daam.recipes.compare cache --folds 3 --output comparison"""
 DEFAULT = ("last", "weighted_sum", "attentive", "linear", "logistic_last", "logistic", "mha", "none", "daam",
            "daamv2", "mixture", "gqdaam")  # fmt: skip
 COLUMNS = ("method", "test accuracy", "balanced accuracy", "macro F1", "below the best", "trainable parameters",
@@ -137,7 +141,7 @@ def write_comparison(rows: list[dict[str, Any]], output: Path) -> str:
     return text
 
 
-@guarded
+@partial(guarded, several=True)
 def main(argv: list[str] | None = None) -> None:
     """Run the command line: train several methods on a cache and compare them."""
     parser = Parser(description=__doc__, epilog=EXAMPLE.format(methods=METHODS_HELP),
@@ -147,14 +151,16 @@ def main(argv: list[str] | None = None) -> None:
                         help="below (default: all but gqa, mha_bn and LoRA)")  # fmt: skip
     args = parser.parse_args(argv)
     methods, rows = list(dict.fromkeys(args.methods)), []
-    cache = read_cache(args.cache)
-    jobs = check_methods(args, methods, cache)
-    with exclusive(args.output):
-        print(f"\n{_line(COLUMNS)}\n{_line(['---'] * len(COLUMNS))}", flush=True)
-        for method in methods:
-            rows.append(train(args, cache, method, args.output / method, jobs.get(method)))
-            print(_line(columns_of(rows[-1], None)), flush=True)
-        print(f"\n{write_comparison(rows, args.output)}\n\n{args.output.resolve()}")
+    with processes.joined(args.device) as args.device:
+        cache = read_cache(args.cache)
+        jobs = check_methods(args, methods, cache)
+        with exclusive(args.output):
+            print(f"\n{_line(COLUMNS)}\n{_line(['---'] * len(COLUMNS))}", flush=True)
+            for method in methods:
+                rows.append(train(args, cache, method, args.output / method, jobs.get(method)))
+                print(_line(columns_of(rows[-1], None)), flush=True)
+            if processes.rank() == 0:
+                print(f"\n{write_comparison(rows, args.output)}\n\n{args.output.resolve()}")
 
 
 if __name__ == "__main__":

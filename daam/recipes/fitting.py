@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,7 @@ from daam.recipes import runs
 from daam.recipes.jobs import Job, Work, trainable
 from daam.recipes.memory import saved_bytes
 from daam.recipes.progress import Progress
-from daam.recipes.runs import Part, RunError, Settings, Split
+from daam.recipes.runs import Fit, Part, RunError, Settings, Split
 from daam.recipes.scores import score
 from daam.recipes.warn import find_warnings
 from daam.transformer import LOSSES
@@ -27,28 +28,35 @@ def fit_part(job: Job, split: Split, settings: Settings, stem: Path, seed: int, 
     """Train at every rate, test what was best on validation, and return what it gave.
 
     stem begins the names of the checkpoint and of the decoder that is saved; seed draws the parameters, the same for
-    each rate. Raises a RunError where the loss is finite at no rate.
+    each rate. The checkpoint that is left is what rates whose epochs were over can go on from. Raises a RunError where
+    the loss is finite at no rate.
     """
     work = Work(job, split, settings, device, class_weights(job, split, settings))
-    state, checkpoint = {"tried": [], "chosen": None, "current": None}, stem.with_suffix(".pt")
-    if checkpoint.exists():
-        state = runs.load_state(checkpoint, split, device)
-    for rate in settings.rates[len(state["tried"]) :]:
-        part, best, finite = _fit_at(rate, work, seed, checkpoint, state)
-        state["current"] = None
-        state["tried"].append({**_summary(part), "finite": finite})
-        if state["chosen"] is None or score_of(part, settings) > score_of(state["chosen"]["part"], settings):
-            state["chosen"] = {"part": part, "best": best}
-        runs.save_state(checkpoint, state)
-    part, best = state["chosen"].values()
-    if part.best_epoch < 0:
+    checkpoint = stem.with_suffix(".pt")
+    fits = runs.load_fits(checkpoint, split, device) if checkpoint.exists() else []
+    for i, rate in enumerate(settings.rates):
+        if i == len(fits):
+            fits.append(Fit(_begin(rate, work)))
+        fit = fits[i]
+        if fit.has_ended(settings) or len(fit.part.losses) >= settings.epochs:
+            continue
+        _fit_at(fit, work, seed, checkpoint, lambda: runs.save_fits(checkpoint, fits))
+        if fit.has_ended(settings):
+            fit.steps = None
+        best = _choose(fits, settings)
+        for other in fits:
+            if other is not best and other.has_ended(settings):
+                other.best = None  # others get better at most: it will not be chosen
+        if best.best is not None:  # what made nothing does not keep the folder from others
+            runs.save_fits(checkpoint, fits)
+    chosen = _choose(fits, settings)
+    part = replace(chosen.part, tried=[_summary(fit, settings) for fit in fits])
+    if chosen.best is None:
         raise RunError(f"the training loss is not finite in epoch 1, at no rate: {_advice(work)}")
-    part.tried = state["tried"]
     model = untrained(job, split, seed, device)
-    model.load_state_dict(best, strict=False)
+    model.load_state_dict(chosen.best, strict=False)
     test_part(model, part, work)
-    if job.features is not None:
-        daam.save_decoder(model, stem.with_suffix(".safetensors"))
+    daam.save_decoder(model, stem.with_suffix(".safetensors"), job.names)
     return part
 
 
@@ -80,47 +88,58 @@ def class_weights(job: Job, split: Split, settings: Settings) -> Tensor | None:
     return len(split.train) / (counts.count_nonzero() * counts.clamp(min=1)).float()
 
 
-def _fit_at(
-    rate: float, work: Work, seed: int, checkpoint: Path, state: dict[str, Any]
-) -> tuple[Part, dict[str, Tensor] | None, bool]:
-    """Train at one rate, going on with state["current"] if there is one; return what it gave, the best state, and
-    whether the loss stayed finite.
+def _begin(rate: float, work: Work) -> Part:
+    """Return a part that has trained for no epoch at a rate."""
+    split = work.split
+    return Part(rate=rate, train=len(split.train), validation=split.validation.tolist(), test=split.test.tolist())
+
+
+def _choose(fits: list[Fit], settings: Settings) -> Fit:
+    """Return the best of some fits on validation, the first of equal ones."""
+    return max(fits, key=lambda fit: score_of(fit.part, settings))
+
+
+def _fit_at(fit: Fit, work: Work, seed: int, checkpoint: Path, save: Callable[[], None]) -> None:
+    """Train at one rate, from where it is, until its epochs are over or more would change nothing; call save now and
+    then. What changes is fit.
     """
-    split, settings = work.split, work.settings
-    model = untrained(work.job, split, seed, work.device)
-    optimizer = torch.optim.AdamW(work.job.rates(model, rate), weight_decay=settings.weight_decay)
+    settings, part = work.settings, fit.part
+    model = untrained(work.job, work.split, seed, work.device)
+    optimizer = torch.optim.AdamW(work.job.rates(model, part.rate), weight_decay=settings.weight_decay)
     # of the paper; where training ends after ten epochs without a better one it does nothing
     schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, "max", threshold_mode="abs", patience=10)
-    part, best = Part(rate=rate, train=len(split.train), validation=split.validation.tolist()), None
-    part.test = split.test.tolist()
-    if (current := state["current"]) is not None:
-        model.load_state_dict(current["model"], strict=False)
-        optimizer.load_state_dict(current["optimizer"])
-        schedule.load_state_dict(current["schedule"])
-        part, best = current["part"], current["best"]
+    if fit.steps is not None:
+        model.load_state_dict(fit.steps["model"], strict=False)
+        optimizer.load_state_dict(fit.steps["optimizer"])
+        schedule.load_state_dict(fit.steps["schedule"])
     else:
         model.eval()  # running statistics stay as they are
-        first = split.train[: settings.batch]
+        first = work.split.train[: settings.batch]
         part.memory = saved_bytes(lambda: _loss(model, first, work), model.parameters())
+
+    def keep_steps() -> None:
+        steps = {"optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}
+        fit.steps = {"model": _trained_state(model), **steps}
+
     epochs, saved = range(len(part.losses), settings.epochs), time.monotonic()
-    name = f"{settings.method} {checkpoint.stem} at {rate:g}"
+    name = f"{settings.method} {checkpoint.stem} at {part.rate:g}"
     bar = Progress(epochs, desc=name, initial=epochs.start, total=epochs.stop)
     for epoch in bar:
-        if epoch - part.best_epoch > settings.stop_after:
+        if fit.has_ended(settings):
             break
         if not _train_epoch(model, work, optimizer, epoch, part):
-            return part, best, False
+            fit.finite = False
+            break
         schedule.step(score_of(part, settings, epoch)[0])
         if score_of(part, settings, epoch) > score_of(part, settings):
             part.best_epoch = epoch
-            best = {name: t.clone() for name, t in _trained_state(model).items()}
+            fit.best = {name: t.clone() for name, t in _trained_state(model).items()}
         bar.set_postfix(loss=f"{part.losses[-1]:.4f}", accuracy=f"{part.accuracies[-1]:.3f}")
         if time.monotonic() - saved >= SAVE_EVERY:
-            steps = {"optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}
-            state["current"] = {"model": _trained_state(model), **steps, "part": part, "best": best}
-            runs.save_state(checkpoint, state)
+            keep_steps()
+            save()
             saved = time.monotonic()
-    return part, best, True
+    keep_steps()
 
 
 def _train_epoch(model: nn.Module, work: Work, optimizer: torch.optim.Optimizer, epoch: int, part: Part) -> bool:
@@ -154,9 +173,13 @@ def _train_epoch(model: nn.Module, work: Work, optimizer: torch.optim.Optimizer,
     return True
 
 
-def _summary(part: Part) -> dict[str, float]:
-    """Return what is told of a rate: epochs, seconds and, where there is one, the best score on validation."""
-    found, best = {"rate": part.rate, "epochs": len(part.losses), "seconds": sum(part.seconds)}, part.best_epoch
+def _summary(fit: Fit, settings: Settings) -> dict[str, float]:
+    """Return what is told of a rate: epochs, seconds, whether the loss was finite and training has ended, or would go
+    on with more epochs; and, where there is one, the best score on validation.
+    """
+    part, best = fit.part, fit.part.best_epoch
+    found = {"rate": part.rate, "epochs": len(part.losses), "seconds": sum(part.seconds), "finite": fit.finite}
+    found["ended"] = fit.has_ended(settings)
     if best >= 0:
         found |= {"accuracy": part.accuracies[best], "loss": part.validation_losses[best]}
     return found

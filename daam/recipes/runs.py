@@ -19,7 +19,7 @@ RESULTS = {"method": str, "accuracy": dict, "balanced_accuracy": dict, "macro_f1
            "seconds": float, "memory": dict, "names": list, "settings": dict, "examples": str, "parts": list,
            "about": dict}  # fmt: skip
 SCORES = ("accuracy", "balanced_accuracy", "macro_f1")  # of a part, and of a run as mean and std
-STATE = {"tried", "chosen", "current"}
+MADE = ("results.json", "part-*.json", "part-*.pt", "part-*.safetensors")  # what training makes, beside pictures
 # of arXiv 2401.11143; where these differ from the defaults, the paper's methods train less
 PAPER = {"epochs": 35, "batch": 8, "rates": (1e-4,), "loss": "focal", "stop_after": 15, "choose_by": "accuracy",
          "standardize": False, "conv_channels": 512, "zero_start": False}  # fmt: skip
@@ -89,6 +89,20 @@ class Part:
     warnings: list[str] = field(default_factory=list)
 
 
+@dataclass
+class Fit:
+    """Hold how far training of a part is at one rate."""
+
+    part: Part
+    best: dict[str, Tensor] | None = None  # the model at its best epoch, if this rate may be chosen
+    steps: dict[str, Any] | None = None  # states of model, optimizer and schedule, from which it can go on
+    finite: bool = True  # the loss; where it is not, training has ended
+
+    def has_ended(self, settings: Settings) -> bool:
+        """Return whether more epochs would change nothing: for long none was better, or the loss is not finite."""
+        return not self.finite or len(self.part.losses) - self.part.best_epoch > settings.stop_after
+
+
 def check_output(output: Path) -> None:
     """Raise a RunError where an --output is a file, or the folder of a cache."""
     if output.exists() and not output.is_dir():
@@ -97,19 +111,52 @@ def check_output(output: Path) -> None:
         raise RunError(f"--output {output} is a cache, expected another folder: its files would be taken for features")
 
 
+def is_finished(output: Path, identity: dict[str, Any]) -> bool:
+    """Return whether a folder holds the results of a run. identity: its settings, by name, and its examples.
+
+    Raises a RunError where the folder holds another run, or the run trained for more epochs than it would now.
+    """
+    return _read_claim(output, identity) == _plain(identity) and (output / "results.json").exists()
+
+
 def claim(output: Path, identity: dict[str, Any]) -> None:
-    """Write what a folder's run is into run.json; raise a RunError where that says that the run is another one."""
-    path, new = output / "run.json", json.loads(json.dumps(identity))  # as it will be read: JSON has no tuples
+    """Write what a folder's run is into run.json; raise a RunError as `is_finished` does.
+
+    The run may be there with fewer epochs: results that they gave are deleted, since their parts are about to change.
+    """
+    if _read_claim(output, identity) != _plain(identity):
+        (output / "results.json").unlink(missing_ok=True)  # first: killed in between, it is an unfinished run
+        write_json(output / "run.json", identity)
+
+
+def _read_claim(output: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
+    """Return what run.json says of a run that training has begun, None of one that failed before it made anything;
+    raise a RunError where it is another run than that of identity, or one of more epochs.
+    """
+    path, new = output / "run.json", _plain(identity)
+    made = next((found.name for pattern in MADE for found in output.glob(pattern)), None)
+    if made is None:
+        return None
     if not path.exists():
-        write_json(path, new)
-        return
+        raise RunError(f"{output} holds {made} but no run.json: choose another folder")
     old = read_json(path)
-    if not isinstance(old, dict):
+    if not isinstance(old, dict) or not isinstance(old.get("epochs"), int):
         raise RunError(_broken(path, "no settings"))
-    keys = dict.fromkeys([*new, *old])
-    keys.pop("device", None)  # earlier versions noted it
-    if differ := [f"{key} {old.get(key)} and {new.get(key)}" for key in keys if old.get(key) != new.get(key)]:
-        raise RunError(f"{output} holds another run, choose another folder: {', '.join(differ)}")
+    old.pop("device", None)  # earlier versions noted it
+    differ = [key for key in dict.fromkeys([*new, *old]) if old.get(key) != new.get(key)]
+    if differ == ["epochs"] and old["epochs"] > new["epochs"]:
+        raise RunError(
+            f"--epochs is {new['epochs']}, but the run in {output} has trained with --epochs {old['epochs']}: "
+            f"give {old['epochs']} or more, or choose another folder"
+        )
+    if differ not in ([], ["epochs"]):
+        told = ", ".join(f"{key} {old.get(key)} and {new.get(key)}" for key in differ)
+        raise RunError(f"{output} holds another run, choose another folder: {told}")
+    return old
+
+
+def _plain(identity: dict[str, Any]) -> dict[str, Any]:
+    return json.loads(json.dumps(identity))  # as it is read: JSON has no tuples
 
 
 def read_results(folder: Path, splits: list[Split] | None = None) -> dict[str, Any]:
@@ -147,9 +194,10 @@ def read_part(data: Any, split: Split | None, path: Path) -> Part:
         part = Part(**data)
         numbers = [part.accuracy, part.balanced_accuracy, part.macro_f1, part.rate, part.best_epoch, part.memory]
         numbers += part.losses + part.accuracies + part.validation_losses + part.seconds
+        numbers += [tried[name] for tried in part.tried for name in ("rate", "epochs", "seconds")]
         places = [part.train, part.parameters, *part.validation, *part.test, *part.predictions]
         right = _are_numbers(numbers) and _are_places(places) and part.best_epoch < len(part.losses)
-    except TypeError:
+    except (TypeError, KeyError):
         right = False
     if not right:
         raise RunError(_broken(path, "a part"))
@@ -183,29 +231,21 @@ def read_json(path: Path) -> Any:
         raise RunError(_broken(path, error)) from None
 
 
-def save_state(path: Path, state: dict[str, Any]) -> None:
-    """Write a checkpoint into a file as a whole, or not at all: see `load_state`."""
+def save_fits(path: Path, fits: list[Fit]) -> None:
+    """Write how far training is at the rates that have begun into a file as a whole, or not at all."""
     data = io.BytesIO()
-    plain = {key: {**value, "part": asdict(value["part"])} for key, value in state.items() if isinstance(value, dict)}
-    torch.save({**state, **plain}, data)
+    torch.save([{**vars(fit), "part": asdict(fit.part)} for fit in fits], data)
     write_whole(path, data.getvalue())
 
 
-def load_state(path: Path, split: Split, device: str) -> dict[str, Any]:
-    """Return the checkpoint of a split that a file holds, on a device; raise a RunError where it is broken.
-
-    Its "tried" are summaries of rates that are done; "chosen" is the best of them, its part and its tensors, or None;
-    "current" is how far the next one is, or None.
-    """
+def load_fits(path: Path, split: Split, device: str) -> list[Fit]:
+    """Return what `save_fits` wrote of a split, on a device; raise a RunError where the file is broken."""
     try:
-        state = torch.load(path, map_location=device)
-    except Exception as error:  # zip, pickle and end of file each fail in a way of their own
+        fits = [Fit(**fit) for fit in torch.load(path, map_location=device)]
+    except Exception as error:  # zip, pickle, end of file and other fields each fail in a way of their own
         raise RunError(_broken(path, type(error).__name__)) from None
-    if not isinstance(state, dict) or state.keys() != STATE or not isinstance(state["tried"], list):
+    if not fits:
         raise RunError(_broken(path, "no checkpoint"))
-    for key in ("chosen", "current"):
-        if isinstance(state[key], dict):
-            state[key]["part"] = read_part(state[key].get("part"), split, path)
-        elif state[key] is not None:
-            raise RunError(_broken(path, "no checkpoint"))
-    return state
+    for fit in fits:
+        fit.part = read_part(fit.part, split, path)
+    return fits

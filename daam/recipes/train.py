@@ -5,17 +5,21 @@ validation chooses one, and epochs until validation has been no better for ten. 
 its loss chooses the epoch too. Examples of equal features are in one part; so are groups, and parts that the data names
 are kept. --paper takes the settings of arXiv 2401.11143 instead: one rate of 1e-4, batches of 8, 35 epochs, focal loss,
 features as they are, 512 channels between the convolutions. An interrupted run, started again, goes on where it
-stopped; on a CPU it ends with the same numbers.
+stopped, and a finished one with more --epochs where these were over; on a CPU both end with the numbers of a run that
+was not interrupted, or had as many from the start. torchrun shares the parts among processes: same numbers, sooner.
 """
 
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from daam.decoder import DENSITIES
+from daam.recipes import processes
 from daam.recipes.arguments import device, layer_range, number, positive, seeds
 from daam.recipes.cache import Cache, read_cache
 from daam.recipes.errors import Parser, guarded
@@ -25,7 +29,7 @@ from daam.recipes.lora import lora_job
 from daam.recipes.methods import ABOUT, LORA, METHODS, check_sizes, heads_of
 from daam.recipes.plots import accuracy_of
 from daam.recipes.runs import PAPER, RunError, Settings, check_output
-from daam.recipes.splits import check_counts, find_equal, keep_together
+from daam.recipes.splits import check_counts, equal_in, keep_together
 from daam.recipes.training import cached_job, run
 from daam.transformer import LOSSES
 
@@ -36,7 +40,9 @@ EXAMPLE = """example, for a cache of texts.csv:
 methods:
 {methods}
 
-Interrupted, run the same command again: it goes on where it stopped."""
+Interrupted, run the same command again: it goes on where it stopped. Finished, run it with more --epochs. Several
+processes, each on its own folds or seeds, and on its own GPU with --device cuda:
+  torchrun --nproc-per-node=2 -m daam.recipes.train cache --method daam --output runs/daam"""
 METHODS_HELP = "\n".join(f"  {name:14}{what}" for name, what in ABOUT.items())
 
 
@@ -75,7 +81,7 @@ def settings_from(args: argparse.Namespace, method: str) -> Settings:
     """Return the settings of a method that the options of a command line give."""
     given = {name: getattr(args, name) for name in PAPER if getattr(args, name, None) is not None}
     if "rates" in given:
-        given["rates"] = tuple(dict.fromkeys(given["rates"]))
+        given["rates"] = tuple(sorted(set(given["rates"])))  # in any order they are one run
     always = {name: getattr(args, name) for name in ("weight_decay", "seeds", "class_weights")}
     always |= {} if args.folds is None else {"folds": args.folds}
     layers = tuple(sorted({layer for found in args.layers for layer in found}))
@@ -115,7 +121,7 @@ def check_methods(args: argparse.Namespace, methods: list[str], cache: Cache) ->
 
 def _tell_equal(cache: Cache, settings: Settings) -> None:
     """Print in a line how many examples equal another, and of which classes equal ones can train and test at once."""
-    groups, places = find_equal(cache.features), torch.arange(len(cache.labels))
+    groups, places = equal_in(cache), torch.arange(len(cache.labels))
     if not (repeated := int((groups != places).sum())):
         return
     line = f"{repeated} of {len(places)} examples equal an earlier one, "
@@ -139,11 +145,13 @@ def _tell_equal(cache: Cache, settings: Settings) -> None:
 def train(args: argparse.Namespace, cache: Cache, method: str, output: Path, job: Job | None) -> dict:
     """Train a method with a command line's options; return its results. job: what `check_methods` made, if any."""
     settings = settings_from(args, method)
+    if settings.layers == tuple(range(cache.features.shape[1])):
+        settings = replace(settings, layers=())  # all, however they are named
     job = cached_job(cache, settings, args.device) if job is None else job
     return run(job, settings, output, args.device, {"cache": cache.about})
 
 
-@guarded
+@partial(guarded, several=True)
 def main(argv: list[str] | None = None) -> None:
     """Run the command line: train one method on a cache."""
     parser = Parser(
@@ -154,10 +162,11 @@ def main(argv: list[str] | None = None) -> None:
     add_settings(parser)
     parser.add_argument("--method", choices=METHODS, default="daam", help="(default %(default)s)")
     args = parser.parse_args(argv)
-    cache = read_cache(args.cache)
-    jobs = check_methods(args, [args.method], cache)
-    results = train(args, cache, args.method, args.output, jobs.get(args.method))
-    print(f"{args.method}: test accuracy {accuracy_of(results)}, {args.output.resolve()}")
+    with processes.joined(args.device) as args.device:
+        cache = read_cache(args.cache)
+        jobs = check_methods(args, [args.method], cache)
+        results = train(args, cache, args.method, args.output, jobs.get(args.method))
+        print(f"{args.method}: test accuracy {accuracy_of(results)}, {args.output.resolve()}")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,16 @@
 """Training runs: the job of a method on cached features, and what runs any job part by part in a folder.
 
-An interrupted run goes on where it stopped, epoch by epoch; on a CPU it ends with the same numbers.
+An interrupted run goes on where it stopped, epoch by epoch, and so does a finished one with more epochs: on a CPU both
+end with the numbers of a run that was not interrupted.
 """
 
 from __future__ import annotations
 
+import contextlib
+import math
 import platform
 from dataclasses import asdict, replace
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +19,8 @@ import torch
 from torch import Tensor, nn
 
 import daam
-from daam.recipes import runs
-from daam.recipes.cache import Cache, fingerprint
+from daam.recipes import processes, runs
+from daam.recipes.cache import Cache, choose_layers, fingerprint
 from daam.recipes.fitting import fit_part
 from daam.recipes.jobs import Job
 from daam.recipes.lock import exclusive
@@ -25,62 +29,90 @@ from daam.recipes.methods import LOGISTIC, decoder_for
 from daam.recipes.plots import plot_confusion, plot_curves
 from daam.recipes.runs import SCORES, Part, Settings, Split
 from daam.recipes.scores import confusion, pooled, write_scores
-from daam.recipes.splits import find_equal, splits
+from daam.recipes.splits import equal_in, splits
 
 
 def cached_job(cache: Cache, settings: Settings, device: str = "cpu") -> Job:
-    """Return the job of a method on cached features, which go to the device at once, of settings.layers or all."""
-    features = (cache.features[:, list(settings.layers)] if settings.layers else cache.features).to(device)
+    """Return the job of a method on cached features of settings.layers, or all. Those in memory go to the device at
+    once, those on disk batch by batch.
+    """
+    features = choose_layers(cache.features, settings.layers)
+    if isinstance(features, Tensor):  # those on disk are more than memory should hold
+        features = features.to(device)
 
     def build() -> nn.Module:
         options = {name: getattr(settings, name) for name in ("standardize", "conv_channels", "zero_start")}
         return decoder_for(settings.method, *features.shape[1:], len(cache.names), **options)
 
     def inputs(places: Tensor) -> dict[str, Tensor]:
-        return {"x": features[places.to(device)]}
+        return {"x": features[places.to(features.device)]}
 
     # by all layers: methods that see some of them train on the same parts
-    equal = find_equal(cache.features)
-    return Job(build, inputs, cache.labels, cache.names, fingerprint(cache), features=features, equal=equal,
+    return Job(build, inputs, cache.labels, cache.names, fingerprint(cache), features=features, equal=equal_in(cache),
                groups=cache.groups, parts=cache.parts)  # fmt: skip
 
 
 def run(job: Job, settings: Settings, output: Path, device: str = "cpu", about: dict[str, Any] | None = None) -> dict:
-    """Train every part of a job, or what is left of them, in the folder output; write and return the results, as
-    results.json holds them. A finished run is returned as it is.
+    """Train every part of a job, or what is left of them, in the folder output; write the results and return them, as
+    results.json holds them. A finished run is returned as it is; with more epochs than it had it goes on.
+
+    Of processes that `processes.joined` joined each trains its share of the parts; all return the results.
 
     Raises:
-        RunError: the folder holds something else, a file of it is broken, there are too few examples, the loss is not
-            finite. UserError: another process trains in the folder.
+        RunError: the folder holds something else, or more epochs; a file of it is broken; there are too few examples;
+            the loss is not finite. UserError: another process trains in the folder.
     """
     all_splits = splits(job.labels, settings, job.equal, job.groups, job.parts)
     runs.check_output(output)
     # not the device and its threads: they are how a run was made, not what it is
     identity = {**asdict(settings), "examples": job.identity}
-    if (output / "results.json").exists():
-        runs.claim(output, identity)
+    if runs.is_finished(output, identity):
         return runs.read_results(output, all_splits)
     job.build()  # what cannot be built does not claim the folder
+    first = processes.rank() == 0
     with exclusive(output):
-        runs.claim(output, identity)
-        parts = [_finish_part(job, split, settings, output, i, device) for i, split in enumerate(all_splits)]
-        write_scores(output, job.labels.tolist(), job.names, parts)
-        results = _results(job, settings, parts, device, about or {})
-        runs.write_json(output / "results.json", results)
+        if first:
+            runs.claim(output, identity)
+        processes.wait()
+        for i in processes.share(range(len(all_splits))):
+            _finish_part(job, all_splits[i], settings, output, i, device)
+        processes.wait()
+        if first:
+            _write_results(job, settings, all_splits, output, device, about or {})
+        processes.wait()
+    return runs.read_results(output, all_splits)
+
+
+def _finish_part(job: Job, split: Split, settings: Settings, output: Path, i: int, device: str) -> None:
+    """Train what is left of part i, and write what the part gave."""
+    stem = output / f"part-{i}"
+    path = stem.with_suffix(".json")
+    part = runs.read_part(runs.read_json(path), split, path) if path.exists() else None
+    if part is None or _needs_more(part, settings):
+        part = (fit_logistic if settings.method in LOGISTIC else fit_part)(job, split, settings, stem, i, device)
+        runs.write_json(path, asdict(part))
+    if not _needs_more(part, replace(settings, epochs=math.inf)):
+        stem.with_suffix(".pt").unlink(missing_ok=True)  # also where the process died before it could
+
+
+def _needs_more(part: Part, settings: Settings) -> bool:
+    """Return whether a part that is trained would be another one with the epochs of settings."""
+    if settings.method in LOGISTIC:  # takes no epochs
+        return False
+    return any(not tried.get("ended") and tried["epochs"] < settings.epochs for tried in part.tried)
+
+
+def _write_results(
+    job: Job, settings: Settings, all_splits: list[Split], output: Path, device: str, about: dict[str, Any]
+) -> None:
+    """Write scores, pictures and results of a job whose parts are trained."""
+    paths = [output / f"part-{i}.json" for i in range(len(all_splits))]
+    parts = [runs.read_part(runs.read_json(path), split, path) for path, split in zip(paths, all_splits, strict=True)]
+    write_scores(output, job.labels.tolist(), job.names, parts)
+    results = _results(job, settings, parts, device, about)
     plot_curves(results, output / "learning-curves.png")
     plot_confusion(results, confusion(*pooled(job.labels.tolist(), parts), len(job.names)), output / "confusion.png")
-    return results
-
-
-def _finish_part(job: Job, split: Split, settings: Settings, output: Path, i: int, device: str) -> Part:
-    """Train what is left of part i, and return what the part gave."""
-    stem = output / f"part-{i}"
-    done = stem.with_suffix(".json")
-    if not done.exists():
-        fit = fit_logistic if settings.method in LOGISTIC else fit_part
-        runs.write_json(done, asdict(fit(job, split, settings, stem, i, device)))
-    stem.with_suffix(".pt").unlink(missing_ok=True)  # also where the process died before it could
-    return runs.read_part(runs.read_json(done), split, done)
+    runs.write_json(output / "results.json", results)  # last: a run with results is finished, and has its pictures
 
 
 def _results(job: Job, settings: Settings, parts: list[Part], device: str, about: dict[str, Any]) -> dict[str, Any]:
@@ -101,8 +133,16 @@ def _results(job: Job, settings: Settings, parts: list[Part], device: str, about
         "examples": job.identity,
         # their probabilities stand in predictions.csv
         "parts": [asdict(replace(part, probabilities=[])) for part in parts],
-        "about": {**about, "device": device_name(device), "torch": torch.__version__, "daam": daam.__version__},
+        "about": {**about, "device": device_name(device), "daam": daam.__version__, **_versions()},
     }
+
+
+def _versions() -> dict[str, str]:
+    """Return the versions of what computes features and trains on them, where it is installed."""
+    found = {"torch": torch.__version__}
+    with contextlib.suppress(metadata.PackageNotFoundError):
+        found["transformers"] = metadata.version("transformers")
+    return found
 
 
 def device_name(device: str) -> str:
