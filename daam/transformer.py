@@ -58,6 +58,8 @@ class DensityAdaptiveTransformer(nn.Module):
         loss: of labels, "cross_entropy" or the paper's "focal" (gamma 2.5, alpha 0.25).
     """
 
+    accepts_loss_kwargs = False  # tells the Trainer of transformers that the loss is a mean, which it has to divide
+
     def __init__(
         self, encoder: nn.Module, decoder: nn.Module, *, layers: str | Sequence[nn.Module] | None = None,
         loss: str = "cross_entropy", batch_first: bool | None = None,
@@ -110,9 +112,9 @@ class DensityAdaptiveTransformer(nn.Module):
         """Return the parameters of the decoder that require a gradient."""
         return [p for p in self.decoder.parameters() if p.requires_grad]
 
-    def save_decoder(self, path: str | Path) -> None:
-        """Save the decoder as safetensors, with its settings. Needs safetensors."""
-        save_decoder(self.decoder, path)
+    def save_decoder(self, path: str | Path, names: Sequence[str] | None = None) -> None:
+        """Save the decoder as safetensors, with its settings and the names of the classes: see `daam.save_decoder`."""
+        save_decoder(self.decoder, path, names)
 
     def load_decoder(self, path: str | Path) -> None:
         """Load tensors from safetensors into this decoder. Raises as `load_state_dict` does where they do not fit."""
@@ -121,23 +123,46 @@ class DensityAdaptiveTransformer(nn.Module):
         self.decoder.load_state_dict(load_file(path))
 
 
-def save_decoder(decoder: nn.Module, path: str | Path) -> None:
-    """Save a decoder as safetensors, with the arguments that built it as metadata. Needs safetensors."""
+def save_decoder(decoder: nn.Module, path: str | Path, names: Sequence[str] | None = None) -> None:
+    """Save a decoder as safetensors, with the arguments that built it, its `settings`, and the names of the classes as
+    metadata. Needs safetensors.
+
+    names: one for each class, in order; None: those that the decoder has as `names`, as `load_decoder` leaves them
+        there, or none. Raises a ValueError where they are not as many as the decoder's classes.
+    """
     from safetensors.torch import save_file
 
+    settings, names = getattr(decoder, "settings", None), getattr(decoder, "names", None) if names is None else names
+    if names is not None:
+        if len(names) != (classes := (settings or {}).get("num_classes", len(names))):
+            raise ValueError(f"names has {len(names)} names, expected one for each of the decoder's {classes} classes")
+        settings = {**(settings or {}), "names": list(names)}
     tensors = {name: t.contiguous() for name, t in decoder.state_dict().items()}
-    save_file(tensors, path, metadata={"settings": json.dumps(getattr(decoder, "settings", None))})
+    # one entry: safetensors writes several in an order of chance, and a file would not be the same twice
+    save_file(tensors, path, metadata={"settings": json.dumps(settings)})
+
+
+def read_settings(path: str | Path) -> dict[str, Any]:
+    """Return the settings that `save_decoder` wrote into a file, with "names" of the classes where it was given some;
+    empty where the decoder had none.
+    """
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        return json.loads((file.metadata() or {}).get("settings", "null")) or {}
 
 
 def load_decoder(path: str | Path, **changes: Any) -> DATDecoder:
-    """Return the `DATDecoder` that `save_decoder` wrote; changes are arguments that replace those it was built with."""
-    from safetensors import safe_open
+    """Return the `DATDecoder` that `save_decoder` wrote; changes are arguments that replace those it was built with.
+    Its attribute `names` is a list of the names of the classes, None in a file without them.
+    """
     from safetensors.torch import load_file
 
-    with safe_open(path, framework="pt") as file:
-        settings = json.loads((file.metadata() or {}).get("settings", "null"))
-    if settings is None:
+    settings = read_settings(path)
+    names = settings.pop("names", None)
+    if "num_layers" not in settings:
         raise ValueError(f"{path} holds no settings of a DATDecoder")
     decoder = DATDecoder(**settings | changes)
     decoder.load_state_dict(load_file(path))
+    decoder.names = names
     return decoder

@@ -5,35 +5,39 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import daam
-from daam.recipes.cache import Cache, fingerprint
+from daam.recipes.cache import COLUMNS, Cache, fingerprint
 from daam.recipes.data import read_examples
-from daam.recipes.encoders import identify, load_encoder
 from daam.recipes.errors import extra
 from daam.recipes.examples import encode_labels, hash_examples
-from daam.recipes.features import check
+from daam.recipes.extraction import check, load_encoder_of
 from daam.recipes.jobs import Job, trainable
 from daam.recipes.runs import RunError, Settings
-from daam.recipes.splits import find_equal
+from daam.recipes.splits import equal_in
 
 RANK, ALPHA = 8, 16
 B_RATE = 16  # LoRA+: the rate of the B matrices, in rates of the others (arXiv 2402.12354)
 
 
 class LoRAClassifier(nn.Module):
-    """Classify an encoder's last layer, averaged over positions; put adapters into the linear modules of its layers."""
+    """Classify an encoder's last layer, averaged over positions; put adapters into the linear modules of its layers.
 
-    def __init__(self, pooling: daam.LayerPooling, features: int, classes: int):
+    Its state holds what training changes alone, adapters and classifier: the encoder has files of its own.
+    """
+
+    def __init__(self, pooling: daam.LayerPooling, features: int, classes: int, rank: int = RANK, alpha: int = ALPHA):
         super().__init__()
+        self.settings = {"method": "lora", "features": features, "classes": classes, "rank": rank, "alpha": alpha}
         with extra():
             from peft import LoraConfig
             from peft.functional import cast_adapter_dtype, inject_adapter_in_model
         self.pooling = pooling
-        config = LoraConfig(r=RANK, lora_alpha=ALPHA, lora_dropout=0.0, target_modules=linear_modules(pooling))
+        config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=linear_modules(pooling))
         inject_adapter_in_model(config, pooling.encoder)
         # injected in the encoder's dtype: in half precision small steps are lost, and AdamW's division is 0 / 0
         cast_adapter_dtype(pooling.encoder, "default")
@@ -43,6 +47,11 @@ class LoRAClassifier(nn.Module):
         """Return the scores of the classes, (batch, classes), of a batch as the encoder takes it."""
         last = self.pooling.average(**batch)[:, -1]
         return self.classify(last.to(self.classify.weight.dtype))
+
+    def state_dict(self, *args: Any, **options: Any) -> dict[str, Tensor]:
+        """Return the tensors that training changes, by name."""
+        trained = {name for name, p in self.named_parameters() if p.requires_grad}
+        return {name: t for name, t in super().state_dict(*args, **options).items() if name in trained}
 
     def freeze_unused(self, inputs: dict[str, Tensor]) -> None:
         """Freeze adapters that get no gradient from a batch: a module bypasses them, as WavLM's attention does. They
@@ -63,25 +72,21 @@ def linear_modules(pooling: daam.LayerPooling) -> list[str]:
 
 def lora_job(data: Path, encoder: str, cache: Cache, settings: Settings) -> Job:
     """Return the job that trains adapters on the encoder and the examples that a cache was made with. Raise a RunError
-    where they are others, where features depend on the batch, or where layers have no linear modules.
+    where they are others, where features depend on the batch, or where layers have no linear modules; an EncoderError
+    where the encoder is another.
     """
     about = cache.about
     # parts of a folder are folders in it, whatever the cache calls them
     split = None if Path(data).is_dir() else about.get("split")
-    modality, examples = read_examples(data, groups=about.get("groups"), split=split)
+    text, label = about.get("columns", COLUMNS)
+    _, examples = read_examples(data, groups=about.get("groups"), split=split, text=text, label=label)
     if hash_examples(examples) != about.get("examples_sha256"):
         raise RunError(
             f"--data {data} through --encoder {encoder} is not what the cache was made of: {len(cache.labels)} "
             f"examples of {about.get('source')} through {about.get('encoder')}"
         )
-    names = {"layers": "layer_list", "max_length": "max_length", "max_seconds": "max_seconds"}
-    options = {key: about[name] for key, name in names.items() if about.get(name) is not None}
     sources, labels = [example.source for example in examples], encode_labels(examples, cache.names)
-    pooling, collate = load_encoder(encoder, modality, **options)
-    # by what is in it: its folder may be spelled otherwise, or have moved
-    for name, sha256 in identify(pooling, collate).items():
-        if about.get(name) != sha256:
-            raise RunError(f"--encoder {encoder}: its {name} is {sha256}, expected the cache's {about.get(name)}")
+    pooling, collate = load_encoder_of(about, encoder)
     findings = check(pooling, collate, examples, about)
     if findings is not None and findings.batches != "any":
         raise RunError(f"features of {encoder} depend on the batch they stand in: LoRA would learn that ({findings})")
@@ -91,18 +96,16 @@ def lora_job(data: Path, encoder: str, cache: Cache, settings: Settings) -> Job:
     def inputs(places: Tensor) -> dict[str, Tensor]:
         return collate([sources[i] for i in places.tolist()])
 
-    build = partial(_build, encoder, modality, options, cache, inputs, pooling.batch_first)
+    build = partial(_build, encoder, cache, inputs, pooling.batch_first)
     rates = rates_plus if settings.method == "lora+" else Job.rates
     return Job(
-        build, inputs, labels, cache.names, fingerprint(cache), rates, equal=find_equal(cache.features),
+        build, inputs, labels, cache.names, fingerprint(cache), rates, equal=equal_in(cache),
         groups=cache.groups, parts=cache.parts,
     )  # fmt: skip
 
 
-def _build(
-    encoder: str, modality: str, options: dict, cache: Cache, inputs: Callable, batch_first: bool | None
-) -> LoRAClassifier:
-    pooling, _ = load_encoder(encoder, modality, **options)
+def _build(encoder: str, cache: Cache, inputs: Callable, batch_first: bool | None) -> LoRAClassifier:
+    pooling, _ = load_encoder_of(cache.about, encoder)
     pooling.batch_first = batch_first
     model = LoRAClassifier(pooling, cache.features.shape[2], len(cache.names))
     model.freeze_unused(inputs(torch.arange(1)))

@@ -148,7 +148,11 @@ def decoder_for(
     """
     check_sizes(method, layers, features)
     if method in PROBES:
-        return PROBES[method](layers, features, classes, standardize)
+        probe = PROBES[method](layers, features, classes, standardize)
+        # what builds it again, in the file that it is saved to
+        sizes = {"layers": layers, "features": features, "classes": classes}
+        probe.settings = {"method": method, **sizes, "standardize": standardize}
+        return probe
     attention = "daam" if method == "daamv2" else method
     decoder = daam.DATDecoder(
         layers, features, classes, attention=attention, num_heads=heads_of(method, layers),

@@ -67,9 +67,9 @@ def plot_comparison(rows: list[dict[str, Any]], path: Path) -> None:
         _add_title(figure, f"Test accuracy: mean ± standard deviation of {parts} parts\n{describe(rows[0])}")
 
 
-def plot_confusion(results: dict[str, Any], matrix: np.ndarray, path: Path) -> None:
-    """Draw how many test examples of each class are taken for each, (classes, classes), into a file; colours are shares
-    of a class.
+def plot_confusion(results: dict[str, Any], matrix: np.ndarray, path: Path, title: str | None = None) -> None:
+    """Draw how many examples of each class are taken for each, (classes, classes), into a file; colours are shares of a
+    class. title: None for the run's own test examples.
     """
     names, size = results["names"], 2.5 + 0.45 * min(len(matrix), 40)
     with _picture(path, (size + 1.5, size)) as figure:
@@ -86,7 +86,7 @@ def plot_confusion(results: dict[str, Any], matrix: np.ndarray, path: Path) -> N
         axes.set_xticks(ticks, shown, rotation=90, fontsize=8, parse_math=False)
         axes.set_yticks(ticks, shown, fontsize=8, parse_math=False)
         axes.set(xlabel="taken for", ylabel="class")
-        _add_title(figure, f"{results['method']}: test accuracy {accuracy_of(results)}")
+        _add_title(figure, title or f"{results['method']}: test accuracy {accuracy_of(results)}")
 
 
 def plot_importance(

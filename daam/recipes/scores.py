@@ -54,7 +54,7 @@ def pooled(labels: Sequence[int], parts: Iterable[Part]) -> tuple[list[int], lis
     return [int(labels[i]) for i in places], [p for part in parts for p in part.predictions]
 
 
-def confusion(labels: list[int], predictions: list[int], classes: int) -> np.ndarray:
+def confusion(labels: Sequence[int], predictions: Sequence[int], classes: int) -> np.ndarray:
     """Return how many examples of each class, by rows, are taken for each, by columns: (classes, classes)."""
     return confusion_matrix(labels, predictions, labels=range(classes))
 
@@ -64,15 +64,36 @@ def write_scores(folder: Path, labels: Sequence[int], names: list[str], parts: l
 
     labels: of all examples, as indices of names. Examples count from 0, as rows of a table do, or files in their order.
     """
+    truth, predictions = pooled(labels, parts)
+    columns = {
+        "part": [i for i, part in enumerate(parts) for _ in part.test],
+        "example": [place for part in parts for place in part.test],
+        "label": [names[label] for label in truth],
+    }
+    probabilities = [found for part in parts for found in part.probabilities]
+    write_predictions(folder / "predictions.csv", columns, predictions, probabilities, names)
+    write_classes(folder, truth, predictions, names)
+
+
+def write_predictions(
+    path: Path, columns: dict[str, Sequence[Any]], predictions: Sequence[int], probabilities: Sequence[Sequence[float]],
+    names: list[str],
+) -> None:  # fmt: skip
+    """Write a table with a row for each example: its entries in columns, which go first, by their names, the name of
+    the class that is predicted, and the probability of every class. Nine digits tell all numbers in fp32 apart.
+    """
     rows = [
-        [i, place, names[int(labels[place])], names[prediction], *(f"{p:.6g}" for p in probabilities)]
-        for i, part in enumerate(parts)
-        for place, prediction, probabilities in zip(part.test, part.predictions, part.probabilities, strict=True)
+        [*entries, names[prediction], *(f"{p:.9g}" for p in found)]
+        for *entries, prediction, found in zip(*columns.values(), predictions, probabilities, strict=True)
     ]
-    header = ["part", "example", "label", "prediction", *(f"p({name})" for name in names)]
-    write_csv(folder / "predictions.csv", [header, *rows])
-    truth, predicted = pooled(labels, parts)
-    columns = precision_recall_fscore_support(truth, predicted, labels=range(len(names)), zero_division=0)
+    write_csv(path, [[*columns, "prediction", *(f"p({name})" for name in names)], *rows])
+
+
+def write_classes(folder: Path, labels: Sequence[int], predictions: Sequence[int], names: list[str]) -> None:
+    """Write scores of every class into classes.csv, and into confusion.csv how many examples of each, by rows, are
+    taken for each, by columns.
+    """
+    columns = precision_recall_fscore_support(labels, predictions, labels=range(len(names)), zero_division=0)
     write_csv(
         folder / "classes.csv",
         [["class", "precision", "recall", "f1", "examples"]]
@@ -81,7 +102,7 @@ def write_scores(folder: Path, labels: Sequence[int], names: list[str], parts: l
             for name, *values, count in zip(names, *columns, strict=True)
         ],
     )
-    matrix = confusion(truth, predicted, len(names))
+    matrix = confusion(labels, predictions, len(names))
     write_csv(
         folder / "confusion.csv",
         [["label", *names], *([name, *row] for name, row in zip(names, matrix.tolist(), strict=True))],

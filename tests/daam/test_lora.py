@@ -20,6 +20,7 @@ from helpers import close
 
 from daam.recipes import features, train, training
 from daam.recipes.cache import read_cache
+from daam.recipes.encoders import EncoderError
 from daam.recipes.lora import lora_job, rates_plus
 from daam.recipes.runs import RunError, Settings
 from daam.recipes.splits import find_equal, splits
@@ -168,7 +169,7 @@ def test_an_encoder_is_the_same_however_its_folder_is_spelled(made, tmp_path):
         return model
 
     _, changed, _ = made_again(made, tmp_path, change_a_number)
-    with pytest.raises(RunError, match=r"encoder: its encoder_sha256 is .*, expected the cache's"):
+    with pytest.raises(EncoderError, match=r"encoder: its encoder_sha256 is .*, expected the cache's"):
         lora_job(data, changed, cache, QUICK)
 
 
