@@ -15,6 +15,7 @@ from daam.modules import (
     MultiHeadDensityAdaptiveAttention,
     MultiHeadGaussianAdaptiveAttention,
 )
+from daam.onnx_export import export_onnx
 from daam.pooling import LayerPooling
 from daam.stable import StableDensityBlock, StableMultiHeadDensityAttention
 from daam.transformer import DensityAdaptiveTransformer, load_decoder, save_decoder
@@ -41,6 +42,7 @@ __all__ = [
     "density_attention",
     "density_block",
     "density_gate",
+    "export_onnx",
     "focal_loss",
     "fusion_for",
     "importance_factor",
