@@ -59,6 +59,9 @@ bench.encoders --output bench/history/encoders.md`; what was measured stands in 
 - works: features equal an average over valid positions that shares no code with this project, to 1e-5 of 1 and of a
   layer's standard deviation, alone and in a batch.
 - equal lengths, one at a time: they do so in such batches, and differ in others; `features` measures that and goes so.
+- beside others: what `features` measures before it starts, the largest difference between an example alone and beside
+  the longest one, in standard deviations; from 1e-4 on examples of equal lengths share a batch, or none do.
+  `daam.encoder_check` says where it comes from.
 - with layers=…: the option that it takes; of hierarchical encoders the layers of one stage.
 - not: with the error that a user sees."""
 
@@ -274,7 +277,7 @@ def _ways(entry: Entry, modality: str, folder: Path) -> dict[str, Callable[[], t
 def _measure(load: Callable, sources: Sources, want: Tensor) -> dict[str, Any]:
     """Return differences from the averages: in multiples of what rounding explains, and in standard deviations."""
     pooling, collate = load()
-    checked = pooling.check(collate, sources).batches  # first: it also finds out where positions come first
+    findings = pooling.check(collate, sources)  # first: it also finds out where positions come first
     std = want.std((0, 2), keepdim=True)
 
     def compare(name: str, features: Tensor, averages: Tensor) -> dict[str, float]:
@@ -286,7 +289,8 @@ def _measure(load: Callable, sources: Sources, want: Tensor) -> dict[str, Any]:
     if alone.shape != want.shape:
         shapes = f"{tuple(alone.shape)}, expected {tuple(want.shape)}"
         raise ValueError(f"{len(sources)} examples alone have features {shapes}")
-    measured: dict[str, Any] = {"check": checked, **compare("alone", alone, want)}
+    checked = {"check": findings.batches, "padding": findings.padding}
+    measured: dict[str, Any] = {**checked, **compare("alone", alone, want)}
     for name, rows in {"together": range(len(sources)), "equal": _equal(sources)}.items():
         try:
             features = pooling(**collate([sources[i] for i in rows]))
@@ -336,6 +340,15 @@ def run(entry: Entry, modality: str, sources: Sources) -> dict[str, Any]:
     return row | {"seconds": round(time.perf_counter() - start, 2)}
 
 
+def _beside(row: dict[str, Any]) -> str:
+    """Return in words what the check measured of examples in one batch, in the way that a row's verdict is about."""
+    measured = list(row.get("tried", {}).values())[-1:]
+    if not measured or "check" not in measured[0] or row["verdict"] == "not":
+        return ""
+    padding = measured[0]["padding"]
+    return "a batch fails" if padding is None else f"{padding:.0e}"
+
+
 def write(rows: list[dict[str, Any]], path: Path) -> None:
     """Write the table, and beside it all that was measured as JSON."""
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
@@ -343,13 +356,13 @@ def write(rows: list[dict[str, Any]], path: Path) -> None:
     lines = [
         LEGEND,
         "",
-        "| family | modality | model | layers x features | verdict | notes |",
-        "|---|---|---|---|---|---|",
+        "| family | modality | model | layers x features | verdict | beside others | notes |",
+        "|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         size = f"{row['layers']} x {row['features']}" if "layers" in row else ""
         notes = "; ".join(filter(None, (row.get("reason"), row["note"]))).replace("|", "\\|")
-        cells = (row["family"], row["modality"], row["model"], size, row["verdict"], notes)
+        cells = (row["family"], row["modality"], row["model"], size, row["verdict"], _beside(row), notes)
         lines.append(f"| {' | '.join(cells)} |")
     lines += ["", ", ".join(f"{name} {version}" for name, version in versions.items())]
     path.write_text("\n".join(lines) + "\n")
