@@ -65,6 +65,8 @@ def test_opcheck(shape, layout, mask, residual, weights, kernels, algorithm, dev
         pytest.skip("the others show more")
     if algorithm == "stable" and not kernels and (mask or 0 in shape):
         pytest.skip("half a minute, for what the other combinations show")
+    if algorithm != "stable" and not (KERNELS or kernels) and shape[1] > 100:
+        pytest.skip("the eager operators are the same for all lengths")
     shape = shape if ALGORITHMS[algorithm].features else (shape[0], shape[1] + 1, shape[2])
     case = Case(shape, 1, 2, layout=layout, mask=mask, residual=residual, weights=weights, algorithm=algorithm)
     for name, backward in ((f"{algorithm}_forward", False), (f"{algorithm}_backward", True)):

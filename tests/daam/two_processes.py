@@ -1,4 +1,4 @@
-"""One of two processes of test_distributed.py: `python two_processes.py SETUP RANK STORE`."""
+"""One of two processes of test_distributed.py: `python two_processes.py RANK STORE`."""
 
 import re
 import sys
@@ -81,15 +81,16 @@ def readme_s_call():
             close(result.grad.full_tensor(), wanted.grad, f"gradients of {name}", TOLERANCES)
 
 
-def main(setup, rank, store):
+def main(rank, store):
     rank = int(rank)
     dist.init_process_group("gloo", store=dist.FileStore(store, WORLD), rank=rank, world_size=WORLD)
-    if setup == "local_map":
-        readme_s_call()
-    grads, wanted = {"ddp": ddp, "fsdp": fsdp, "local_map": sharded_x}[setup](rank), expected()
-    assert grads.keys() == wanted.keys()
-    for name, grad in wanted.items():
-        close(grads[name], grad, name, TOLERANCES)
+    readme_s_call()
+    wanted = expected()
+    for setup in (ddp, fsdp, sharded_x):
+        grads = setup(rank)
+        assert grads.keys() == wanted.keys(), setup
+        for name, grad in wanted.items():
+            close(grads[name], grad, f"{name} of {setup.__name__}", TOLERANCES)
     dist.destroy_process_group()
 
 
