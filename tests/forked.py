@@ -7,7 +7,7 @@ import sys
 
 
 def start(targets, outputs=None):
-    """Start a process for each function, with torchrun's variables, and return them; they are still running.
+    """Launch a process for each function, with torchrun's variables, and return them; they are still running.
 
     outputs: a path for each, which gets what it prints. Threads of the parent are not in a child: tests that fork have
     the fixture one_thread.
@@ -31,7 +31,7 @@ def start(targets, outputs=None):
 
 
 def finish(processes):
-    """Wait for processes; return their exit statuses, -9 of one that was killed."""
+    """Return the exit statuses of processes, when they end, -9 of one that was killed."""
     for process in processes:
         process.join(120)
     return [process.exitcode for process in processes]
