@@ -169,7 +169,8 @@ class DATForClassification(PreTrainedModel):
             "input_features": input_features,
         }  # fmt: skip
         taken = inspect.signature(unwrap(self.encoder).forward).parameters  # tokenizers may give more
-        kwargs |= {name: value for name, value in named.items() if value is not None and name in taken}
+        takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken.values())
+        kwargs |= {n: value for n, value in named.items() if value is not None and (takes_all or n in taken)}
         dtype = _dtype_of(self.encoder)
         for name, value in kwargs.items():
             if isinstance(value, Tensor) and value.is_floating_point():

@@ -32,15 +32,15 @@ def seeds(text: str) -> int:
 
 
 def layer_range(text: str) -> range:
-    """Return the layers, counted from 0, that a text like 4-6 or 12 says, counted from 1; raise ArgumentTypeError where
-    it says none.
+    """Return the layers, counted from 0, that a text like 4-6 or 12 says, counted from 1; -1 for 0, the embeddings.
+    Raise ArgumentTypeError where it says none.
     """
     first, dash, last = text.partition("-")
     try:
         found = range(int(first) - 1, int(last if dash else first))
     except ValueError:
         found = range(0)
-    if not 0 < len(found) <= MOST_LAYERS or found.start < 0:
+    if not 0 < len(found) <= MOST_LAYERS or found.start < -1:
         raise argparse.ArgumentTypeError(f"{text!r}, expected a layer from 1 on or a range like 4-6")
     return found
 

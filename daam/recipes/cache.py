@@ -84,7 +84,11 @@ def add_defaults(about: dict) -> dict:
     added = {"dtype": "fp32", "embeddings": False, "layer_numbers": list(range(1, 1 + about["layers"]))}
     if about.get("modality") == "text":
         added["columns"] = list(COLUMNS)
-    return {**added, **about}
+    found = {**added, **about}
+    if isinstance(checked := found.get("checked"), dict) and checked["batches"] == "any" and "shape" not in checked:
+        # not known: what was tried may have had one shape, which says nothing of padding
+        found["checked"] = {**checked, "batches": "equal lengths"}
+    return found
 
 
 def read_cache(folder: str | Path) -> Cache:

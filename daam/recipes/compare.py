@@ -24,7 +24,7 @@ from daam.recipes.methods import METHODS
 from daam.recipes.plots import plot_comparison
 from daam.recipes.runs import PAPER, Settings, write_json
 from daam.recipes.scores import LEVEL, p_value, write_csv
-from daam.recipes.train import METHODS_HELP, add_settings, check_methods, train
+from daam.recipes.train import METHODS_HELP, add_settings, check_methods, layer_places, train
 
 EXAMPLE = """example: the methods that train on features, on 1,000 short texts:
   python -m daam.recipes.compare cache --folds 3 --output comparison
@@ -153,6 +153,7 @@ def main(argv: list[str] | None = None) -> None:
     methods, rows = list(dict.fromkeys(args.methods)), []
     with processes.joined(args.device) as args.device:
         cache = read_cache(args.cache)
+        args.layers = layer_places(args.layers, cache)
         jobs = check_methods(args, methods, cache)
         with exclusive(args.output):
             print(f"\n{_line(COLUMNS)}\n{_line(['---'] * len(COLUMNS))}", flush=True)

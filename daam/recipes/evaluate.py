@@ -15,7 +15,7 @@ from torch import Tensor
 
 from daam.recipes.data import name_sources, read_examples
 from daam.recipes.errors import Parser, guarded
-from daam.recipes.examples import Example, encode_labels, hash_examples
+from daam.recipes.examples import Example, encode_labels, hash_contents
 from daam.recipes.plots import plot_confusion
 from daam.recipes.predict import add_options, predict_data
 from daam.recipes.runs import RunError, check_output, write_json
@@ -63,13 +63,11 @@ def main(argv: list[str] | None = None) -> None:
     check_output(args.output)
     if (args.output / "run.json").exists():
         raise RunError(f"--output {args.output} is a run, expected another folder: its tables would be replaced")
-    text, label = (
-        found if given is None else given
-        for given, found in zip((args.text, args.label), columns_of(results), strict=True)
-    )
+    text, label = columns_of(results, args.text, args.label)
     modality, examples = read_examples(args.data, text=text, label=label, least_classes=1)
     encode_labels(examples, results["names"])  # a wrong label shows before an encoder is loaded
-    if hash_examples(examples) == cache_of(results).get("examples_sha256"):
+    about = cache_of(results)
+    if hash_contents(examples) == about.get("contents_sha256", about.get("examples_sha256")):
         print(f"{args.data} is the data that {args.run} was trained on: new examples will have lower scores")
     probabilities = predict_data(args, results, modality, examples)
     scores = evaluate(args.output, results, examples, name_sources(args.data, examples), probabilities)

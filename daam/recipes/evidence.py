@@ -19,7 +19,7 @@ from daam.recipes.cache import Cache, iterate_blocks
 from daam.recipes.errors import extra
 from daam.recipes.fitting import validate
 from daam.recipes.jobs import Work
-from daam.recipes.runs import RunError, Settings
+from daam.recipes.runs import Settings
 from daam.recipes.training import cached_job, run
 
 with extra():
@@ -128,14 +128,8 @@ def sum_layers(results: dict[str, Any], cache: Cache, output: Path) -> dict[str,
     """
     settings = replace(Settings.of(results), method="weighted_sum")
     done = run(cached_job(cache, settings), settings, output, about=results["about"])
-    weights = []
-    for i in range(len(done["parts"])):
-        path = output / f"part-{i}.safetensors"
-        try:
-            weights.append(load_file(path)["layer_scores"].double().softmax(0))
-        except Exception as error:  # no file, no safetensors, other tensors: each fails in a way of its own
-            reason = type(error).__name__
-            raise RunError(f"{path} cannot be read ({reason}): delete {output} and run again") from None
+    parts = [load_file(output / f"part-{i}.safetensors") for i in range(len(done["parts"]))]
+    weights = [tensors["layer_scores"].double().softmax(0) for tensors in parts]
     return {"layer_weights": torch.stack(weights).mean(0).tolist(), "accuracy": done["accuracy"]}
 
 

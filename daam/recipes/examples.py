@@ -7,7 +7,7 @@ import io
 import json
 from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -149,6 +149,11 @@ def hash_examples(examples: Iterable[Example], digests: list[str] | None = None)
     if any(example.group or example.split for example in examples):
         total.update(json.dumps([(example.group, example.split) for example in examples]).encode())
     return total.hexdigest()
+
+
+def hash_contents(examples: Iterable[Example], digests: list[str] | None = None) -> str:
+    """Return what `hash_examples` does of the same examples without groups and parts."""
+    return hash_examples([replace(example, group="", split="") for example in examples], digests)
 
 
 def find_duplicates(examples: Iterable[Example], digests: list[str] | None = None) -> list[list[int]]:

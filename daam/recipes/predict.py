@@ -23,6 +23,7 @@ from daam.recipes.data import name_sources, read_unlabelled
 from daam.recipes.errors import Parser, guarded
 from daam.recipes.examples import DataError, Example
 from daam.recipes.extraction import iterate_features, load_encoder_of
+from daam.recipes.fitting import autocast
 from daam.recipes.methods import LORA
 from daam.recipes.progress import Progress
 from daam.recipes.runs import RunError
@@ -62,7 +63,9 @@ def predict(
         for places, inputs in _inputs(results, examples, pooling, collate, batch):
             inputs = {name: t.to(device) for name, t in inputs.items()}
             for state in states:  # in one model: LoRA's holds the encoder
-                found[places] += functional_call(model, state, (), inputs).float().softmax(1).cpu()
+                with autocast(device):  # as it was tested
+                    scores = functional_call(model, state, (), inputs)
+                found[places] += scores.float().softmax(1).cpu()
             bar.update(len(places))
     return found / len(states)
 
@@ -72,7 +75,8 @@ def _inputs(
 ) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
     """Yield places of examples, and the arguments of the model's forward pass for them."""
     if results["method"] in LORA:
-        # any may share a batch, or LoRA would not have trained
+        # any may share a batch, or LoRA would not have trained, unless lengths that were tried were all one
+        batch = batch if (cache_of(results).get("checked") or {}).get("shape") is None else 1
         for start in range(0, len(examples), batch):
             chosen = examples[start : start + batch]
             yield list(range(start, start + len(chosen))), collate([example.source for example in chosen])
@@ -136,8 +140,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     results = read_finished(args.run)
     _check_output(args)
-    text, _ = columns_of(results)
-    modality, examples = read_unlabelled(args.data, text=text if args.text is None else args.text)
+    text, _ = columns_of(results, args.text)
+    modality, examples = read_unlabelled(args.data, text=text)
     probabilities = predict_data(args, results, modality, examples)
     names, predictions = results["names"], probabilities.argmax(1).tolist()
     args.output.parent.mkdir(parents=True, exist_ok=True)

@@ -56,7 +56,7 @@ class Settings:
         return cls(**{**results["settings"], **lists})
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # so that functions can keep what they found out of one
 class Split:
     """Hold the places of the examples that train, validate and test, (places,) of int64 each."""
 
@@ -146,7 +146,7 @@ def _read_claim(output: Path, identity: dict[str, Any]) -> dict[str, Any] | None
     differ = [key for key in dict.fromkeys([*new, *old]) if old.get(key) != new.get(key)]
     if differ == ["epochs"] and old["epochs"] > new["epochs"]:
         raise RunError(
-            f"--epochs is {new['epochs']}, but the run in {output} has trained with --epochs {old['epochs']}: "
+            f"--epochs is {new['epochs']}, but the run in {output} was begun with --epochs {old['epochs']}: "
             f"give {old['epochs']} or more, or choose another folder"
         )
     if differ not in ([], ["epochs"]):

@@ -50,10 +50,10 @@ def cache_of(results: dict[str, Any]) -> dict[str, Any]:
     return about
 
 
-def columns_of(results: dict[str, Any]) -> tuple[str, str]:
-    """Return the columns of texts and labels in the table that a run trained on."""
-    text, label = cache_of(results).get("columns", COLUMNS)
-    return text, label
+def columns_of(results: dict[str, Any], text: str | None, label: str | None = None) -> tuple[str, str]:
+    """Return the columns of texts and labels: as given, else as in the table that a run trained on."""
+    columns = cache_of(results).get("columns", COLUMNS)
+    return columns[0] if text is None else text, columns[1] if label is None else label
 
 
 def load_model(run: str | Path, part: int, pooling: LayerPooling | None = None) -> nn.Module:

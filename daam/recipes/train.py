@@ -12,11 +12,12 @@ was not interrupted, or had as many from the start. torchrun shares the parts am
 from __future__ import annotations
 
 import argparse
-from dataclasses import replace
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from daam.decoder import DENSITIES
 from daam.recipes import processes
@@ -68,7 +69,7 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
     add("--weight-decay", type=number, default=default.weight_decay, help="of AdamW (default %(default)s)")
     add("--loss", choices=LOSSES, help=f"(default {default.loss})")
     add("--layers", type=layer_range, nargs="+", default=[], metavar="LAYERS",
-        help="those to use, like 4-6 or 1 12, counted from 1 (default all)")  # fmt: skip
+        help="the encoder's to use, like 4-6 or 1 12; 0 are its embeddings (default all there are)")  # fmt: skip
     add("--standardize", action=argparse.BooleanOptionalAction, help="layers, by the examples that train (default)")
     add("--conv-channels", type=positive, help=f"of the decoders' convolutions (default {default.conv_channels})")
     add("--class-weights", action="store_true", help="let rare classes count as much as others")
@@ -88,6 +89,17 @@ def settings_from(args: argparse.Namespace, method: str) -> Settings:
     return Settings(method, layers=layers, **always, **(PAPER if args.paper else {}) | given)
 
 
+def layer_places(layers: list[Sequence[int]], cache: Cache) -> list[list[int]]:
+    """Return the places in a cache of layers as --layers has them, in one list; none where all are named, or none.
+    Raise a RunError where the cache does not have one.
+    """
+    numbers = cache.about.get("layer_numbers") or range(1, 1 + cache.features.shape[1])
+    named = sorted({layer + 1 for found in layers for layer in found})
+    if outside := sorted(set(named) - set(numbers)):
+        raise RunError(f"--layers names layer {outside[0]}, the cache has {', '.join(map(str, numbers))}")
+    return [] if len(named) in (0, len(numbers)) else [[list(numbers).index(number) for number in named]]
+
+
 def check_methods(args: argparse.Namespace, methods: list[str], cache: Cache) -> dict[str, Job]:
     """Check what would fail later before anything is trained, and print what is not to be seen in the results. Return
     the jobs of LoRA by method, for which the examples are read and the encoder is loaded.
@@ -98,9 +110,10 @@ def check_methods(args: argparse.Namespace, methods: list[str], cache: Cache) ->
         raise RunError(f"--folds is {args.folds}, but the data names the parts of its examples: take --seeds")
     check_counts(cache.labels, settings, cache.names, cache.groups, cache.parts)
     layers, features = cache.features.shape[1:]
-    if outside := [layer + 1 for layer in settings.layers if layer >= layers]:
-        raise RunError(f"--layers names layer {outside[0]}, expected 1 to {layers}, those of the encoder")
     layers = len(settings.layers) or layers
+    if "logistic" in methods and not isinstance(cache.features, Tensor):
+        size = 4 * cache.features.shape.numel() / 1e9
+        print(f"logistic: scikit-learn holds all that trains in memory, and copies of it: of {size:.3g} GB in all")
     for method in methods:
         check_sizes(method, layers, features)
         if method in LORA and not (args.data and args.encoder):
@@ -145,8 +158,6 @@ def _tell_equal(cache: Cache, settings: Settings) -> None:
 def train(args: argparse.Namespace, cache: Cache, method: str, output: Path, job: Job | None) -> dict:
     """Train a method with a command line's options; return its results. job: what `check_methods` made, if any."""
     settings = settings_from(args, method)
-    if settings.layers == tuple(range(cache.features.shape[1])):
-        settings = replace(settings, layers=())  # all, however they are named
     job = cached_job(cache, settings, args.device) if job is None else job
     return run(job, settings, output, args.device, {"cache": cache.about})
 
@@ -164,6 +175,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     with processes.joined(args.device) as args.device:
         cache = read_cache(args.cache)
+        args.layers = layer_places(args.layers, cache)
         jobs = check_methods(args, [args.method], cache)
         results = train(args, cache, args.method, args.output, jobs.get(args.method))
         print(f"{args.method}: test accuracy {accuracy_of(results)}, {args.output.resolve()}")

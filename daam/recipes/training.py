@@ -30,6 +30,7 @@ from daam.recipes.plots import plot_confusion, plot_curves
 from daam.recipes.runs import SCORES, Part, Settings, Split
 from daam.recipes.scores import confusion, pooled, write_scores
 from daam.recipes.splits import equal_in, splits
+from daam.transformer import read_settings
 
 
 def cached_job(cache: Cache, settings: Settings, device: str = "cpu") -> Job:
@@ -66,7 +67,8 @@ def run(job: Job, settings: Settings, output: Path, device: str = "cpu", about: 
     runs.check_output(output)
     # not the device and its threads: they are how a run was made, not what it is
     identity = {**asdict(settings), "examples": job.identity}
-    if runs.is_finished(output, identity):
+    complete = all(_has_model(output / f"part-{i}") for i in range(len(all_splits)))
+    if runs.is_finished(output, identity) and complete:
         return runs.read_results(output, all_splits)
     job.build()  # what cannot be built does not claim the folder
     first = processes.rank() == 0
@@ -88,11 +90,19 @@ def _finish_part(job: Job, split: Split, settings: Settings, output: Path, i: in
     stem = output / f"part-{i}"
     path = stem.with_suffix(".json")
     part = runs.read_part(runs.read_json(path), split, path) if path.exists() else None
-    if part is None or _needs_more(part, settings):
+    if part is None or _needs_more(part, settings) or not _has_model(stem):
         part = (fit_logistic if settings.method in LOGISTIC else fit_part)(job, split, settings, stem, i, device)
         runs.write_json(path, asdict(part))
     if not _needs_more(part, replace(settings, epochs=math.inf)):
         stem.with_suffix(".pt").unlink(missing_ok=True)  # also where the process died before it could
+
+
+def _has_model(stem: Path) -> bool:
+    """Return whether the model of a part is there, and says what it is, as those of earlier versions do not."""
+    try:
+        return "names" in read_settings(stem.with_suffix(".safetensors"))
+    except Exception:  # no file, no safetensors, no settings: each fails in a way of its own
+        return False
 
 
 def _needs_more(part: Part, settings: Settings) -> bool:

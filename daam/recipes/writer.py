@@ -32,7 +32,8 @@ COLUMNS = ("example", "name", "label", "sha256")
 # what cache.json says of examples, and how things are spelled: all else tells what a feature of an example is
 OF_EXAMPLES = {"examples", "shard", "names", "examples_sha256", "groups", "split", "columns", "source", "checked"}
 OF_SPELLING = {"encoder", "layer_list"}  # an encoder with a hash is known by it
-UNTOLD = {"source", "checked"}  # the same data may lie elsewhere, and what is measured has the order of sums in it
+# the same data may lie elsewhere; what is measured has the order of sums in it; the last is not in all versions
+UNTOLD = {"source", "checked", "contents_sha256"}
 SET_ASIDE = "before-"  # begins the names of folders with shards of other examples, of which some are needed
 
 
@@ -68,30 +69,30 @@ class Writer:
         processes.wait()  # before one writes what another would not find missing
 
     def _claim(self, about: dict, listed: Sequence[tuple[str, str, str]]) -> None:
-        """Make the folder that of a cache, if it is not."""
+        """Make the folder that of a cache, if it is not, and list the examples."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / "cache.json"
-        if path.exists():
+        path, shards = self.folder / "cache.json", sorted(self.folder.glob("*.safetensors"))
+        if path.exists() and (shards or self._asides()):  # else it is of a start that failed, and claims nothing
             self._check_same(path, read_about(self.folder), about)
+        elif shards:
+            raise CacheError(f"{self.folder} holds {shards[0].name} but no cache.json: choose another folder")
+        else:
+            path.unlink(missing_ok=True)
+        if listed and (not path.exists() or not (self.folder / LIST).exists()):
+            write_whole(self.folder / LIST, _table(listed))
         if not path.exists():
-            if shards := sorted(self.folder.glob("*.safetensors")):
-                raise CacheError(f"{self.folder} holds {shards[0].name} but no cache.json: choose another folder")
-            if listed:
-                write_whole(self.folder / LIST, _table(listed))
             write_whole(path, (json.dumps(about, indent=1, ensure_ascii=False) + "\n").encode())
 
     def _check_same(self, path: Path, old: dict, new: dict) -> None:
         """Compare with the cache that is there: set it aside where examples alone have changed, and not too many."""
-        differ = [key for key in sorted((old.keys() | new.keys()) - UNTOLD) if old.get(key) != new.get(key)]
-        if "encoder_sha256" in old.keys() & new.keys():
-            differ = [key for key in differ if key not in OF_SPELLING]
-        if not differ:
+        if not (differ := _differences(old, new)):
             return
         known = set(_read_list(self.folder))
         kept = known & set(self._digests)
         if set(differ) <= OF_EXAMPLES and 2 * len(kept) >= len(known) > 0:
-            counts = f"{len(kept)} of {len(known)} examples of {self.folder} are among these {len(self._digests)}"
-            print(f"{counts}: their features are kept")
+            told = f"{len(kept)} of {len(known)} examples of {self.folder} are among these {len(self._digests)}: their "
+            gone = len(known) - len(kept)
+            print(f"{told}features are kept" + (f", those of the other {gone} are deleted" if gone else ""))
             return self._set_aside(old)
         key = next((key for key in differ if key not in OF_EXAMPLES), differ[0])
         raise CacheError(
@@ -103,18 +104,24 @@ class Writer:
         """Move the files of a cache into a folder in it; killed on the way, it is done again."""
         aside = self.folder / f"{SET_ASIDE}{str(old.get('examples_sha256'))[:12]}-{old['shard']}"
         aside.mkdir(exist_ok=True)
-        write_whole(aside / LIST, (self.folder / LIST).read_bytes())
-        # cache.json last: until then the folder is that cache's
-        for path in [*sorted(self.folder.glob("*.safetensors")), self.folder / "cache.json"]:
+        for name in (LIST, "cache.json"):  # first: what was moved before a kill is found again
+            write_whole(aside / name, (self.folder / name).read_bytes())
+        for path in sorted(self.folder.glob("*.safetensors")):
             os.replace(path, aside / path.name)
+        (self.folder / "cache.json").unlink()
 
-    def _list_earlier(self) -> dict[str, tuple[Path, dict, int]]:
-        """Return for the SHA-256 of every example that was set aside its folder, cache.json and place."""
-        found = {}
-        for aside in sorted(self.folder.glob(f"{SET_ASIDE}*")):
+    def _asides(self) -> list[Path]:
+        return sorted(self.folder.glob(f"{SET_ASIDE}*"))
+
+    def _list_earlier(self) -> dict[str, list[tuple[Path, dict, int]]]:
+        """Return for the SHA-256 of every example that was set aside where it may be: folder, cache.json, place."""
+        found = defaultdict(list)
+        for aside in self._asides():
             with suppress(CacheError):  # of a run that was killed before all was there
                 about = read_about(aside)
-                found |= {sha256: (aside, about, i) for i, sha256 in enumerate(_read_list(aside))}
+                if set(_differences(about, self.about)) <= OF_EXAMPLES:  # not what another encoder made
+                    for i, sha256 in enumerate(_read_list(aside)):
+                        found[sha256].append((aside, about, i))
         return found
 
     def _complete(self, index: int) -> bool:
@@ -132,13 +139,12 @@ class Writer:
         """Return the features, (layers, features), of those examples of a shard that an earlier cache has, by place."""
         places, abouts = defaultdict(list), {}
         for place in self.rows(index) if self._earlier else ():
-            if (earlier := self._earlier.get(self._digests[place])) is not None:
-                aside, abouts[aside], row = earlier
-                shard, row = divmod(row, abouts[aside]["shard"])
-                places[aside, shard].append((place, row))
+            for aside, about, row in self._earlier.get(self._digests[place], ()):
+                abouts[aside] = about
+                places[aside, row // about["shard"]].append((place, row % about["shard"]))
         found = {}
         for (aside, shard), pairs in places.items():
-            with suppress(CacheError):  # of a shard that is not there, or broken: it is computed again
+            with suppress(CacheError):  # of a shard that is not there, or broken
                 features = read_shard(aside, abouts[aside], shard)["features"]
                 found |= {place: features[row] for place, row in pairs}
         return found
@@ -159,8 +165,16 @@ class Writer:
         """Leave nothing of what was set aside, when all processes have written their shards."""
         processes.wait()
         if processes.rank() == 0:
-            for aside in self.folder.glob(f"{SET_ASIDE}*"):
+            for aside in self._asides():
                 shutil.rmtree(aside)
+
+
+def _differences(old: dict, new: dict) -> list[str]:
+    """Return the entries in which two caches differ, sorted, but for where things are and how they are spelled."""
+    differ = [key for key in sorted((old.keys() | new.keys()) - UNTOLD) if old.get(key) != new.get(key)]
+    if "encoder_sha256" in old.keys() & new.keys():
+        differ = [key for key in differ if key not in OF_SPELLING]
+    return differ
 
 
 def _table(listed: Sequence[tuple[str, str, str]]) -> bytes:

@@ -369,7 +369,7 @@ def run(kept, tmp_path_factory):
             writer.writerow([texts[-1], label])
     options = ["--embeddings", "--dtype", "bf16", "--layers", "1", "3", "--max-length", "9"]
     features.main([str(folder / "texts.csv"), "--output", str(folder / "cache"), "--encoder", str(kept), *options])
-    options = ["--layers", "2", "3", "--folds", "2", "--epochs", "2", "--rate", "0.01", "--conv-channels", "4"]
+    options = ["--layers", "1", "3", "--folds", "2", "--epochs", "2", "--rate", "0.01", "--conv-channels", "4"]
     train.main([str(folder / "cache"), "--output", str(folder / "run"), "--loss", "focal", *options])
     return folder / "run", texts
 

@@ -4,6 +4,8 @@ import csv
 import os
 import shutil
 import signal
+import subprocess
+import sys
 from collections import namedtuple
 from dataclasses import replace
 from functools import partial
@@ -23,7 +25,7 @@ from helpers import close
 
 import daam
 from daam.recipes import cache as caches
-from daam.recipes import extraction, processes, writer
+from daam.recipes import extraction, processes
 from daam.recipes.cache import CacheError, choose_layers, fingerprint, iterate_blocks, read_cache
 from daam.recipes.data import Example
 from daam.recipes.extraction import extract, iterate_features
@@ -32,6 +34,7 @@ from daam.recipes.logistic import fit_logistic
 from daam.recipes.runs import Settings
 from daam.recipes.splits import find_equal, splits
 from daam.recipes.training import cached_job
+from daam.recipes.writer import Writer
 
 ABOUT = {"encoder": "counting", "modality": "text"}
 EXAMPLES = [Example(f"{'a' * (i % 9 + 1)} {i}", "xy"[i % 2]) for i in range(40)]
@@ -115,25 +118,64 @@ def test_a_broken_file_in_the_middle(counting, tmp_path):
         assert len(cache.labels) == len(mended) and seen == len(mended) - 16
 
 
-def test_killed_while_mended(counting, tmp_path, monkeypatch):
-    """Check that nothing is lost where a process dies between the files that it moves."""
+class KilledError(Exception):
+    """Stand for the end of a process."""
+
+
+def kill_at(monkeypatch, count):
+    """Let a process die when it has put so many files into their places."""
+    real, calls = os.replace, []
+
+    def replace(*args):
+        calls.append(args)
+        if len(calls) > count:
+            raise KilledError
+        real(*args)
+
+    monkeypatch.setattr(os, "replace", replace)
+
+
+@pytest.mark.parametrize("count", range(14))
+def test_killed_while_mended(count, counting, tmp_path, monkeypatch):
+    """Check that nothing is lost, nor computed again, wherever a process dies: whether it goes on with the mended data,
+    with that of before, or with other data still.
+    """
+    folder, mended = tmp_path / "cache", changes()["mended"][0]
+    fill(counting, folder)
+    with monkeypatch.context() as patch, pytest.raises(KilledError):
+        kill_at(patch, count)  # 2 copies, 5 moves, 2 new files, 5 shards
+        fill(counting, folder, mended)
+    twice = [*mended[:20], Example("mended 98", "x"), *mended[21:]]
+    computed = 0 if count > 9 else 1  # the first shard of the mended data has what is new in it
+    for name, (examples, expected) in {
+        "mended": (mended, computed), "before": (EXAMPLES, 0), "twice": (twice, 1 + computed),
+    }.items():  # fmt: skip
+        shutil.copytree(folder, tmp_path / name)
+        cache, seen = fill(counting, tmp_path / name, examples)
+        assert seen == expected, name
+        assert len(cache.labels) == 40 and not list((tmp_path / name).glob("before-*"))
+
+
+def test_killed_and_gone_on_with_another_encoder(counting, tmp_path, monkeypatch):
+    """Check that what another encoder made is not taken, though no cache.json says what the folder was."""
     fill(counting, tmp_path / "cache")
-    mended = changes()["mended"][0]
-    real, moved = os.replace, []
+    with monkeypatch.context() as patch, pytest.raises(KilledError):
+        kill_at(patch, 7)
+        fill(counting, tmp_path / "cache", changes()["mended"][0])
+    assert not (tmp_path / "cache/cache.json").exists()
+    for parameter in counting.encoder.parameters():
+        parameter.data.mul_(2)
+    cache, seen = fill(counting, tmp_path / "cache")
+    assert seen == 40 and cache.features.equal(fill(counting, tmp_path / "anew")[0].features)
 
-    def dying(source, target):
-        if "before-" in str(target) and str(target).endswith(".safetensors"):
-            moved.append(source)
-            if len(moved) == 3:
-                raise KeyboardInterrupt
-        real(source, target)
 
-    monkeypatch.setattr(writer.os, "replace", dying)
-    with pytest.raises(KeyboardInterrupt):
-        fill(counting, tmp_path / "cache", mended)
-    monkeypatch.undo()
-    cache, seen = fill(counting, tmp_path / "cache", mended)
-    assert seen == 1 and len(cache.labels) == 40
+def test_a_cache_without_a_list_gets_one(counting, tmp_path):
+    """Check that one of an earlier version can be mended after it was made again."""
+    fill(counting, tmp_path)
+    (tmp_path / "examples.csv").unlink()
+    with pytest.raises(CacheError, match="its examples is 40, expected 39"):
+        fill(counting, tmp_path, EXAMPLES[1:])
+    assert fill(counting, tmp_path)[1] == 0 == fill(counting, tmp_path, EXAMPLES[1:])[1]
 
 
 def test_dtypes_and_room(counting, tmp_path, monkeypatch, capsys):
@@ -150,6 +192,8 @@ def test_dtypes_and_room(counting, tmp_path, monkeypatch, capsys):
     with pytest.raises(CacheError, match=r"in fp32: 0.00288 MB, and .* has room for 0.002 MB: take"):
         fill(counting, tmp_path / "full")
     assert not list((tmp_path / "full").glob("*.safetensors"))
+    monkeypatch.undo()
+    assert fill(counting, tmp_path / "full", dtype="bf16")[1] == 40  # as the error says: it claimed nothing
 
 
 def test_fp16_that_overflows(counting, tmp_path):
@@ -157,6 +201,7 @@ def test_fp16_that_overflows(counting, tmp_path):
         parameter.data.mul_(100)
     with pytest.raises(CacheError, match=r"of example 0 .* reach .*, which fp16 does not hold: take --dtype bf16"):
         fill(counting, tmp_path, dtype="fp16")
+    fill(counting, tmp_path, dtype="bf16")
 
 
 def test_layers_and_embeddings(counting, tmp_path):
@@ -223,6 +268,33 @@ def test_training_on_features_on_disk(options, both, tmp_path):
         part = fit(job, split, settings, tmp_path / f"part-{len(fits)}", 0, "cpu")
         fits.append((part.losses, part.accuracies, part.predictions, part.probabilities))
     assert fits[0] == fits[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["last", "daam"])
+def test_memory_of_training(method, tmp_path):
+    """Check that training on 1.2 GB of features takes less than 1 GB of memory, the libraries' half included."""
+    shape, generator = (512, 12, 768), torch.Generator().manual_seed(0)
+    about = {"examples": 64 * 512, "shard": 512, "layers": 12, "features": 768, "names": ["a", "b"]}
+    made = Writer(tmp_path / "cache", about)
+    for index in made.missing:
+        made.write(index, torch.randn(shape, generator=generator), torch.arange(512) % 2)
+    options = [
+        "--method",
+        method,
+        "--seeds",
+        "1",
+        "--epochs",
+        "1",
+        "--rate",
+        "0.001",
+        "--output",
+        str(tmp_path / "run"),
+    ]
+    command = [sys.executable, "-m", "daam.recipes.train", str(tmp_path / "cache"), *options]
+    process = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": os.getcwd()})
+    _, status, usage = os.wait4(process.pid, 0)
+    assert status == 0 and usage.ru_maxrss < 1e6, usage.ru_maxrss  # in KiB
 
 
 # several processes

@@ -326,7 +326,7 @@ def test_options(options):
     )
 
 
-@pytest.mark.parametrize("text", ["0", "6-4", "a", "-1", "1-", "1-b", "-"])
+@pytest.mark.parametrize("text", ["6-4", "a", "-1", "1-", "1-b", "-"])
 def test_layers_that_are_none(text, capsys):
     parser = train.Parser()
     train.add_settings(parser)
@@ -352,7 +352,16 @@ def test_layers_of_a_comparison(tmp_path, monkeypatch, capsys):
     assert [row["trainable_parameters"] for row in rows] == [3 * 16 + 3, 3 * 3 * 16 + 3, 3 * 16 + 3]
     with pytest.raises(SystemExit):
         compare.main([*common, "--layers", "5-7"])
-    assert "--layers names layer 7, expected 1 to 6" in capsys.readouterr().err
+    assert "--layers names layer 7, the cache has 1, 2, 3, 4, 5, 6" in capsys.readouterr().err
+
+
+def test_layers_are_those_of_the_encoder(tmp_path):
+    """Check that of a cache of some layers, the embeddings among them, each is named as the encoder has it."""
+    cache = replace(made_up(), about={"layer_numbers": [0, 3, 4, 7, 8, 9]})
+    assert train.layer_places([range(2, 4), range(-1, 0)], cache) == [[0, 1, 2]]
+    assert train.layer_places([range(-1, 0), range(2, 4), range(6, 9)], cache) == [] == train.layer_places([], cache)
+    with pytest.raises(RunError, match="--layers names layer 1, the cache has 0, 3, 4, 7, 8, 9"):
+        train.layer_places([range(0, 3)], cache)
 
 
 def test_rows_are_printed_as_methods_finish(tmp_path, monkeypatch, capsys):

@@ -1,6 +1,7 @@
 """Runs known by content: a failed start claims nothing, and more epochs go on to the numbers of a run that had them."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -9,6 +10,8 @@ import torch
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 pytest.importorskip("safetensors")
+
+from safetensors.torch import load_file, save_file
 
 from daam.recipes import compare, fitting, train, training
 from daam.recipes.cache import Cache
@@ -170,7 +173,7 @@ def test_going_on_can_be_interrupted(epochs, undisturbed, cache, tmp_path, monke
 
 def test_fewer_epochs_are_refused(undisturbed, cache):
     before = content(undisturbed)
-    message = "--epochs is 3, but the run in .* has trained with --epochs 6: give 6 or more, or choose another folder"
+    message = "--epochs is 3, but the run in .* was begun with --epochs 6: give 6 or more, or choose another folder"
     with pytest.raises(RunError, match=f"^{message}$"):
         start(cache, FEWER, undisturbed)
     with pytest.raises(RunError, match=r"another run, choose another folder: epochs 6 and 10, batch 8 and 4$"):
@@ -260,3 +263,14 @@ def test_spelling_changes_no_run(options, cache, tmp_path, monkeypatch):
     start(cache, expected, folder)
     found = json.loads((folder / "run.json").read_text())
     assert found.keys() == {*Settings.__dataclass_fields__, "examples"} and str(tmp_path) not in json.dumps(found)
+
+
+def test_a_model_that_is_gone_is_trained_again(cache, undisturbed, tmp_path):
+    """Check a model that is not there, and one of an earlier version, which does not name its classes."""
+    folder = tmp_path / "run"
+    shutil.copytree(undisturbed, folder)
+    (folder / "part-0.safetensors").unlink()
+    tensors = load_file(folder / "part-1.safetensors")
+    save_file(tensors, folder / "part-1.safetensors")
+    start(cache, QUICK, folder)
+    assert content(folder) == content(undisturbed)

@@ -313,6 +313,41 @@ def test_evaluation_of_one_class_and_of_training_data(made, tmp_path, capsys):
     )
 
 
+def test_evaluation_of_training_data_with_groups(made, tmp_path, capsys):
+    """Check that the data is known without the column of groups, which evaluation does not read."""
+    rows = [[*row.values(), f"speaker {i % 6}"] for i, row in enumerate(read_table(made.data))]
+    grouped = write_table(tmp_path / "grouped.csv", [["text", "label", "who"], *rows])
+    cache, run = tmp_path / "cache", tmp_path / "run"
+    features.main([*map(str, [grouped, "--output", cache, "--encoder", made.encoder, "--groups", "who"])])
+    options = ["--method", "linear", "--folds", 2, "--epochs", 1, "--rate", 1e-2, "--output", run]
+    train.main([*map(str, [cache, *options])])
+    for data in (grouped, made.data):
+        capsys.readouterr()
+        command(evaluate, run, "--data", data, "--output", tmp_path / "same")
+        assert f"{data} is the data that {run} was trained on" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("method", ["daam", "lora"])
+def test_layers_and_dtypes_of_a_cache(method, made, tmp_path):
+    """Check predictions of a run on some layers in half precision, the embeddings among them, and other columns."""
+    rows = [list(row.values()) for row in read_table(made.data)]
+    data = write_table(tmp_path / "other.csv", [["body", "topic"], *rows])
+    cache, run = tmp_path / "cache", tmp_path / "run"
+    chosen = ["--layers", "2-4", "--embeddings", "--dtype", "bf16", "--text", "body", "--label", "topic"]
+    features.main([*map(str, [data, "--output", cache, "--encoder", made.encoder, *chosen])])
+    options = ["--folds", 2, "--epochs", 2, "--rate", 1e-2, "--conv-channels", 4, "--output", run]
+    options += ["--data", data, "--encoder", made.encoder] if method == "lora" else ["--layers", "0", "3-4"]
+    train.main([*map(str, [cache, "--method", method, *options])])
+    command(predict, run, "--data", data, "--part", 1, "--output", tmp_path / "out.csv")
+    found, tested = probabilities_of(tmp_path / "out.csv"), read_table(run / "predictions.csv")
+    places = [int(row["example"]) for row in tested if row["part"] == "1"]
+    expected = probabilities_of(run / "predictions.csv")[[row["part"] == "1" for row in tested]]
+    # features on either side of a rounding to bf16 are 2^-8 apart
+    close(found[places], expected, "probabilities", (2e-3, 2e-3))
+    if method == "daam":
+        assert read_finished(run)["settings"]["layers"] == [0, 2, 3]
+
+
 def test_evaluation_is_refused(made, tmp_path, refused):
     run = made.run("linear")
     new = write_table(tmp_path / "new.csv", [["text", "label"], ["rain", "weather"], ["a car", "traffic"]])
