@@ -28,7 +28,7 @@ EXTRA = {"groups": "groups", "parts": "split"}  # tensors of a shard that there 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}  # of features in shards
 COLUMNS = ("text", "label")  # of a table of texts
 IN_MEMORY = 2**28  # bytes of features in fp32 that are read into memory; of more each is read when it is asked for
-BLOCK = 2**22  # numbers in memory at a time where all features are gone through
+BLOCK = 2**20  # numbers in memory at a time where all features are gone through
 AGAIN = "delete it and run the command that made the cache again"
 
 

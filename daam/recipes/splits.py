@@ -176,13 +176,15 @@ def find_equal(features: Tensor | StoredFeatures, dtype: str = "fp32") -> Tensor
     """
     size = features.shape[1:].numel()
     directions = torch.randn(size, DIRECTIONS, generator=torch.Generator().manual_seed(0)).double()
-    norms, projections = [], []
+    # made beforehand: small results between large blocks would keep their memory from being used again
+    limits = torch.empty(len(features), dtype=torch.float64)  # of the distance to an equal example
+    projections, start = torch.empty(len(features), DIRECTIONS, dtype=torch.float64), 0
     for block in iterate_blocks(features):  # all of them in double precision may have no room
-        rows = block.flatten(1)
-        norms.append(rows.norm(dim=1).double())
-        projections.append(rows.double() @ directions)
-    limits = EQUAL[dtype] * torch.cat(norms)  # of the distance to an equal example
-    pairs = [_equal_neighbours(features, limits, projection) for projection in torch.cat(projections).T]
+        rows, places = block.flatten(1), slice(start, start + len(block))
+        limits[places] = EQUAL[dtype] * rows.norm(dim=1)
+        projections[places] = rows.double() @ directions
+        start += len(block)
+    pairs = [_equal_neighbours(features, limits, projection) for projection in projections.T]
     return _first_connected(torch.cat(pairs, 1), len(features))
 
 

@@ -2,6 +2,7 @@
 
 import csv
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -291,10 +292,13 @@ def test_memory_of_training(method, tmp_path):
         "--output",
         str(tmp_path / "run"),
     ]
-    command = [sys.executable, "-m", "daam.recipes.train", str(tmp_path / "cache"), *options]
-    process = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": os.getcwd()})
-    _, status, usage = os.wait4(process.pid, 0)
-    assert status == 0 and usage.ru_maxrss < 1e6, usage.ru_maxrss  # in KiB
+    code = (
+        "import sys; from daam.recipes import train; train.main(sys.argv[1:]); print(open('/proc/self/status').read())"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "cache"), *options]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    (peak,) = re.findall(r"VmHWM:\s+(\d+) kB", done.stdout)
+    assert int(peak) < 1e6
 
 
 # several processes
