@@ -82,7 +82,8 @@ def compile_without_running(workload, name):
         return run_and_get_code(lambda: candidate.backward(candidate.forward()))[1]
 
 
-@pytest.mark.parametrize("workload", [MODEL, pytest.param(MIXED, marks=pytest.mark.slow)], ids=str)
+@pytest.mark.slow
+@pytest.mark.parametrize("workload", [MODEL, MIXED], ids=str)
 def test_our_layer_is_no_fusion_barrier(workload):
     """Check that a model around ours is compiled to two graphs of as many kernels, and calls of libraries, as around
     the formula.
