@@ -34,7 +34,7 @@ from daam.recipes.encoders import identify, load_encoder
 from daam.recipes.errors import UserError, extra
 from daam.recipes.runs import RunError
 from daam.recipes.saved import cache_of, load_model, read_finished
-from daam.transformer import LOSSES
+from daam.transformer import LOSSES, classify
 
 with extra():
     import transformers
@@ -179,12 +179,7 @@ class DATForClassification(PreTrainedModel):
         features = features if self.config.chosen is None else features[:, self.config.chosen]
         features = features if self.config.rounding is None else features.to(getattr(torch, self.config.rounding))
         features = features.to(_dtype_of(self.decoder))
-        if return_weights:
-            logits, weights = self.decoder(features, return_weights=True)
-        else:
-            logits, weights = self.decoder(features), None
-        loss = None if labels is None else LOSSES[self.config.loss](logits, labels)
-        return DATOutput(loss=loss, logits=logits, weights=weights, features=features)
+        return DATOutput(**classify(self.decoder, features, self.config.loss, labels, return_weights))
 
     @classmethod
     def from_run(

@@ -101,12 +101,7 @@ class DensityAdaptiveTransformer(nn.Module):
         kwargs |= {name: value for name, value in named.items() if value is not None}
         features = self.pooling(*inputs, attention_mask=attention_mask, pooling_mask=pooling_mask, **kwargs)
         features = features.to(next((p.dtype for p in self.decoder.parameters()), features.dtype))
-        if return_weights:
-            logits, weights = self.decoder(features, return_weights=True)
-        else:
-            logits, weights = self.decoder(features), None
-        loss = None if labels is None else LOSSES[self.loss](logits, labels)
-        return Output(loss=loss, logits=logits, weights=weights, features=features)
+        return Output(**classify(self.decoder, features, self.loss, labels, return_weights))
 
     def trainable_parameters(self) -> list[nn.Parameter]:
         """Return the parameters of the decoder that require a gradient."""
@@ -121,6 +116,15 @@ class DensityAdaptiveTransformer(nn.Module):
         from safetensors.torch import load_file
 
         self.decoder.load_state_dict(load_file(path))
+
+
+def classify(
+    decoder: nn.Module, features: Tensor, loss: str, labels: Tensor | None, return_weights: bool
+) -> dict[str, Tensor | None]:
+    """Return what an `Output` holds of features, (batch, layers, features), by the name of each entry. loss: of LOSSES."""
+    found = decoder(features, return_weights=True) if return_weights else (decoder(features), None)
+    value = None if labels is None else LOSSES[loss](found[0], labels)
+    return {"loss": value, "logits": found[0], "weights": found[1], "features": features}
 
 
 def save_decoder(decoder: nn.Module, path: str | Path, names: Sequence[str] | None = None) -> None:

@@ -253,6 +253,13 @@ def within(error: float, bound: float, name: str) -> None:
 TOLERANCES = {torch.bfloat16: (1.6e-2, 1e-5), torch.float32: (1.3e-6, 1e-5), torch.float64: (1e-7, 1e-7)}
 
 
+def timeless(data):
+    """Return the results of a run, as JSON holds them, without seconds."""
+    if isinstance(data, dict):
+        return {key: timeless(value) for key, value in data.items() if key != "seconds"}
+    return [timeless(value) for value in data] if isinstance(data, list) else data
+
+
 def close(result: Tensor, expected: Tensor, name: str, tolerances: tuple[float, float] | None = None) -> None:
     """Assert that shape and dtype are the expected ones and every element differs by less than the tolerances allow.
 

@@ -229,7 +229,6 @@ def check(pooling: nn.Module, collate: Callable, examples: list[Example], about:
 
 def _tried(examples: list[Example]) -> list[Example]:
     """Return some examples, 16 or all: the shortest and the longest of all, which may come late, and the first."""
-
     ends = [min(examples, key=_size), max(examples, key=_size)]
     first = [example for example in examples[:TRIED] if example not in ends]
     return [*ends, *first][:TRIED]

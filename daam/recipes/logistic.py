@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 import daam
 from daam.recipes.cache import iterate_blocks
@@ -35,13 +36,14 @@ def fit_logistic(job: Job, split: Split, settings: Settings, stem: Path, seed: i
     model = untrained(job, split, seed, "cpu")
     chosen = None
     tracemalloc.start()
+    x, labels = _pool(model, job, split), job.labels[split.train]
     for strength in STRENGTHS:
         start = time.perf_counter()
-        converged = _fit(model, job, split, settings, strength)
+        converged = _fit(model, x, labels, settings, strength)
         accuracy, loss = validate(model, work)
         seconds = time.perf_counter() - start
         part.tried.append({"rate": strength, "epochs": 1, "seconds": seconds, "accuracy": accuracy, "loss": loss})
-        training = loss_of(predict(model, split.train, work), job.labels[split.train], work).item()
+        training = loss_of(predict(model, split.train, work), labels, work).item()
         told = [] if converged else [f"the fit at C = {strength:g} has not converged after {MOST_STEPS} steps"]
         now = replace(part, rate=strength, best_epoch=0, losses=[training], accuracies=[accuracy],
                       validation_losses=[loss], seconds=[seconds], warnings=told)  # fmt: skip
@@ -56,15 +58,20 @@ def fit_logistic(job: Job, split: Split, settings: Settings, stem: Path, seed: i
 
 
 @torch.no_grad()
-def _fit(model: Probe, job: Job, split: Split, settings: Settings, strength: float) -> bool:
-    """Give a probe the weights that scikit-learn finds, and return whether it has converged."""
+def _pool(model: Probe, job: Job, split: Split) -> Tensor:
+    """Return what a probe classifies of the examples that train, (examples, numbers)."""
     blocks = (x.cpu() for x in iterate_blocks(job.features, split.train))
-    x = torch.cat([model.pool(x if model.standardize is None else model.standardize(x)) for x in blocks])
+    return torch.cat([model.pool(x if model.standardize is None else model.standardize(x)) for x in blocks])
+
+
+@torch.no_grad()
+def _fit(model: Probe, x: Tensor, labels: Tensor, settings: Settings, strength: float) -> bool:
+    """Give a probe the weights that scikit-learn finds for x, (examples, numbers), and return whether it converged."""
     balanced = "balanced" if settings.class_weights else None
     classifier = LogisticRegression(C=strength, max_iter=MOST_STEPS, class_weight=balanced)
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always", ConvergenceWarning)
-        classifier.fit(x.numpy(), job.labels[split.train].numpy())
+        classifier.fit(x.numpy(), labels.numpy())
     coefficients, bias = (torch.from_numpy(a).float() for a in (classifier.coef_, classifier.intercept_))
     if len(coefficients) == 1:  # of two classes scikit-learn has the second one's alone
         coefficients, bias = (torch.cat([torch.zeros_like(t), t]) for t in (coefficients, bias))

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from daam.recipes.cache import BLOCK, Cache, StoredFeatures, iterate_blocks
+from daam.recipes.cache import Cache, StoredFeatures, iterate_blocks
 from daam.recipes.errors import extra
 from daam.recipes.examples import PARTS, TEST, TRAIN, VALIDATION
 from daam.recipes.grouped import check_groups, hold_out_groups, name_of, places_of, split_groups
@@ -201,8 +201,8 @@ def _equal_neighbours(features: Tensor | StoredFeatures, limits: Tensor, project
     values, order = projection.sort()
     places = (values.diff() <= REACH * limits[order[1:]]).nonzero().flatten()
     pairs = torch.stack([order[places], order[places + 1]])
-    both = pairs.split(max(1, BLOCK // max(1, features.shape[1:].numel())), 1)
-    distances = torch.cat([(features[first] - features[second]).flatten(1).norm(dim=1) for first, second in both])
+    both = zip(*(iterate_blocks(features, side) for side in pairs), strict=True)
+    distances = torch.cat([(first - second).flatten(1).norm(dim=1) for first, second in both])
     return pairs[:, (distances <= limits[pairs[1]]) & distances.isfinite()]
 
 

@@ -67,8 +67,7 @@ def run(job: Job, settings: Settings, output: Path, device: str = "cpu", about: 
     runs.check_output(output)
     # not the device and its threads: they are how a run was made, not what it is
     identity = {**asdict(settings), "examples": job.identity}
-    complete = all(_has_model(output / f"part-{i}") for i in range(len(all_splits)))
-    if runs.is_finished(output, identity) and complete:
+    if runs.is_finished(output, identity) and all(_has_model(output / f"part-{i}") for i in range(len(all_splits))):
         return runs.read_results(output, all_splits)
     job.build()  # what cannot be built does not claim the folder
     first = processes.rank() == 0

@@ -11,6 +11,7 @@ pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 pytest.importorskip("safetensors")
 
+from helpers import timeless
 from safetensors.torch import load_file, save_file
 
 from daam.recipes import compare, fitting, train, training
@@ -64,12 +65,6 @@ def undisturbed(cache, pictures, tmp_path_factory):
 
 def content(folder):
     """Return the files of a run by name: its numbers without seconds, and bytes of tables and decoders."""
-
-    def timeless(data):
-        if isinstance(data, dict):
-            return {key: timeless(value) for key, value in data.items() if key != "seconds"}
-        return [timeless(value) for value in data] if isinstance(data, list) else data
-
     found = {path.name: timeless(json.loads(path.read_text())) for path in folder.glob("*.json")}
     for pattern in ("*.csv", "*.safetensors", "*.png"):
         found |= {path.name: path.read_bytes() for path in folder.glob(pattern)}

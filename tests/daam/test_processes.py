@@ -18,6 +18,7 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("safetensors")
 
 import forked
+from helpers import timeless
 
 from daam.recipes import compare, fitting, lock, processes, train, training
 from daam.recipes.cache import read_cache
@@ -53,12 +54,6 @@ def job(folder):
 
 def content(folder):
     """Return the files of runs by their path in a folder: numbers without seconds, and bytes of tables and decoders."""
-
-    def timeless(data):
-        if isinstance(data, dict):
-            return {key: timeless(value) for key, value in data.items() if key != "seconds"}
-        return [timeless(value) for value in data] if isinstance(data, list) else data
-
     found = {path: timeless(json.loads(path.read_text())) for path in folder.rglob("*.json")}
     found |= {path: path.read_bytes() for pattern in ("*.csv", "*.safetensors") for path in folder.rglob(pattern)}
     found |= {path: path.stat().st_size > 0 for path in folder.rglob("*.png")}
