@@ -121,7 +121,7 @@ class DensityAdaptiveTransformer(nn.Module):
 def classify(
     decoder: nn.Module, features: Tensor, loss: str, labels: Tensor | None, return_weights: bool
 ) -> dict[str, Tensor | None]:
-    """Return what an `Output` holds of features, (batch, layers, features), by the name of each entry. loss: of LOSSES."""
+    """Return the entries of an `Output` by name, of features (batch, layers, features). loss: one of LOSSES."""
     found = decoder(features, return_weights=True) if return_weights else (decoder(features), None)
     value = None if labels is None else LOSSES[loss](found[0], labels)
     return {"loss": value, "logits": found[0], "weights": found[1], "features": features}
