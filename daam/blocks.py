@@ -6,13 +6,14 @@ from collections.abc import Callable, Sequence, Sized
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from daam.block import density_block, fusion_for
 from daam.checkpoints import Published
 from daam.checks import check_recompute, check_tensor, has_hooks
-from daam.modules import Mixture, MultiHeadDensityAdaptiveAttention
+from daam.modules import Mixture, MultiHeadDensityAdaptiveAttention, reset
 from daam.ways import WAYS
 
 
@@ -35,6 +36,9 @@ class MixtureBlock(Published):
         check_recompute(recompute)
         self.residual, self.recompute = residual, recompute
         self.layers = nn.ModuleList(map(layer, norm_axes, num_heads, num_gaussians))
+
+    def reset_parameters(self) -> None:
+        reset(self.layers)
 
     def forward(
         self, x: Tensor, return_attention_details: bool = False, *, mask: Tensor | None = None
@@ -114,7 +118,7 @@ class DensityBlock(MixtureBlock):
     Args:
         norm_axes, num_heads, num_gaussians: of each layer.
         num_layers: their number.
-        padding_value, eps, backend: of all layers, see `MultiHeadDensityAdaptiveAttention`.
+        padding_value, eps, backend, device, dtype: of all layers, see `MultiHeadDensityAdaptiveAttention`.
         recompute: save x alone for the backward pass, see `daam.density_block`, which runs of layers of one axis and
             as many heads are; None: where that is expected to be faster.
 
@@ -126,9 +130,10 @@ class DensityBlock(MixtureBlock):
     def __init__(
         self, norm_axes: Sequence[int], num_heads: Sequence[int], num_gaussians: Sequence[int], num_layers: int,
         padding_value: float | None = None, eps: float = 1e-8, *, backend: str = "auto",
-        recompute: bool | None = None,
+        recompute: bool | None = None, device: torch.device | str | None = None, dtype: torch.dtype | None = None,
     ):  # fmt: skip
-        layer = partial(MultiHeadDensityAdaptiveAttention, padding_value=padding_value, eps=eps, backend=backend)
+        options = {"padding_value": padding_value, "eps": eps, "backend": backend, "device": device, "dtype": dtype}
+        layer = partial(MultiHeadDensityAdaptiveAttention, **options)
         super().__init__(layer, norm_axes, num_heads, num_gaussians, num_layers, True, recompute)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import re
 from collections.abc import Callable, Sequence
 
@@ -18,25 +19,36 @@ def stack_heads(
     stacked holds the layer's parameters by name. What does not fit is reported as load_state_dict reports its own
     errors, and the keys stay, for it to name them.
     """
-    names = "|".join(stacked)
+    heads, features = next(iter(stacked.values())).shape
+    found = {}
     for head_list in (prefix + name for name in lists):
-        pattern = re.compile(rf"{re.escape(head_list)}\.(\d+)\.({names})")
-        matches = {key: match for key in state_dict if (match := pattern.fullmatch(key))}
-        if not matches:
-            continue
-        heads, features = next(iter(stacked.values())).shape
+        pattern = re.compile(rf"{re.escape(head_list)}\.(\d+)\.({'|'.join(stacked)})")
+        if matches := {match[0]: match for key in state_dict if (match := pattern.fullmatch(key))}:
+            found[head_list] = matches
+    if len(found) > 1:
+        error_msgs.append(f"{' and '.join(found)} are both in the state dict, expected one of them")
+        return
+    for head_list, matches in found.items():
         numbers = {int(match[1]) for match in matches.values()}
-        if numbers != set(range(heads)) or len(matches) != heads * len(stacked):
+        misfits = [key for key in matches if tuple(state_dict[key].shape) not in ((features,), (1, features))]
+        # set_model_state_dict adds the layer's own tensors for all keys that it does not know
+        doubles = [prefix + name for name, p in stacked.items() if state_dict.get(prefix + name, p) is not p]
+        if numbers != set(range(heads)):
             error_msgs.append(f"{head_list} has entries for heads {sorted(numbers)}, expected all of 0 to {heads - 1}")
-        elif misfit := [k for k in matches if tuple(state_dict[k].shape) not in ((features,), (1, features))]:
+        elif len(matches) != heads * len(stacked):
+            names = [name for name in stacked if any(f"{head_list}.{h}.{name}" not in matches for h in numbers)]
+            missing = [h for h in range(heads) if f"{head_list}.{h}.{names[0]}" not in matches]
             error_msgs.append(
-                f"{misfit[0]} has shape {tuple(state_dict[misfit[0]].shape)}, expected ({features},) or (1, {features})"
+                f"{head_list} has no {names[0]} for heads {missing}, expected {' and '.join(stacked)} of all"
             )
-        elif doubles := [prefix + name for name in stacked if prefix + name in state_dict]:
+        elif misfits:
+            shape = tuple(state_dict[misfits[0]].shape)
+            error_msgs.append(f"{misfits[0]} has shape {shape}, expected ({features},) or (1, {features})")
+        elif doubles:
             error_msgs.append(f"{head_list} and {doubles[0]} are both in the state dict, expected one of them")
         else:
             for name in stacked:
-                rows = [state_dict.pop(f"{head_list}.{h}.{name}").reshape(features) for h in range(heads)]
+                rows = [_gather(state_dict.pop(f"{head_list}.{h}.{name}")).reshape(features) for h in range(heads)]
                 state_dict[prefix + name] = torch.stack(rows)
 
 
@@ -77,30 +89,86 @@ def take_values(
 ) -> None:
     """Replace the value of a parametrised parameter by the originals that give it, in place.
 
-    A checkpoint with values is one of a layer that is not parametrised. What cannot be replaced is reported as
-    load_state_dict reports its own errors, and its key stays.
+    A checkpoint with values is one of a layer that is not parametrised or pruned. A mask of pruning stays as it is.
+    What cannot be replaced is reported as load_state_dict reports its own errors, and its key stays.
     """
     for name in names:
-        key = prefix + name
-        if key not in state_dict:
-            continue
-        if (hook := _hook_of(module, name)) is not None:
-            error_msgs.append(
-                f"{key} is a value, but {name} is computed by {type(hook).__name__} before every forward pass: take "
-                "that off (torch.nn.utils.prune.remove, remove_weight_norm), load, and put it on again"
-            )
-        elif is_parametrized(module, name):
-            originals = f"{prefix}parametrizations.{name}.original"
-            if doubles := [entry for entry in state_dict if entry.startswith(originals)]:
-                error_msgs.append(f"{key} and {doubles[0]} are both in the state dict, expected one of them")
-                continue
-            try:
-                tensors = _originals_of(module, name, state_dict[key])
-            except Exception as error:  # parametrisations are users' code, and raise what they like
-                error_msgs.append(f"{key} cannot be loaded into a parametrised {name}: {error}")
-            else:
-                del state_dict[key]
-                state_dict.update({originals + suffix: t for suffix, t in tensors.items()})
+        if prefix + name in state_dict and (problem := _take_value(module, name, state_dict, prefix)):
+            error_msgs.append(f"{prefix}{name} {problem}")
+
+
+def _take_value(module: nn.Module, name: str, state_dict: dict[str, Tensor], prefix: str) -> str | None:
+    """Replace the value of a parameter if it is computed, and return why not, where it cannot be, in words."""
+    key, hook = prefix + name, _hook_of(module, name)
+    pruned = hasattr(hook, "_tensor_name")
+    if hook is not None and not pruned:
+        return (
+            f"is a value, but {name} is computed by {type(hook).__name__} before every forward pass: take that off "
+            "(torch.nn.utils.remove_weight_norm, remove_spectral_norm), load, and put it on again"
+        )
+    if not pruned and not is_parametrized(module, name):
+        return None
+    originals = f"{key}_orig" if pruned else f"{prefix}parametrizations.{name}.original"
+    for entry, t in state_dict.items():
+        if entry.startswith(originals) and t is not _find(module, entry.removeprefix(prefix)):
+            return f"and {entry} are both in the state dict, expected one of them"
+    try:
+        value = _gather(state_dict[key])
+        tensors = {"": value} if pruned else _originals_of(module, name, value)
+    except Exception as error:  # parametrisations are users' code, and raise what they like
+        return f"cannot be loaded into a parametrised {name}: {error}"
+    del state_dict[key]
+    state_dict.update({originals + suffix: t for suffix, t in tensors.items()})
+    if pruned:
+        state_dict.setdefault(f"{key}_mask", getattr(module, f"{name}_mask"))
+    return None
+
+
+def share_values(module: nn.Module, names: Sequence[str], state_dict: dict[str, Tensor], prefix: str) -> None:
+    """Replace whole tensors, which every process has, by DTensors where the parameters are such, in place."""
+    for name in names:
+        for entry in _entries_of(state_dict, prefix + name):
+            own = _find(module, entry.removeprefix(prefix))
+            if is_shared(own) and state_dict[entry].shape == own.shape:
+                state_dict[entry] = share_as(own, state_dict[entry])
+
+
+def is_shared(t: Tensor | None) -> bool:
+    """Tell whether a tensor is a DTensor, as the parameters of FSDP2 are."""
+    return hasattr(t, "device_mesh")
+
+
+def share_as(like: Tensor, t: Tensor, source: int | None = None) -> Tensor:
+    """Return a DTensor with the placements of another one. t: a DTensor, or all of it, in every process; source: the
+    process of the mesh whose t it is, which sends the others their shares.
+    """
+    from torch.distributed.tensor import distribute_tensor  # takes long to import
+
+    if is_shared(t):
+        return t.redistribute(like.device_mesh, like.placements)
+    return distribute_tensor(t, like.device_mesh, like.placements, src_data_rank=source)
+
+
+def _gather(t: Tensor) -> Tensor:
+    """Return all of a DTensor, in every process; of others t."""
+    return t.full_tensor() if is_shared(t) else t
+
+
+def _replicate(t: Tensor) -> Tensor:
+    """Return a DTensor that every process has all of; of others t."""
+    if not is_shared(t):
+        return t
+    from torch.distributed.tensor import Replicate
+
+    return t.redistribute(placements=[Replicate()] * t.device_mesh.ndim)
+
+
+def _find(module: nn.Module, path: str) -> Tensor | None:
+    """Return a parameter or buffer by its key in the module's state dict, None where there is none."""
+    try:
+        return operator.attrgetter(path)(module)
+    except AttributeError:
+        return None
 
 
 def _hook_of(module: nn.Module, name: str) -> Callable | None:
@@ -158,12 +226,14 @@ def _check_inverse(chain: ParametrizationList, tensors: dict[str, Tensor], value
 class Published(nn.Module):
     """Load parameters from published checkpoints too, and give them under their published names.
 
-    A class says which: names of its own parameters, of its layers with weight and bias, and of the lists under which
-    published code keeps the parameters head by head, the one to give first, each (P,), or (1, P) to keep a dimension;
-    and of the attribute under which published code may keep all of it.
+    A class says which: names of its own parameters, of those whose one number is published without a dimension, of its
+    layers with weight and bias, and of the lists under which published code keeps the parameters head by head, the one
+    to give first, each (P,), or (1, P) to keep a dimension; and of the attribute under which published code may keep
+    all of it.
     """
 
     _published_parameters: tuple[str, ...] = ()
+    _published_scalars: tuple[str, ...] = ()
     _published_layers: tuple[str, ...] = ()
     _published_lists: tuple[str, ...] = ()
     _published_keep_dim = False
@@ -175,14 +245,20 @@ class Published(nn.Module):
         if self._published_lists:
             stacked = {name: getattr(self, name) for name in self._published_parameters}
             stack_heads(state_dict, prefix, stacked, self._published_lists, error_msgs)
-        take_values(self, self._published_parameters, state_dict, prefix, error_msgs)
-        for name in self._published_layers:
-            take_values(getattr(self, name), ("weight", "bias"), state_dict, f"{prefix}{name}.", error_msgs)
+        for key in (prefix + name for name in self._published_scalars):
+            if key in state_dict and not state_dict[key].dim():
+                state_dict[key] = state_dict[key].reshape(1)
+        groups = {prefix: (self, self._published_parameters)}
+        groups |= {f"{prefix}{name}.": (getattr(self, name), ("weight", "bias")) for name in self._published_layers}
+        for start, (module, names) in groups.items():
+            take_values(module, names, state_dict, start, error_msgs)
+            share_values(module, names, state_dict, start)
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, error_msgs)
 
     def published_state_dict(self) -> tuple[dict[str, Tensor], tuple[str, ...]]:
         """Return the parameters under their published names, and the names of the entries that they stand for."""
-        values = {name: value_of(self, name) for name in self._published_parameters}
+        values = {name: _replicate(value_of(self, name)) for name in self._published_parameters}
+        values |= {name: values[name].reshape(()) for name in self._published_scalars if values[name].numel() == 1}
         for name in self._published_layers:
             layer = getattr(self, name)
             if isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Linear):  # one that somebody wrapped has other entries
@@ -198,6 +274,7 @@ def to_published_state_dict(module: nn.Module) -> dict[str, Tensor]:
     Returns:
         Detached tensors that share memory with the module's, as state_dict's do, but for values of parameters that are
         parametrised, pruned or under weight_norm, as the next forward pass takes them. Other modules' entries stay.
+        After `fully_shard` they are DTensors, of parameters head by head with all of each in every process.
     """
     state_dict = dict(module.state_dict())
     for name, layer in module.named_modules(remove_duplicate=False):

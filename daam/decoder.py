@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +13,7 @@ from torch.nn.functional import relu, scaled_dot_product_attention
 from daam.blocks import DensityBlock
 from daam.checkpoints import Published
 from daam.checks import check_choice, check_dtype, check_tensor
-from daam.modules import MultiHeadDAAM
+from daam.modules import MultiHeadDAAM, reset
 from daam.standardize import Standardize
 
 ATTENTIONS = ("daam", "mixture", "gqdaam", "gqa", "mha", "mha_bn", "none")
@@ -24,12 +26,17 @@ HEADS = (8, 6, 5, 4, 3, 2, 1)  # of the densities, the first that fits
 class GroupedQueryAttention(nn.Module):
     """Attend with 8 query heads that share 2 heads of keys and values: (batch, length, 512) to the same."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
         super().__init__()
         self.head = WIDTH // QUERY_HEADS
-        self.query = nn.Linear(WIDTH, WIDTH)
-        self.key, self.value = (nn.Linear(WIDTH, KEY_VALUE_HEADS * self.head) for _ in range(2))
-        self.out = nn.Linear(WIDTH, WIDTH)
+        linear = partial(nn.Linear, WIDTH, device=device, dtype=dtype)
+        self.query = linear(WIDTH)
+        self.key, self.value = (linear(KEY_VALUE_HEADS * self.head) for _ in range(2))
+        self.out = linear(WIDTH)
+
+    def reset_parameters(self) -> None:
+        for layer in (self.query, self.key, self.value, self.out):
+            layer.reset_parameters()
 
     def forward(self, x: Tensor) -> Tensor:
         projections = (self.query, self.key, self.value)
@@ -38,14 +45,17 @@ class GroupedQueryAttention(nn.Module):
 
 
 class StandardAttention(nn.MultiheadAttention):
-    """Attend as an `nn.MultiheadAttention` of 8 heads whose modules' `reset_parameters` draw as construction does."""
+    """Attend as an `nn.MultiheadAttention` of 8 heads whose `reset_parameters` draws as construction does."""
 
-    def __init__(self, num_features: int) -> None:
-        super().__init__(num_features, QUERY_HEADS, batch_first=True)
+    def __init__(
+        self, num_features: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> None:
+        super().__init__(num_features, QUERY_HEADS, batch_first=True, device=device, dtype=dtype)
         _reset_as(OutputProjection, self.out_proj)
 
     def reset_parameters(self) -> None:
-        """Draw the projection of queries, keys and values; the one of the output has a method of its own."""
+        """Draw the projection of the output, then that of queries, keys and values."""
+        self.out_proj.reset_parameters()
         nn.init.xavier_uniform_(self.in_proj_weight)
         nn.init.zeros_(self.in_proj_bias)
 
@@ -97,6 +107,7 @@ class DATDecoder(Published):
         standardize: whether layers of x are standardised first, by the statistics that `decoder.standardize.fit(x)`
             takes of the x of training, (examples, num_layers, num_features); they are buffers, saved with the decoder.
         backend: of the densities, "auto", "triton" or "eager"; see `daam.backend_for`.
+        device, dtype: of all parameters and statistics.
 
     Weights of convolutions and classifier are Xavier-uniform. Published checkpoints of the attention load as they are:
     `daam.daams.{h}.c`, or `daam.layers.0.attention_heads.{h}.c` of the mixture, as do its `conv1`, `conv2` and `fc`.
@@ -113,7 +124,7 @@ class DATDecoder(Published):
     def __init__(
         self, num_layers: int, num_features: int, num_classes: int, *, attention: str = "daam",
         num_heads: int | None = None, num_gaussians: int = 4, conv_channels: int = 512, standardize: bool = False,
-        backend: str = "auto",
+        backend: str = "auto", device: torch.device | str | None = None, dtype: torch.dtype | None = None,
     ):  # fmt: skip
         super().__init__()
         if num_heads is None:
@@ -133,21 +144,22 @@ class DATDecoder(Published):
         if attention.startswith("mha") and num_features % QUERY_HEADS:
             raise ValueError(f"num_features is {num_features}, expected a multiple of {QUERY_HEADS} for {attention!r}")
         self.settings = {**sizes, "attention": attention, "standardize": standardize}
-        self.standardize = Standardize(num_layers) if standardize else None
-        self.daam = _density(num_features, attention, num_heads, num_gaussians, backend)
-        self.standard = _standard(num_features, attention)
-        self.norm = nn.BatchNorm1d(num_features) if attention == "mha_bn" else None
+        place = {"device": device, "dtype": dtype}
+        self.standardize = Standardize(num_layers, **place) if standardize else None
+        self.daam = _density(num_features, attention, num_heads, num_gaussians, {"backend": backend, **place})
+        self.standard = _standard(num_features, attention, place)
+        self.norm = nn.BatchNorm1d(num_features, **place) if attention == "mha_bn" else None
         self.grid = (QUERY_HEADS, WIDTH // QUERY_HEADS) if attention in GROUPED else grid(num_features)
-        self.conv1 = _reset_as(XavierConv2d, nn.Conv2d(num_layers, conv_channels, 3, padding=1))
-        self.conv2 = _reset_as(XavierConv2d, nn.Conv2d(conv_channels, num_layers, 3, padding=1))
-        self.fc = _reset_as(XavierLinear, nn.Linear(num_layers * math.prod(self.grid), num_classes))
+        self.conv1 = _reset_as(XavierConv2d, nn.Conv2d(num_layers, conv_channels, 3, padding=1, **place))
+        self.conv2 = _reset_as(XavierConv2d, nn.Conv2d(conv_channels, num_layers, 3, padding=1, **place))
+        self.fc = _reset_as(XavierLinear, nn.Linear(num_layers * math.prod(self.grid), num_classes, **place))
         self._draw_weights()
 
     def reset_parameters(self) -> None:
         """Draw all parameters anew and clear the statistics of batch normalisation, those of its modules included."""
         for module in (self.standardize, self.daam, self.standard, self.norm):
             if module is not None:
-                module.apply(_reset)  # parts before the whole, as they are constructed
+                reset(module)
         # as at construction: what torch draws of all three, and then the weights
         for module, kind in ((self.conv1, nn.Conv2d), (self.conv2, nn.Conv2d), (self.fc, nn.Linear)):
             kind.reset_parameters(module)
@@ -190,16 +202,16 @@ class DATDecoder(Published):
         return self.fc(relu(self.conv2(x)).flatten(1))
 
 
-def _density(features: int, attention: str, heads: int, gaussians: int, backend: str) -> nn.Module | None:
+def _density(features: int, attention: str, heads: int, gaussians: int, options: dict[str, Any]) -> nn.Module | None:
     if attention == "mixture":
-        return DensityBlock([-2], [heads], [gaussians], 1, backend=backend)
-    return MultiHeadDAAM(features, heads, backend=backend) if attention in DENSITIES else None
+        return DensityBlock([-2], [heads], [gaussians], 1, **options)
+    return MultiHeadDAAM(features, heads, **options) if attention in DENSITIES else None
 
 
-def _standard(features: int, attention: str) -> nn.Module | None:
+def _standard(features: int, attention: str, place: dict[str, Any]) -> nn.Module | None:
     if attention in GROUPED:
-        return nn.Sequential(nn.Linear(features, WIDTH), GroupedQueryAttention())
-    return StandardAttention(features) if attention.startswith("mha") else None
+        return nn.Sequential(nn.Linear(features, WIDTH, **place), GroupedQueryAttention(**place))
+    return StandardAttention(features, **place) if attention.startswith("mha") else None
 
 
 def _reset_as(kind: type[nn.Module], module: nn.Module) -> nn.Module:
@@ -207,12 +219,6 @@ def _reset_as(kind: type[nn.Module], module: nn.Module) -> nn.Module:
     # decoders have drawn layer after layer, and then the Xavier weights, since before they could be reset
     module.__class__ = kind
     return module
-
-
-def _reset(module: nn.Module) -> None:
-    """Reset a module that can be reset; those that only hold others cannot."""
-    if hasattr(module, "reset_parameters"):
-        module.reset_parameters()
 
 
 def heads_for(layers: int) -> int:

@@ -80,8 +80,9 @@ def find_obstacle(x: Tensor, conv: nn.Conv1d, params: dict[str, Tensor | None]) 
         if not t.is_floating_point() or t.device != x.device:
             return f"{name} is a {t.dtype} on {t.device}, and x on {x.device}"
     shapes = {name: tuple(t.shape) for name, t in params.items()}
+    shapes["alpha"] = shapes["alpha"] or (1,)  # of no dimension, as published
     channels, gaussians = x.shape[-2], shapes["mean_offsets"]
-    expected = dict(zip(_PARAMETERS, ((1, channels, 1), (1,), (), gaussians, gaussians), strict=True))
+    expected = dict(zip(_PARAMETERS, ((1, channels, 1), (1,), (1,), gaussians, gaussians), strict=True))
     if shapes != expected or len(gaussians) != 1:
         return f"parameters have shapes {shapes}"
     if len({find_dtype(t) for t in (x, params["weight"], params["bias"])}) > 1:

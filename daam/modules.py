@@ -9,10 +9,12 @@ from torch import Tensor, nn
 
 from daam import gated
 from daam.backend import backend_for
-from daam.checkpoints import Published
+from daam.checkpoints import Published, is_shared, share_as
 from daam.checks import check_dtype, check_eps, check_mask, check_positive, check_tensor
 from daam.functional import density_attention, density_gate, mixture_attention
 from daam.ops import _forward_mode, _transformed
+
+INITIAL_ALPHA = 0.05  # of a gate
 
 
 class MultiHeadDAAM(Published):
@@ -91,6 +93,15 @@ class MultiHeadDAAM(Published):
         )
 
 
+def reset(module: nn.Module) -> None:
+    """Reset a module by its `reset_parameters`, or, where it only holds others, these, in order."""
+    if hasattr(module, "reset_parameters"):
+        module.reset_parameters()
+    else:
+        for child in module.children():
+            reset(child)
+
+
 class Mixture(Published):
     """Weigh x by a mixture of densities with parameters mean_offsets and c of shape (*heads, num_gaussians).
 
@@ -105,7 +116,7 @@ class Mixture(Published):
 
     def __init__(
         self, heads: tuple[int, ...], norm_axis: int, num_heads: int, num_gaussians: int, padding_value: float | None,
-        mean_offset_init: float, eps: float, backend: str,
+        mean_offset_init: float, eps: float, backend: str, device: torch.device | str | None, dtype: torch.dtype | None,
     ):  # fmt: skip
         super().__init__()
         if isinstance(norm_axis, bool) or not isinstance(norm_axis, int):
@@ -115,15 +126,19 @@ class Mixture(Published):
         self.norm_axis, self.num_heads, self.num_gaussians = norm_axis, num_heads, num_gaussians
         self.padding_value, self.mean_offset_init, self.eps = padding_value, mean_offset_init, eps
         self.backend = backend
-        self.mean_offsets = nn.Parameter(torch.empty(*heads, num_gaussians))
-        self.c = nn.Parameter(torch.empty(*heads, num_gaussians))
+        self.mean_offsets = nn.Parameter(torch.empty(*heads, num_gaussians, device=device, dtype=dtype))
+        self.c = nn.Parameter(torch.empty(*heads, num_gaussians, device=device, dtype=dtype))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
+        """Fill both parameters with initial values; of DTensors, each process its share of what the first one draws."""
         nn.init.constant_(self.mean_offsets, self.mean_offset_init)
         with torch.no_grad():
-            for c in self.c.view(-1, self.num_gaussians):  # head by head: the published numbers for a seed
-                self.reset_widths(c)
+            c = torch.empty(self.c.shape, device=self.c.device, dtype=self.c.dtype) if is_shared(self.c) else self.c
+            for head in c.view(-1, self.num_gaussians):  # head by head: the published numbers for a seed
+                self.reset_widths(head)
+            if is_shared(self.c) and not c.is_meta:
+                self.c.copy_(share_as(self.c, c, source=0))
 
     @staticmethod
     def reset_widths(c: Tensor) -> None:
@@ -162,6 +177,7 @@ class DensityAdaptiveAttention(Mixture):
         mean_offset_init: initial value of mean_offsets, which the published code takes and ignores.
         eps: added to the variance, and the least sum that weights are divided by.
         backend: "auto", "triton" or "eager"; see `daam.backend_for`.
+        device, dtype: of the parameters.
 
     Parameters mean_offsets and c (standard normal) have shape (num_gaussians,).
 
@@ -173,8 +189,11 @@ class DensityAdaptiveAttention(Mixture):
     def __init__(
         self, norm_axis: int, num_heads: int, num_gaussians: int, padding_value: float | None,
         mean_offset_init: float = 0, eps: float = 1e-8, *, backend: str = "auto",
+        device: torch.device | str | None = None, dtype: torch.dtype | None = None,
     ):  # fmt: skip
-        super().__init__((), norm_axis, num_heads, num_gaussians, padding_value, mean_offset_init, eps, backend)
+        super().__init__(
+            (), norm_axis, num_heads, num_gaussians, padding_value, mean_offset_init, eps, backend, device, dtype
+        )
 
 
 class MultiHeadDensityAdaptiveAttention(Mixture):
@@ -187,6 +206,7 @@ class MultiHeadDensityAdaptiveAttention(Mixture):
         padding_value: positions of x equal to it count as zeros in mean and variance and pass x through; None for none.
         eps: added to the variance, and the least sum that weights are divided by. Published heads always use 1e-8.
         backend: "auto", "triton" or "eager"; see `daam.backend_for`.
+        device, dtype: of the parameters.
 
     Parameters mean_offsets (0) and c (standard normal) are (num_heads, num_gaussians). Published checkpoints, whose
     `attention_heads.{h}.mean_offsets` and `….c` are (num_gaussians,), load; `daam.to_published_state_dict` gives them.
@@ -200,9 +220,11 @@ class MultiHeadDensityAdaptiveAttention(Mixture):
 
     def __init__(
         self, norm_axis: int, num_heads: int, num_gaussians: int, padding_value: float | None = None,
-        eps: float = 1e-8, *, backend: str = "auto",
+        eps: float = 1e-8, *, backend: str = "auto", device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ):  # fmt: skip
-        super().__init__((num_heads,), norm_axis, num_heads, num_gaussians, padding_value, 0, eps, backend)
+        heads = (num_heads,)
+        super().__init__(heads, norm_axis, num_heads, num_gaussians, padding_value, 0, eps, backend, device, dtype)
 
 
 class DensityGate(Published):
@@ -214,9 +236,11 @@ class DensityGate(Published):
         num_gaussians: Gaussians whose mean makes the weights.
         cap: kept as published, where nothing uses it.
         backend: "auto", "triton" or "eager"; see `daam.backend_for`.
+        device, dtype: of the parameters.
 
     Parameters, under their published names: to_attn.weight, to_attn.bias, alpha (0.05), gaa.mean_offsets (0),
-    gaa.log_sigma (log 0.5), the last two of shape (num_gaussians,).
+    gaa.log_sigma (log 0.5), the last two of shape (num_gaussians,). alpha is (1,), which FSDP can shard; a published
+    one, (), loads, and `daam.to_published_state_dict` gives it.
 
     On the Triton backend the convolution, the weights and the product are fused: x moves three times forward and five
     times backward, of any strides, and the projection is not rounded to x's dtype. Beside x the backward pass keeps two
@@ -226,21 +250,25 @@ class DensityGate(Published):
         ValueError: in_ch or num_gaussians is no positive int.
     """
 
-    _published_parameters = ("alpha",)
+    _published_parameters = _published_scalars = ("alpha",)
     _published_layers = ("to_attn",)
 
-    def __init__(self, in_ch: int, num_gaussians: int = 4, cap: float = 0.2, *, backend: str = "auto"):
+    def __init__(
+        self, in_ch: int, num_gaussians: int = 4, cap: float = 0.2, *, backend: str = "auto",
+        device: torch.device | str | None = None, dtype: torch.dtype | None = None,
+    ):  # fmt: skip
         super().__init__()
         check_positive(in_ch=in_ch, num_gaussians=num_gaussians)
         self.cap, self.backend = cap, backend
-        self.to_attn = nn.Conv1d(in_ch, 1, 1)
-        self.gaa = _Gaussians(num_gaussians)
-        self.alpha = nn.Parameter(torch.empty(()))
-        self.reset_parameters()
+        self.to_attn = nn.Conv1d(in_ch, 1, 1, device=device, dtype=dtype)
+        self.gaa = _Gaussians(num_gaussians, device, dtype)
+        self.alpha = nn.Parameter(torch.full((1,), INITIAL_ALPHA, device=device, dtype=dtype))
 
     def reset_parameters(self) -> None:
-        """Reset alpha: the convolution and the Gaussians have methods of their own."""
-        nn.init.constant_(self.alpha, 0.05)
+        """Reset alpha, the convolution and the Gaussians."""
+        for module in (self.to_attn, self.gaa):
+            reset(module)
+        nn.init.constant_(self.alpha, INITIAL_ALPHA)
 
     def forward(self, x: Tensor, *, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return (y, gate) of shapes (batch, in_ch, length) and (batch, 1, length); x may be without a batch.
@@ -259,11 +287,15 @@ class DensityGate(Published):
             return gated.gate_channels(x, *self._inputs().values(), mask, gated.find_dtype(x))
         if mask is None:
             gate = self.gaa(self.to_attn(x), backend=self.backend)
-            return x * (1 + self.alpha * gate), gate
+            return x * (1 + self._factor() * gate), gate
         mask = mask.unsqueeze(-2)
         valid = x.masked_fill(~mask, 0)  # what stands elsewhere would reach the gradients of the convolution and alpha
         gate = self.gaa(self.to_attn(valid), mask, self.backend)
-        return torch.where(mask, valid * (1 + self.alpha * gate), x), gate
+        return torch.where(mask, valid * (1 + self._factor() * gate), x), gate
+
+    def _factor(self) -> Tensor:
+        """Return alpha without a dimension, which would promote a gate of another dtype."""
+        return self.alpha.squeeze(0)
 
     def fusion_for(self, x: Tensor, mask: Tensor | None = None) -> tuple[str, str]:
         """Return ("fused" or "formula", reason), the reason in words: whether a call on x launches the fused kernels
@@ -298,10 +330,10 @@ class _Gaussians(Published):
 
     _published_parameters = ("mean_offsets", "log_sigma")
 
-    def __init__(self, num_gaussians: int):
+    def __init__(self, num_gaussians: int, device: torch.device | str | None, dtype: torch.dtype | None):
         super().__init__()
-        self.mean_offsets = nn.Parameter(torch.empty(num_gaussians))
-        self.log_sigma = nn.Parameter(torch.empty(num_gaussians))
+        self.mean_offsets = nn.Parameter(torch.empty(num_gaussians, device=device, dtype=dtype))
+        self.log_sigma = nn.Parameter(torch.empty(num_gaussians, device=device, dtype=dtype))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

@@ -251,7 +251,7 @@ def backward(
     grad_rows = strided_like(grad_y, x)
     mask_rows, gate_rows = strided_rows(mask), strided_rows(gates)
     need_p = need_x or need_weight or need_bias
-    h, d_alpha = grad_gate, alpha.new_zeros(()) if need_alpha else None
+    h, d_alpha = grad_gate, alpha.new_zeros(alpha.shape) if need_alpha else None
     if grad_rows is not None and (need_p or need_alpha or need_params):
         h = new_numbers(x, x.shape[0], 1, x.shape[2]) if need_p or need_params else None
         call = _find_call("sums", x, grad_rows)

@@ -57,7 +57,7 @@ def gradient(
     dx = dx + _where(valid, columns * dp)
     d_weight = (rows * dp).sum((0, 2)).reshape(weight.shape)
     dx = dx.permute([order.index(i) for i in range(3)])
-    return dx, d_weight, dp.sum().reshape(bias.shape), d_alpha, *(t.squeeze(0) for t in parameters)
+    return dx, d_weight, dp.sum().reshape(bias.shape), d_alpha.reshape(alpha.shape), *(t.squeeze(0) for t in parameters)
 
 
 def _project(x: Tensor, weight: Tensor, bias: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:

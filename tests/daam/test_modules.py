@@ -117,7 +117,7 @@ def test_ragged_reshaped_and_doubled_checkpoints_are_errors():
     for checkpoint, message in (
         (ragged, r"daams\.1\.c has shape \(1, 5\)"),
         (reshaped, r"has shape \(2, 3\), expected \(6,\) or \(1, 6\)"),
-        (doubled, "gcts and mean_offset are both"),
+        (doubled, "daams and gcts are both"),
     ):
         with pytest.raises(RuntimeError, match=message):
             daam.MultiHeadDAAM(6, 3).load_state_dict(checkpoint)
@@ -322,7 +322,7 @@ def test_mixture_checkpoints_that_do_not_fit():
 def test_gate():
     gate = daam.DensityGate(9, 3)
     assert {name: tuple(p.shape) for name, p in gate.named_parameters()} == {
-        "alpha": (),
+        "alpha": (1,),
         "to_attn.weight": (1, 9, 1),
         "to_attn.bias": (1,),
         "gaa.mean_offsets": (3,),
@@ -533,7 +533,7 @@ def drawn(kind, inside):
 
     def rows(value):
         if "{h}" not in key:
-            return {key: value}
+            return {key: value.reshape(()) if name == "alpha" else value}
         keep = slice(None) if "daams" in key else 0  # (1, P) there, (P,) here
         return {key.format(h=h): value[h : h + 1][keep] for h in range(len(value))}
 
@@ -610,11 +610,12 @@ def test_a_value_out_of_reach_of_a_parametrisation_is_named():
 @published_kinds
 def test_a_pruned_layer_has_its_values_published(kind):
     """Check that the values of the next forward pass are published, whatever the previous one took, and that a
-    checkpoint is refused in a sentence.
+    checkpoint loads beside the mask, which stays.
     """
     model, owner, name, rows = drawn(kind, True)
     plain = daam.to_published_state_dict(model)
-    shape = getattr(owner, name).shape
+    original = getattr(owner, name).detach().clone()
+    shape, plain = original.shape, {key: t.clone() for key, t in plain.items()}
     mask = (torch.arange(shape.numel()) % 2 == 0).float().reshape(shape)
     prune.custom_from_mask(owner, name, mask)
     with torch.no_grad():
@@ -623,10 +624,12 @@ def test_a_pruned_layer_has_its_values_published(kind):
     assert found.keys() == plain.keys()
     for key, value in found.items():
         assert torch.equal(value, wanted.get(key, plain[key])), key
-    with pytest.raises(RuntimeError, match=rf"{name} is computed by \w+ before every forward pass: take that off"):
-        model.load_state_dict(plain)
-    pruned = model.state_dict()
-    model.load_state_dict(pruned)
+    model.load_state_dict(plain)
+    assert torch.equal(getattr(owner, f"{name}_mask"), mask)
+    found, wanted = daam.to_published_state_dict(model), rows(original * mask)
+    assert all(torch.equal(value, wanted.get(key, plain[key])) for key, value in found.items())
+    with pytest.raises(RuntimeError, match="are both in the state dict"):
+        model.load_state_dict({**model.state_dict(), **{key: t.clone() for key, t in plain.items()}}, strict=False)
     prune.remove(owner, name)
     model.load_state_dict(plain)
 
