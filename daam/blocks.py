@@ -8,11 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 from torch.nn.modules.module import _has_any_global_hook
 
 from daam.block import density_block, fusion_for
 from daam.checkpoints import Published
 from daam.checks import check_recompute, check_tensor, has_hooks
+from daam.leaf import call_leaf
 from daam.modules import Mixture, MultiHeadDensityAdaptiveAttention, reset
 from daam.ways import WAYS
 
@@ -47,6 +49,8 @@ class MixtureBlock(Published):
 
         mask: bool, of x's shape up to the first normalised axis at most, True where x is valid, along all further axes.
         """
+        if isinstance(x, Proxy):
+            return call_leaf(self, x, x, return_attention_details, mask=mask)
         check_tensor("x", x)
         if mask is not None:
             check_tensor("mask", mask)

@@ -10,6 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 
+# modules of torch's around another one, that leave themselves out of a state dict: CheckpointWrapper, FSDP1
+WRAPPERS = re.compile(r"\b(_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")
+
 
 def stack_heads(
     state_dict: dict[str, Tensor], prefix: str, stacked: dict[str, Tensor], lists: Sequence[str], error_msgs: list[str]
@@ -74,8 +77,13 @@ def unstack_heads(head_list: str, stacked: dict[str, Tensor], keep_dim: bool = F
 
 def value_of(module: nn.Module, name: str) -> Tensor:
     """Return a parameter as the next forward pass takes it, detached: parametrised, pruned or under weight_norm."""
-    value = before = getattr(module, name)
-    if (hook := _hook_of(module, name)) is not None:
+    value, hook = getattr(module, name), _hook_of(module, name)
+    if hasattr(hook, "_tensor_name"):  # pruned, to which a mask that is no DTensor may belong
+        original, mask = (getattr(module, f"{name}_{suffix}").detach() for suffix in ("orig", "mask"))
+        value = mask.to(original.dtype) * _gather(original)
+        return share_as(original, value) if is_shared(original) else value
+    if hook is not None:
+        before = value
         # what the attribute holds is of the forward pass before, and the hook's tensors may have learned since
         with torch.no_grad():
             hook(module, ())
@@ -281,7 +289,7 @@ def to_published_state_dict(module: nn.Module) -> dict[str, Tensor]:
         # asked of the type: wrappers pass attributes of the module they wrap on
         if hasattr(type(layer), "published_state_dict"):
             published, names = layer.published_state_dict()
-            prefix = f"{name}." if name else ""
+            prefix = WRAPPERS.sub("", f"{name}." if name else "")
             for key in names:
                 for entry in _entries_of(state_dict, prefix + key):
                     del state_dict[entry]

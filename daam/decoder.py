@@ -8,11 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 from torch.nn.functional import relu, scaled_dot_product_attention
 
 from daam.blocks import DensityBlock
 from daam.checkpoints import Published
 from daam.checks import check_choice, check_dtype, check_tensor
+from daam.leaf import call_leaf
 from daam.modules import MultiHeadDAAM, reset
 from daam.standardize import Standardize
 
@@ -175,6 +177,8 @@ class DATDecoder(Published):
 
         x: (batch, num_layers, num_features) of the parameters' dtype, or under autocast.
         """
+        if isinstance(x, Proxy):
+            return call_leaf(self, x, x, return_weights)
         check_tensor("x", x)
         expected = (self.settings["num_layers"], self.settings["num_features"])
         if x.dim() != 3 or x.shape[1:] != expected:

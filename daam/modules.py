@@ -6,12 +6,14 @@ import math
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from daam import gated
 from daam.backend import backend_for
 from daam.checkpoints import Published, is_shared, share_as
 from daam.checks import check_dtype, check_eps, check_mask, check_positive, check_tensor
 from daam.functional import density_attention, density_gate, mixture_attention
+from daam.leaf import call_leaf
 from daam.ops import _forward_mode, _transformed
 
 INITIAL_ALPHA = 0.05  # of a gate
@@ -76,6 +78,8 @@ class MultiHeadDAAM(Published):
 
         mask: bool, x.shape[:norm_axis + 1], True where x is valid.
         """
+        if isinstance(x, Proxy):
+            return call_leaf(self, x, x, mask, return_weights)
         check_tensor("x", x)
         if x.dim() > 1 and x.shape[-1] != self.num_features:
             raise ValueError(
@@ -152,6 +156,8 @@ class Mixture(Published):
 
         mask: bool, x.shape[:norm_axis + 1], True where x is valid, not with padding_value. residual: add x to y.
         """
+        if isinstance(x, Proxy):
+            return call_leaf(self, x, x, return_attention_details, mask=mask, residual=residual)
         mean_offsets, c = (p.reshape(-1, self.num_gaussians) for p in (self.mean_offsets, self.c))
         out = self._attend(
             x, mean_offsets, c, norm_axis=self.norm_axis, eps=self.eps, padding_value=self.padding_value, mask=mask,
@@ -276,6 +282,8 @@ class DensityGate(Published):
         x: of the convolution's dtype, or under autocast. mask: bool, (batch, length), True where x is valid:
         elsewhere the gate is 0 and y is x.
         """
+        if isinstance(x, Proxy):
+            return call_leaf(self, x, x, mask=mask)
         check_tensor("x", x)
         check_dtype(x, self.to_attn.weight, "to_attn")
         channels = self.to_attn.in_channels

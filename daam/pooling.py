@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from daam.leaf import call_leaf, find_proxy
 from daam.masks import NAMELESS, as_valid, find_mask, parts_of, unwrap
 
 
@@ -72,6 +73,8 @@ class LayerPooling(nn.Module):
     @torch.no_grad()
     def forward(self, *inputs: Any, **kwargs: Any) -> Tensor:
         """Return means (batch, layers, features) as `average` does, without gradients."""
+        if (proxy := find_proxy((*inputs, *kwargs.values()))) is not None:
+            return call_leaf(self, proxy, *inputs, **kwargs)
         return self.average(*inputs, **kwargs)
 
     def average(
