@@ -4,6 +4,7 @@ import re
 import sys
 from pathlib import Path
 
+import sharded_parameters
 import torch
 import torch.distributed as dist
 from helpers import close
@@ -91,6 +92,7 @@ def main(rank, store):
         assert grads.keys() == wanted.keys(), setup
         for name, grad in wanted.items():
             close(grads[name], grad, f"{name} of {setup.__name__}", TOLERANCES)
+    sharded_parameters.check(rank)
     dist.destroy_process_group()
 
 
