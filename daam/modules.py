@@ -28,7 +28,8 @@ class MultiHeadDAAM(Published):
             with its padding: give every batch one padded length, or use one head.
         norm_axis: the axis that is normalised; -1 where it is the last one, since the parameters' shape depends on it.
         c: initial value of every c; mean_offset begins at 0. A Gaussian has c > 0: nothing keeps training from crossing
-            0, beyond which weights grow with distance.
+            0, beyond which weights grow with distance, but a parametrisation of five lines does, with which published
+            checkpoints load as before: see "A c above 0" in daam/MIGRATING.md.
         eps: added to the variance.
         residual: return x·weights + x.
         backend: "auto", "triton" or "eager"; see `daam.backend_for`.
