@@ -97,9 +97,10 @@ def check_published(mesh):
         load(net, checkpoint)
         compare(daam.to_published_state_dict(net), checkpoint, load.__name__)
     (code,) = re.findall(r"```python\n(import torch.*?)```", MIGRATING.read_text(), re.DOTALL)
+    exec(code, names := {})
     net = model()
     for layer in (net.attention, net.stable.layers[0]):
-        exec(code, {"layer": layer})
+        nn.utils.parametrize.register_parametrization(layer, "c", names["Positive"]())
     mask = torch.ones(2, 6, 3, 3)
     mask[0] = 0
     torch.nn.utils.prune.custom_from_mask(net.decoder.conv1, "weight", mask)

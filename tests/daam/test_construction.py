@@ -148,12 +148,12 @@ def test_a_checkpointed_layer_is_published_under_its_name():
 
 def test_c_stays_positive_as_migrating_says():
     """Check its code: a published checkpoint loads, comes back, and steps that lead below 0 do not."""
-    layer = daam.MultiHeadDAAM(6, 3)
     checkpoint = {
         key: t.uniform_(0.01, 60) for key, t in daam.to_published_state_dict(daam.MultiHeadDAAM(6, 3)).items()
     }
     (code,) = re.findall(r"```python\n(import torch.*?)```", MIGRATING.read_text(), re.DOTALL)
-    exec(code, {"layer": layer})
+    exec(code, names := {})
+    layer = names["layer"]
     close(layer.c, torch.full((3, 6), 2.0), "c when it is registered")
     layer.load_state_dict(checkpoint)
     for key, t in daam.to_published_state_dict(layer).items():
