@@ -47,7 +47,7 @@ class GroupedQueryAttention(nn.Module):
 
 
 class StandardAttention(nn.MultiheadAttention):
-    """Attend as an `nn.MultiheadAttention` of 8 heads whose `reset_parameters` draws as construction does."""
+    """Attend as an `nn.MultiheadAttention` of 8 heads whose modules' `reset_parameters` draw as construction does."""
 
     def __init__(
         self, num_features: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None
@@ -56,8 +56,7 @@ class StandardAttention(nn.MultiheadAttention):
         _reset_as(OutputProjection, self.out_proj)
 
     def reset_parameters(self) -> None:
-        """Draw the projection of the output, then that of queries, keys and values."""
-        self.out_proj.reset_parameters()
+        """Draw the projection of queries, keys and values; the one of the output has a method of its own."""
         nn.init.xavier_uniform_(self.in_proj_weight)
         nn.init.zeros_(self.in_proj_bias)
 
@@ -159,7 +158,8 @@ class DATDecoder(Published):
 
     def reset_parameters(self) -> None:
         """Draw all parameters anew and clear the statistics of batch normalisation, those of its modules included."""
-        for module in (self.standardize, self.daam, self.standard, self.norm):
+        projection = self.standard.out_proj if isinstance(self.standard, StandardAttention) else None
+        for module in (self.standardize, self.daam, projection, self.standard, self.norm):
             if module is not None:
                 reset(module)
         # as at construction: what torch draws of all three, and then the weights

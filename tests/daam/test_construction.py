@@ -13,7 +13,7 @@ from torch.fx import symbolic_trace
 from torch.nn.utils import prune
 
 import daam
-from daam.decoder import ATTENTIONS, GroupedQueryAttention, StandardAttention
+from daam.decoder import ATTENTIONS, GroupedQueryAttention
 from daam.standardize import Standardize
 
 MIGRATING = Path(daam.__file__).with_name("MIGRATING.md")
@@ -28,7 +28,6 @@ MODULES = {  # a class and the arguments of one that takes (2, 6, 16)
     "DensityGate": (daam.DensityGate, (6, 3), {}),
     **{name: (daam.DATDecoder, (6, 16, 3), {"attention": name, **DECODER}) for name in ATTENTIONS},
     "Standardize": (Standardize, (6,), {}),
-    "StandardAttention": (StandardAttention, (16,), {}),
     "GroupedQueryAttention": (GroupedQueryAttention, (), {}),
 }
 PUBLIC = [name for name, (kind, _args, _options) in MODULES.items() if hasattr(daam, kind.__name__)]
