@@ -248,6 +248,8 @@ class Published(nn.Module):
     _published_wrapper: str | None = None
 
     def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, error_msgs):
+        if hasattr(self, "reshard"):  # of FSDP2, which does so too late: parameters may be whole since a forward pass
+            self.reshard()
         if self._published_wrapper is not None and self._published_wrapper not in self._modules:
             unwrap(state_dict, prefix, self._published_wrapper, error_msgs)
         if self._published_lists:

@@ -98,6 +98,11 @@ def check_published(mesh):
         compare(daam.to_published_state_dict(net), checkpoint, load.__name__)
     (code,) = re.findall(r"```python\n(import torch.*?)```", MIGRATING.read_text(), re.DOTALL)
     exec(code, names := {})
+    layer = fully_shard(daam.MultiHeadDAAM(8, 2), mesh=mesh)
+    with torch.no_grad():
+        layer(torch.ones(1, 6, 8))  # after which FSDP leaves the parameters whole
+    layer.load_state_dict({key[10:]: t for key, t in checkpoint.items() if key.startswith("attention.")})
+    close(layer.c.full_tensor()[1], checkpoint["attention.daams.1.c"][0], "c after a forward pass", TOLERANCES)
     net = model()
     for layer in (net.attention, net.stable.layers[0]):
         nn.utils.parametrize.register_parametrization(layer, "c", names["Positive"]())
