@@ -96,6 +96,10 @@ def check_published(mesh):
         net = fully_shard(model(), mesh=mesh)
         load(net, checkpoint)
         compare(daam.to_published_state_dict(net), checkpoint, load.__name__)
+    with torch.device("meta"):
+        net = fully_shard(model(), mesh=mesh)
+    load_whole(net, checkpoint)  # which assigns
+    compare(daam.to_published_state_dict(net), checkpoint, "assignment")
     (code,) = re.findall(r"```python\n(import torch.*?)```", MIGRATING.read_text(), re.DOTALL)
     exec(code, names := {})
     layer = fully_shard(daam.MultiHeadDAAM(8, 2), mesh=mesh)
