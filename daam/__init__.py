@@ -16,6 +16,7 @@ from daam.modules import (
     MultiHeadGaussianAdaptiveAttention,
 )
 from daam.onnx_export import export_onnx
+from daam.pieces import AxisPieces
 from daam.pooling import LayerPooling
 from daam.stable import StableDensityBlock, StableMultiHeadDensityAttention
 from daam.transformer import DensityAdaptiveTransformer, load_decoder, save_decoder
@@ -24,6 +25,7 @@ from daam.warmup import warmup
 __version__ = "0.1.0"
 
 __all__ = [
+    "AxisPieces",
     "DATDecoder",
     "DensityAdaptiveAttention",
     "DensityAdaptiveTransformer",

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from daam.backend import backend_for
 from daam.block_ops import BLOCKS
-from daam.checks import check_floating, check_recompute, check_tensor, check_x
-from daam.functional import check_gaussians, check_settings, in_memory_order
+from daam.checks import check_floating, check_heads, check_params, check_recompute, check_tensor, check_x
+from daam.functional import check_settings, in_memory_order
 from daam.ops import _forward_mode, _transformed
 from daam.ways import Plan, differentiates, is_plain, is_plain_parameter, plan_layers
 
@@ -136,7 +136,8 @@ def _check_layers(x: Tensor, mean_offsets: Sequence[Tensor], c: Sequence[Tensor]
     for layer, (p, q) in enumerate(zip(mean_offsets, c, strict=True)):
         params = {f"mean_offsets[{layer}]": p, f"c[{layer}]": q}
         check_floating(params)
-        check_gaussians(x, params, axis)
+        check_params(x, params, "num_gaussians")
+        check_heads(len(q), axis, x.shape[axis], unbiased=True)
         if q.shape[0] != c[0].shape[0]:
             raise ValueError(f"c[{layer}] has {q.shape[0]} heads, expected {c[0].shape[0]}, as c[0] has")
     return c[0].shape[0]

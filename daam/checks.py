@@ -91,8 +91,8 @@ def check_dtype(x: Tensor, weight: Tensor, layer: str) -> None:
         )
 
 
-def check_params(x: Tensor, params: dict[str, Tensor], axis: int, columns: str) -> None:
-    """Check that floating parameters are (num_heads, columns), alike, on x's device, and each head has a position."""
+def check_params(x: Tensor, params: dict[str, Tensor], columns: str) -> None:
+    """Check that floating parameters are (num_heads, columns), alike, on x's device."""
     reference, shape = next(iter(params)), next(iter(params.values())).shape
     for name, p in params.items():
         if p.dim() != 2 or p.shape[0] < 1:
@@ -105,8 +105,17 @@ def check_params(x: Tensor, params: dict[str, Tensor], axis: int, columns: str) 
             raise ValueError(f"{name} has shape {tuple(p.shape)}, expected {tuple(shape)}, the shape of {reference}")
         if p.device != x.device:
             raise ValueError(f"{name} is on {p.device}, expected x's device {x.device}")
-    if shape[0] > x.shape[axis]:
-        raise ValueError(f"num_heads is {shape[0]}, more heads than the {x.shape[axis]} positions of norm_axis {axis}")
+
+
+def check_heads(heads: int, axis: int, size: int, unbiased: bool = False) -> None:
+    """Check that each head has a position of norm_axis, two where the variance is unbiased."""
+    if heads > size:
+        raise ValueError(f"num_heads is {heads}, more heads than the {size} positions of norm_axis {axis}")
+    if unbiased and size // heads < 2:
+        raise ValueError(
+            f"num_heads is {heads}, which cuts the {size} positions of norm_axis {axis} into chunks of one element: "
+            "expected two or more, since the variance is unbiased"
+        )
 
 
 def check_choice(name: str, value: str, choices: Collection[str]) -> None:

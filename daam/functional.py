@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
-from daam import ops
+from daam import ops, sharded
 from daam.backend import backend_for
-from daam.checks import check_eps, check_floating, check_mask, check_padding, check_params, check_x
+from daam.checks import check_eps, check_floating, check_heads, check_mask, check_padding, check_params, check_x
+from daam.pieces import AxisPieces, pieces_of
+
+if TYPE_CHECKING:
+    from torch.distributed import DeviceMesh, ProcessGroup
 
 
 def density_attention(
     x: Tensor, mean_offset: Tensor, c: Tensor, *, norm_axis: int = 1, eps: float = 1e-5, mask: Tensor | None = None,
     residual: bool = False, return_weights: bool = False, backend: str = "auto",
+    group: ProcessGroup | DeviceMesh | AxisPieces | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """Gate every feature by how probable it is under a learnable Gaussian (density attention).
 
@@ -36,6 +43,10 @@ def density_attention(
         residual: return x·weights + x.
         return_weights: return the weights too; they are differentiable.
         backend: "auto", "triton" or "eager"; see `daam.backend_for`.
+        group: processes that x is spread over along norm_axis (context parallel): a ProcessGroup, a DeviceMesh of one
+            dimension or `daam.AxisPieces`. x, mask and results are then this process's contiguous piece, which may be
+            of any size; heads cut all of the axis, in rank order. What each process finds of the parameters' gradients
+            is its part of them: they add up. Differentiates once, and is no part of a graph of torch.compile.
 
     Returns:
         y, or (y, weights), in x's shape, dtype and memory order; computed in fp32, fp64 for fp64 x, under autocast too.
@@ -49,26 +60,18 @@ def density_attention(
     last_axis = x.dim() - 1
     params = {"mean_offset": mean_offset, "c": c}
     check_floating(params)
-    check_params(x, params, axis, "P")
-    heads, size = c.shape[0], x.shape[axis]
-    if size % heads:
-        raise ValueError(f"num_heads is {heads}, expected a divisor of the {size} positions of norm_axis {axis}")
-    features = x.shape[last_axis] // heads if axis == last_axis else x.shape[last_axis]
-    if c.shape[1] != 1 and c.shape[1] != features:
-        expected = f"({heads}, {features}) or ({heads}, 1)"
-        reason = f", since norm_axis {norm_axis} is the last axis, which heads cut" if axis == last_axis else ""
-        raise ValueError(
-            f"mean_offset and c have shape {tuple(c.shape)}, expected {expected}{reason}: x is {tuple(x.shape)}"
-        )
+    check_params(x, params, "P")
     check_eps(eps)
     axes = (axis, None if c.shape[1] == 1 else last_axis)
-    return _attend("density", x, (mean_offset, c), mask, axes, (eps,), residual, return_weights, backend)
+    check = partial(_check_density, x.shape, c.shape, axis)
+    return _attend("density", x, (mean_offset, c), mask, axes, (eps,), residual, return_weights, backend, group, check)
 
 
 def mixture_attention(
     x: Tensor, mean_offsets: Tensor, c: Tensor, *, norm_axis: int = 1, eps: float = 1e-8,
     padding_value: float | None = None, mask: Tensor | None = None, residual: bool = False,
     return_weights: bool = False, backend: str = "auto",
+    group: ProcessGroup | DeviceMesh | AxisPieces | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """Share one unit of weight among the positions of a chunk, by a product of Gaussians (mixture of densities).
 
@@ -98,6 +101,10 @@ def mixture_attention(
         residual: return x·weights + x.
         return_weights: return the weights too; they are differentiable.
         backend: "auto", "triton" or "eager"; see `daam.backend_for`.
+        group: processes that x is spread over along norm_axis (context parallel): a ProcessGroup, a DeviceMesh of one
+            dimension or `daam.AxisPieces`. x, mask and results are then this process's contiguous piece, which may be
+            of any size; heads cut all of the axis, in rank order. What each process finds of the parameters' gradients
+            is its part of them: they add up. Differentiates once, and is no part of a graph of torch.compile.
 
     Returns:
         y, or (y, weights), in x's shape, dtype and memory order; computed in fp32, fp64 for fp64 x, under autocast too.
@@ -109,7 +116,7 @@ def mixture_attention(
         RuntimeError: backend "triton" cannot run here; the message says why.
     """
     return _attend_by_product(
-        "mixture", x, mean_offsets, c, norm_axis, eps, padding_value, mask, residual, return_weights, backend
+        "mixture", x, mean_offsets, c, norm_axis, eps, padding_value, mask, residual, return_weights, backend, group
     )
 
 
@@ -117,6 +124,7 @@ def stable_mixture_attention(
     x: Tensor, mean_offsets: Tensor, c: Tensor, *, norm_axis: int = 2, eps: float = 1e-8,
     padding_value: float | None = None, mask: Tensor | None = None, residual: bool = False,
     return_weights: bool = False, backend: str = "auto",
+    group: ProcessGroup | DeviceMesh | AxisPieces | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """Share one unit of weight among the positions of a chunk, by a product of Gaussians whose tails are flat.
 
@@ -148,6 +156,10 @@ def stable_mixture_attention(
         residual: return x·weights + x.
         return_weights: return the weights too; they are differentiable.
         backend: "auto", "triton" or "eager"; see `daam.backend_for`.
+        group: processes that x is spread over along norm_axis (context parallel): a ProcessGroup, a DeviceMesh of one
+            dimension or `daam.AxisPieces`. x, mask and results are then this process's contiguous piece, which may be
+            of any size; heads cut all of the axis, in rank order. What each process finds of the parameters' gradients
+            is its part of them: they add up. Differentiates once, and is no part of a graph of torch.compile.
 
     Returns:
         y, or (y, weights), in x's shape, dtype and memory order; computed in fp32, fp64 for fp64 x, under autocast too.
@@ -159,13 +171,14 @@ def stable_mixture_attention(
         RuntimeError: backend "triton" cannot run here; the message says why.
     """
     return _attend_by_product(
-        "stable", x, mean_offsets, c, norm_axis, eps, padding_value, mask, residual, return_weights, backend
+        "stable", x, mean_offsets, c, norm_axis, eps, padding_value, mask, residual, return_weights, backend, group
     )
 
 
 def density_gate(
     x: Tensor, mean_offsets: Tensor, log_sigma: Tensor, *, norm_axis: int = -1, mask: Tensor | None = None,
     residual: bool = False, return_weights: bool = False, backend: str = "auto",
+    group: ProcessGroup | DeviceMesh | AxisPieces | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """Gate every value by its density under a mixture of Gaussians (density gate).
 
@@ -189,6 +202,10 @@ def density_gate(
         residual: return x·weights + x.
         return_weights: return the weights too; they are differentiable.
         backend: "auto", "triton" or "eager"; see `daam.backend_for`.
+        group: processes that x is spread over along norm_axis (context parallel): a ProcessGroup, a DeviceMesh of one
+            dimension or `daam.AxisPieces`. x, mask and results are then this process's contiguous piece, which may be
+            of any size; heads cut all of the axis, in rank order. What each process finds of the parameters' gradients
+            is its part of them: they add up. Differentiates once, and is no part of a graph of torch.compile.
 
     Returns:
         y, or (y, weights), in x's shape, dtype and memory order; computed in fp32, fp64 for fp64 x, under autocast too.
@@ -203,31 +220,41 @@ def density_gate(
     check_floating(params)
     if all(p.dim() == 1 for p in params.values()):
         params = {name: p.unsqueeze(0) for name, p in params.items()}
-    check_params(x, params, axis, "num_gaussians")
-    return _attend("gate", x, tuple(params.values()), mask, (axis,), (), residual, return_weights, backend)
+    check_params(x, params, "num_gaussians")
+    check = partial(check_heads, len(params["log_sigma"]), axis)
+    return _attend(
+        "gate", x, tuple(params.values()), mask, (axis,), (), residual, return_weights, backend, group, check
+    )
 
 
 def _attend_by_product(
     algorithm: str, x: Tensor, mean_offsets: Tensor, c: Tensor, norm_axis: int, eps: float, padding_value: float | None,
-    mask: Tensor | None, residual: bool, return_weights: bool, backend: str,
+    mask: Tensor | None, residual: bool, return_weights: bool, backend: str, group: Any,
 ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """Check what both mixtures take, and call one."""
     axis = check_x(x, norm_axis)
     params = {"mean_offsets": mean_offsets, "c": c}
     check_floating(params)
-    check_gaussians(x, params, axis)
+    check_params(x, params, "num_gaussians")
     settings = (eps, check_settings(eps, padding_value, mask))
-    return _attend(algorithm, x, (mean_offsets, c), mask, (axis,), settings, residual, return_weights, backend)
+    check = partial(check_heads, len(c), axis, unbiased=True)
+    return _attend(
+        algorithm, x, (mean_offsets, c), mask, (axis,), settings, residual, return_weights, backend, group, check
+    )
 
 
-def check_gaussians(x: Tensor, params: dict[str, Tensor], axis: int) -> None:
-    """Check that floating parameters are Gaussians of heads whose chunks have an unbiased variance."""
-    check_params(x, params, axis, "num_gaussians")
-    heads = next(iter(params.values())).shape[0]
-    if x.shape[axis] // heads < 2:
+def _check_density(x_shape: torch.Size, shape: torch.Size, axis: int, size: int) -> None:
+    """Check that parameters of a shape are those of heads that divide norm_axis, of so many positions."""
+    (heads, n_params), last_axis = shape, len(x_shape) - 1
+    check_heads(heads, axis, size)
+    if size % heads:
+        raise ValueError(f"num_heads is {heads}, expected a divisor of the {size} positions of norm_axis {axis}")
+    features = size // heads if axis == last_axis else x_shape[last_axis]
+    if n_params not in (1, features):
+        expected = f"({heads}, {features}) or ({heads}, 1)"
+        reason = f", since norm_axis {axis} is the last axis, which heads cut" if axis == last_axis else ""
         raise ValueError(
-            f"num_heads is {heads}, which cuts the {x.shape[axis]} positions of norm_axis {axis} into chunks of "
-            "one element: expected two or more, since the variance is unbiased"
+            f"mean_offset and c have shape {tuple(shape)}, expected {expected}{reason}: x is {tuple(x_shape)}"
         )
 
 
@@ -244,16 +271,35 @@ def check_settings(eps: float, padding_value: float | None, mask: Tensor | None)
 
 def _attend(
     algorithm: str, x: Tensor, params: tuple[Tensor, ...], mask: Tensor | None, axes: tuple[int | None, ...],
-    settings: tuple[Any, ...], residual: bool, return_weights: bool, backend: str,
+    settings: tuple[Any, ...], residual: bool, return_weights: bool, backend: str, group: Any,
+    check: Callable[[int], None],
 ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
-    """Call an algorithm on x; axes: the normalised one, and those among the algorithm's settings."""
-    options = (*settings, residual, return_weights, backend_for(x, backend)[0])
+    """Call an algorithm on x; axes: the normalised one, and those among the settings. check: raises where an axis of
+    so many positions does not fit the parameters.
+    """
+    backend = backend_for(x, backend)[0]
+    if group is None:
+        check(x.shape[axes[0]])
+        options = (*settings, residual, return_weights, backend)
 
-    def attend(x: Tensor, mask: Tensor | None, axes: tuple[int | None, ...]) -> tuple[Tensor, ...]:
-        return ops.OPERATORS[algorithm](x, *params, mask, *axes, *options)
+        def attend(x: Tensor, mask: Tensor | None, axes: tuple[int | None, ...]) -> tuple[Tensor, ...]:
+            return ops.OPERATORS[algorithm](x, *params, mask, *axes, *options)
 
-    outputs = in_memory_order(attend, x, mask, axes)
+        outputs = in_memory_order(attend, x, mask, axes)
+    else:
+        mask, settings = broadcast_mask(x, mask, axes[0]), (*axes[1:], *settings)
+        outputs = sharded.attend(
+            algorithm, x, params, mask, axes[0], settings, residual, return_weights, backend, pieces_of(group), check
+        )
     return tuple(outputs) if return_weights else outputs[0]
+
+
+def broadcast_mask(x: Tensor, mask: Tensor | None, axis: int) -> Tensor | None:
+    """Return a mask of x's shape up to an axis as one that broadcasts against x, after a check."""
+    if mask is None:
+        return None
+    check_mask(x, mask, axis)
+    return mask.reshape(*mask.shape, *[1] * (x.dim() - mask.dim()))
 
 
 def in_memory_order(
@@ -264,9 +310,7 @@ def in_memory_order(
     Operators then only ever allocate contiguous outputs, and a channels-last x has channels-last outputs and gradient.
     mask: of x's shape up to the first of the axes; it is checked, and comes as one that broadcasts against x.
     """
-    if mask is not None:
-        check_mask(x, mask, axes[0])
-        mask = mask.reshape(*mask.shape, *[1] * (x.dim() - mask.dim()))
+    mask = broadcast_mask(x, mask, axes[0])
     if x.is_contiguous() or 0 in x.stride():  # the order of expanded dimensions means nothing
         return attend(x, mask, axes)
     order = sorted(range(x.dim()), key=x.stride, reverse=True)

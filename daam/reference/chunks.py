@@ -66,6 +66,13 @@ class Chunks:
         y, *weights = (torch.ops.aten._unsafe_view.default(t, t.shape) for t in outputs)
         return y, weights[0] if weights else None
 
+    def weigh_x(self, weights: Tensor, residual: bool) -> Tensor:
+        """Return y like x from weights cut into heads, by operations that can be differentiated."""
+        y = self.x * weights
+        if self.padded is not None:
+            y = torch.where(self.padded, self.x, y)
+        return self.merge(y + self.raw if residual else y)
+
     def gradients(self, grad_y: Tensor | None, grad_weights: Tensor | None) -> tuple[Tensor | int, ...]:
         """Return (g, h, raw), cut into heads: raw is grad_y as it came, g has zeros where x is not valid, and h =
         g·x + grad_weights is the gradient of the weights. All that comes of a grad_y of None is 0.

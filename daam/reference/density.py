@@ -22,11 +22,16 @@ def formula(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Return (y, weights): z = (x - mean - mean_offset)/sqrt(var + eps), weights = exp(-z²/(2c)), y = x·weights."""
     chunks = Chunks(x, c.shape[0], mask, axis)
-    d, sum_squares = chunks.centred()
+    weights = weigh(chunks, *chunks.centred(), mean_offset, c, feature_axis, eps)
+    return chunks.weigh_x(weights, residual), chunks.merge(weights)
+
+
+def weigh(
+    chunks: Chunks, d: Tensor, sum_squares: Tensor, mean_offset: Tensor, c: Tensor, feature_axis: int | None, eps: float
+) -> Tensor:
+    """Return the weights, cut into heads, of x - mean and Σ (x - mean)²."""
     z = (d - chunks.param(mean_offset, feature_axis)) * torch.rsqrt(_var_eps(chunks, sum_squares, eps))
-    weights = chunks.valid(torch.exp(-z * z / (2 * chunks.param(c, feature_axis))))
-    y = chunks.x * weights
-    return chunks.merge(y + chunks.raw if residual else y), chunks.merge(weights)
+    return chunks.valid(torch.exp(-z * z / (2 * chunks.param(c, feature_axis))))
 
 
 def gradient(

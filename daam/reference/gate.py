@@ -28,15 +28,18 @@ def formula(
 ) -> tuple[Tensor, Tensor]:
     """Return (y, weights) by this module's formulas, each like x; y = x·weights, plus x with residual."""
     chunks = Chunks(x, log_sigma.shape[0], mask, axis)
-    d, sum_squares = chunks.centred()
+    weights = weigh(chunks, *chunks.centred(), mean_offsets, log_sigma)
+    return chunks.weigh_x(weights, residual), chunks.merge(weights)
+
+
+def weigh(chunks: Chunks, d: Tensor, sum_squares: Tensor, mean_offsets: Tensor, log_sigma: Tensor) -> Tensor:
+    """Return the weights, cut into heads, of x - mean and Σ (x - mean)²."""
     std = (sum_squares / chunks.count).clamp(min=VARIANCE_FLOOR).sqrt()
     weights = 0
     for offset, sigma in _gaussians(chunks, mean_offsets, log_sigma):
         z = (d - offset) / (std * sigma + WIDTH_FLOOR)
         weights = weights + torch.exp(-z * z / 2) * (DENSITY_AT_0 / sigma)
-    weights = chunks.valid(weights / log_sigma.shape[1])
-    y = chunks.x * weights
-    return chunks.merge(y + chunks.raw if residual else y), chunks.merge(weights)
+    return chunks.valid(weights / log_sigma.shape[1])
 
 
 @cut_into_parts

@@ -32,23 +32,40 @@ def formula(
     sqrt(2π·c_k²), weights = Π_k g_k / max(Σ_chunk Π_k g_k, eps), product and sum in log space; y = x·weights.
     """
     chunks = Chunks(x, c.shape[0], mask, axis, padding)
-    d, sum_squares = chunks.centred()
+    log_w = log_weights(chunks, *chunks.centred(), mean_offsets, c, eps)
+    weights = normalise(chunks, log_w, *sum_exponentials(chunks, log_w), eps)
+    return chunks.weigh_x(weights, residual), chunks.merge(weights)
+
+
+def log_weights(
+    chunks: Chunks, d: Tensor, sum_squares: Tensor, mean_offsets: Tensor, c: Tensor, eps: float
+) -> Tensor:  # fmt: skip
+    """Return log Π_k g_k, cut into heads, of x - mean and Σ (x - mean)²; -inf where x is not valid."""
     inv_std = torch.rsqrt(chunks.var_eps(sum_squares, eps))
     log_product = torch.zeros_like(d)
     for offset, scale in zip(mean_offsets.split(1, 1), c.split(1, 1), strict=True):
         scale = chunks.param(scale)
         z = (d - chunks.param(offset)) * inv_std / scale
         log_product = log_product - z * z / 2 - HALF_LOG_2PI - scale.abs().log()
-    if mask is not None:
-        log_product = log_product.masked_fill(chunks.invalid & (chunks.empty == 0), -math.inf)
-    log_sum = _log_sum_exp(log_product, chunks.dim)
+    if chunks.invalid is None:
+        return log_product
+    return log_product.masked_fill(chunks.invalid & (chunks.empty == 0), -math.inf)
+
+
+def sum_exponentials(chunks: Chunks, log_w: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the largest log w of each chunk, a constant, and Σ exp(log w - largest)."""
+    # of torch's logsumexp, forward mode has no backward; infinite, the largest would make NaN of what is infinite
+    largest = log_w.detach().amax(chunks.dim, keepdim=True)
+    largest = largest.masked_fill(largest.isinf(), 0)
+    return largest, chunks.sum((log_w - largest).exp())
+
+
+def normalise(chunks: Chunks, log_w: Tensor, largest: Tensor, total: Tensor, eps: float) -> Tensor:
+    """Return the weights of log w, of what `sum_exponentials` returns."""
+    log_sum = total.log() + largest
     if eps > 0:
         log_sum = log_sum.clamp(min=math.log(eps))
-    weights = chunks.valid(torch.exp(log_product - log_sum))
-    y = chunks.x * weights
-    if padding is not None:
-        y = torch.where(chunks.padded, chunks.x, y)
-    return chunks.merge(y + chunks.raw if residual else y), chunks.merge(weights)
+    return chunks.valid(torch.exp(log_w - log_sum))
 
 
 @cut_into_parts
@@ -130,14 +147,6 @@ def backward(
         dx = chunks.input_grad(dx, g, weights, raw, residual)
     d_params = fit.chain(mean_offsets, c, sum_ke, sum_kee, clamped) if need_params else (None, None)
     return dx, *d_params
-
-
-def _log_sum_exp(t: Tensor, dim: int) -> Tensor:
-    """Return log Σ exp(t) along a dimension, which is kept. Of torch's logsumexp, forward mode has no backward."""
-    # a constant, which the derivatives do without; infinite, it would make NaN of what is infinite as it is
-    maximum = t.detach().amax(dim, keepdim=True)
-    maximum = maximum.masked_fill(maximum.isinf(), 0)
-    return (t - maximum).exp().sum(dim, keepdim=True).log() + maximum
 
 
 class _Fit(Product):

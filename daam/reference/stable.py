@@ -41,18 +41,22 @@ def formula(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Return (y, weights) by this module's formulas, each like x; y = x·weights, plus x with residual."""
     chunks = Chunks(x, c.shape[0], mask, axis, padding, zero_padding=False)
-    d, sum_squares = chunks.centred()
+    log_w = log_weights(chunks, *chunks.centred(), mean_offsets, c, eps)
+    weights = normalise(chunks, log_w, *sum_exponentials(chunks, log_w), eps)
+    return chunks.weigh_x(weights, residual), chunks.merge(weights)
+
+
+def log_weights(
+    chunks: Chunks, d: Tensor, sum_squares: Tensor, mean_offsets: Tensor, c: Tensor, eps: float
+) -> Tensor:  # fmt: skip
+    """Return log w, cut into heads, of x - mean and Σ (x - mean)²; -1e9 where it is no number, or hidden."""
     inv_std = torch.rsqrt(chunks.var_eps(sum_squares, eps))
     log_w = torch.zeros_like(d)
     for offset, width in _gaussians(chunks, mean_offsets, c):
         u = ((d - offset) * inv_std).clamp(-FARTHEST, FARTHEST)
         variance = width * width + eps
         log_w = log_w - u * u / (2 * variance) - (2 * math.pi * variance).log() / 2
-    weights = _softmax(chunks, log_w)
-    y = chunks.x * weights
-    if padding is not None:
-        y = torch.where(chunks.padded, chunks.x, y)
-    return chunks.merge(y + chunks.raw if residual else y), chunks.merge(weights)
+    return _hide(chunks, log_w)
 
 
 @cut_into_parts
@@ -73,7 +77,8 @@ def gradient(
         log_w = log_w - u * u * precision / 2
         sum_e, sum_q = sum_e + precision * e * inside, sum_q + precision * e * e * inside
         terms.append((precision * inv_var * e * inside, width * precision * precision * u * u))
-    weights = _softmax(chunks, log_w)
+    log_w = _hide(chunks, log_w)
+    weights = normalise(chunks, log_w, *sum_exponentials(chunks, log_w), eps)
     g, h, raw = chunks.gradients(grad_y, grad_weights)
     h = h * weights
     k = h - weights * chunks.sum(h)
@@ -165,15 +170,25 @@ def _hidden(chunks: Chunks) -> Tensor | None:
     return chunks.padded if chunks.invalid is None else chunks.invalid
 
 
-def _softmax(chunks: Chunks, log_w: Tensor) -> Tensor:
-    """Return the weights of log w: none where x is not valid, nor at padding, unless a chunk holds nothing else."""
+def _hide(chunks: Chunks, log_w: Tensor) -> Tensor:
+    """Return log w of no weight where it is no number, x is not valid, or at padding."""
     log_w = torch.where(log_w.isfinite(), log_w, LOG_NOTHING)
     hidden = _hidden(chunks)
-    if hidden is not None:
-        log_w = log_w.masked_fill(hidden, LOG_NOTHING)
+    return log_w if hidden is None else log_w.masked_fill(hidden, LOG_NOTHING)
+
+
+def sum_exponentials(chunks: Chunks, log_w: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the largest log w of each chunk, a constant, and Σ exp(log w - largest) over what is valid."""
+    largest = log_w.detach().amax(chunks.dim, keepdim=True)
+    return largest, chunks.sum(chunks.valid((log_w - largest).exp()))
+
+
+def normalise(chunks: Chunks, log_w: Tensor, largest: Tensor, total: Tensor, _eps: float) -> Tensor:
+    """Return the weights of log w, of what `sum_exponentials` returns: none where x is not valid, nor at padding,
+    unless a chunk holds nothing else.
+    """
     # divided by their sum, not by its logarithm, which large numbers round: gradients rest on Σ weights being 1
-    weights = chunks.valid((log_w - log_w.detach().amax(chunks.dim, keepdim=True)).exp())
-    return weights / (chunks.sum(weights) + chunks.empty)
+    return chunks.valid((log_w - largest).exp()) / (total + chunks.empty)
 
 
 def _free(c: Tensor) -> Tensor:
