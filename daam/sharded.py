@@ -94,7 +94,7 @@ class _Call:
         for n in counts:
             numbers = torch.zeros(self.cut.n_slots, n, chunks, dtype=acc_dtype(x), device=x.device)
             for part, found in given.items():
-                numbers[part.slot] = found
+                numbers[part.slot, : len(found)] = found  # of fewer strips than others have
             if checked:
                 everyone, checked = gather_checked(self.pieces, numbers, x.shape[self.axis]), False
                 if everyone is None:
@@ -162,6 +162,7 @@ def _attend_shared(call: _Call, x, p, q, mask, parts: Sequence[Part]) -> dict[Pa
         part: arithmetic.forward(
             algorithm, call.module(), *call.cut_tensors(part, x), *call.cut_params(part, p, q),
             *call.cut_tensors(part, mask), call.axis, part.total, call.settings, call.residual,
+            call.return_weights,
         )
         for part in parts if part.slot is not None
     }  # fmt: skip
@@ -176,6 +177,7 @@ def _differentiate_shared(call: _Call, grad_y, grad_weights, x, p, q, mask, numb
         part: arithmetic.backward(
             algorithm, call.module(), *call.cut_tensors(part, grad_y, grad_weights, x), *call.cut_params(part, p, q),
             *call.cut_tensors(part, mask), kept, call.axis, part.total, call.settings, call.residual,
+            part.offset == 0,
         )
         for part, kept in numbers.items()
     }  # fmt: skip

@@ -151,11 +151,12 @@ def _find_extent(layout: Layout, tile: tiles.Tile, strip: int | None) -> Extent:
 
 # --- Calls ----------------------------------------------------------------------------------------
 class Step(NamedTuple):
-    """Hold a kernel that a pass launches, its arguments but the extent, its constants but the plan, in its own order,
-    and whether it merges strips.
+    """Hold a kernel that a pass launches, programs of a head, its arguments but the extent, its constants but the plan,
+    in its own order, and whether it merges strips.
     """
 
     kernel: Any
+    programs: int
     args: tuple
     constants: dict[str, object]
     merges: bool
@@ -176,10 +177,12 @@ class Call:
     shape; None for those there are not; then strided, as kernels take them. weights: whether there is a gradient of the
     weights. need_params: whether gradients of the parameters are needed. stats: statistics of streamed chunks, or room
     for them where None came, as lacks_stats tells. None, whatever came, where chunks stay on chip: a copy of x that
-    autograd kept may lie in memory otherwise than x did.
+    autograd kept may lie in memory otherwise than x did. exchanges: whether steps are kept, for `sharded.py`.
     """
 
     inputs: Inputs
+    outputs: Any  # of a forward pass y and weights, of a backward pass dx
+    exchanges = False
 
     def __init__(
         self, budget: Budget, gaussians: int, n_sums: int, shape: torch.Size, axis: int, feature_axis: int | None,
@@ -223,26 +226,30 @@ class Call:
 
     def launch(self, kernel, programs: int, *args, **constants) -> None:
         """Launch on a grid (programs, heads), with the constants of kernels that take tiles."""
-        self._take(Step(kernel, args, constants, merges=False), programs)
+        self._take(Step(kernel, programs, args, constants, merges=False))
 
     def launch_merge(self, kernel, *args, **constants) -> None:
         """Launch what makes numbers of chunks from those of their strips: a program a tile of chunks."""
-        self._take(Step(kernel, args, constants, merges=True), self.extent.n_tiles)
+        self._take(Step(kernel, self.extent.n_tiles, args, constants, merges=True))
 
-    def _take(self, step: Step, programs: int) -> None:
-        """Launch a step on so many programs a head, or keep it where one program takes them all."""
-        if self.plan.whole:
+    def _take(self, step: Step) -> None:
+        """Launch a step, or keep it: where one program takes them all, and where processes exchange numbers between."""
+        if self.plan.whole or self.exchanges:
             self.steps.append(step)
-            return
+        else:
+            self.launch_step(step, self.plan.encoded)
+
+    def launch_step(self, step: Step, extent: Extent) -> None:
+        """Launch a step by itself. extent: the plan's, encoded, or one of other strips."""
         constants = step.constants | (self.plan.merge_constants if step.merges else self.plan.constants)
-        grid = (programs, self.heads)
-        launch.launch(step.kernel, grid, *step.args, self.plan.encoded, device=self.x.device, **constants)
+        grid = (step.programs, self.heads)
+        launch.launch(step.kernel, grid, *step.args, extent, device=self.x.device, **constants)
 
     def launch_steps(self, name: str) -> None:
         """Launch the steps that were kept, if any, as one kernel."""
         if not self.steps:
             return
-        kernels, args, constants, merges = zip(*self.steps, strict=True)
+        kernels, _programs, args, constants, merges = zip(*self.steps, strict=True)
         constants = tuple(tuple(one.values()) for one in constants)
         launch.launch(
             take_steps, (self.extent.n_tiles, self.heads), args, self.plan.encoded, device=self.x.device,

@@ -341,5 +341,6 @@ KERNELS = passes.Kernels(
     open_chunk=open_chunk,
     weigh_chunk=weigh_chunk,
     differentiate=differentiate_tile,
+    merges_partials=True,
 )
 forward, backward = partial(passes.forward, KERNELS), partial(passes.backward, KERNELS)

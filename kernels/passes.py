@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from . import launch
 from .algorithms import Algorithm
+from .budgets import Budget
 from .host import Call, Numbers
 from .operands import Inputs, Outputs, Strided, encode, float_bits, power_of_2, strided_of
 from .params import param_gradients
@@ -32,6 +33,7 @@ class Kernels:
     forward, backward: kernels of chunks on chip. prepare, open_chunk, weigh_chunk, differentiate: what
         `streamed.forward_streamed` and `backward_streamed` take. backward_streamed: a kernel of its own in place of
         that and differentiate, where totals for the parameters come last; sum_chunks then gives room for them.
+    merges_partials: whether sum_chunks makes partial sums where it merges strips.
     """
 
     algorithm: Algorithm
@@ -51,6 +53,7 @@ class Kernels:
     differentiate: Callable | None = None
     backward_streamed: Callable | None = None
     add_up: Callable[[Call, Strided], Strided] | None = None
+    merges_partials: bool = False
 
 
 def forward(
@@ -60,23 +63,38 @@ def forward(
     settings_and_flags: the algorithm's settings, residual, return_weights, save_stats.
     """
     *settings, residual, return_weights, save_stats = settings_and_flags
-    algorithm, y, weights = kernels.algorithm, empty_like(x), empty_like(x) if return_weights else None
+    y, weights = empty_like(x), empty_like(x) if return_weights else None
     # not whether weights are written: y is the same to the bit with and without them
-    tensors, feature_axis = (x, mask, y, weights), algorithm.find_setting("feature_axis", settings)
-    padding, n = float_bits(algorithm.find_setting("padding", settings), x.dtype), q.shape[1]
-    call = Call(algorithm.forward(n), kernels.gaussians(n), kernels.n_sums(n), q.shape, axis, feature_axis, tensors)
-    *inputs, call_y, call_weights = call.tensors
-    call.inputs, outputs = Inputs(*inputs, None, None, padding), Outputs(call_y, call_weights)
+    call = open_call(kernels, kernels.algorithm.forward(q.shape[1]), (x, mask, y, weights), q, axis, settings)
     if x.numel():
         parameters, given = kernels.collect(call, p, q, *settings)
         if call.streamed:
-            args = (call.inputs, parameters, kernels.find_numbers(call, parameters, given), outputs)
-            functions = {"PREPARE": kernels.prepare, "OPEN": kernels.open_chunk, "WEIGH": kernels.weigh_chunk}
-            call.launch(forward_streamed, call.programs, *args, **functions, NAME=algorithm.name, RESIDUAL=residual)
-            call.launch_steps(f"{algorithm.name}_forward")
+            launch_forward_streamed(kernels, call, parameters, given, residual)
+            call.launch_steps(f"{kernels.algorithm.name}_forward")
         else:
-            call.launch(kernels.forward, call.programs, call.inputs, parameters, outputs, given, RESIDUAL=residual)
+            args = (call.inputs, parameters, call.outputs, given)
+            call.launch(kernels.forward, call.programs, *args, RESIDUAL=residual)
     return y, weights, call.stats if save_stats and call.plan.keeps_stats else None
+
+
+def open_call(
+    kernels: Kernels, budget: Budget, tensors: tuple[Tensor | None, ...], q: Tensor, axis: int, settings: Sequence
+) -> Call:
+    """Return the call of a forward pass on x, a mask, y and weights."""
+    feature_axis, n = kernels.algorithm.find_setting("feature_axis", settings), q.shape[1]
+    padding = float_bits(kernels.algorithm.find_setting("padding", settings), tensors[0].dtype)
+    call = Call(budget, kernels.gaussians(n), kernels.n_sums(n), q.shape, axis, feature_axis, tensors)
+    *inputs, y, weights = call.tensors
+    call.inputs, call.outputs = Inputs(*inputs, None, None, padding), Outputs(y, weights)
+    return call
+
+
+def launch_forward_streamed(kernels: Kernels, call: Call, parameters: Any, settings: Any, residual: bool) -> None:
+    """Launch the forward pass of streamed chunks."""
+    args = (call.inputs, parameters, kernels.find_numbers(call, parameters, settings), call.outputs)
+    functions = {"PREPARE": kernels.prepare, "OPEN": kernels.open_chunk, "WEIGH": kernels.weigh_chunk}
+    name = kernels.algorithm.name
+    call.launch(forward_streamed, call.programs, *args, **functions, NAME=name, RESIDUAL=residual)
 
 
 def backward(
@@ -92,40 +110,55 @@ def backward(
         grads = tuple(empty_like(t) if x.numel() else t.new_zeros(t.shape) for t in (p, q))
     if not x.numel():
         return dx, *grads
-    algorithm, tensors, n = kernels.algorithm, (x, mask, grad_y, grad_weights, dx), q.shape[1]
-    feature_axis, weights = algorithm.find_setting("feature_axis", settings), grad_weights is not None
-    padding, n_sums = float_bits(algorithm.find_setting("padding", settings), x.dtype), kernels.n_sums(n)
-    call = Call(
-        algorithm.backward(n), kernels.gaussians(n), n_sums, q.shape, axis, feature_axis, tensors, weights, stats,
-        need_params,
-    )  # fmt: skip
-    *inputs, call_dx = call.tensors
-    call.inputs, partials = Inputs(*inputs, padding), None
+    budget, tensors = kernels.algorithm.backward(q.shape[1]), (x, mask, grad_y, grad_weights, dx)
+    call = open_backward_call(kernels, budget, tensors, q, axis, settings, stats, need_params)
     parameters, given = kernels.collect(call, p, q, *settings)
+    partials, n_sums = None, kernels.n_sums(call.n_params)
     if call.streamed:
-        partials = _backward_streamed(kernels, call, call_dx, parameters, given, residual, n_sums)
+        sums, partials = launch_backward_streamed(kernels, call, parameters, given, residual)
+        call.launch_steps(f"{kernels.algorithm.name}_backward")
+        if need_params and partials is None:
+            partials = kernels.add_up(call, sums)
     elif need_x or need_params:
         programs = call.plan.sum_programs if need_params else call.programs
         partials = call.partials(n_sums, call.plan.n_groups)
-        args = (call.inputs, parameters, call_dx, partials, given)
+        args = (call.inputs, parameters, call.outputs, partials, given)
         call.launch(kernels.backward, programs, *args, RESIDUAL=residual)
     if need_params:
-        _launch_param_gradients(kernels, call, partials, parameters, grads)
+        launch_param_gradients(kernels, call, partials, parameters, grads)
     return dx, *grads
 
 
-def _backward_streamed(
-    kernels: Kernels, call: Call, dx: Strided | None, parameters: Any, given: Any, residual: bool, n_sums: int
-) -> Strided | None:
-    """Launch the backward pass of streamed chunks and return the partial sums of parameters, None where not needed.
-    They come from the sums of chunks, but where parameters vary along the chunk, or the last kernel is one's own.
+def open_backward_call(
+    kernels: Kernels, budget: Budget, tensors: tuple[Tensor | None, ...], q: Tensor, axis: int, settings: Sequence,
+    stats: Tensor | None, need_params: bool,
+) -> Call:  # fmt: skip
+    """Return the call of a backward pass on x, a mask, grad_y, grad_weights and dx, which is its outputs."""
+    feature_axis, n = kernels.algorithm.find_setting("feature_axis", settings), q.shape[1]
+    padding = float_bits(kernels.algorithm.find_setting("padding", settings), tensors[0].dtype)
+    call = Call(
+        budget, kernels.gaussians(n), kernels.n_sums(n), q.shape, axis, feature_axis, tensors, tensors[3] is not None,
+        stats, need_params,
+    )  # fmt: skip
+    *inputs, call.outputs = call.tensors
+    call.inputs = Inputs(*inputs, padding)
+    return call
+
+
+def launch_backward_streamed(
+    kernels: Kernels, call: Call, parameters: Any, settings: Any, residual: bool
+) -> tuple[Strided, Strided | None]:
+    """Launch the backward pass of streamed chunks; return their sums, and the partial sums of parameters, None where
+    not needed. They come from the sums, too, but where parameters vary along the chunk, or the last kernel is one's
+    own: None where `add_up` makes them when all is launched.
     """
     if call.lacks_stats:
-        kernels.find_numbers(call, parameters, given)  # fills call.stats; what else it finds is for a forward pass
-    numbers = Numbers(call.of_chunks(call.stats))
-    sums, partials = kernels.sum_chunks(call, parameters, given, numbers)
+        kernels.find_numbers(call, parameters, settings)  # fills call.stats; what else it finds is for a forward pass
+    numbers, dx = Numbers(call.of_chunks(call.stats)), call.outputs
+    sums, partials = kernels.sum_chunks(call, parameters, settings, numbers)
     programs, row_partials = call.programs, None
     if call.along == "chunk" and call.need_params:
+        n_sums = kernels.n_sums(call.n_params)
         programs, partials = call.plan.sum_programs, call.partials(n_sums, call.plan.n_groups)
         row_partials = partials
     kernel, constants = kernels.backward_streamed, {}
@@ -137,11 +170,10 @@ def _backward_streamed(
     if dx is not None or row_partials is not None:
         args = (call.inputs, parameters, numbers._replace(sums=sums), dx, row_partials)
         call.launch(kernel, programs, *args, **constants, RESIDUAL=residual)
-    call.launch_steps(f"{kernels.algorithm.name}_backward")
-    return kernels.add_up(call, sums) if call.need_params and partials is None else partials
+    return sums, partials
 
 
-def _launch_param_gradients(
+def launch_param_gradients(
     kernels: Kernels, call: Call, partials: Strided, parameters: Any, grads: tuple[Tensor, Tensor]
 ) -> None:
     """Launch what turns partial sums into gradients, of up to 16 neighbours a program where they follow features."""

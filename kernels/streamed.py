@@ -122,7 +122,7 @@ def merge_strip_sums(strips, sums, extent, N: tl.constexpr, PLAN: tl.constexpr):
 
 def merge_sums(call: Call, strips: Strided, n: int) -> Strided:
     """Return n sums of each chunk, from those of its strips."""
-    if call.extent.n_strips == 1:
+    if call.extent.n_strips == 1 and not call.exchanges:
         return strips
     sums = call.of_strips(n, strips=1)
     call.launch_merge(merge_strip_sums, strips, sums, N=n)

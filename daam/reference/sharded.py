@@ -37,9 +37,10 @@ def counts(algorithm: Algorithm, _longest: int) -> tuple[tuple[int, ...], tuple[
 
 def forward(
     algorithm: Algorithm, module: ModuleType, x: Tensor, p: Tensor, q: Tensor, mask: Tensor | None, axis: int,
-    n_positions: int, settings: Sequence, residual: bool,
+    n_positions: int, settings: Sequence, residual: bool, return_weights: bool,
 ) -> Exchange:  # fmt: skip
-    """Return (y, weights) of a piece, and the numbers of whole chunks that the backward pass takes, (n, chunks).
+    """Return y and the weights of a piece, None if not asked for, and the numbers of whole chunks that the backward
+    pass takes, (n, chunks).
 
     module: of the algorithm's formula. x, mask: this piece's. p, q: of the head, (1, P). n_positions: of all pieces.
     """
@@ -53,13 +54,14 @@ def forward(
         weights = module.normalise(piece.chunks, log_w, *map(piece.shape, numbers[PIECE:]), *piece.settings)
     else:
         weights = module.weigh(piece.chunks, d, squares, p, q, *piece.settings)
-    y, weights = piece.chunks.weigh_x(weights, residual), piece.chunks.merge(weights)
-    return y.to(x.dtype), weights.to(x.dtype), numbers
+    y = piece.chunks.weigh_x(weights, residual)
+    return y, piece.chunks.merge(weights) if return_weights else None, numbers
 
 
 def backward(
     algorithm: Algorithm, module: ModuleType, grad_y: Tensor | None, grad_weights: Tensor | None, x: Tensor, p: Tensor,
     q: Tensor, mask: Tensor | None, numbers: Tensor, axis: int, n_positions: int, settings: Sequence, residual: bool,
+    _first: bool,
 ) -> Exchange:  # fmt: skip
     """Return the gradients of a piece's x, and of p and q by way of this piece alone: theirs add up over pieces."""
     with torch.enable_grad():

@@ -33,10 +33,15 @@ CASES += [
 ]
 
 
-def check_all(rank):
+def check_all(rank, backend):
     for case, sizes in CASES:
-        spread.check(rank, case, sizes)
+        spread.check(rank, case, sizes, backend)
 
 
 def test_pieces_of_three_processes(tmp_path):
-    spread.run(3, tmp_path, check_all)
+    spread.run(3, tmp_path, check_all, "eager")
+
+
+@pytest.mark.kernel
+def test_pieces_on_kernels(tmp_path, device):
+    spread.run(3, tmp_path, check_all, "triton")

@@ -1,0 +1,106 @@
+"""Heads that are spread over processes: passes over streamed chunks, whose strips are merged over all pieces.
+
+A piece is streamed however short it is: what its strips find goes to all other pieces before it is merged, so that
+each process merges the strips of the whole chunk, in one order. `forward` and `backward` are generators of one head, as
+those of the eager backend are (`daam.reference.sharded`): they yield numbers of strips, (strips·n, chunks), and are sent
+those of all pieces, as many strips each, what is absent 0.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Generator, Sequence
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import passes
+from .algorithms import Algorithm
+from .budgets import Budget
+from .host import Call
+from .operands import encode
+from .tiles import STRIP_STRIDED
+
+Exchange = Generator[Tensor, Tensor, Any]
+ABSENT = 1e37  # the least s of no position, `mixture_blocks.FAR`
+SUMS = {"density": 3, "gate": 2}  # of a strip, in the backward pass; both mixtures have 7
+
+
+def counts(algorithm: Algorithm, longest: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return how many numbers of a chunk each exchange of a (forward, backward) pass has, by the longest piece."""
+    n_strips = -(-longest // STRIP_STRIDED)  # no strip is shorter, whatever memory is like
+    forward = (4, 2) if algorithm.unbiased else (4,)
+    return tuple(n * n_strips for n in forward), (SUMS.get(algorithm.name, 7) * n_strips,)
+
+
+def forward(
+    algorithm: Algorithm, module: ModuleType, x: Tensor, p: Tensor, q: Tensor, mask: Tensor | None, axis: int,
+    _n_positions: int, settings: Sequence, residual: bool, return_weights: bool,
+) -> Exchange:  # fmt: skip
+    """Return y and the weights of a piece, contiguous, None if not asked for, and the statistics of whole chunks."""
+    kernels, x = module.KERNELS, _in_rows(algorithm, x, axis, settings)
+    y, weights = passes.empty_like(x), passes.empty_like(x) if return_weights else None
+    budget = stream(algorithm.forward(q.shape[1]))
+    call = passes.open_call(kernels, budget, (x, mask, y, weights), q, axis, settings)
+    call.exchanges = True
+    passes.launch_forward_streamed(kernels, call, *kernels.collect(call, p, q, *settings), residual)
+    yield from _launch_steps(call, algorithm.unbiased)
+    return y, weights, call.stats
+
+
+def backward(
+    algorithm: Algorithm, module: ModuleType, grad_y: Tensor | None, grad_weights: Tensor | None, x: Tensor, p: Tensor,
+    q: Tensor, mask: Tensor | None, stats: Tensor, axis: int, _n_positions: int, settings: Sequence, residual: bool,
+    first: bool,
+) -> Exchange:  # fmt: skip
+    """Return the gradients of a piece's x, and its part of those of p and q: where they come of numbers of whole chunks
+    the first piece has all of them.
+    """
+    kernels, x = module.KERNELS, _in_rows(algorithm, x, axis, settings)
+    dx, grads = passes.empty_like(x), tuple(map(passes.empty_like, (p, q)))
+    budget, tensors = stream(algorithm.backward(q.shape[1])), (x, mask, grad_y, grad_weights, dx)
+    call = passes.open_backward_call(kernels, budget, tensors, q, axis, settings, stats, need_params=True)
+    call.exchanges = True
+    parameters, given = kernels.collect(call, p, q, *settings)
+    sums, partials = passes.launch_backward_streamed(kernels, call, parameters, given, residual)
+    yield from _launch_steps(call, least=False)
+    of_whole = partials is None or kernels.merges_partials
+    if partials is None:
+        partials = kernels.add_up(call, sums)
+    passes.launch_param_gradients(kernels, call, partials, parameters, grads)
+    return dx, *(grads if first or not of_whole else map(torch.zeros_like, grads))
+
+
+@functools.cache
+def stream(budget: Budget) -> Budget:
+    """Return a budget under which every chunk is streamed, step by step."""
+    longest = {name: 0 for name in Budget._fields if name.startswith("longest_")}
+    return budget._replace(**longest, streamed_registers=None)
+
+
+def _in_rows(algorithm: Algorithm, x: Tensor, axis: int, settings: Sequence) -> Tensor:
+    """Return x with its axis the fastest in memory where parameters vary along it: else strips would be too short."""
+    along = algorithm.find_setting("feature_axis", settings) == axis
+    return x.contiguous() if along else x
+
+
+def _launch_steps(call: Call, least: bool) -> Exchange:
+    """Launch the steps of a call, those that merge strips on the strips of all pieces. least: whether two numbers of a
+    strip are the least of a place and a sum.
+    """
+    for step in call.steps:
+        if not step.merges:
+            call.launch_step(step, call.plan.encoded)
+            continue
+        strips, *others = step.args
+        n_strips, shape = call.extent.n_strips, strips.data.shape
+        n = shape[0] // n_strips
+        found = yield strips.data.reshape(n, n_strips, -1).transpose(0, 1).flatten(0, 1)
+        found = found.unflatten(1, (-1, n)).flatten(0, 1).transpose(0, 1).contiguous()  # (n, strips of all, chunks)
+        if least and n == 2:
+            found[0].masked_fill_(found[1] == 0, ABSENT)
+        merged = call.of_chunks(found.reshape(-1, *shape[1:]))
+        extent = call.plan.encoded._replace(n_strips=encode(found.shape[1]))
+        call.launch_step(step._replace(args=(merged, *others)), extent)
