@@ -51,13 +51,6 @@ def check_tensor(name: str, t: Any) -> None:
 
 def _check_subclass(name: str, t: Tensor) -> None:
     """Raise TypeError for subclasses that cannot work. Others may: fake tensors do, and tensors in a tracer."""
-    if hasattr(t, "device_mesh"):
-        raise TypeError(
-            f"{name} is a DTensor, expected a plain Tensor: call this under "
-            "torch.distributed.tensor.experimental.local_map, with norm_axis not sharded. Where parameters are "
-            "Replicate(), their gradients are sums that every process has a part of: in_grad_placements must call "
-            "them [Partial()], as in README's Limits"
-        )
     if is_lazy(t):
         raise TypeError(f"{name} is uninitialized, expected a Tensor with sizes: run its lazy module once before")
     if type(t).__name__ == "MaskedTensor":

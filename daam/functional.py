@@ -12,6 +12,7 @@ from torch import Tensor
 from daam import ops, sharded
 from daam.backend import backend_for
 from daam.checks import check_eps, check_floating, check_heads, check_mask, check_padding, check_params, check_x
+from daam.dtensors import are_dtensors, attend_shards
 from daam.pieces import AxisPieces, pieces_of
 
 if TYPE_CHECKING:
@@ -52,10 +53,16 @@ def density_attention(
         y, or (y, weights), in x's shape, dtype and memory order; computed in fp32, fp64 for fp64 x, under autocast too.
 
     Raises:
-        TypeError: x, mean_offset, c or mask has the wrong type or dtype, or is a DTensor, sparse or nested.
+        TypeError: x, mean_offset, c or mask has the wrong type or dtype, is sparse or nested, or x alone is no DTensor.
         ValueError: rank, norm_axis, num_heads, eps, a shape, device or backend is wrong; the message says what came.
         RuntimeError: backend "triton" cannot run here; the message says why.
     """
+    if are_dtensors(x, mean_offset, c, mask):
+        params = {"mean_offset": mean_offset, "c": c}
+        return attend_shards(
+            density_attention, x, params, mask, norm_axis, True, group, eps=eps, residual=residual,
+            return_weights=return_weights, backend=backend,
+        )  # fmt: skip
     axis = check_x(x, norm_axis)
     last_axis = x.dim() - 1
     params = {"mean_offset": mean_offset, "c": c}
@@ -110,11 +117,17 @@ def mixture_attention(
         y, or (y, weights), in x's shape, dtype and memory order; computed in fp32, fp64 for fp64 x, under autocast too.
 
     Raises:
-        TypeError: an argument has the wrong type or dtype, or is a DTensor, sparse or nested.
+        TypeError: an argument has the wrong type or dtype, is sparse or nested, or x alone is no DTensor.
         ValueError: rank, norm_axis, num_heads, eps, padding_value, a shape, a device or the backend does not fit, or
             both mask and padding_value are given; the message says what came.
         RuntimeError: backend "triton" cannot run here; the message says why.
     """
+    if are_dtensors(x, mean_offsets, c, mask):
+        params = {"mean_offsets": mean_offsets, "c": c}
+        return attend_shards(
+            mixture_attention, x, params, mask, norm_axis, False, group, eps=eps, padding_value=padding_value,
+            residual=residual, return_weights=return_weights, backend=backend,
+        )  # fmt: skip
     return _attend_by_product(
         "mixture", x, mean_offsets, c, norm_axis, eps, padding_value, mask, residual, return_weights, backend, group
     )
@@ -165,11 +178,17 @@ def stable_mixture_attention(
         y, or (y, weights), in x's shape, dtype and memory order; computed in fp32, fp64 for fp64 x, under autocast too.
 
     Raises:
-        TypeError: an argument has the wrong type or dtype, or is a DTensor, sparse or nested.
+        TypeError: an argument has the wrong type or dtype, is sparse or nested, or x alone is no DTensor.
         ValueError: rank, norm_axis, num_heads, eps, padding_value, a shape, a device or the backend does not fit, or
             both mask and padding_value are given; the message says what came.
         RuntimeError: backend "triton" cannot run here; the message says why.
     """
+    if are_dtensors(x, mean_offsets, c, mask):
+        params = {"mean_offsets": mean_offsets, "c": c}
+        return attend_shards(
+            stable_mixture_attention, x, params, mask, norm_axis, False, group, eps=eps, padding_value=padding_value,
+            residual=residual, return_weights=return_weights, backend=backend,
+        )  # fmt: skip
     return _attend_by_product(
         "stable", x, mean_offsets, c, norm_axis, eps, padding_value, mask, residual, return_weights, backend, group
     )
@@ -211,12 +230,17 @@ def density_gate(
         y, or (y, weights), in x's shape, dtype and memory order; computed in fp32, fp64 for fp64 x, under autocast too.
 
     Raises:
-        TypeError: an argument has the wrong type or dtype, or is a DTensor, sparse or nested.
+        TypeError: an argument has the wrong type or dtype, is sparse or nested, or x alone is no DTensor.
         ValueError: rank, norm_axis, num_heads, a shape, device or backend is wrong; the message says what came.
         RuntimeError: backend "triton" cannot run here; the message says why.
     """
-    axis = check_x(x, norm_axis)
     params = {"mean_offsets": mean_offsets, "log_sigma": log_sigma}
+    if are_dtensors(x, mean_offsets, log_sigma, mask):
+        return attend_shards(
+            density_gate, x, params, mask, norm_axis, False, group, residual=residual, return_weights=return_weights,
+            backend=backend,
+        )  # fmt: skip
+    axis = check_x(x, norm_axis)
     check_floating(params)
     if all(p.dim() == 1 for p in params.values()):
         params = {name: p.unsqueeze(0) for name, p in params.items()}
