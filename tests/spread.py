@@ -77,6 +77,8 @@ def check(rank, case, sizes, backend="eager", dtype=torch.float64, bound=1e-11, 
         wanted, scale = expected[name], expected[name].abs().max().item()
         if name not in case.gradients[1:]:
             wanted = piece(wanted, case.positive_axis, sizes, rank)
-        assert result.shape == wanted.shape and result.dtype == (dtype if name in ("y", "weights", "dx") else result.dtype)
+        assert result.shape == wanted.shape and result.dtype == (
+            dtype if name in ("y", "weights", "dx") else result.dtype
+        )
         difference = (result.detach().double() - wanted).abs().max().item() if wanted.numel() else 0.0
         within(difference / scale, bound, f"{name} of {case} in {sizes} on {backend}")

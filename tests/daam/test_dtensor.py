@@ -6,9 +6,6 @@ import pytest
 import spread
 import torch
 from helpers import ALGORITHMS, close
-from torch import nn
-
-import daam
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

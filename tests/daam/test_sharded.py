@@ -1,12 +1,15 @@
 """An axis that is spread over processes: results and gradients are those of all of it in one."""
 
+import pickle
+
 import pytest
 import spread
 import torch
 import torch.distributed as dist
-from helpers import ALGORITHMS, Case
+from helpers import ALGORITHMS, EPS, Case, attend, inputs
 
 import daam
+from daam.pieces import cut_heads
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -15,10 +18,7 @@ CASES = [
     for name in ALGORITHMS
     for case, sizes in (
         (Case((3, 24, 5), 1), (7, 0, 17)),
-        (
-            Case((3, 24, 5), 1, heads=4, residual=True, layout="transposed"),
-            (7, 12, 5),
-        ),  # two shared heads in the middle
+        (Case((3, 24, 5), 1, heads=4, residual=True, layout="transposed"), (7, 12, 5)),  # one has a piece of two heads
         (Case((2, 3, 24), 2, heads=2, mask=True, grads="expanded"), (4, 15, 5)),
         (Case((24, 4), 0, heads=3, mask=True, weights=False), (8, 8, 8)),  # nothing is shared
         (Case((2, 25, 3), 1, heads=3 if name != "density" else 5, layout="sliced"), (20, 2, 3)),
@@ -31,17 +31,168 @@ CASES += [
     (Case((2, 24, 3), 1, heads=1, clamps=True, mask=True, algorithm="stable"), (5, 8, 11)),
     (Case((2, 3, 24), 2, heads=3, params="one"), (10, 8, 6)),
 ]
+KERNEL_CASES = [
+    *((Case((8, 2), 0, heads=2, algorithm=name), (5, 3)) for name in ("density", "mixture", "gate")),
+    (Case((2, 6), 1, heads=1, mask=True, weights=False), (5, 1)),  # parameters vary along the axis
+    (Case((520, 1), 0, algorithm="stable", weights=False, clamps=True), (519, 1)),  # two strips, and one
+]
+MORE_KERNEL_CASES = [
+    *CASES,
+    *((Case((3, 1400, 2), 1, mask=True, weights=False, algorithm=name), (1100, 300, 0)) for name in ALGORITHMS),
+]
 
 
-def check_all(rank, backend):
-    for case, sizes in CASES:
+def check_all(rank, backend, cases):
+    for case, sizes in cases:
         spread.check(rank, case, sizes, backend)
 
 
 def test_pieces_of_three_processes(tmp_path):
-    spread.run(3, tmp_path, check_all, "eager")
+    spread.run(3, tmp_path, check_all, "eager", CASES)
 
 
 @pytest.mark.kernel
+@pytest.mark.not_emulated("processes are forked")
 def test_pieces_on_kernels(tmp_path, device):
-    spread.run(3, tmp_path, check_all, "triton")
+    spread.run(2, tmp_path, check_all, "triton", KERNEL_CASES)
+
+
+@pytest.mark.slow
+@pytest.mark.kernel
+@pytest.mark.not_emulated("processes are forked")
+def test_more_pieces_on_kernels(tmp_path, device):
+    spread.run(3, tmp_path, check_all, "triton", MORE_KERNEL_CASES)
+
+
+def test_two_processes(tmp_path):
+    """Check what needs a group and no more: each pair of processes takes seconds to start."""
+    checks = (
+        check_exchanges,
+        check_other_sizes,
+        check_half_precision,
+        check_large_mean,
+        check_frozen_inputs,
+        check_errors,
+        check_compile,
+    )
+    spread.run(2, tmp_path, lambda rank: [check(rank) for check in checks])
+
+
+def check_exchanges(rank):
+    """Check how many exchanges there are, and of how many numbers: of shared heads alone, 8 bytes each."""
+    for name, exchanges, numbers in (("density", 1, 4), ("gate", 1, 4), ("mixture", 2, 4), ("stable", 2, 4)):
+        case, sizes = Case((3, 24, 5), 1, heads=3, algorithm=name), (12, 12)
+        given = inputs(case, torch.float64)
+        leaves = [t.requires_grad_() for t in (spread.piece(given.x, 1, sizes, rank), *given.params)]
+        with spread.counted() as forward:
+            y, _weights = attend(case, *leaves, group=daam.AxisPieces(dist.group.WORLD, sizes))
+        with spread.counted() as backward:
+            y.sum().backward()
+        assert len(forward) == len(backward) == exchanges, name
+        assert forward[0] == numbers * 3 * 5  # of the one head that is in both
+    with spread.counted() as found:  # none where heads are whole
+        attend(
+            case.but(heads=2), leaves[0], *(p[:2] for p in leaves[1:]), group=daam.AxisPieces(dist.group.WORLD, sizes)
+        )
+    assert not found
+
+
+def check_other_sizes(rank):
+    """Check that processes tell each other the sizes of pieces, and notice where one of them has another."""
+    group, case = dist.group.WORLD, Case((3, 24, 5), 1, heads=4)
+    counts = []
+    for sizes in ((12, 12), (12, 12), (13, 11), (13, 11), (24, 0)):
+        with spread.counted() as found:
+            spread.check(rank, case, sizes, group=group)
+        counts.append(len(found))
+    # sizes are asked for once; then they come with the numbers, which are of no use where they are new
+    assert counts == [2, 1, 3, 2, 2], counts
+    with pytest.raises(ValueError, match="num_heads is 5, expected a divisor of the 24 positions of norm_axis 1"):
+        daam.density_attention(torch.randn(3, (13, 11)[rank], 5), torch.ones(5, 5), torch.ones(5, 5), group=group)
+
+
+def check_half_precision(rank):
+    for dtype in (torch.float32, torch.bfloat16):
+        for name in ALGORITHMS:
+            spread.check(
+                rank, Case((2, 40, 6), 1, heads=2, algorithm=name), (25, 15), dtype=dtype, bound=16 * EPS[dtype]
+            )
+
+
+def check_large_mean(rank):
+    """Check that means of 1e5 cost no more digits than they do in one process."""
+    for name in ALGORITHMS:
+        case = Case((2, 40, 6), 1, offset=1e5, weights=False, algorithm=name)
+        spread.check(rank, case, (25, 15), dtype=torch.float32, bound=1e-5)
+
+
+def check_frozen_inputs(rank):
+    case, sizes = Case((2, 12, 4), 1), (5, 7)
+    given = inputs(case, torch.float64)
+    group, x = daam.AxisPieces(dist.group.WORLD, sizes), spread.piece(given.x, 1, sizes, rank)
+    p, q = given.params
+    q.requires_grad_()
+    y, weights = attend(case, x, p, q, group=group)
+    (y.sum() + weights.sum()).backward()
+    d_q, q.grad = q.grad.clone(), None
+    dist.all_reduce(d_q)
+    y, weights = attend(case, given.x, p, q)
+    (y.sum() + weights.sum()).backward()
+    torch.testing.assert_close(d_q, q.grad)
+    with torch.no_grad():
+        assert not attend(case, x, p, q, group=group)[0].requires_grad
+
+
+def check_errors(rank):
+    case, sizes = Case((2, 12, 4), 1, weights=False), (5, 7)
+    given = inputs(case, torch.float64)
+    group, x = daam.AxisPieces(dist.group.WORLD, sizes), spread.piece(given.x, 1, sizes, rank).requires_grad_()
+    with pytest.raises(ValueError, match=f"x has {sizes[rank] + 1} positions"):
+        attend(case, torch.cat((x, x[:, :1]), 1), *given.params, group=group)
+    with pytest.raises(TypeError, match="group is a int, expected a ProcessGroup"):
+        attend(case, x, *given.params, group=3)
+    for wrong in ((12,), (13, -1)):
+        with pytest.raises(ValueError, match="expected 2 numbers, 0 or more, one a process"):
+            daam.AxisPieces(dist.group.WORLD, wrong)
+    y = attend(case, x, *given.params, group=group)
+    with pytest.raises(RuntimeError, match="a sharded axis is differentiated once"):
+        torch.autograd.grad(y.sum(), x, create_graph=True)
+    with pytest.raises(NotImplementedError, match="a sharded axis has no vmap"):
+        torch.func.grad(lambda x: attend(case, x, *given.params, group=group).sum())(x.detach())
+    assert pickle.loads(pickle.dumps(group)) == group == daam.AxisPieces(group.group, sizes)
+
+
+def check_compile(rank):
+    """Check that a compiled call breaks the graph, and is an error that says so where it must not."""
+    case, sizes = Case((2, 12, 4), 1, weights=False), (5, 7)
+    given = inputs(case, torch.float64)
+    group, x = daam.AxisPieces(dist.group.WORLD, sizes), spread.piece(given.x, 1, sizes, rank)
+
+    def twice(x, p, q):
+        return attend(case, 2 * x, p, q, group=group) * 2
+
+    compiled = torch.compile(twice, backend="eager")
+    torch.testing.assert_close(compiled(x, *given.params), twice(x, *given.params))
+    torch._dynamo.reset()  # which would take what was compiled in parts
+    with pytest.raises(Exception, match="daam's sharded axis exchanges numbers between processes"):
+        torch.compile(twice, backend="eager", fullgraph=True)(x, *given.params)
+
+
+def test_cuts_hold_every_position_once():
+    for sizes in ((7, 0, 17), (1, 1, 1), (0, 0, 5), (10, 2, 13), (24,)):
+        for heads in range(1, min(sum(sizes), 6) + 1):
+            cuts = [cut_heads(sizes, rank, heads) for rank in range(len(sizes))]
+            for size, cut in zip(sizes, cuts, strict=True):
+                assert [part.start for part in cut.parts] == [
+                    sum(p.length for p in cut.parts[:i]) for i in range(len(cut.parts))
+                ]
+                assert sum(part.length for part in cut.parts) == size
+            shared = {part.head: part for cut in cuts for part in cut.parts if part.slot is not None}
+            for part in shared.values():
+                pieces = [p for cut in cuts for p in cut.parts if p.slot is not None and p.head == part.head]
+                assert [p.offset for p in pieces] == [sum(p.length for p in pieces[:i]) for i in range(len(pieces))]
+                assert sum(p.length for p in pieces) == part.total and {p.places for p in pieces} == {part.places}
+            whole = [
+                head for cut in cuts for p in cut.parts if p.slot is None for head in range(p.head, p.head + p.heads)
+            ]
+            assert sorted([*whole, *shared]) == list(range(heads))
