@@ -33,5 +33,5 @@ def start(targets, outputs=None):
 def finish(processes):
     """Return the exit statuses of processes, when they end, -9 of one that was killed."""
     for process in processes:
-        process.join(600)
+        process.join(300)
     return [process.exitcode for process in processes]
