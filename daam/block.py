@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -10,15 +11,17 @@ from torch import Tensor
 from daam.backend import backend_for
 from daam.block_ops import BLOCKS
 from daam.checks import check_floating, check_heads, check_params, check_recompute, check_tensor, check_x
-from daam.functional import check_settings, in_memory_order
+from daam.dtensors import are_dtensors
+from daam.functional import check_settings, in_memory_order, mixture_attention, stable_mixture_attention
 from daam.ops import _forward_mode, _transformed
+from daam.pieces import Group
 from daam.ways import Plan, differentiates, is_plain, is_plain_parameter, plan_layers
 
 
 def density_block(
     x: Tensor, mean_offsets: Sequence[Tensor], c: Sequence[Tensor], *, norm_axis: int = 1, eps: float = 1e-8,
     padding_value: float | None = None, mask: Tensor | None = None, residual: bool = True, stable: bool = False,
-    recompute: bool | None = None, return_weights: bool = False, backend: str = "auto",
+    recompute: bool | None = None, return_weights: bool = False, backend: str = "auto", group: Group = None,
 ) -> Tensor | tuple[Tensor, tuple[Tensor, ...]]:  # fmt: skip
     """Weigh x by layers of mixtures of densities that share their axis and their heads, one after the other.
 
@@ -39,6 +42,8 @@ def density_block(
             where that is expected to be faster (`fusion_for` says); False: never.
         return_weights: return the weights of each layer too; they are differentiable.
         backend: "auto", "triton" or "eager"; see `daam.backend_for`.
+        group: processes that x is spread over along norm_axis, as one layer has them; layers then go one by one, as
+            they do of DTensors.
 
     Returns:
         y, or (y, weights), the latter one a layer, in x's shape, dtype and memory order.
@@ -50,6 +55,12 @@ def density_block(
     """
     axis = check_x(x, norm_axis)
     settings = (eps, check_settings(eps, padding_value, mask))
+    if group is not None or are_dtensors(x):
+        layer = partial(
+            stable_mixture_attention if stable else mixture_attention, norm_axis=axis, eps=eps,
+            padding_value=padding_value, mask=mask, residual=residual, backend=backend, group=group,
+        )  # fmt: skip
+        return _attend_one_by_one(layer, x, mean_offsets, c, recompute, return_weights)
     backend, algorithm = backend_for(x, backend)[0], "stable" if stable else "mixture"
     plan = _plan(x, mean_offsets, c, axis, mask, recompute, backend)
 
@@ -61,9 +72,24 @@ def density_block(
     return (y, tuple(weights)) if return_weights else y
 
 
+def _attend_one_by_one(
+    layer: Callable, x: Tensor, mean_offsets: Sequence[Tensor], c: Sequence[Tensor], recompute: bool | None,
+    return_weights: bool,
+) -> Tensor | tuple[Tensor, tuple[Tensor, ...]]:  # fmt: skip
+    """Return what `density_block` does, each layer by the function of one."""
+    _check_sequences(mean_offsets, c, recompute)
+    weights = []
+    for p, q in zip(mean_offsets, c, strict=True):
+        x = layer(x, p, q, return_weights=return_weights)
+        if return_weights:
+            x, found = x
+            weights.append(found)
+    return (x, tuple(weights)) if return_weights else x
+
+
 def fusion_for(
     x: Tensor, mean_offsets: Sequence[Tensor], c: Sequence[Tensor], *, norm_axis: int = 1, mask: Tensor | None = None,
-    recompute: bool | None = None, backend: str = "auto",
+    recompute: bool | None = None, backend: str = "auto", group: Group = None,
 ) -> tuple[str, str]:  # fmt: skip
     """Return which way `density_block` goes with these arguments, and the reason.
 
@@ -78,6 +104,9 @@ def fusion_for(
         TypeError, ValueError, RuntimeError: as `density_block` does.
     """
     axis, backend = check_x(x, norm_axis), backend_for(x, backend)[0]
+    if group is not None or are_dtensors(x):
+        _check_sequences(mean_offsets, c, recompute)
+        return "layers", "norm_axis, or a DTensor, is spread over processes"
     plan = _plan(x, mean_offsets, c, axis, mask, recompute, backend)
     if plan is None:
         raise RuntimeError("fusion_for is called while compiling, where layers are not planned yet")
@@ -93,12 +122,9 @@ def _plan(
     recompute: bool | None, backend: str,
 ) -> Plan | None:  # fmt: skip
     """Return the plan of layers, None while compiling; raise TypeError or ValueError where they do not fit."""
-    check_recompute(recompute)
     if mask is not None:
         check_tensor("mask", mask)
-    for name, given in (("mean_offsets", mean_offsets), ("c", c)):
-        if not isinstance(given, (list, tuple)):
-            raise TypeError(f"{name} is a {type(given).__name__}, expected a list of tensors, one a layer")
+    _check_sequences(mean_offsets, c, recompute)
     if torch.compiler.is_compiling():  # the operator, which the compiler does not look into, plans
         _check_layers(x, mean_offsets, c, axis)
         return None
@@ -120,6 +146,16 @@ def _plan(
     return found
 
 
+def _check_sequences(mean_offsets: Sequence[Tensor], c: Sequence[Tensor], recompute: bool | None) -> None:
+    """Raise TypeError or ValueError where parameters are no sequences of as many layers, or recompute is no choice."""
+    check_recompute(recompute)
+    for name, given in (("mean_offsets", mean_offsets), ("c", c)):
+        if not isinstance(given, (list, tuple)):
+            raise TypeError(f"{name} is a {type(given).__name__}, expected a list of tensors, one a layer")
+    if not c or len(mean_offsets) != len(c):
+        raise ValueError(f"mean_offsets has {len(mean_offsets)} layers and c has {len(c)}, expected as many, 1 or more")
+
+
 def _plan_anew(
     x: Tensor, mean_offsets: Sequence[Tensor], c: Sequence[Tensor], axis: int, masked: bool, recompute: bool | None,
     backend: str,
@@ -131,8 +167,6 @@ def _plan_anew(
 
 def _check_layers(x: Tensor, mean_offsets: Sequence[Tensor], c: Sequence[Tensor], axis: int) -> int:
     """Return the heads of all layers; raise TypeError or ValueError where layers do not fit x or each other."""
-    if not c or len(mean_offsets) != len(c):
-        raise ValueError(f"mean_offsets has {len(mean_offsets)} layers and c has {len(c)}, expected as many, 1 or more")
     for layer, (p, q) in enumerate(zip(mean_offsets, c, strict=True)):
         params = {f"mean_offsets[{layer}]": p, f"c[{layer}]": q}
         check_floating(params)

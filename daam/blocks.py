@@ -16,6 +16,7 @@ from daam.checkpoints import Published
 from daam.checks import check_recompute, check_tensor, has_hooks
 from daam.leaf import call_leaf
 from daam.modules import Mixture, MultiHeadDensityAdaptiveAttention, reset
+from daam.pieces import Group
 from daam.ways import WAYS
 
 
@@ -81,7 +82,8 @@ class MixtureBlock(Published):
         ways = [] if len(self.layers) else [("layers", "there is no layer")]
         for run in self._find_runs(x):
             described = self._describe(run)
-            del described["residual"], described["eps"], described["padding_value"], described["stable"]
+            for name in ("residual", "eps", "padding_value", "stable"):
+                del described[name]
             ways.append(fusion_for(x, **described, mask=_expand_mask(mask, x, run[0].norm_axis)))
         name = max((name for name, _ in ways), key=WAYS.index)
         return name, "; ".join(dict.fromkeys(reason for _, reason in ways))
@@ -109,6 +111,7 @@ class MixtureBlock(Published):
             "mean_offsets": mean_offsets, "c": c,
             "norm_axis": first.norm_axis, "eps": first.eps, "padding_value": first.padding_value,
             "residual": self.residual, "stable": first.stable, "recompute": self.recompute, "backend": first.backend,
+            "group": first.group,
         }  # fmt: skip
 
     def extra_repr(self) -> str:
@@ -122,7 +125,7 @@ class DensityBlock(MixtureBlock):
     Args:
         norm_axes, num_heads, num_gaussians: of each layer.
         num_layers: their number.
-        padding_value, eps, backend, device, dtype: of all layers, see `MultiHeadDensityAdaptiveAttention`.
+        padding_value, eps, backend, group, device, dtype: of all layers, see `MultiHeadDensityAdaptiveAttention`.
         recompute: save x alone for the backward pass, see `daam.density_block`, which runs of layers of one axis and
             as many heads are; None: where that is expected to be faster.
 
@@ -134,10 +137,13 @@ class DensityBlock(MixtureBlock):
     def __init__(
         self, norm_axes: Sequence[int], num_heads: Sequence[int], num_gaussians: Sequence[int], num_layers: int,
         padding_value: float | None = None, eps: float = 1e-8, *, backend: str = "auto",
-        recompute: bool | None = None, device: torch.device | str | None = None, dtype: torch.dtype | None = None,
+        recompute: bool | None = None, group: Group = None, device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ):  # fmt: skip
-        options = {"padding_value": padding_value, "eps": eps, "backend": backend, "device": device, "dtype": dtype}
-        layer = partial(MultiHeadDensityAdaptiveAttention, **options)
+        layer = partial(
+            MultiHeadDensityAdaptiveAttention, padding_value=padding_value, eps=eps, backend=backend, group=group,
+            device=device, dtype=dtype,
+        )  # fmt: skip
         super().__init__(layer, norm_axes, num_heads, num_gaussians, num_layers, True, recompute)
 
 
@@ -152,7 +158,15 @@ def _find_key(layer: nn.Module, rank: int) -> tuple[Any, ...] | None:
         return None
     if has_hooks(layer) or not -rank <= layer.norm_axis < rank:
         return None
-    return layer.norm_axis % rank, layer.num_heads, layer.eps, layer.padding_value, layer.backend, layer.stable
+    return (
+        layer.norm_axis % rank,
+        layer.num_heads,
+        layer.eps,
+        layer.padding_value,
+        layer.backend,
+        layer.stable,
+        layer.group,
+    )
 
 
 def _expand_mask(mask: Tensor | None, x: Tensor, norm_axis: int) -> Tensor | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,16 +13,12 @@ from daam import ops, sharded
 from daam.backend import backend_for
 from daam.checks import check_eps, check_floating, check_heads, check_mask, check_padding, check_params, check_x
 from daam.dtensors import are_dtensors, attend_shards
-from daam.pieces import AxisPieces, pieces_of
-
-if TYPE_CHECKING:
-    from torch.distributed import DeviceMesh, ProcessGroup
+from daam.pieces import Group, pieces_of
 
 
 def density_attention(
     x: Tensor, mean_offset: Tensor, c: Tensor, *, norm_axis: int = 1, eps: float = 1e-5, mask: Tensor | None = None,
-    residual: bool = False, return_weights: bool = False, backend: str = "auto",
-    group: ProcessGroup | DeviceMesh | AxisPieces | None = None,
+    residual: bool = False, return_weights: bool = False, backend: str = "auto", group: Group = None,
 ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """Gate every feature by how probable it is under a learnable Gaussian (density attention).
 
@@ -77,8 +73,7 @@ def density_attention(
 def mixture_attention(
     x: Tensor, mean_offsets: Tensor, c: Tensor, *, norm_axis: int = 1, eps: float = 1e-8,
     padding_value: float | None = None, mask: Tensor | None = None, residual: bool = False,
-    return_weights: bool = False, backend: str = "auto",
-    group: ProcessGroup | DeviceMesh | AxisPieces | None = None,
+    return_weights: bool = False, backend: str = "auto", group: Group = None,
 ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """Share one unit of weight among the positions of a chunk, by a product of Gaussians (mixture of densities).
 
@@ -136,8 +131,7 @@ def mixture_attention(
 def stable_mixture_attention(
     x: Tensor, mean_offsets: Tensor, c: Tensor, *, norm_axis: int = 2, eps: float = 1e-8,
     padding_value: float | None = None, mask: Tensor | None = None, residual: bool = False,
-    return_weights: bool = False, backend: str = "auto",
-    group: ProcessGroup | DeviceMesh | AxisPieces | None = None,
+    return_weights: bool = False, backend: str = "auto", group: Group = None,
 ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """Share one unit of weight among the positions of a chunk, by a product of Gaussians whose tails are flat.
 
@@ -196,8 +190,7 @@ def stable_mixture_attention(
 
 def density_gate(
     x: Tensor, mean_offsets: Tensor, log_sigma: Tensor, *, norm_axis: int = -1, mask: Tensor | None = None,
-    residual: bool = False, return_weights: bool = False, backend: str = "auto",
-    group: ProcessGroup | DeviceMesh | AxisPieces | None = None,
+    residual: bool = False, return_weights: bool = False, backend: str = "auto", group: Group = None,
 ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """Gate every value by its density under a mixture of Gaussians (density gate).
 
@@ -253,7 +246,7 @@ def density_gate(
 
 def _attend_by_product(
     algorithm: str, x: Tensor, mean_offsets: Tensor, c: Tensor, norm_axis: int, eps: float, padding_value: float | None,
-    mask: Tensor | None, residual: bool, return_weights: bool, backend: str, group: Any,
+    mask: Tensor | None, residual: bool, return_weights: bool, backend: str, group: Group,
 ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """Check what both mixtures take, and call one."""
     axis = check_x(x, norm_axis)
@@ -295,7 +288,7 @@ def check_settings(eps: float, padding_value: float | None, mask: Tensor | None)
 
 def _attend(
     algorithm: str, x: Tensor, params: tuple[Tensor, ...], mask: Tensor | None, axes: tuple[int | None, ...],
-    settings: tuple[Any, ...], residual: bool, return_weights: bool, backend: str, group: Any,
+    settings: tuple[Any, ...], residual: bool, return_weights: bool, backend: str, group: Group,
     check: Callable[[int], None],
 ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """Call an algorithm on x; axes: the normalised one, and those among the settings. check: raises where an axis of

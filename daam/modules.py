@@ -15,6 +15,7 @@ from daam.checks import check_dtype, check_eps, check_mask, check_positive, chec
 from daam.functional import density_attention, density_gate, mixture_attention
 from daam.leaf import call_leaf
 from daam.ops import _forward_mode, _transformed
+from daam.pieces import AxisPieces, Group, pieces_of
 
 INITIAL_ALPHA = 0.05  # of a gate
 
@@ -33,6 +34,7 @@ class MultiHeadDAAM(Published):
         eps: added to the variance.
         residual: return x·weights + x.
         backend: "auto", "triton" or "eager"; see `daam.backend_for`.
+        group: processes that norm_axis is spread over, see `daam.density_attention`.
         device, dtype: of the parameters.
 
     Parameters mean_offset and c have shape (num_heads, num_features), or (num_heads, num_features // num_heads) where
@@ -51,7 +53,7 @@ class MultiHeadDAAM(Published):
 
     def __init__(
         self, num_features: int, num_heads: int = 8, *, norm_axis: int = 1, c: float = 2.0, eps: float = 1e-5,
-        residual: bool = False, backend: str = "auto", device: torch.device | str | None = None,
+        residual: bool = False, backend: str = "auto", group: Group = None, device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):  # fmt: skip
         super().__init__()
@@ -63,6 +65,7 @@ class MultiHeadDAAM(Published):
             )
         self.num_features, self.num_heads, self.norm_axis = num_features, num_heads, norm_axis
         self.initial_c, self.eps, self.residual, self.backend = c, eps, residual, backend
+        self.group = pieces_of(group)
         shape = (num_heads, num_features // num_heads if norm_axis == -1 else num_features)
         self.mean_offset = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
         self.c = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
@@ -88,14 +91,19 @@ class MultiHeadDAAM(Published):
             )
         return density_attention(
             x, self.mean_offset, self.c, norm_axis=self.norm_axis, eps=self.eps, mask=mask, residual=self.residual,
-            return_weights=return_weights, backend=self.backend,
+            return_weights=return_weights, backend=self.backend, group=self.group,
         )  # fmt: skip
 
     def extra_repr(self) -> str:
         return (
             f"{self.num_features}, num_heads={self.num_heads}, norm_axis={self.norm_axis}, c={self.initial_c}, "
-            f"eps={self.eps}, residual={self.residual}, backend={self.backend!r}"
+            f"eps={self.eps}, residual={self.residual}, backend={self.backend!r}{describe_group(self.group)}"
         )
+
+
+def describe_group(group: AxisPieces | None) -> str:
+    """Return the end of what a module shows of itself."""
+    return "" if group is None else f", group={group}"
 
 
 def reset(module: nn.Module) -> None:
@@ -121,7 +129,8 @@ class Mixture(Published):
 
     def __init__(
         self, heads: tuple[int, ...], norm_axis: int, num_heads: int, num_gaussians: int, padding_value: float | None,
-        mean_offset_init: float, eps: float, backend: str, device: torch.device | str | None, dtype: torch.dtype | None,
+        mean_offset_init: float, eps: float, backend: str, group: Group, device: torch.device | str | None,
+        dtype: torch.dtype | None,
     ):  # fmt: skip
         super().__init__()
         if isinstance(norm_axis, bool) or not isinstance(norm_axis, int):
@@ -130,7 +139,7 @@ class Mixture(Published):
         check_eps(eps)
         self.norm_axis, self.num_heads, self.num_gaussians = norm_axis, num_heads, num_gaussians
         self.padding_value, self.mean_offset_init, self.eps = padding_value, mean_offset_init, eps
-        self.backend = backend
+        self.backend, self.group = backend, pieces_of(group)
         self.mean_offsets = nn.Parameter(torch.empty(*heads, num_gaussians, device=device, dtype=dtype))
         self.c = nn.Parameter(torch.empty(*heads, num_gaussians, device=device, dtype=dtype))
         self.reset_parameters()
@@ -162,14 +171,14 @@ class Mixture(Published):
         mean_offsets, c = (p.reshape(-1, self.num_gaussians) for p in (self.mean_offsets, self.c))
         out = self._attend(
             x, mean_offsets, c, norm_axis=self.norm_axis, eps=self.eps, padding_value=self.padding_value, mask=mask,
-            residual=residual, return_weights=return_attention_details, backend=self.backend,
+            residual=residual, return_weights=return_attention_details, backend=self.backend, group=self.group,
         )  # fmt: skip
         return (out[0], out[1].detach()) if return_attention_details else out
 
     def extra_repr(self) -> str:
         return (
             f"{self.norm_axis}, num_heads={self.num_heads}, num_gaussians={self.num_gaussians}, "
-            f"padding_value={self.padding_value}, eps={self.eps}, backend={self.backend!r}"
+            f"padding_value={self.padding_value}, eps={self.eps}, backend={self.backend!r}{describe_group(self.group)}"
         )
 
 
@@ -184,6 +193,7 @@ class DensityAdaptiveAttention(Mixture):
         mean_offset_init: initial value of mean_offsets, which the published code takes and ignores.
         eps: added to the variance, and the least sum that weights are divided by.
         backend: "auto", "triton" or "eager"; see `daam.backend_for`.
+        group: processes that norm_axis is spread over, see `daam.density_attention`.
         device, dtype: of the parameters.
 
     Parameters mean_offsets and c (standard normal) have shape (num_gaussians,).
@@ -195,11 +205,11 @@ class DensityAdaptiveAttention(Mixture):
 
     def __init__(
         self, norm_axis: int, num_heads: int, num_gaussians: int, padding_value: float | None,
-        mean_offset_init: float = 0, eps: float = 1e-8, *, backend: str = "auto",
+        mean_offset_init: float = 0, eps: float = 1e-8, *, backend: str = "auto", group: Group = None,
         device: torch.device | str | None = None, dtype: torch.dtype | None = None,
     ):  # fmt: skip
         super().__init__(
-            (), norm_axis, num_heads, num_gaussians, padding_value, mean_offset_init, eps, backend, device, dtype
+            (), norm_axis, num_heads, num_gaussians, padding_value, mean_offset_init, eps, backend, group, device, dtype
         )
 
 
@@ -213,6 +223,7 @@ class MultiHeadDensityAdaptiveAttention(Mixture):
         padding_value: positions of x equal to it count as zeros in mean and variance and pass x through; None for none.
         eps: added to the variance, and the least sum that weights are divided by. Published heads always use 1e-8.
         backend: "auto", "triton" or "eager"; see `daam.backend_for`.
+        group: processes that norm_axis is spread over, see `daam.density_attention`.
         device, dtype: of the parameters.
 
     Parameters mean_offsets (0) and c (standard normal) are (num_heads, num_gaussians). Published checkpoints, whose
@@ -227,11 +238,11 @@ class MultiHeadDensityAdaptiveAttention(Mixture):
 
     def __init__(
         self, norm_axis: int, num_heads: int, num_gaussians: int, padding_value: float | None = None,
-        eps: float = 1e-8, *, backend: str = "auto", device: torch.device | str | None = None,
+        eps: float = 1e-8, *, backend: str = "auto", group: Group = None, device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):  # fmt: skip
-        heads = (num_heads,)
-        super().__init__(heads, norm_axis, num_heads, num_gaussians, padding_value, 0, eps, backend, device, dtype)
+        heads, place = (num_heads,), (backend, group, device, dtype)
+        super().__init__(heads, norm_axis, num_heads, num_gaussians, padding_value, 0, eps, *place)
 
 
 class DensityGate(Published):
@@ -243,6 +254,7 @@ class DensityGate(Published):
         num_gaussians: Gaussians whose mean makes the weights.
         cap: kept as published, where nothing uses it.
         backend: "auto", "triton" or "eager"; see `daam.backend_for`.
+        group: processes that the length is spread over, see `daam.density_attention`.
         device, dtype: of the parameters.
 
     Parameters, under their published names: to_attn.weight, to_attn.bias, alpha (0.05), gaa.mean_offsets (0),
@@ -261,12 +273,12 @@ class DensityGate(Published):
     _published_layers = ("to_attn",)
 
     def __init__(
-        self, in_ch: int, num_gaussians: int = 4, cap: float = 0.2, *, backend: str = "auto",
+        self, in_ch: int, num_gaussians: int = 4, cap: float = 0.2, *, backend: str = "auto", group: Group = None,
         device: torch.device | str | None = None, dtype: torch.dtype | None = None,
     ):  # fmt: skip
         super().__init__()
         check_positive(in_ch=in_ch, num_gaussians=num_gaussians)
-        self.cap, self.backend = cap, backend
+        self.cap, self.backend, self.group = cap, backend, pieces_of(group)
         self.to_attn = nn.Conv1d(in_ch, 1, 1, device=device, dtype=dtype)
         self.gaa = _Gaussians(num_gaussians, device, dtype)
         self.alpha = nn.Parameter(torch.full((1,), INITIAL_ALPHA, device=device, dtype=dtype))
@@ -295,11 +307,11 @@ class DensityGate(Published):
         if self.fusion_for(x, mask)[0] == "fused":
             return gated.gate_channels(x, *self._inputs().values(), mask, gated.find_dtype(x))
         if mask is None:
-            gate = self.gaa(self.to_attn(x), backend=self.backend)
+            gate = self.gaa(self.to_attn(x), None, self.backend, self.group)
             return x * (1 + self._factor() * gate), gate
         mask = mask.unsqueeze(-2)
         valid = x.masked_fill(~mask, 0)  # what stands elsewhere would reach the gradients of the convolution and alpha
-        gate = self.gaa(self.to_attn(valid), mask, self.backend)
+        gate = self.gaa(self.to_attn(valid), mask, self.backend, self.group)
         return torch.where(mask, valid * (1 + self._factor() * gate), x), gate
 
     def _factor(self) -> Tensor:
@@ -318,6 +330,8 @@ class DensityGate(Published):
         backend, reason = backend_for(x, self.backend)
         if backend != "triton":
             return "formula", f"the backend is eager: {reason}"
+        if self.group is not None:
+            return "formula", "the length is spread over processes"
         if not torch.compiler.is_compiling() and (_transformed() or _forward_mode()):
             return "formula", "a transform, such as vmap or jvp, composes its parts"
         problem = gated.find_override({"to_attn": (self.to_attn, nn.Conv1d), "gaa": (self.gaa, _Gaussians)})
@@ -331,7 +345,7 @@ class DensityGate(Published):
         return {"weight": conv.weight, "bias": conv.bias, **parameters}
 
     def extra_repr(self) -> str:
-        return f"cap={self.cap}, backend={self.backend!r}"
+        return f"cap={self.cap}, backend={self.backend!r}{describe_group(self.group)}"
 
 
 class _Gaussians(Published):
@@ -349,8 +363,11 @@ class _Gaussians(Published):
         nn.init.zeros_(self.mean_offsets)
         nn.init.constant_(self.log_sigma, math.log(0.5))
 
-    def forward(self, x: Tensor, mask: Tensor | None = None, backend: str = "auto") -> Tensor:
-        return density_gate(x, self.mean_offsets, self.log_sigma, mask=mask, return_weights=True, backend=backend)[1]
+    def forward(
+        self, x: Tensor, mask: Tensor | None = None, backend: str = "auto", group: Group = None
+    ) -> Tensor:  # fmt: skip
+        given = {"mask": mask, "return_weights": True, "backend": backend, "group": group}
+        return density_gate(x, self.mean_offsets, self.log_sigma, **given)[1]
 
     def extra_repr(self) -> str:
         return f"num_gaussians={len(self.mean_offsets)}"

@@ -8,7 +8,7 @@ import operator
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -44,7 +44,10 @@ class AxisPieces:
         object.__setattr__(self, "sizes", sizes)
 
 
-def pieces_of(group: ProcessGroup | DeviceMesh | AxisPieces | None) -> AxisPieces | None:
+Group: TypeAlias = "ProcessGroup | DeviceMesh | AxisPieces | None"  # as functions and modules take one
+
+
+def pieces_of(group: Group) -> AxisPieces | None:
     """Return the argument `group` of functions and modules as pieces; raise TypeError where it is no group."""
     return group if group is None or isinstance(group, AxisPieces) else AxisPieces(group)
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from daam.blocks import MixtureBlock
 from daam.functional import stable_mixture_attention
 from daam.modules import Mixture
+from daam.pieces import Group
 
 
 class StableMultiHeadDensityAttention(Mixture):
@@ -24,6 +25,7 @@ class StableMultiHeadDensityAttention(Mixture):
         padding_value: positions of x equal to it have no weight and pass x through, but count in mean and variance;
             None for none.
         backend: "auto", "triton" or "eager"; see `daam.backend_for`.
+        group: processes that norm_axis is spread over, see `daam.density_attention`.
         device, dtype: of the parameters.
 
     Parameters mean_offsets (0) and c (exp of a standard normal) are (num_heads, num_gaussians). Published checkpoints,
@@ -42,11 +44,11 @@ class StableMultiHeadDensityAttention(Mixture):
 
     def __init__(
         self, norm_axis: int, num_heads: int, num_gaussians: int, eps: float = 1e-8,
-        padding_value: float | None = None, *, backend: str = "auto", device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        padding_value: float | None = None, *, backend: str = "auto", group: Group = None,
+        device: torch.device | str | None = None, dtype: torch.dtype | None = None,
     ):  # fmt: skip
-        heads = (num_heads,)
-        super().__init__(heads, norm_axis, num_heads, num_gaussians, padding_value, 0, eps, backend, device, dtype)
+        heads, place = (num_heads,), (backend, group, device, dtype)
+        super().__init__(heads, norm_axis, num_heads, num_gaussians, padding_value, 0, eps, *place)
 
     @staticmethod
     def reset_widths(c: Tensor) -> None:
@@ -60,7 +62,7 @@ class StableDensityBlock(MixtureBlock):
         norm_axes, num_heads, num_gaussians: of each layer.
         num_layers: their number.
         residual: each layer gives layer(x) + x.
-        eps, padding_value, backend, device, dtype: of all layers, see `StableMultiHeadDensityAttention`.
+        eps, padding_value, backend, group, device, dtype: of all layers, see `StableMultiHeadDensityAttention`.
         recompute: save x alone for the backward pass, see `DensityBlock`.
 
     Published checkpoints load, whose `layers.{l}.` is followed by a layer's keys, and under `gaatn.` too.
@@ -75,8 +77,11 @@ class StableDensityBlock(MixtureBlock):
     def __init__(
         self, norm_axes: Sequence[int], num_heads: Sequence[int], num_gaussians: Sequence[int], num_layers: int,
         eps: float = 1e-8, residual: bool = True, padding_value: float | None = None, *, backend: str = "auto",
-        recompute: bool | None = None, device: torch.device | str | None = None, dtype: torch.dtype | None = None,
+        recompute: bool | None = None, group: Group = None, device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ):  # fmt: skip
-        options = {"eps": eps, "padding_value": padding_value, "backend": backend, "device": device, "dtype": dtype}
-        layer = partial(StableMultiHeadDensityAttention, **options)
+        layer = partial(
+            StableMultiHeadDensityAttention, eps=eps, padding_value=padding_value, backend=backend, group=group,
+            device=device, dtype=dtype,
+        )  # fmt: skip
         super().__init__(layer, norm_axes, num_heads, num_gaussians, num_layers, residual, recompute)

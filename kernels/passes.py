@@ -81,8 +81,9 @@ def open_call(
     kernels: Kernels, budget: Budget, tensors: tuple[Tensor | None, ...], q: Tensor, axis: int, settings: Sequence
 ) -> Call:
     """Return the call of a forward pass on x, a mask, y and weights."""
-    feature_axis, n = kernels.algorithm.find_setting("feature_axis", settings), q.shape[1]
-    padding = float_bits(kernels.algorithm.find_setting("padding", settings), tensors[0].dtype)
+    (x, *_others), n = tensors, q.shape[1]
+    feature_axis = kernels.algorithm.find_setting("feature_axis", settings)
+    padding = float_bits(kernels.algorithm.find_setting("padding", settings), x.dtype)
     call = Call(budget, kernels.gaussians(n), kernels.n_sums(n), q.shape, axis, feature_axis, tensors)
     *inputs, y, weights = call.tensors
     call.inputs, call.outputs = Inputs(*inputs, None, None, padding), Outputs(y, weights)
@@ -134,11 +135,12 @@ def open_backward_call(
     stats: Tensor | None, need_params: bool,
 ) -> Call:  # fmt: skip
     """Return the call of a backward pass on x, a mask, grad_y, grad_weights and dx, which is its outputs."""
-    feature_axis, n = kernels.algorithm.find_setting("feature_axis", settings), q.shape[1]
-    padding = float_bits(kernels.algorithm.find_setting("padding", settings), tensors[0].dtype)
+    (x, _mask, _grad_y, grad_weights, _dx), n = tensors, q.shape[1]
+    feature_axis, weights = kernels.algorithm.find_setting("feature_axis", settings), grad_weights is not None
+    padding = float_bits(kernels.algorithm.find_setting("padding", settings), x.dtype)
     call = Call(
-        budget, kernels.gaussians(n), kernels.n_sums(n), q.shape, axis, feature_axis, tensors, tensors[3] is not None,
-        stats, need_params,
+        budget, kernels.gaussians(n), kernels.n_sums(n), q.shape, axis, feature_axis, tensors, weights, stats,
+        need_params,
     )  # fmt: skip
     *inputs, call.outputs = call.tensors
     call.inputs = Inputs(*inputs, padding)

@@ -100,7 +100,8 @@ def _launch_steps(call: Call, least: bool) -> Exchange:
         found = yield strips.data.reshape(n, n_strips, -1).transpose(0, 1).flatten(0, 1)
         found = found.unflatten(1, (-1, n)).flatten(0, 1).transpose(0, 1).contiguous()  # (n, strips of all, chunks)
         if least and n == 2:
-            found[0].masked_fill_(found[1] == 0, ABSENT)
+            least_s, total = found
+            least_s.masked_fill_(total == 0, ABSENT)
         merged = call.of_chunks(found.reshape(-1, *shape[1:]))
         extent = call.plan.encoded._replace(n_strips=encode(found.shape[1]))
         call.launch_step(step._replace(args=(merged, *others)), extent)

@@ -18,10 +18,6 @@ algorithms = pytest.mark.parametrize("algorithm", ALGORITHMS)
 Q = torch.ones(4, 4)
 
 
-class FakeDTensor(torch.Tensor):
-    device_mesh = None
-
-
 @pytest.mark.parametrize(
     ("error", "message", "args", "options"),
     [
@@ -52,8 +48,6 @@ class FakeDTensor(torch.Tensor):
         (ValueError, "eps is inf", (X, P, P), {"eps": float("inf")}),
         (ValueError, "eps is '1e-5'", (X, P, P), {"eps": "1e-5"}),
         (ValueError, "backend is 'cuda', expected one of 'auto', 'triton', 'eager'", (X, P, P), {"backend": "cuda"}),
-        (TypeError, "x is a DTensor, expected a plain Tensor: call this under", (X.as_subclass(FakeDTensor), P, P), {}),
-        (TypeError, "c is a DTensor", (X, P, P.as_subclass(FakeDTensor)), {}),
     ],
 )  # fmt: skip
 def test_errors(error, message, args, options):
@@ -84,7 +78,6 @@ no_jit = pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarnin
         (TypeError, "mask has dtype torch.float32, expected bool", (X, P, P), {"mask": torch.ones(2, 6)}),
         (ValueError, "mask has shape (2, 6, 4), expected x's shape up to norm_axis", (X, P, P), {"mask": X > 0}),
         (ValueError, "backend is 'cuda', expected one of 'auto', 'triton', 'eager'", (X, P, P), {"backend": "cuda"}),
-        (TypeError, "x is a DTensor, expected a plain Tensor", (X.as_subclass(FakeDTensor), P, P), {}),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("function", [mixture_attention, density_gate, stable_mixture_attention])
@@ -158,20 +151,6 @@ def test_a_vector_of_the_gate_that_is_not_dense_is_named():
             density_gate(X, t, p)
         with pytest.raises(TypeError, match=f"log_sigma is {kind}"):
             density_gate(X, p, t)
-
-
-def test_a_real_dtensor_is_refused(tmp_path):
-    import torch.distributed as dist
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import Shard, distribute_tensor
-
-    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
-    try:
-        x = distribute_tensor(X, init_device_mesh("cpu", (1,)), [Shard(0)])
-        with pytest.raises(TypeError, match="x is a DTensor"):
-            density_attention(x, P, P)
-    finally:
-        dist.destroy_process_group()
 
 
 def attend_by_paper(algorithm, x, p, q):

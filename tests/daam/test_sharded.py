@@ -1,12 +1,13 @@
 """An axis that is spread over processes: results and gradients are those of all of it in one."""
 
+import copy
 import pickle
 
 import pytest
 import spread
 import torch
 import torch.distributed as dist
-from helpers import ALGORITHMS, EPS, Case, attend, inputs
+from helpers import ALGORITHMS, EPS, Case, attend, close, inputs
 
 import daam
 from daam.pieces import cut_heads
@@ -73,6 +74,7 @@ def test_two_processes(tmp_path):
         check_large_mean,
         check_frozen_inputs,
         check_errors,
+        check_modules,
         check_compile,
     )
     spread.run(2, tmp_path, lambda rank: [check(rank) for check in checks])
@@ -160,6 +162,47 @@ def check_errors(rank):
     with pytest.raises(NotImplementedError, match="a sharded axis has no vmap"):
         torch.func.grad(lambda x: attend(case, x, *given.params, group=group).sum())(x.detach())
     assert pickle.loads(pickle.dumps(group)) == group == daam.AxisPieces(group.group, sizes)
+
+
+def check_modules(rank):
+    """Check every module with a group against the same without one, in one process; copies of it too."""
+    group, sizes = dist.group.WORLD, (5, 8)
+    x = torch.randn(2, 13, 6, generator=torch.Generator().manual_seed(3))
+    modules = {
+        "density": lambda **options: daam.MultiHeadDAAM(6, 1, **options),
+        "one head": lambda **options: daam.DensityAdaptiveAttention(1, 1, 3, None, **options),
+        "mixture": lambda **options: daam.MultiHeadDensityAdaptiveAttention(1, 3, 2, **options),
+        "stable": lambda **options: daam.StableMultiHeadDensityAttention(1, 2, 2, **options),
+        "block": lambda **options: daam.DensityBlock([1, 1, 2], [2, 2, 1], [2, 3, 1], 3, **options),
+        "stable block": lambda **options: daam.StableDensityBlock([1, 1], [2, 2], [2, 3], 2, **options),
+    }
+    for name, build in modules.items():
+        torch.manual_seed(0)
+        plain, spread_out = build(), build(group=group)
+        if name == "block":  # its last layer's axis is here
+            spread_out.layers[2].group = None
+        spread_out.load_state_dict(plain.state_dict())
+        spread_out = copy.deepcopy(spread_out)
+        assert repr(daam.AxisPieces(group)) in repr(spread_out)
+        check_module(rank, name, plain, spread_out, x, 1, sizes)
+    plain, spread_out = daam.DensityGate(2), daam.DensityGate(2, group=group)
+    spread_out.load_state_dict(plain.state_dict())
+    check_module(rank, "gate", plain, spread_out, x[:, :2].transpose(1, 2).repeat(1, 1, 7)[:, :2, :13], 2, sizes)
+    assert spread_out.fusion_for(x[:, :2])[0] == "formula"
+
+
+def check_module(rank, name, plain, spread_out, x, axis, sizes):
+    """Check y and gradients of a module whose axis is spread out."""
+    whole = plain(x := x.clone().requires_grad_())
+    part = spread_out(mine := spread.piece(x.detach(), axis, sizes, rank).clone().requires_grad_())
+    whole, part = (out[0] if isinstance(out, tuple) else out for out in (whole, part))
+    close(part, spread.piece(whole, axis, sizes, rank), f"y of {name}")
+    whole.square().sum().backward()
+    part.square().sum().backward()
+    close(mine.grad, spread.piece(x.grad, axis, sizes, rank), f"dx of {name}", (1e-5, 1e-5))
+    for (key, p), q in zip(plain.named_parameters(), spread_out.parameters(), strict=True):
+        dist.all_reduce(q.grad)
+        close(q.grad, p.grad, f"d_{key} of {name}", (1e-4, 1e-4))
 
 
 def check_compile(rank):
