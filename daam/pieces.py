@@ -53,7 +53,7 @@ def pieces_of(group: Group) -> AxisPieces | None:
 
 
 def _name_of(group: object) -> str:
-    """Return the name of a group, which `_resolve` takes."""
+    """Return the name of a group, which `resolve` takes."""
     if isinstance(group, str):
         return group
     if hasattr(group, "get_group") and hasattr(group, "ndim"):
@@ -65,7 +65,8 @@ def _name_of(group: object) -> str:
     return group.group_name
 
 
-def _resolve(name: str) -> ProcessGroup:
+def resolve(name: str) -> ProcessGroup:
+    """Return the group of a name."""
     from torch.distributed.distributed_c10d import _resolve_process_group  # groups are known by name to compilers too
 
     return _resolve_process_group(name)
@@ -73,12 +74,12 @@ def _resolve(name: str) -> ProcessGroup:
 
 def count_processes(name: str) -> int:
     """Return the number of processes of a group."""
-    return _resolve(name).size()
+    return resolve(name).size()
 
 
 def rank_in(name: str) -> int:
     """Return the place of this process in a group."""
-    return _resolve(name).rank()
+    return resolve(name).rank()
 
 
 # --- Heads ----------------------------------------------------------------------------------------
@@ -161,7 +162,7 @@ def find_sizes(pieces: AxisPieces, x: Tensor, axis: int, check: Callable[[int], 
             raise ValueError(f"x has {size} positions along norm_axis, expected {said}, as group's sizes say")
         check(sum(pieces.sizes))
         return pieces.sizes
-    group = _resolve(pieces.group)
+    group = resolve(pieces.group)
     if group in _sizes:
         try:
             check(sum(_sizes[group]))
@@ -178,7 +179,7 @@ def gather(name: str, numbers: Tensor) -> Tensor:
     """Return what every process of a group gives, (processes, …), in rank order: one exchange of all with all."""
     import torch.distributed
 
-    group = _resolve(name)
+    group = resolve(name)
     found = numbers.new_empty((group.size(), *numbers.shape))
     torch.distributed.all_gather(list(found.unbind(0)), numbers.contiguous(), group=group)
     return found
@@ -191,7 +192,7 @@ def gather_checked(pieces: AxisPieces, numbers: Tensor, size: int) -> Tensor | N
     header = numbers.new_tensor(divmod(size, _BASE))
     found = gather(pieces.group, torch.cat((numbers.flatten(), header)))
     told = tuple(int(high) * _BASE + int(low) for high, low in found[:, -2:].tolist())
-    if told != _sizes[group := _resolve(pieces.group)]:
+    if told != _sizes[group := resolve(pieces.group)]:
         _sizes[group] = told
         return None
     return found[:, :-2].reshape(len(found), *numbers.shape)

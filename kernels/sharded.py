@@ -2,7 +2,7 @@
 
 A piece is streamed however short it is: what its strips find goes to all other pieces before it is merged, so that
 each process merges the strips of the whole chunk, in one order. `forward` and `backward` are generators of one head, as
-those of the eager backend are (`daam.reference.sharded`): they yield numbers of strips, (strips·n, chunks), and are sent
+those of the eager backend are (`daam.reference.sharded`): they yield numbers of strips, (strips·n, chunks), and get
 those of all pieces, as many strips each, what is absent 0.
 """
 
