@@ -13,7 +13,7 @@ DOCUMENTS = sorted(
     {README, CONTRIBUTING, ROOT / "bench/history/README.md", ROOT / "daam/MIGRATING.md", *ROOT.glob("kernels/*.md")}
 )
 # Blocks that cannot run alone, by how they begin, and who runs them.
-ELSEWHERE = {"from torch.distributed": "needs two processes and a mesh: tests/daam/two_processes.py runs it"}
+ELSEWHERE = {"from torch.distributed": "needs two processes and a mesh: tests/daam/test_distributed.py runs it"}
 
 documents = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 

@@ -1,4 +1,4 @@
-"""How modules are made: device and dtype, resets, skip_init, torch.fx, names of one number. FSDP: two_processes.py."""
+"""How modules are made: device and dtype, resets, skip_init, torch.fx, names of one number."""
 
 import inspect
 import re

@@ -1,4 +1,4 @@
-"""What FSDP makes of parameters: resets from the meta device, published checkpoints, the gate. For two_processes.py."""
+"""What FSDP makes of parameters: resets from meta, published checkpoints, the gate. For test_distributed.py."""
 
 import functools
 import re
