@@ -104,6 +104,7 @@ def test_a_failed_run_fails_and_so_does_one_that_judged_nothing(tmp_path):
     assert margins.report([tmp_path / "absent.jsonl"])[1] == 1
 
 
+@pytest.mark.slow
 def test_a_configuration_runs_as_it_is_named(tmp_path):
     """Check that the process of the tests has the level and threads of its configuration, and that its lines and
     failures arrive.

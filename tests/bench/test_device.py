@@ -507,6 +507,7 @@ def launch_kernels(folder):
     return subprocess.check_output(command, cwd=ROOT, env=environment, text=True).split()
 
 
+@pytest.mark.slow
 @needs_gcc
 def test_kernels_are_taken_along(tmp_path, monkeypatch):
     """Check that Triton finds what is packed on another machine: without what it does not need, where the first folder

@@ -132,6 +132,7 @@ def results(tmp_path_factory):
     return {**json.loads(path.read_text()), "wall_seconds": time.monotonic() - began}
 
 
+@pytest.mark.slow
 def test_figures(results):
     cases = [benchmark["extra_info"] for benchmark in results["benchmarks"]]
     expected = itertools.product(ALGORITHMS, host.PASSES, host.LAUNCHERS)
@@ -144,6 +145,7 @@ def test_figures(results):
     assert sum(case["seconds"]["p50"] for case in cases) * host.ROUNDS / 2 < results["wall_seconds"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("slower", "code"), [(1.2, 0), (1.3, 1)])
 def test_a_slower_host_fails(slower, code, results, tmp_path, capsys):
     """Check one pass of one algorithm, slower than the limit of a CPU or not."""
@@ -158,6 +160,7 @@ def test_a_slower_host_fails(slower, code, results, tmp_path, capsys):
     assert failed == [short(new["benchmarks"][0]["fullname"])] * code
 
 
+@pytest.mark.slow
 def test_plots_leave_it_out(results):
     """Check that plots of a run that begins with the host's cases are those of a run without them."""
     run = read(sorted(Path(plot.__file__).parent.glob("history/*cpu*/20*.json"))[-1])

@@ -32,7 +32,8 @@ def gpu_results(folder: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("device", [pytest.param("cpu", marks=pytest.mark.slow), "gpu"])
+@pytest.mark.slow
+@pytest.mark.parametrize("device", ["cpu", "gpu"])
 def test_every_plot(device, tmp_path, capsys):
     results = RUN if device == "cpu" else gpu_results(tmp_path)
     assert plot.main([str(results), "--output", str(tmp_path / "plots")]) == 0

@@ -76,6 +76,7 @@ def test_bound_by_hand(workload):
         assert starts + moved / GPU.l2_read / 1e3 < found.us < starts + moved / GPU.copy / 1e3 * 1.01
 
 
+@pytest.mark.slow
 def test_modelled_times(capsys):
     """Check what is printed: that a small block is faster together, and that no way takes less than the bound."""
     audit._print_module(BLOCK, GPU)

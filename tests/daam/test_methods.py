@@ -175,7 +175,9 @@ def best_logistic(x, labels, split):
     return max(found)[1]
 
 
-@pytest.mark.parametrize("method", ["linear", "last", "weighted_sum"])
+@pytest.mark.parametrize(
+    "method", ["linear", *(pytest.param(m, marks=pytest.mark.slow) for m in ("last", "weighted_sum"))]
+)
 def test_probes_are_as_good_as_logistic_regression(method, tmp_path):
     """Check on real images, whose eight rows stand for layers, that probes lose a point at most to scikit-learn's
     logistic regression on the same numbers and parts: all rows, the last one, and the rows' learned sum.
@@ -195,7 +197,10 @@ def test_probes_are_as_good_as_logistic_regression(method, tmp_path):
     assert results["accuracy"]["mean"] > sum(expected) / 2 - 0.01
 
 
-@pytest.mark.parametrize("method", ["daam", "mixture", "mha", "linear", "last", "weighted_sum"])
+@pytest.mark.parametrize(
+    "method",
+    ["daam", "linear", *(pytest.param(m, marks=pytest.mark.slow) for m in ("mixture", "mha", "last", "weighted_sum"))],
+)
 def test_features_far_from_unit_scale(method, tmp_path):
     """Check that methods learn from features of a standard deviation of 0.015, at which they stayed at chance, and that
     without standardisation the scale is warned of.
@@ -272,6 +277,7 @@ def test_statistics_are_those_of_training_alone():
     assert abs(model.standardize.mean[0, 0] - cache.features[:, 0].mean()) > 0.01
 
 
+@pytest.mark.slow
 def test_class_weights(tmp_path):
     """Check the weights, that the loss and validation have them, and that a rare class gains by them."""
     generator = torch.Generator().manual_seed(0)

@@ -23,6 +23,7 @@ from daam.recipes.lock import exclusive
 from daam.recipes.runs import Settings
 
 
+@pytest.mark.slow
 def test_digits(tmp_path, capsys, monkeypatch):
     out = tmp_path / "out"
     monkeypatch.setattr(digits, "RATES", (1e-3,))
@@ -159,6 +160,7 @@ print(*names)
 """
 
 
+@pytest.mark.slow
 def test_importing_recipes_leaves_matplotlib_alone(tmp_path):
     """Check that neither importing recipes nor drawing changes matplotlib's settings."""
     done = subprocess.run(
