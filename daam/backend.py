@@ -1,7 +1,8 @@
 """Which backend a call runs on: auto, triton or eager, and why.
 
 The argument `backend` decides first, then `use_backend`, then the environment variable DAAM_BACKEND; the latter two
-stand in for "auto" alone. "auto" takes Triton for tensors on a GPU that Triton drives and eager for all others.
+stand in for "auto" alone. "auto" takes Triton for tensors on a GPU that Triton's active driver drives and eager for all
+others.
 "triton" where it cannot run is an error that says why. With TRITON_INTERPRET=1 set before Triton is imported, "triton"
 also runs on CPU tensors, in its interpreter.
 """
@@ -54,9 +55,9 @@ def backend_for(x: Tensor, backend: str = "auto") -> tuple[str, str]:
         raise RuntimeError(f'backend "triton", requested by {source}, cannot run: {problem}')
     if name != "auto":
         return name, f"requested by {source}"
-    if problem is None and x.is_cuda:
+    if problem is None and (x.is_cuda or x.is_xpu):
         return "triton", f"x is on {x.device}, which Triton drives"
-    if x.is_cuda and not torch.compiler.is_compiling():
+    if (x.is_cuda or x.is_xpu) and not torch.compiler.is_compiling():
         _warn_once(problem)
     return "eager", problem or f"x is on {x.device.type}"
 
@@ -103,24 +104,29 @@ def find_problem(x: Tensor) -> str | None:
     """Return why Triton cannot run on x, in words; None where it can."""
     if not _TRITON_INSTALLED:
         return "Triton is not installed (pip install 'daam-triton[triton]')"
-    if x.is_cuda:
+    if x.is_cuda or x.is_xpu:  # NVIDIA's and AMD's GPUs, or Intel's
         # A fake tensor has no device to ask about, and a tracer may not open a driver: the launch itself would tell.
-        return None if torch.compiler.is_compiling() or isinstance(x, FakeTensor) else _driver_problem()
+        fake = torch.compiler.is_compiling() or isinstance(x, FakeTensor)
+        return None if fake else _driver_problem("cuda" if x.is_cuda else "xpu")
     if x.is_meta or (x.device.type == "cpu" and interpreting()):
         return None
     return f"x is on {x.device.type}, which Triton does not drive (TRITON_INTERPRET=1 runs kernels on CPU tensors)"
 
 
 @functools.cache
-def _driver_problem() -> str | None:
-    """Return why Triton finds no driver, in words; None where it does. The answer is kept: opening a driver is slow."""
+def _driver_problem(device: str) -> str | None:
+    """Return why Triton's active driver does not drive devices of a type, in words; None where it does. The answer is
+    kept: opening a driver is slow.
+    """
     try:
         import triton
 
-        triton.runtime.driver.active.get_current_target()
+        driver = triton.runtime.driver.active
+        driver.get_current_target()
+        driven = driver.get_active_torch_device().type
     except Exception as error:  # no driver, no compiler, no libcuda, no headers: each fails in a way of its own
         return f"Triton finds no driver it can use: {type(error).__name__}: {error}"
-    return None
+    return None if driven == device else f"x is on {device}, and Triton's driver is for {driven}"
 
 
 @functools.cache

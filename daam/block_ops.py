@@ -45,12 +45,11 @@ class BlockOperators:
             " -> Tensor[] y_and_weights"
         )
         for op in ("forward", "backward"):
-            _lib.impl(f"{name}_layers_{op}", getattr(self, f"_{op}_triton"), "CUDA")
-            _lib.impl(f"{name}_layers_{op}", getattr(self, f"_{op}_cpu"), "CPU")
-            torch.library.register_fake(f"daam::{name}_layers_{op}", getattr(self, f"_{op}_fake"), lib=_lib)
+            runs = (getattr(self, f"_{op}_{where}") for where in ("triton", "cpu", "fake"))
+            ops.register(f"{name}_layers_{op}", *runs)
         _lib.impl(f"{name}_layers", self._traced, "CompositeImplicitAutograd")
         self.forward_op, self.backward_op, self.op = (
-            getattr(torch.ops.daam, f"{name}_layers{suffix}").default for suffix in ("_forward", "_backward", "")
+            ops.find_op(f"{name}_layers{suffix}") for suffix in ("_forward", "_backward", "")
         )
 
     def __call__(
@@ -89,7 +88,7 @@ class BlockOperators:
 
     @functools.cached_property
     def kernels(self) -> ModuleType:
-        return importlib.import_module(f"daam.kernels.{self.algorithm.name}_layers")  # imports Triton
+        return importlib.import_module(f".kernels.{self.algorithm.name}_layers", __package__)  # imports Triton
 
     def _forward_triton(self, x, *args):
         return self.kernels.forward(x, *args)

@@ -128,7 +128,7 @@ def check_positive(**sizes: int) -> None:
 
 
 def check_eps(eps: Any) -> None:
-    if not isinstance(eps, float | int) or not 0 <= eps < float("inf"):
+    if not isinstance(eps, (float, int)) or not 0 <= eps < float("inf"):
         raise ValueError(f"eps is {eps!r}, expected a finite number, 0 or more")
 
 
@@ -145,7 +145,7 @@ def check_mask(x: Tensor, mask: Any, axis: int) -> None:
 def check_padding(value: Any) -> float:
     """Return the padding value as a float; raise TypeError or ValueError where it is no number a float can hold."""
     # comparisons rather than math.isnan and float(): torch.compile makes the value a symbol
-    if isinstance(value, bool) or not isinstance(value, float | int | numbers.Real):
+    if isinstance(value, bool) or not isinstance(value, (float, int, numbers.Real)):
         raise TypeError(f"padding_value is {value!r}, expected a number or None")
     if value != value:
         raise ValueError("padding_value is nan, which equals nothing: expected a number; a mask can mark NaN")

@@ -118,12 +118,10 @@ class Operators:
         )
         _lib.define(f"gated({_INPUTS}, {_AXES}, ScalarType gate_dtype, str version) -> (Tensor y, Tensor gate)")
         for op in ("forward", "backward"):
-            _lib.impl(f"gated_{op}", getattr(self, f"_{op}_triton"), "CUDA")
-            _lib.impl(f"gated_{op}", getattr(self, f"_{op}_cpu"), "CPU")
-            torch.library.register_fake(f"daam::gated_{op}", getattr(self, f"_{op}_fake"), lib=_lib)
+            ops.register(f"gated_{op}", *(getattr(self, f"_{op}_{where}") for where in ("triton", "cpu", "fake")))
         _lib.impl("gated", self._traced, "CompositeImplicitAutograd")
         self.forward_op, self.backward_op, self.op = (
-            getattr(torch.ops.daam, f"gated{suffix}").default for suffix in ("_forward", "_backward", "")
+            ops.find_op(f"gated{suffix}") for suffix in ("_forward", "_backward", "")
         )
 
     def __call__(self, *args) -> tuple[Tensor, Tensor]:
@@ -143,7 +141,7 @@ class Operators:
 
     @functools.cached_property
     def kernels(self) -> ModuleType:
-        return importlib.import_module("daam.kernels.gated")  # imports Triton
+        return importlib.import_module(".kernels.gated", __package__)  # imports Triton
 
     def _forward_triton(self, x, *args):
         y, gate, *others = self.kernels.forward(x, *args)

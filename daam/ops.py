@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import importlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -26,7 +27,7 @@ from daam.backend import interpreting
 try:
     from daam.kernels import algorithms, tiles
 except ModuleNotFoundError as error:
-    if error.name != "daam.kernels":
+    if error.name != f"{__package__}.kernels":
         raise
     raise ImportError(
         "daam/kernels is a symbolic link, which this checkout holds as a file, as git on Windows makes it: install the "
@@ -34,7 +35,9 @@ except ModuleNotFoundError as error:
     ) from error
 from daam.kernels.operands import acc_dtype
 
-_lib = torch.library.Library("daam", "DEF")
+# Of the operators: "daam", and of a copy of this package under another name, as of `hub.py`, one of its own.
+NAMESPACE = __package__.replace(".", "_")
+_lib = torch.library.Library(NAMESPACE, "DEF")
 
 # AOTAutograd's cache knows the composite operators by name and arguments, not by what they do: without this argument an
 # edited formula, or an edited fake, would be served from the cache of the old one.
@@ -53,6 +56,19 @@ def _forward_mode() -> bool:
     return forward_ad._current_level >= 0
 
 
+def register(op: str, triton: Callable, cpu: Callable, fake: Callable) -> None:
+    """Register what an operator runs on devices that Triton drives, on the CPU, and on tensors without memory."""
+    for key in ("CUDA", "XPU"):
+        _lib.impl(op, triton, key)
+    _lib.impl(op, cpu, "CPU")
+    torch.library.register_fake(f"{NAMESPACE}::{op}", fake, lib=_lib)
+
+
+def find_op(name: str) -> torch._ops.OpOverload:
+    """Return an operator of this package."""
+    return getattr(getattr(torch.ops, NAMESPACE), name).default
+
+
 class Operators:
     """Define and call the operators of an algorithm: `{name}_forward`, `{name}_backward` and the composite `{name}`.
 
@@ -62,7 +78,7 @@ class Operators:
 
     def __init__(self, algorithm: algorithms.Algorithm):
         self.algorithm, name, (p, q) = algorithm, algorithm.name, algorithm.params
-        self.eager: ModuleType = importlib.import_module(f"daam.reference.{name}")
+        self.eager: ModuleType = importlib.import_module(f".reference.{name}", __package__)
         inputs = f"Tensor x, Tensor {p}, Tensor {q}, Tensor? mask"
         settings = "".join(f" {kind} {setting}," for setting, kind in algorithm.settings.items())
         how = f"int axis,{settings} bool residual"
@@ -79,12 +95,10 @@ class Operators:
             f"{name}({inputs}, {how}, bool return_weights, str backend, str version) -> (Tensor y, Tensor weights)"
         )
         for op in ("forward", "backward"):
-            _lib.impl(f"{name}_{op}", getattr(self, f"_{op}_triton"), "CUDA")
-            _lib.impl(f"{name}_{op}", getattr(self, f"_{op}_cpu"), "CPU")
-            torch.library.register_fake(f"daam::{name}_{op}", getattr(self, f"_{op}_fake"), lib=_lib)
+            register(f"{name}_{op}", *(getattr(self, f"_{op}_{where}") for where in ("triton", "cpu", "fake")))
         _lib.impl(name, self._traced, "CompositeImplicitAutograd")
         self.forward_op, self.backward_op, self.op = (
-            getattr(torch.ops.daam, name + suffix).default for suffix in ("_forward", "_backward", "")
+            find_op(name + suffix) for suffix in ("_forward", "_backward", "")
         )
 
     def __call__(self, x, p, q, mask, axis, *settings_residual_weights_backend) -> tuple[Tensor, ...]:
@@ -109,7 +123,7 @@ class Operators:
 
     @functools.cached_property
     def kernels(self) -> ModuleType:
-        return importlib.import_module(f"daam.kernels.{self.algorithm.name}")  # imports Triton
+        return importlib.import_module(f".kernels.{self.algorithm.name}", __package__)  # imports Triton
 
     def _forward_triton(self, x, *args):
         y, weights, stats = self.kernels.forward(x, *args)

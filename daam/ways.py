@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -33,8 +32,7 @@ class Way(NamedTuple):
 def cut_runs(n_layers: int, most: int) -> list[slice]:
     """Return runs of so many layers, at most so many each and as even as they can be."""
     n_runs = -(-n_layers // most)
-    bounds = [n_layers * i // n_runs for i in range(n_runs + 1)]
-    return [slice(*pair) for pair in itertools.pairwise(bounds)]
+    return [slice(n_layers * i // n_runs, n_layers * (i + 1) // n_runs) for i in range(n_runs)]
 
 
 class Plan(NamedTuple):

@@ -77,6 +77,9 @@ def launch(kernel, grid: tuple[int, int], *args, device: torch.device, **constan
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
             _launch(kernel, grid, args, device, constants)
+    elif device.type == "xpu" and device.index != torch.xpu.current_device():
+        with torch.xpu.device(device):
+            _launch(kernel, grid, args, device, constants)
     else:
         _launch(kernel, grid, args, device, constants)
 
@@ -137,12 +140,13 @@ def _launch_anew(
 
     if grid[1] > MAX_HEADS:
         raise ValueError(f'num_heads is {grid[1]}, the backend "triton" takes at most {MAX_HEADS}')
-    keywords = find_keywords(constants, nvidia=not torch.version.hip)
+    nvidia = not (torch.version.hip or torch.version.xpu)
+    keywords = find_keywords(constants, nvidia)
     if device.type == "meta":
         _recorder.launches.append(Launch(kernel, args, keywords))
         return
     compiled = kernel[grid](*args, **keywords)
-    if key is None or torch.version.hip or not isinstance(compiled, CompiledKernel):
+    if key is None or not nvidia or not isinstance(compiled, CompiledKernel):
         return  # on AMD GPUs Triton also looks at the size of memory; the interpreter compiles nothing
     if len(kept) >= MOST_KEPT:
         kept.clear()

@@ -135,6 +135,25 @@ def test_a_gpu_with_a_driver_takes_triton(cuda):
         assert daam.backend_for(cuda) == ("triton", "x is on cuda:0, which Triton drives")
 
 
+@pytest.mark.parametrize("driven", ["cuda", "xpu"])
+def test_the_driver_says_which_gpus_it_drives(cuda, monkeypatch, driven):
+    """Check it on GPUs of two makers: each runs on Triton where the active driver is its own, and on eager with a
+    warning that names both where it is the other's.
+    """
+    triton = pytest.importorskip("triton")
+    active = mock.Mock(**{"get_active_torch_device.return_value": torch.device(driven, 0)})
+    monkeypatch.setattr(triton.runtime, "driver", mock.Mock(active=active))
+    with FakeTensorMode():
+        xpu = torch.empty(2, 6, 4, device="xpu")
+    mine, other = (cuda, xpu) if driven == "cuda" else (xpu, cuda)
+    assert daam.backend_for(mine) == ("triton", f"x is on {mine.device}, which Triton drives")
+    problem = f"x is on {other.device.type}, and Triton's driver is for {driven}"
+    with pytest.warns(UserWarning, match=f"eager backend on a GPU: {problem}"):
+        assert daam.backend_for(other) == ("eager", problem)
+    with pytest.raises(RuntimeError, match=f"cannot run: {problem}"):
+        daam.backend_for(other, "triton")
+
+
 def test_fake_and_meta_tensors_never_open_a_driver(monkeypatch):
     monkeypatch.setattr(module, "_TRITON_INSTALLED", True)
     with mock.patch.object(module, "_driver_problem", side_effect=AssertionError("opened a driver")):
@@ -142,6 +161,16 @@ def test_fake_and_meta_tensors_never_open_a_driver(monkeypatch):
             assert daam.backend_for(torch.empty(2, 3, device="cuda"))[0] == "triton"
         assert daam.backend_for(torch.empty(2, 3, device="meta")) == ("eager", "x is on meta")
         assert daam.backend_for(torch.empty(2, 3, device="meta"), "triton")[0] == "triton"
+
+
+def test_operators_run_on_intel_gpus_too():
+    with FakeTensorMode():
+        x, p = (torch.empty(shape, device="xpu") for shape in ((2, 6, 4), (3, 4)))
+        y = daam.density_attention(x, p, p)
+        assert y.device == x.device and y.shape == x.shape
+    for op in ("density_forward", "mixture_layers_backward", "gated_forward"):
+        keys = [key for key in ("CUDA", "XPU") if torch._C._dispatch_has_kernel_for_dispatch_key(f"daam::{op}", key)]
+        assert keys == ["CUDA", "XPU"]
 
 
 def test_backward_runs_on_the_backend_of_forward():

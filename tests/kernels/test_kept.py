@@ -307,6 +307,17 @@ def test_on_amd_gpus_nothing_is_kept(launched):
     assert launched and not launch.kept
 
 
+def test_on_intel_gpus_a_launch_has_no_option_of_nvidia_s():
+    """Check what a launch on a GPU that is not the current one takes where torch is built for Intel's."""
+    kernel, device = mock.MagicMock(), torch.device("xpu", 0)
+    xpu = mock.patch.multiple(torch.xpu, current_device=lambda: 1, device=mock.MagicMock())
+    with mock.patch.object(torch.version, "xpu", "20250302"), xpu:
+        launch.launch(kernel, (1, 1), device=device, num_warps=4)
+        torch.xpu.device.assert_called_once_with(device)
+    kernel.__getitem__.return_value.assert_called_once_with(enable_fp_fusion=True, num_warps=4)
+    assert not launch.kept
+
+
 def test_what_was_not_compiled_is_not_kept():
     """Check that None is not kept: an interpreted kernel, or one that a hook of Triton's keeps from being compiled."""
     kernel = mock.MagicMock()
