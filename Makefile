@@ -9,7 +9,7 @@ SHELL := bash
 AUDITS := audit-sm_80 audit-sm_90 audit-sm_100 audit-gfx942
 
 .PHONY: demo examples test test-daam test-others test-emulated test-emulated-sample margins lint bench audit audit-model \
-	test-slow gpu gpu-dry gpu-prepare clean
+	test-slow gpu gpu-dry gpu-prepare hub clean
 
 demo: $(INSTALLED)
 	$(BIN)/python -m daam.recipes.digits $(ARGS)
@@ -59,6 +59,11 @@ examples: $(INSTALLED)
 
 examples-%: $(INSTALLED)
 	$(BIN)/python -m bench.examples $* $(ARGS)
+
+# A package for Hugging Face's kernel hub, of this one's functions and kernels: into build/hub, or OUT=….
+hub: OUT = build/hub
+hub: $(INSTALLED)
+	$(BIN)/python -m daam.hub $(OUT)
 
 # Times and memory beside other providers, and their plots.
 bench: $(INSTALLED)

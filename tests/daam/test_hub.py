@@ -105,6 +105,8 @@ def test_two_copies_have_operators_of_their_own(twice):
     expected = daam.density_attention(x, p, p)
     for copy, namespace in zip(twice, ("_a_random_name", "another"), strict=True):
         assert torch.equal(copy.density_attention(x, p, p), expected)
+        compiled = torch.compile(copy.density_attention, backend="eager", fullgraph=True)
+        assert torch.equal(compiled(x, p, p), expected)
         op = sys.modules[f"{namespace}.ops"].OPERATORS["density"].op
         assert op.namespace == namespace
         assert torch.equal(op(x, p, p, None, 1, 2, 1e-5, False, False, "eager", "")[0], expected)
@@ -127,7 +129,7 @@ def test_kernels_of_a_copy_run(twice, device):
 
     found = run(copy.density_attention, copy.layers.DensityGate.forward, "triton")
     for one, other in zip(found, run(daam.density_attention, daam.DensityGate.forward, "eager"), strict=True):
-        assert (one - other).abs().max() <= 1e-11 * other.abs().max()
+        assert (one - other).abs().max() <= 1e-11 * (1 + other.abs().max())
 
 
 LOADED = """if True:
@@ -195,7 +197,6 @@ LOADED = """if True:
     put(foreign, "MultiHeadDAAM")
     expected = daam.density_attention(x, foreign.mean_offset, foreign.c)
     assert torch.equal(foreign(x), expected)
-    assert torch.equal(torch.compile(foreign, backend="eager", fullgraph=True)(x), expected)
     assert torch.equal(package.density_attention(x, foreign.mean_offset, foreign.c), expected)
     assert sorted(package.__all__) == package.__all__ and all(hasattr(package, name) for name in package.__all__)
 """
