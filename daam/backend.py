@@ -17,6 +17,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Iterator
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from daam.checks import check_choice
 
+Backend = Literal["auto", "triton", "eager"]
 BACKENDS = ("auto", "triton", "eager")
 
 try:
@@ -35,7 +37,7 @@ except (ImportError, ValueError):  # an import hook may refuse it
 _context = threading.local()
 
 
-def backend_for(x: Tensor, backend: str = "auto") -> tuple[str, str]:
+def backend_for(x: Tensor, backend: Backend = "auto") -> tuple[Literal["triton", "eager"], str]:
     """Return the backend that a call on x runs on, and the reason.
 
     Args:
@@ -63,7 +65,7 @@ def backend_for(x: Tensor, backend: str = "auto") -> tuple[str, str]:
 
 
 @contextlib.contextmanager
-def use_backend(backend: str) -> Iterator[None]:
+def use_backend(backend: Backend) -> Iterator[None]:
     """Make every call of this thread that leaves `backend` at "auto" use this one: `with daam.use_backend("eager"): …`.
 
     Backward passes run on their forward pass's backend, wherever called. Blocks nest; "auto" lets the device decide.

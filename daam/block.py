@@ -4,24 +4,54 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import TYPE_CHECKING, Literal, overload
 
 import torch
 from torch import Tensor
 
-from daam.backend import backend_for
+from daam.backend import Backend, backend_for
 from daam.block_ops import BLOCKS
 from daam.checks import check_floating, check_heads, check_params, check_recompute, check_tensor, check_x
 from daam.dtensors import are_dtensors
-from daam.functional import check_settings, in_memory_order, mixture_attention, stable_mixture_attention
+from daam.functional import (
+    _Mixture,
+    check_settings,
+    in_memory_order,
+    mixture_attention,
+    stable_mixture_attention,
+)
 from daam.ops import _forward_mode, _transformed
 from daam.pieces import Group
 from daam.ways import Plan, differentiates, is_plain, is_plain_parameter, plan_layers
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
+
+class _Block(_Mixture, total=False):
+    stable: bool
+    recompute: bool | None
+
+
+@overload
+def density_block(
+    x: Tensor, mean_offsets: Sequence[Tensor], c: Sequence[Tensor], *, return_weights: Literal[False] = ...,
+    **options: Unpack[_Block],
+) -> Tensor: ...  # fmt: skip
+@overload
+def density_block(
+    x: Tensor, mean_offsets: Sequence[Tensor], c: Sequence[Tensor], *, return_weights: Literal[True],
+    **options: Unpack[_Block],
+) -> tuple[Tensor, tuple[Tensor, ...]]: ...  # fmt: skip
+@overload
+def density_block(
+    x: Tensor, mean_offsets: Sequence[Tensor], c: Sequence[Tensor], *, return_weights: bool,
+    **options: Unpack[_Block],
+) -> Tensor | tuple[Tensor, tuple[Tensor, ...]]: ...  # fmt: skip
 def density_block(
     x: Tensor, mean_offsets: Sequence[Tensor], c: Sequence[Tensor], *, norm_axis: int = 1, eps: float = 1e-8,
     padding_value: float | None = None, mask: Tensor | None = None, residual: bool = True, stable: bool = False,
-    recompute: bool | None = None, return_weights: bool = False, backend: str = "auto", group: Group = None,
+    recompute: bool | None = None, return_weights: bool = False, backend: Backend = "auto", group: Group = None,
 ) -> Tensor | tuple[Tensor, tuple[Tensor, ...]]:  # fmt: skip
     """Weigh x by layers of mixtures of densities that share their axis and their heads, one after the other.
 
@@ -89,7 +119,7 @@ def _attend_one_by_one(
 
 def fusion_for(
     x: Tensor, mean_offsets: Sequence[Tensor], c: Sequence[Tensor], *, norm_axis: int = 1, mask: Tensor | None = None,
-    recompute: bool | None = None, backend: str = "auto", group: Group = None,
+    recompute: bool | None = None, backend: Backend = "auto", group: Group = None,
 ) -> tuple[str, str]:  # fmt: skip
     """Return which way `density_block` goes with these arguments, and the reason.
 

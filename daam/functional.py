@@ -4,21 +4,54 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, overload
 
 import torch
 from torch import Tensor
 
 from daam import ops, sharded
-from daam.backend import backend_for
+from daam.backend import Backend, backend_for
 from daam.checks import check_eps, check_floating, check_heads, check_mask, check_padding, check_params, check_x
 from daam.dtensors import are_dtensors, attend_shards
 from daam.pieces import Group, pieces_of
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
+
+class _All(TypedDict, total=False):
+    """Hold what all functions take by name, for type checkers: overloads name return_weights alone."""
+
+    norm_axis: int
+    mask: Tensor | None
+    residual: bool
+    backend: Backend
+    group: Group
+
+
+class _Eps(_All, total=False):
+    eps: float
+
+
+class _Mixture(_Eps, total=False):
+    padding_value: float | None
+
+
+@overload
+def density_attention(
+    x: Tensor, mean_offset: Tensor, c: Tensor, *, return_weights: Literal[False] = False, **options: Unpack[_Eps]
+) -> Tensor: ...
+@overload
+def density_attention(
+    x: Tensor, mean_offset: Tensor, c: Tensor, *, return_weights: Literal[True], **options: Unpack[_Eps]
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def density_attention(
+    x: Tensor, mean_offset: Tensor, c: Tensor, *, return_weights: bool, **options: Unpack[_Eps]
+) -> Tensor | tuple[Tensor, Tensor]: ...
 def density_attention(
     x: Tensor, mean_offset: Tensor, c: Tensor, *, norm_axis: int = 1, eps: float = 1e-5, mask: Tensor | None = None,
-    residual: bool = False, return_weights: bool = False, backend: str = "auto", group: Group = None,
+    residual: bool = False, return_weights: bool = False, backend: Backend = "auto", group: Group = None,
 ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """Gate every feature by how probable it is under a learnable Gaussian (density attention).
 
@@ -70,10 +103,22 @@ def density_attention(
     return _attend("density", x, (mean_offset, c), mask, axes, (eps,), residual, return_weights, backend, group, check)
 
 
+@overload
+def mixture_attention(
+    x: Tensor, mean_offsets: Tensor, c: Tensor, *, return_weights: Literal[False] = False, **options: Unpack[_Mixture]
+) -> Tensor: ...
+@overload
+def mixture_attention(
+    x: Tensor, mean_offsets: Tensor, c: Tensor, *, return_weights: Literal[True], **options: Unpack[_Mixture]
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def mixture_attention(
+    x: Tensor, mean_offsets: Tensor, c: Tensor, *, return_weights: bool, **options: Unpack[_Mixture]
+) -> Tensor | tuple[Tensor, Tensor]: ...
 def mixture_attention(
     x: Tensor, mean_offsets: Tensor, c: Tensor, *, norm_axis: int = 1, eps: float = 1e-8,
     padding_value: float | None = None, mask: Tensor | None = None, residual: bool = False,
-    return_weights: bool = False, backend: str = "auto", group: Group = None,
+    return_weights: bool = False, backend: Backend = "auto", group: Group = None,
 ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """Share one unit of weight among the positions of a chunk, by a product of Gaussians (mixture of densities).
 
@@ -128,10 +173,22 @@ def mixture_attention(
     )
 
 
+@overload
+def stable_mixture_attention(
+    x: Tensor, mean_offsets: Tensor, c: Tensor, *, return_weights: Literal[False] = False, **options: Unpack[_Mixture]
+) -> Tensor: ...
+@overload
+def stable_mixture_attention(
+    x: Tensor, mean_offsets: Tensor, c: Tensor, *, return_weights: Literal[True], **options: Unpack[_Mixture]
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def stable_mixture_attention(
+    x: Tensor, mean_offsets: Tensor, c: Tensor, *, return_weights: bool, **options: Unpack[_Mixture]
+) -> Tensor | tuple[Tensor, Tensor]: ...
 def stable_mixture_attention(
     x: Tensor, mean_offsets: Tensor, c: Tensor, *, norm_axis: int = 2, eps: float = 1e-8,
     padding_value: float | None = None, mask: Tensor | None = None, residual: bool = False,
-    return_weights: bool = False, backend: str = "auto", group: Group = None,
+    return_weights: bool = False, backend: Backend = "auto", group: Group = None,
 ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """Share one unit of weight among the positions of a chunk, by a product of Gaussians whose tails are flat.
 
@@ -188,9 +245,21 @@ def stable_mixture_attention(
     )
 
 
+@overload
+def density_gate(
+    x: Tensor, mean_offsets: Tensor, log_sigma: Tensor, *, return_weights: Literal[False] = ..., **options: Unpack[_All]
+) -> Tensor: ...
+@overload
+def density_gate(
+    x: Tensor, mean_offsets: Tensor, log_sigma: Tensor, *, return_weights: Literal[True], **options: Unpack[_All]
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def density_gate(
+    x: Tensor, mean_offsets: Tensor, log_sigma: Tensor, *, return_weights: bool, **options: Unpack[_All]
+) -> Tensor | tuple[Tensor, Tensor]: ...
 def density_gate(
     x: Tensor, mean_offsets: Tensor, log_sigma: Tensor, *, norm_axis: int = -1, mask: Tensor | None = None,
-    residual: bool = False, return_weights: bool = False, backend: str = "auto", group: Group = None,
+    residual: bool = False, return_weights: bool = False, backend: Backend = "auto", group: Group = None,
 ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """Gate every value by its density under a mixture of Gaussians (density gate).
 
