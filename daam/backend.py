@@ -110,8 +110,10 @@ def find_problem(x: Tensor) -> str | None:
         # A fake tensor has no device to ask about, and a tracer may not open a driver: the launch itself would tell.
         fake = torch.compiler.is_compiling() or isinstance(x, FakeTensor)
         return None if fake else _driver_problem("cuda" if x.is_cuda else "xpu")
-    if x.is_meta or (x.device.type == "cpu" and interpreting()):
+    if x.is_meta:
         return None
+    if x.device.type == "cpu" and interpreting():
+        return None if torch.compiler.is_compiling() else _interpreter_problem()
     return f"x is on {x.device.type}, which Triton does not drive (TRITON_INTERPRET=1 runs kernels on CPU tensors)"
 
 
@@ -129,6 +131,25 @@ def _driver_problem(device: str) -> str | None:
     except Exception as error:  # no driver, no compiler, no libcuda, no headers: each fails in a way of its own
         return f"Triton finds no driver it can use: {type(error).__name__}: {error}"
     return None if driven == device else f"x is on {device}, and Triton's driver is for {driven}"
+
+
+@functools.cache
+def _interpreter_problem() -> str | None:
+    """Return why Triton's interpreter cannot run kernels, in words; None where it can. Before 3.7 it makes an index of
+    an array of one element, which NumPy refuses since 2.4.
+    """
+    import numpy
+    import triton
+
+    if _release(triton.__version__) >= (3, 7) or _release(numpy.__version__) < (2, 4):
+        return None
+    found = f"Triton {triton.__version__} does not run with NumPy {numpy.__version__}"
+    return f"the interpreter of {found}: it needs Triton 3.7, or NumPy below 2.4"
+
+
+def _release(version: str) -> tuple[int, int]:
+    major, minor, *_others = version.split(".")
+    return int(major), int(minor)
 
 
 @functools.cache

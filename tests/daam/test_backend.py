@@ -19,10 +19,10 @@ P = torch.ones(3, 4)
 def clean(monkeypatch):
     monkeypatch.delenv("DAAM_BACKEND", raising=False)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    for cached in (module._driver_problem, module._warn_once):
+    for cached in (module._driver_problem, module._interpreter_problem, module._warn_once):
         cached.cache_clear()
     yield
-    for cached in (module._driver_problem, module._warn_once):
+    for cached in (module._driver_problem, module._interpreter_problem, module._warn_once):
         cached.cache_clear()
 
 
@@ -161,6 +161,27 @@ def test_fake_and_meta_tensors_never_open_a_driver(monkeypatch):
             assert daam.backend_for(torch.empty(2, 3, device="cuda"))[0] == "triton"
         assert daam.backend_for(torch.empty(2, 3, device="meta")) == ("eager", "x is on meta")
         assert daam.backend_for(torch.empty(2, 3, device="meta"), "triton")[0] == "triton"
+
+
+def test_an_interpreter_that_numpy_is_too_new_for_says_so(monkeypatch):
+    """Check it for versions of both: Triton 3.6, of torch 2.11, with NumPy 2.4 failed at the first loop of a kernel."""
+    numpy, triton = pytest.importorskip("numpy"), pytest.importorskip("triton")
+    monkeypatch.setattr(module, "interpreting", lambda: True)
+
+    def ask(of_triton, of_numpy):
+        module._interpreter_problem.cache_clear()
+        monkeypatch.setattr(triton, "__version__", of_triton)
+        monkeypatch.setattr(numpy, "__version__", of_numpy)
+        return daam.backend_for(X, "triton")[0]
+
+    for versions in (("3.6.0", "2.3.5"), ("3.7.0", "2.4.6"), ("3.10.0+git", "3.0.0")):
+        assert ask(*versions) == "triton"
+    expected = (
+        r"interpreter of Triton 3\.6\.0 does not run with NumPy 2\.4\.6: it needs Triton 3\.7, or NumPy below 2\.4"
+    )
+    with pytest.raises(RuntimeError, match=expected):
+        ask("3.6.0", "2.4.6")
+    assert daam.backend_for(X)[0] == "eager"
 
 
 def test_operators_run_on_intel_gpus_too():
