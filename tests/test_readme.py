@@ -10,7 +10,7 @@ import torch
 ROOT = Path(__file__).parents[1]
 README, CONTRIBUTING = ROOT / "README.md", ROOT / "CONTRIBUTING.md"
 DOCUMENTS = sorted(
-    {README, CONTRIBUTING, ROOT / "bench/history/README.md", ROOT / "daam/MIGRATING.md", *ROOT.glob("kernels/*.md")}
+    {README, CONTRIBUTING, ROOT / "bench/history/README.md", *ROOT.glob("daam/*.md"), *ROOT.glob("kernels/*.md")}
 )
 # Blocks that cannot run alone, by how they begin, and who runs them.
 ELSEWHERE = {"from torch.distributed": "needs two processes and a mesh: tests/daam/test_distributed.py runs it"}

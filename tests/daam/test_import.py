@@ -95,7 +95,8 @@ def test_wheel(linked, tmp_path):
     pytest.importorskip("setuptools")
     source = checkout(tmp_path / "source", linked)
     if not linked:
-        code = "import sys; from setuptools import build_meta; build_meta.build_sdist(sys.argv[1])"
+        # as pip calls it, without the folder on the path: setuptools imports `kernels.locking` of Hugging Face's there
+        code = "import sys; sys.path[:1] = []; from setuptools import build_meta; build_meta.build_sdist(sys.argv[1])"
         subprocess.run([sys.executable, "-c", code, tmp_path], check=True, cwd=source)
         (source,) = tmp_path.glob("*.tar.gz")
     pip("wheel", "-q", "--no-deps", "--no-build-isolation", "-w", tmp_path, source)
