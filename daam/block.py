@@ -13,13 +13,7 @@ from daam.backend import Backend, backend_for
 from daam.block_ops import BLOCKS
 from daam.checks import check_floating, check_heads, check_params, check_recompute, check_tensor, check_x
 from daam.dtensors import are_dtensors
-from daam.functional import (
-    _Mixture,
-    check_settings,
-    in_memory_order,
-    mixture_attention,
-    stable_mixture_attention,
-)
+from daam.functional import _Mixture, check_settings, in_memory_order, mixture_attention, stable_mixture_attention
 from daam.ops import _forward_mode, _transformed
 from daam.pieces import Group
 from daam.ways import Plan, differentiates, is_plain, is_plain_parameter, plan_layers

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 from torch.nn.modules.module import _has_any_global_hook
 
+from daam.backend import Backend
 from daam.block import density_block, fusion_for
 from daam.checkpoints import Published
 from daam.checks import check_recompute, check_tensor, has_hooks
@@ -136,7 +137,7 @@ class DensityBlock(MixtureBlock):
 
     def __init__(
         self, norm_axes: Sequence[int], num_heads: Sequence[int], num_gaussians: Sequence[int], num_layers: int,
-        padding_value: float | None = None, eps: float = 1e-8, *, backend: str = "auto",
+        padding_value: float | None = None, eps: float = 1e-8, *, backend: Backend = "auto",
         recompute: bool | None = None, group: Group = None, device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):  # fmt: skip

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 from torch.nn.functional import relu, scaled_dot_product_attention
 
+from daam.backend import Backend
 from daam.blocks import DensityBlock
 from daam.checkpoints import Published
 from daam.checks import check_choice, check_dtype, check_tensor
@@ -125,7 +126,7 @@ class DATDecoder(Published):
     def __init__(
         self, num_layers: int, num_features: int, num_classes: int, *, attention: str = "daam",
         num_heads: int | None = None, num_gaussians: int = 4, conv_channels: int = 512, standardize: bool = False,
-        backend: str = "auto", device: torch.device | str | None = None, dtype: torch.dtype | None = None,
+        backend: Backend = "auto", device: torch.device | str | None = None, dtype: torch.dtype | None = None,
     ):  # fmt: skip
         super().__init__()
         if num_heads is None:

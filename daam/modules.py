@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 
 from daam import gated
-from daam.backend import backend_for
+from daam.backend import Backend, backend_for
 from daam.checkpoints import Published, is_shared, share_as
 from daam.checks import check_dtype, check_eps, check_mask, check_positive, check_tensor
 from daam.functional import density_attention, density_gate, mixture_attention
@@ -53,7 +53,7 @@ class MultiHeadDAAM(Published):
 
     def __init__(
         self, num_features: int, num_heads: int = 8, *, norm_axis: int = 1, c: float = 2.0, eps: float = 1e-5,
-        residual: bool = False, backend: str = "auto", group: Group = None, device: torch.device | str | None = None,
+        residual: bool = False, backend: Backend = "auto", group: Group = None, device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):  # fmt: skip
         super().__init__()
@@ -129,7 +129,7 @@ class Mixture(Published):
 
     def __init__(
         self, heads: tuple[int, ...], norm_axis: int, num_heads: int, num_gaussians: int, padding_value: float | None,
-        mean_offset_init: float, eps: float, backend: str, group: Group, device: torch.device | str | None,
+        mean_offset_init: float, eps: float, backend: Backend, group: Group, device: torch.device | str | None,
         dtype: torch.dtype | None,
     ):  # fmt: skip
         super().__init__()
@@ -205,7 +205,7 @@ class DensityAdaptiveAttention(Mixture):
 
     def __init__(
         self, norm_axis: int, num_heads: int, num_gaussians: int, padding_value: float | None,
-        mean_offset_init: float = 0, eps: float = 1e-8, *, backend: str = "auto", group: Group = None,
+        mean_offset_init: float = 0, eps: float = 1e-8, *, backend: Backend = "auto", group: Group = None,
         device: torch.device | str | None = None, dtype: torch.dtype | None = None,
     ):  # fmt: skip
         super().__init__(
@@ -238,7 +238,7 @@ class MultiHeadDensityAdaptiveAttention(Mixture):
 
     def __init__(
         self, norm_axis: int, num_heads: int, num_gaussians: int, padding_value: float | None = None,
-        eps: float = 1e-8, *, backend: str = "auto", group: Group = None, device: torch.device | str | None = None,
+        eps: float = 1e-8, *, backend: Backend = "auto", group: Group = None, device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):  # fmt: skip
         heads, place = (num_heads,), (backend, group, device, dtype)
@@ -273,7 +273,7 @@ class DensityGate(Published):
     _published_layers = ("to_attn",)
 
     def __init__(
-        self, in_ch: int, num_gaussians: int = 4, cap: float = 0.2, *, backend: str = "auto", group: Group = None,
+        self, in_ch: int, num_gaussians: int = 4, cap: float = 0.2, *, backend: Backend = "auto", group: Group = None,
         device: torch.device | str | None = None, dtype: torch.dtype | None = None,
     ):  # fmt: skip
         super().__init__()
@@ -364,7 +364,7 @@ class _Gaussians(Published):
         nn.init.constant_(self.log_sigma, math.log(0.5))
 
     def forward(
-        self, x: Tensor, mask: Tensor | None = None, backend: str = "auto", group: Group = None
+        self, x: Tensor, mask: Tensor | None = None, backend: Backend = "auto", group: Group = None
     ) -> Tensor:  # fmt: skip
         given = {"mask": mask, "return_weights": True, "backend": backend, "group": group}
         return density_gate(x, self.mean_offsets, self.log_sigma, **given)[1]

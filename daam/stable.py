@@ -8,6 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from daam.backend import Backend
 from daam.blocks import MixtureBlock
 from daam.functional import stable_mixture_attention
 from daam.modules import Mixture
@@ -44,7 +45,7 @@ class StableMultiHeadDensityAttention(Mixture):
 
     def __init__(
         self, norm_axis: int, num_heads: int, num_gaussians: int, eps: float = 1e-8,
-        padding_value: float | None = None, *, backend: str = "auto", group: Group = None,
+        padding_value: float | None = None, *, backend: Backend = "auto", group: Group = None,
         device: torch.device | str | None = None, dtype: torch.dtype | None = None,
     ):  # fmt: skip
         heads, place = (num_heads,), (backend, group, device, dtype)
@@ -76,7 +77,7 @@ class StableDensityBlock(MixtureBlock):
 
     def __init__(
         self, norm_axes: Sequence[int], num_heads: Sequence[int], num_gaussians: Sequence[int], num_layers: int,
-        eps: float = 1e-8, residual: bool = True, padding_value: float | None = None, *, backend: str = "auto",
+        eps: float = 1e-8, residual: bool = True, padding_value: float | None = None, *, backend: Backend = "auto",
         recompute: bool | None = None, group: Group = None, device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):  # fmt: skip

@@ -21,6 +21,7 @@ y, weights = daam.density_gate(x, p, p, norm_axis=1, return_weights=True)
 y = daam.density_block(x, [p, p], [p, p], stable=True, recompute=False).exp()
 y, of_layers = daam.density_block(x, [p, p], [p, p], return_weights=True)
 names: tuple[Tensor, ...] = of_layers
+y = daam.MultiHeadDAAM(4, 3, backend="eager")(x)
 flag = bool(x.numel())
 either = daam.density_attention(x, p, p, return_weights=flag)
 y = either[0] if isinstance(either, tuple) else either
@@ -35,3 +36,6 @@ def refused() -> None:
     daam.density_attention(x, p, p, backend="gpu")  # type: ignore[call-overload]
     daam.density_attention(x, p, p, padding_value=0)  # type: ignore[call-overload]
     daam.use_backend("gpu")  # type: ignore[arg-type]
+    daam.MultiHeadDAAM(4, backend="gpu")  # type: ignore[arg-type]
+    daam.DensityBlock([1], [2], [3], 1, backend="gpu")  # type: ignore[arg-type]
+    daam.DATDecoder(3, 4, 2, backend="gpu")  # type: ignore[arg-type]
