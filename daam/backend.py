@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib.metadata
 import importlib.util
 import os
 import sys
@@ -59,7 +60,7 @@ def backend_for(x: Tensor, backend: Backend = "auto") -> tuple[Literal["triton",
         return name, f"requested by {source}"
     if problem is None and (x.is_cuda or x.is_xpu):
         return "triton", f"x is on {x.device}, which Triton drives"
-    if (x.is_cuda or x.is_xpu) and not torch.compiler.is_compiling():
+    if not x.is_cpu and (x.is_cuda or x.is_xpu) and not torch.compiler.is_compiling():
         _warn_once(problem)
     return "eager", problem or f"x is on {x.device.type}"
 
@@ -138,12 +139,12 @@ def _interpreter_problem() -> str | None:
     """Return why Triton's interpreter cannot run kernels, in words; None where it can. Before 3.7 it makes an index of
     an array of one element, which NumPy refuses since 2.4.
     """
-    import numpy
     import triton
 
-    if _release(triton.__version__) >= (3, 7) or _release(numpy.__version__) < (2, 4):
+    numpy = importlib.metadata.version("numpy")
+    if _release(triton.__version__) >= (3, 7) or _release(numpy) < (2, 4):
         return None
-    found = f"Triton {triton.__version__} does not run with NumPy {numpy.__version__}"
+    found = f"Triton {triton.__version__} does not run with NumPy {numpy}"
     return f"the interpreter of {found}: it needs Triton 3.7, or NumPy below 2.4"
 
 
