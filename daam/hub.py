@@ -59,6 +59,7 @@ license: {LICENSE.lower()}
 Functions and layers of daam-triton, laid out by its `python -m daam.hub`: pure Triton, with an eager fallback.
 
     import daam
+    from pathlib import Path
     from kernels import LocalLayerRepository, Mode, kernelize, replace_kernel_forward_from_hub, use_kernel_mapping
 
     replace_kernel_forward_from_hub(daam.MultiHeadDAAM, "MultiHeadDAAM")  # of classes of yours: the decorator
