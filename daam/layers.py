@@ -2,7 +2,8 @@
 
 `kernels.kernelize` puts a forward on every module of a class that was given the name of one of these. Such a class is
 this package's, or any that takes the same arguments and has the attributes that the forward reads: as annotated, and
-`backend` if it has one, "auto" else. There is no constructor and no other method: `kernels` refuses them.
+`backend` and `group` if it has them, "auto" and None else. There is no constructor and no other method: `kernels`
+refuses them.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ class MultiHeadDAAM(nn.Module):
         """Return y, or (y, weights), each like x; mask as `density_attention` has it."""
         return density_attention(
             x, self.mean_offset, self.c, norm_axis=self.norm_axis, eps=self.eps, mask=mask, residual=self.residual,
-            return_weights=return_weights, backend=getattr(self, "backend", "auto"),
+            return_weights=return_weights, backend=getattr(self, "backend", "auto"), group=getattr(self, "group", None),
         )  # fmt: skip
 
 
@@ -96,9 +97,9 @@ class DensityGate(nn.Module):
         valid = x if mask is None else x.masked_fill(~mask, 0)
         gate = density_gate(
             self.to_attn(valid), self.gaa.mean_offsets, self.gaa.log_sigma, mask=mask, return_weights=True,
-            backend=getattr(self, "backend", "auto"),
+            backend=getattr(self, "backend", "auto"), group=getattr(self, "group", None),
         )[1]  # fmt: skip
-        y = valid * (1 + self.alpha * gate)
+        y = valid * (1 + self.alpha.reshape(()) * gate)  # of one dimension it would promote a gate of another dtype
         return y if mask is None else torch.where(mask, y, x), gate
 
 
@@ -108,13 +109,14 @@ def _weigh(attend, module, x, return_weights, mask, residual):
     out = attend(
         x, mean_offsets, c, norm_axis=module.norm_axis, eps=module.eps, padding_value=module.padding_value, mask=mask,
         residual=residual, return_weights=return_weights, backend=getattr(module, "backend", "auto"),
+        group=getattr(module, "group", None),
     )  # fmt: skip
     return (out[0], out[1].detach()) if return_weights else out
 
 
 def _fuses(module, x):
     """Tell whether a gate's parts may be one launch a pass, as `daam.DensityGate.fusion_for` does."""
-    if backend_for(x, getattr(module, "backend", "auto"))[0] != "triton":
+    if backend_for(x, getattr(module, "backend", "auto"))[0] != "triton" or getattr(module, "group", None) is not None:
         return False
     if not torch.compiler.is_compiling() and (_transformed() or _forward_mode()):
         return False

@@ -53,8 +53,8 @@ class MultiHeadDAAM(Published):
 
     def __init__(
         self, num_features: int, num_heads: int = 8, *, norm_axis: int = 1, c: float = 2.0, eps: float = 1e-5,
-        residual: bool = False, backend: Backend = "auto", group: Group = None, device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        residual: bool = False, backend: Backend = "auto", group: Group = None,
+        device: torch.device | str | None = None, dtype: torch.dtype | None = None,
     ):  # fmt: skip
         super().__init__()
         if num_features < 1 or num_heads < 1:

@@ -8,7 +8,7 @@ import operator
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, NamedTuple, Union
 
 import torch
 from torch import Tensor
@@ -44,12 +44,16 @@ class AxisPieces:
         object.__setattr__(self, "sizes", sizes)
 
 
-Group: TypeAlias = "ProcessGroup | DeviceMesh | AxisPieces | None"  # as functions and modules take one
+Group = Union["ProcessGroup", "DeviceMesh", "AxisPieces", None]  # as functions and modules take one
 
 
 def pieces_of(group: Group) -> AxisPieces | None:
     """Return the argument `group` of functions and modules as pieces; raise TypeError where it is no group."""
-    return group if group is None or isinstance(group, AxisPieces) else AxisPieces(group)
+    if group is None or isinstance(group, AxisPieces):
+        return group
+    if hasattr(group, "sizes") and hasattr(group, "group"):  # of another copy of this package (`hub.py`)
+        return AxisPieces(group.group, group.sizes)
+    return AxisPieces(group)
 
 
 def _name_of(group: object) -> str:
@@ -116,8 +120,8 @@ def cut_heads(sizes: tuple[int, ...], rank: int, heads: int) -> Cut:
     edges, total = (0, *itertools.accumulate(sizes)), sum(sizes)
     bounds = [total // heads * head for head in range(heads)] + [total]
     pieces = [  # of each process: (head, from, to) of all it has of a head
-        [(h, max(first, bounds[h]), min(last, bounds[h + 1])) for h in range(heads)]
-        for first, last in itertools.pairwise(edges)
+        [(h, max(first, bounds[h]), min(first + size, bounds[h + 1])) for h in range(heads)]
+        for first, size in zip(edges[:-1], sizes, strict=True)
     ]
     pieces = [[piece for piece in of_one if piece[1] < piece[2]] for of_one in pieces]
     shared = [[piece for piece in of_one if piece[1:] != (bounds[piece[0]], bounds[piece[0] + 1])] for of_one in pieces]

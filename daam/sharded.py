@@ -66,7 +66,7 @@ class _Call:
 
     def arithmetic(self) -> ModuleType:
         """Return what has `counts`, `forward` and `backward` of shared heads on the call's backend."""
-        return importlib.import_module("daam.kernels.sharded") if self.backend == "triton" else eager
+        return importlib.import_module(".kernels.sharded", __package__) if self.backend == "triton" else eager
 
     def module(self) -> ModuleType:
         """Return the algorithm's own module on the call's backend."""
