@@ -91,7 +91,7 @@ def as_valid(
             return None
         mask = ("input_ids", torch.ones(tokens.shape[:2], device=hidden.device))
     name, valid = mask[0], mask[1].to(hidden.device) > 0
-    if len(valid) == batch and valid.shape[1] != positions:
+    if valid.shape[0] == batch and valid.shape[1] != positions:
         if (frames := _frames(name, valid, encoder, positions)) is not None:
             valid = frames
         elif valid.shape[1] < positions and _pads_inside(encoder):  # on the right, up to a whole window
@@ -106,6 +106,8 @@ def _check_mask(name: str, mask: Any) -> tuple[str, Tensor]:
         came = f"shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else f"a {type(mask).__name__}"
         remedy = "" if name == "pooling_mask" else "; pass what is valid as pooling_mask="
         raise ValueError(f"{name} has {came}, expected a tensor (batch, positions), 1 where valid{remedy}")
+    if torch.compiler.is_compiling():  # what is compiled or exported has no values to look at
+        return name, mask
     if mask.is_floating_point() and (mask < 0).any():
         raise ValueError(f"{name} has negative values, expected 1 where valid and 0 elsewhere")
     if empty := (~(mask > 0).any(1)).nonzero().flatten().tolist():
@@ -143,6 +145,10 @@ def _frames(name: str, valid: Tensor, encoder: nn.Module, positions: int) -> Ten
     # adapters come after the layers; those of SEW run on means of several frames
     options = {"add_adapter": False} if "add_adapter" in inspect.signature(count).parameters else {}
     squeeze = getattr(getattr(owner, "config", None), "squeeze_factor", 1)
+    if torch.compiler.is_compiling():  # what is compiled or exported has no values to look at
+        counts = count(valid.sum(1), **options)
+        lengths = (counts[0] if isinstance(counts, tuple) else counts) // squeeze
+        return torch.arange(positions, device=valid.device) < lengths.clamp(min=1).unsqueeze(1)
 
     def frames(length: int) -> int:
         counts = count(torch.tensor(length), **options)

@@ -8,7 +8,7 @@ import threading
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -102,10 +102,8 @@ class LayerPooling(nn.Module):
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """Return the means of `average`, and the number of positions of each example, (batch,) of int64."""
-        run = LayerPooling._average
-        if torch.compiler.is_compiling():  # hooks that come and go are not for graphs: only what follows is compiled
-            run = torch.compiler.disable(run)
-        return run(self, inputs, kwargs, attention_mask, pooling_mask)
+        run = self._average_in_graph if torch.compiler.is_dynamo_compiling() else self._average
+        return run(inputs, kwargs, attention_mask, pooling_mask)
 
     def check(self, collate: Callable[[list], Mapping[str, Any]], examples: Sequence[Any]):
         """Measure what features of this encoder depend on; see `daam.encoder_check.check_encoder`."""
@@ -116,21 +114,47 @@ class LayerPooling(nn.Module):
     def _average(
         self, inputs: tuple, kwargs: dict[str, Any], attention_mask: Tensor | None, pooling_mask: Any
     ) -> tuple[Tensor, Tensor]:
-        encoder = unwrap(self.encoder)
-        signature = inspect.signature(encoder.forward)
-        takes_all = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
-        if attention_mask is not None and (takes_all or "attention_mask" in signature.parameters):
-            kwargs = {**kwargs, "attention_mask": attention_mask}
-        named = _name_arguments(signature, inputs, kwargs)
-        path = next((name for name, module in encoder.named_modules() if module is self._layers[0]), "")
-        mask = find_mask(named, attention_mask, pooling_mask, path)
-        call = _Call(self.encoder, inputs, kwargs, named, mask, self.batch_first)
-        with _lock(encoder):
+        call = self._prepare(_Interface(*self._look_at_encoder()), inputs, kwargs, attention_mask, pooling_mask)
+        with _lock(unwrap(self.encoder)):
             try:
                 return call.run(self._layers, self.embeddings)
             except _UnclearLayoutError:
                 call.batch_first = self._find_layout(call)
                 return call.run(self._layers, self.embeddings)
+
+    def _average_in_graph(
+        self, inputs: tuple, kwargs: dict[str, Any], attention_mask: Tensor | None, pooling_mask: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Do what `_average` does while Dynamo traces, as part of its graph where the encoder can be one."""
+        interface = _Interface(*self._look_at_encoder())
+        # not compiling: something in the encoder broke the graph, and Dynamo ran this frame, which holds it, uncompiled
+        if not torch.compiler.is_dynamo_compiling() or not interface.traceable:
+            return torch.compiler.disable(LayerPooling._average)(self, inputs, kwargs, attention_mask, pooling_mask)
+        call = self._prepare(interface, inputs, kwargs, attention_mask, pooling_mask)
+        return call.run(self._layers, self.embeddings)
+
+    def _look_at_encoder(self) -> tuple[tuple[tuple[str, str], ...], str, bool]:
+        """Return the fields of an `_Interface`, as the encoder is now."""
+        encoder, layers = unwrap(self.encoder), set(self._layers)
+        parameters = inspect.signature(encoder.forward).parameters.values()
+        path = next((name for name, module in encoder.named_modules() if module is self._layers[0]), "")
+        hooked = any(layer._forward_hooks or layer._forward_pre_hooks for layer in layers)
+        compiled = any("_orig_mod" in m._modules and layers & {m, m._orig_mod} for m in encoder.modules())
+        return tuple((p.name, p.kind.name) for p in parameters), path, not (hooked or compiled)
+
+    # runs while Dynamo traces: what torch.compiler.assume_constant_result does, which would import all of Dynamo here
+    _look_at_encoder._dynamo_marked_constant = True
+
+    def _prepare(
+        self, interface: _Interface, inputs: tuple, kwargs: dict[str, Any], attention_mask: Tensor | None,
+        pooling_mask: Any,
+    ) -> _Call:  # fmt: skip
+        """Return the call of an encoder on these inputs."""
+        if attention_mask is not None and interface.takes("attention_mask"):
+            kwargs = {**kwargs, "attention_mask": attention_mask}
+        named = interface.name_arguments(inputs, kwargs)
+        mask = find_mask(named, attention_mask, pooling_mask, interface.path)
+        return _Call(self.encoder, inputs, kwargs, named, mask, self.batch_first)
 
     def _find_layout(self, call: _Call) -> bool:
         """Tell whether layers give the batch first, by a call on its first example alone."""
@@ -140,6 +164,38 @@ class LayerPooling(nn.Module):
             raise ValueError(
                 f"as many examples as positions, and one alone does not tell the layout ({error}): pass batch_first="
             ) from error
+
+
+@dataclass
+class _Interface:
+    """Hold what an encoder's call looks like: names and kinds of its parameters, the name of its first layer, and
+    whether a graph can see what its layers give: not those with hooks of others, and not those compiled by themselves.
+    """
+
+    parameters: tuple[tuple[str, str], ...]
+    path: str
+    traceable: bool
+
+    def takes(self, name: str) -> bool:
+        """Tell whether the encoder takes an argument of that name."""
+        return any(kind == "VAR_KEYWORD" or parameter == name for parameter, kind in self.parameters)
+
+    def name_arguments(self, inputs: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Return arguments by name, in the order of the encoder's signature."""
+        named: dict[str, Any] = {}
+        inputs, others = list(inputs), dict(kwargs)
+        for name, kind in self.parameters:
+            if kind == "VAR_POSITIONAL":
+                named.update({f"{NAMELESS}, {i}": value for i, value in enumerate(inputs)})
+                inputs = []
+            elif kind == "VAR_KEYWORD":
+                named.update(others)
+                others = {}
+            elif inputs and kind != "KEYWORD_ONLY":
+                named[name] = inputs.pop(0)
+            elif name in others and kind != "POSITIONAL_ONLY":
+                named[name] = others.pop(name)
+        return dict(kwargs) if inputs or others else named  # left over: the encoder says it better
 
 
 class _UnclearLayoutError(Exception):
@@ -160,7 +216,7 @@ class _Call:
     named: dict[str, Any]
     mask: tuple[str, Tensor] | None
     batch_first: bool | None
-    valid: dict[torch.Size, Tensor | None] = field(default_factory=dict)
+    valid: tuple[torch.Size, Tensor | None] | None = None  # of the layer before, and its output's first two sizes
 
     def run(self, layers: list[nn.Module], embeddings: bool = False) -> tuple[Tensor, Tensor]:
         """Return averages (batch, layers, features) and the number of positions of each example. embeddings: whether
@@ -182,7 +238,8 @@ class _Call:
                 first.append(_average(hidden, self._valid(hidden))[0])
 
         start = keep_input if embeddings else None
-        self._watch(layers, keep, start)
+        if not torch.compiler.is_dynamo_compiling():  # which sees no hooks that come and go, but a replaced forward
+            self._watch(layers, keep, start)
         if not counts:  # layers whose forward is called directly have no hooks
             self._watch(layers, keep, start, direct=True)
         _check_runs(layers, averages)
@@ -220,7 +277,7 @@ class _Call:
     def _as_batch_first(self, hidden: Tensor) -> Tensor:
         """Return a layer's output as (batch, positions, features)."""
         if hidden.is_nested:  # nn.TransformerEncoder's fast path leaves padding out
-            length = None if self.mask is None else (len(self.mask[1]), self.mask[1].shape[1], hidden.size(2))
+            length = None if self.mask is None else (self.mask[1].shape[0], self.mask[1].shape[1], hidden.size(2))
             hidden = hidden.to_padded_tensor(0.0, length)
         batch = self._batch()
         if hidden.dim() != 3:
@@ -248,17 +305,18 @@ class _Call:
         in may do so too: then it is positions_first, if that is one of its first two sizes.
         """
         if self.mask is not None and positions_first is not None:
-            return len(self.mask[1])
+            return self.mask[1].shape[0]
         values = [t for v in self.named.values() for t in (parts_of(v) if isinstance(v, Mapping | tuple) else [v])]
         shapes = [value.shape for value in values if isinstance(value, Tensor) and value.dim() > 1]
         if shapes:
             return positions_first if positions_first in shapes[0][:2] else shapes[0][0]
-        return None if self.mask is None else len(self.mask[1])
+        return None if self.mask is None else self.mask[1].shape[0]
 
     def _valid(self, hidden: Tensor) -> Tensor | None:
-        if hidden.shape[:2] not in self.valid:  # most layers have as many positions as the one before
-            self.valid[hidden.shape[:2]] = as_valid(self.mask, self.named, unwrap(self.encoder), hidden)
-        return self.valid[hidden.shape[:2]]
+        size = hidden.shape[:2]
+        if self.valid is None or self.valid[0] != size:  # most layers have as many positions as the one before
+            self.valid = size, as_valid(self.mask, self.named, unwrap(self.encoder), hidden)
+        return self.valid[1]
 
 
 def _cut_to_first(call: _Call) -> _Call:
@@ -277,7 +335,7 @@ def _average(hidden: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
     """Average (batch, positions, features) over valid positions: (batch, features), and their numbers, (batch,)."""
     hidden = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
     if valid is None:
-        return hidden.mean(1), torch.full((len(hidden),), hidden.shape[1], device=hidden.device)
+        return hidden.mean(1), torch.full((hidden.shape[0],), hidden.shape[1], device=hidden.device)
     count = valid.sum(1)
     # what stands at invalid positions, NaN included, does not count
     return torch.where(valid.unsqueeze(-1), hidden, 0).sum(1) / count.unsqueeze(-1), count
@@ -308,29 +366,39 @@ def _watch_layers(layers: list[nn.Module], keep: Callable, start: Callable | Non
     """Call keep(layer, output) whenever a layer ran in this thread, by hooks or, if direct, by a replaced forward; and
     start(layer, args, kwargs), if given, before the first one runs.
     """
-    thread, undo = threading.get_ident(), contextlib.ExitStack()
+    thread, undo = _find_thread(), []
 
     def hook(layer: nn.Module, args: Any, output: Any) -> None:
-        if threading.get_ident() == thread:
+        if _find_thread() == thread:
             keep(layer, output)
 
     def pre_hook(layer: nn.Module, args: Any, kwargs: Any) -> None:
-        if threading.get_ident() == thread and start is not None and layer is layers[0]:
+        if _find_thread() == thread and start is not None and layer is layers[0]:
             start(layer, args, kwargs)
 
-    with undo:
+    try:
         for layer in dict.fromkeys(layers):
             if direct:
-                undo.callback(_replace_forward(layer, pre_hook, hook))
+                undo.append(_replace_forward(layer, pre_hook, hook))
             else:
-                undo.callback(layer.register_forward_pre_hook(pre_hook, with_kwargs=True).remove)
-                undo.callback(layer.register_forward_hook(hook).remove)
+                undo.append(layer.register_forward_pre_hook(pre_hook, with_kwargs=True).remove)
+                undo.append(layer.register_forward_hook(hook).remove)
         yield
+    finally:
+        for step in reversed(undo):
+            step()
+
+
+def _find_thread() -> int:
+    """Return a number of this thread, and 0 in a graph, whose trace no other thread runs."""
+    return 0 if torch.compiler.is_dynamo_compiling() else threading.get_ident()
 
 
 def _replace_forward(layer: nn.Module, pre_hook: Callable, hook: Callable) -> Callable[[], None]:
     """Let a layer's forward begin and end with a hook; return a function that takes that back."""
-    original, override = layer.forward, layer.__dict__.get("forward")
+    # as entries of __dict__: Dynamo sees that what was added there is gone again, and leaves the layer alone
+    original, entries = layer.forward, vars(layer)
+    override = entries.get("forward")
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         pre_hook(layer, args, kwargs)
@@ -338,8 +406,14 @@ def _replace_forward(layer: nn.Module, pre_hook: Callable, hook: Callable) -> Ca
         hook(layer, args, output)
         return output
 
-    layer.forward = forward
-    return (lambda: delattr(layer, "forward")) if override is None else (lambda: setattr(layer, "forward", override))
+    def undo() -> None:
+        if override is None:
+            del entries["forward"]
+        else:
+            entries["forward"] = override
+
+    entries["forward"] = forward
+    return undo
 
 
 _LOCKS: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
@@ -355,28 +429,11 @@ def _lock(encoder: nn.Module) -> threading.RLock:
 @contextlib.contextmanager
 def _run_uncompiled(encoder: nn.Module) -> Iterator[None]:
     """Run compiled parts of an encoder as they are written, since graphs do not see hooks that come and go."""
-    if any(m._compiled_call_impl is not None or "_orig_mod" in m._modules for m in encoder.modules()):
+    if not torch.compiler.is_dynamo_compiling() and any(m._compiled_call_impl is not None or "_orig_mod" in m._modules for m in encoder.modules()):
         with _STANCE, torch.compiler.set_stance("force_eager"):
             yield
     else:
         yield
-
-
-def _name_arguments(signature: inspect.Signature, inputs: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Return an encoder's arguments by name, in the order of its signature."""
-    try:
-        bound = signature.bind_partial(*inputs, **kwargs).arguments
-    except TypeError:  # the encoder says it better
-        return dict(kwargs)
-    named: dict[str, Any] = {}
-    for name, value in bound.items():
-        if signature.parameters[name].kind is inspect.Parameter.VAR_POSITIONAL:
-            named.update({f"{NAMELESS}, {i}": item for i, item in enumerate(value)})
-        elif signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD:
-            named.update(value)
-        else:
-            named[name] = value
-    return named
 
 
 def find_layers(encoder: nn.Module, layers: str | Sequence[nn.Module] | None) -> list[nn.Module]:

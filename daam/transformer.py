@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from daam.checks import check_choice
 from daam.decoder import DATDecoder, focal_loss
@@ -47,6 +48,16 @@ class Output(dict):
 
 def _output(entries: dict[str, Tensor]) -> Output:
     return Output(**entries)
+
+
+# so that torch.export, vmap and the like see the tensors in it, as they do in outputs of Hugging Face
+pytree.register_pytree_node(
+    Output,
+    lambda output: (list(output.values()), list(output)),
+    lambda values, names: Output(**dict(zip(names, values, strict=True))),
+    serialized_type_name="daam.transformer.Output",
+    flatten_with_keys_fn=lambda output: ([(pytree.MappingKey(k), v) for k, v in output.items()], list(output)),
+)
 
 
 class DensityAdaptiveTransformer(nn.Module):
