@@ -153,11 +153,11 @@ GaussianBlock = DensityBlock
 
 def _find_key(layer: nn.Module, rank: int) -> tuple[Any, ...] | None:
     """Return what layers share that one function may take at once; None of one that must be called itself, since it is
-    no layer of ours, or a call of it does more.
+    no layer of ours, compiled by itself, or a call of it does more.
     """
     if not isinstance(layer, Mixture) or type(layer).forward is not Mixture.forward or "forward" in layer.__dict__:
         return None
-    if has_hooks(layer) or not -rank <= layer.norm_axis < rank:
+    if has_hooks(layer) or layer._compiled_call_impl is not None or not -rank <= layer.norm_axis < rank:
         return None
     return (
         layer.norm_axis % rank,

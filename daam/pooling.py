@@ -35,6 +35,11 @@ class LayerPooling(nn.Module):
 
     Whether features of an example depend on the batch it stands in is a matter of the encoder: `check` measures it.
 
+    Compiled or exported, the encoder is part of the graph, and values of masks are not looked at: an example without a
+    valid position has NaN. An encoder that breaks the graph, or whose layers have hooks or are compiled each, runs as
+    it would uncompiled, between two graphs, and is an error with fullgraph; so are as many examples as positions where
+    batch_first is None.
+
     Raises:
         ValueError: the layers are not found, or not unique; the message names those there are.
     """
@@ -125,7 +130,7 @@ class LayerPooling(nn.Module):
     def _average_in_graph(
         self, inputs: tuple, kwargs: dict[str, Any], attention_mask: Tensor | None, pooling_mask: Any
     ) -> tuple[Tensor, Tensor]:
-        """Do what `_average` does while Dynamo traces, as part of its graph where the encoder can be one."""
+        """Return what `_average` does while Dynamo traces, as part of its graph where the encoder can be one."""
         interface = _Interface(*self._look_at_encoder())
         # not compiling: something in the encoder broke the graph, and Dynamo ran this frame, which holds it, uncompiled
         if not torch.compiler.is_dynamo_compiling() or not interface.traceable:
@@ -429,7 +434,9 @@ def _lock(encoder: nn.Module) -> threading.RLock:
 @contextlib.contextmanager
 def _run_uncompiled(encoder: nn.Module) -> Iterator[None]:
     """Run compiled parts of an encoder as they are written, since graphs do not see hooks that come and go."""
-    if not torch.compiler.is_dynamo_compiling() and any(m._compiled_call_impl is not None or "_orig_mod" in m._modules for m in encoder.modules()):
+    if not torch.compiler.is_dynamo_compiling() and any(
+        m._compiled_call_impl is not None or "_orig_mod" in m._modules for m in encoder.modules()
+    ):
         with _STANCE, torch.compiler.set_stance("force_eager"):
             yield
     else:

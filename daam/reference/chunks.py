@@ -129,7 +129,7 @@ class Chunks:
 
     def var_eps(self, sum_squares: Tensor, eps: float) -> Tensor:
         """Return var + eps, var unbiased, 0 of one valid position; 1 more where no position is valid."""
-        return sum_squares / self.freedom + (eps + self.empty)
+        return sum_squares / self.freedom + (addend(eps, sum_squares) + self.empty)
 
     def param(self, p: Tensor, feature_axis: int | None = None) -> Tensor:
         """Return a parameter (heads, P) as it broadcasts against the chunks; P follows feature_axis, if given."""
@@ -147,6 +147,12 @@ class Chunks:
         precedes = feature_axis is not None and feature_axis < self.axis
         g = g.sum([d for d, size in enumerate(self.param(p, feature_axis).shape) if size == 1 and d != self.axis])
         return (g.t() if precedes else g).reshape(p.shape)
+
+
+def addend(eps: float, t: Tensor) -> float | Tensor:
+    """Return a small number that is added to a tensor, as the exporter to ONNX leaves it: of one dimension there."""
+    # its optimiser drops a scalar of up to 1e-8, as if it were 0
+    return t.new_full((1,), eps) if torch.compiler.is_exporting() else eps
 
 
 @dataclass(frozen=True)

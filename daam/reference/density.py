@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from daam.reference.chunks import LOG2_E, Chunks, cut_into_slices
+from daam.reference.chunks import LOG2_E, Chunks, addend, cut_into_slices
 
 
 def formula(
@@ -94,4 +94,4 @@ def backward(
 
 def _var_eps(chunks: Chunks, sum_squares: Tensor, eps: float) -> Tensor:
     """Return var + eps of each chunk, and 1 more where no position is valid, so that it can divide whatever eps is."""
-    return sum_squares / chunks.count + (eps + chunks.empty)
+    return sum_squares / chunks.count + (addend(eps, sum_squares) + chunks.empty)

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from daam.kernels.algorithms import SIGMA_FLOOR, VARIANCE_FLOOR, WIDTH_FLOOR
-from daam.reference.chunks import LOG2_E, Chunks, cut_into_parts, cut_into_slices
+from daam.reference.chunks import LOG2_E, Chunks, addend, cut_into_parts, cut_into_slices
 
 DENSITY_AT_0 = 0.3989422804014327  # 1/sqrt(2π)
 
@@ -37,7 +37,7 @@ def weigh(chunks: Chunks, d: Tensor, sum_squares: Tensor, mean_offsets: Tensor, 
     std = (sum_squares / chunks.count).clamp(min=VARIANCE_FLOOR).sqrt()
     weights = 0
     for offset, sigma in _gaussians(chunks, mean_offsets, log_sigma):
-        z = (d - offset) / (std * sigma + WIDTH_FLOOR)
+        z = (d - offset) / (std * sigma + addend(WIDTH_FLOOR, std))
         weights = weights + torch.exp(-z * z / 2) * (DENSITY_AT_0 / sigma)
     return chunks.valid(weights / log_sigma.shape[1])
 
@@ -81,7 +81,8 @@ def forward(
     std = (sum_squares / chunks.count).clamp_(min=VARIANCE_FLOOR).sqrt_()
     weights = torch.zeros_like(d)
     for offset, sigma in _gaussians(chunks, mean_offsets, log_sigma):
-        weights += _density((d - offset).div_(std * sigma + WIDTH_FLOOR), sigma, log_sigma.shape[1])
+        width = std * sigma + addend(WIDTH_FLOOR, std)
+        weights += _density((d - offset).div_(width), sigma, log_sigma.shape[1])
     return chunks.outputs(chunks.valid(weights), residual, return_weights)
 
 

@@ -26,7 +26,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from daam.reference.chunks import Chunks, can_branch, cut_into_parts, cut_into_slices
+from daam.reference.chunks import Chunks, addend, can_branch, cut_into_parts, cut_into_slices
 from daam.reference.product import Product
 
 WIDTHS = (0.01, 10.0)  # what c is clamped to
@@ -54,7 +54,7 @@ def log_weights(
     log_w = torch.zeros_like(d)
     for offset, width in _gaussians(chunks, mean_offsets, c):
         u = ((d - offset) * inv_std).clamp(-FARTHEST, FARTHEST)
-        variance = width * width + eps
+        variance = width * width + addend(eps, width)
         log_w = log_w - u * u / (2 * variance) - (2 * math.pi * variance).log() / 2
     return _hide(chunks, log_w)
 
@@ -232,7 +232,7 @@ class _Fit(Product):
 
     def __init__(self, chunks: Chunks, mean_offsets: Tensor, c: Tensor, sum_squares: Tensor, eps: float):
         self.offsets, self.widths = mean_offsets.to(chunks.dtype), c.to(chunks.dtype).clamp(*WIDTHS)
-        self.precisions = 1 / (self.widths.square() + eps)
+        self.precisions = 1 / (self.widths.square() + addend(eps, self.widths))
         var_eps = chunks.var_eps(sum_squares, eps)
         super().__init__(chunks, self.offsets, self.precisions, 1, var_eps)
         self.limit = FARTHEST * var_eps.sqrt()
