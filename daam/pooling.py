@@ -37,8 +37,7 @@ class LayerPooling(nn.Module):
 
     Compiled or exported, the encoder is part of the graph, and values of masks are not looked at: an example without a
     valid position has NaN. An encoder that breaks the graph, or whose layers have hooks or are compiled each, runs as
-    it would uncompiled, between two graphs, and is an error with fullgraph; so are as many examples as positions where
-    batch_first is None.
+    it would uncompiled, between two graphs, and is an error with fullgraph.
 
     Raises:
         ValueError: the layers are not found, or not unique; the message names those there are.
@@ -132,11 +131,16 @@ class LayerPooling(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Return what `_average` does while Dynamo traces, as part of its graph where the encoder can be one."""
         interface = _Interface(*self._look_at_encoder())
-        # not compiling: something in the encoder broke the graph, and Dynamo ran this frame, which holds it, uncompiled
+        # not compiling: something in the encoder broke the graph; Dynamo, which cannot let one end within a try
+        # statement, gave this frame up and runs it as it is
         if not torch.compiler.is_dynamo_compiling() or not interface.traceable:
             return torch.compiler.disable(LayerPooling._average)(self, inputs, kwargs, attention_mask, pooling_mask)
-        call = self._prepare(interface, inputs, kwargs, attention_mask, pooling_mask)
-        return call.run(self._layers, self.embeddings)
+        try:
+            call = self._prepare(interface, inputs, kwargs, attention_mask, pooling_mask)
+            return call.run(self._layers, self.embeddings)
+        except _UnclearLayoutError:
+            call.batch_first = self._find_layout(call)
+            return call.run(self._layers, self.embeddings)
 
     def _look_at_encoder(self) -> tuple[tuple[tuple[str, str], ...], str, bool]:
         """Return the fields of an `_Interface`, as the encoder is now."""
@@ -267,7 +271,8 @@ class _Call:
             raise _LayoutFound(shape[0] == 1)
 
         try:
-            self._watch(layers, look)
+            if not torch.compiler.is_dynamo_compiling():
+                self._watch(layers, look)
             self._watch(layers, look, direct=True)
         except _LayoutFound as found:
             return found.args[0]
