@@ -118,7 +118,7 @@ class LayerPooling(nn.Module):
     def _average(
         self, inputs: tuple, kwargs: dict[str, Any], attention_mask: Tensor | None, pooling_mask: Any
     ) -> tuple[Tensor, Tensor]:
-        call = self._prepare(_Interface(*self._look_at_encoder()), inputs, kwargs, attention_mask, pooling_mask)
+        call = self._prepare(inputs, kwargs, attention_mask, pooling_mask)
         with _lock(unwrap(self.encoder)):
             try:
                 return call.run(self._layers, self.embeddings)
@@ -130,35 +130,40 @@ class LayerPooling(nn.Module):
         self, inputs: tuple, kwargs: dict[str, Any], attention_mask: Tensor | None, pooling_mask: Any
     ) -> tuple[Tensor, Tensor]:
         """Return what `_average` does while Dynamo traces, as part of its graph where the encoder can be one."""
-        interface = _Interface(*self._look_at_encoder())
         # not compiling: something in the encoder broke the graph; Dynamo, which cannot let one end within a try
         # statement, gave this frame up and runs it as it is
-        if not torch.compiler.is_dynamo_compiling() or not interface.traceable:
+        if not torch.compiler.is_dynamo_compiling() or not self._is_traceable():
             return torch.compiler.disable(LayerPooling._average)(self, inputs, kwargs, attention_mask, pooling_mask)
         try:
-            call = self._prepare(interface, inputs, kwargs, attention_mask, pooling_mask)
+            call = self._prepare(inputs, kwargs, attention_mask, pooling_mask)
             return call.run(self._layers, self.embeddings)
         except _UnclearLayoutError:
             call.batch_first = self._find_layout(call)
             return call.run(self._layers, self.embeddings)
 
-    def _look_at_encoder(self) -> tuple[tuple[tuple[str, str], ...], str, bool]:
+    def _is_traceable(self) -> bool:
+        """Tell whether a graph can see what layers give: not with hooks of others, nor where compiled by themselves."""
+        layers = set(self._layers)
+        hooked = any(layer._forward_hooks or layer._forward_pre_hooks for layer in layers)
+        return not (
+            hooked or any("_orig_mod" in m._modules and layers & {m, m._orig_mod} for m in self.encoder.modules())
+        )
+
+    def _look_at_encoder(self) -> tuple[tuple[tuple[str, str], ...], str]:
         """Return the fields of an `_Interface`, as the encoder is now."""
-        encoder, layers = unwrap(self.encoder), set(self._layers)
+        encoder = unwrap(self.encoder)
         parameters = inspect.signature(encoder.forward).parameters.values()
         path = next((name for name, module in encoder.named_modules() if module is self._layers[0]), "")
-        hooked = any(layer._forward_hooks or layer._forward_pre_hooks for layer in layers)
-        compiled = any("_orig_mod" in m._modules and layers & {m, m._orig_mod} for m in encoder.modules())
-        return tuple((p.name, p.kind.name) for p in parameters), path, not (hooked or compiled)
+        return tuple((p.name, p.kind.name) for p in parameters), path
 
-    # runs while Dynamo traces: what torch.compiler.assume_constant_result does, which would import all of Dynamo here
-    _look_at_encoder._dynamo_marked_constant = True
+    # run while Dynamo traces: what torch.compiler.assume_constant_result does, which would import all of Dynamo here
+    _is_traceable._dynamo_marked_constant = _look_at_encoder._dynamo_marked_constant = True
 
     def _prepare(
-        self, interface: _Interface, inputs: tuple, kwargs: dict[str, Any], attention_mask: Tensor | None,
-        pooling_mask: Any,
-    ) -> _Call:  # fmt: skip
+        self, inputs: tuple, kwargs: dict[str, Any], attention_mask: Tensor | None, pooling_mask: Any
+    ) -> _Call:
         """Return the call of an encoder on these inputs."""
+        interface = _Interface(*self._look_at_encoder())
         if attention_mask is not None and interface.takes("attention_mask"):
             kwargs = {**kwargs, "attention_mask": attention_mask}
         named = interface.name_arguments(inputs, kwargs)
@@ -177,13 +182,10 @@ class LayerPooling(nn.Module):
 
 @dataclass
 class _Interface:
-    """Hold what an encoder's call looks like: names and kinds of its parameters, the name of its first layer, and
-    whether a graph can see what its layers give: not those with hooks of others, and not those compiled by themselves.
-    """
+    """Hold what an encoder's call looks like: names and kinds of its parameters, and the name of its first layer."""
 
     parameters: tuple[tuple[str, str], ...]
     path: str
-    traceable: bool
 
     def takes(self, name: str) -> bool:
         """Tell whether the encoder takes an argument of that name."""

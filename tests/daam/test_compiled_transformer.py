@@ -276,9 +276,7 @@ class Stack(nn.Module):
         return x
 
 
-@pytest.mark.parametrize(
-    "name", [n if n in ("density", "block") else pytest.param(n, marks=pytest.mark.slow) for n in LAYERS]
-)
+@pytest.mark.parametrize("name", [n if n == "density" else pytest.param(n, marks=pytest.mark.slow) for n in LAYERS])
 def test_equal_layers_share_a_graph(name):
     x, layers = torch.randn(2, 8, FEATURES, requires_grad=True), [LAYERS[name]() for _ in range(4)]
     expected = Stack(layers, lambda layer, x: layer(x))(x)
