@@ -17,6 +17,9 @@ from torch import Tensor, nn
 from daam.leaf import call_leaf, find_proxy
 from daam.masks import NAMELESS, as_valid, find_mask, parts_of, unwrap
 
+# Dynamo of torch 2.13 knows that an attribute which was added and deleted while it traced is none; not tried before
+FORGETS_ATTRIBUTES = torch.__version__ >= (2, 13)
+
 
 class LayerPooling(nn.Module):
     """Run a frozen encoder and average the outputs of its layers over positions as they come.
@@ -37,7 +40,8 @@ class LayerPooling(nn.Module):
 
     Compiled or exported, the encoder is part of the graph, and values of masks are not looked at: an example without a
     valid position has NaN. An encoder that breaks the graph, or whose layers have hooks or are compiled each, runs as
-    it would uncompiled, between two graphs, and is an error with fullgraph.
+    it would uncompiled, between two graphs, and is an error with fullgraph; so does any before torch 2.13, where
+    torch.export takes strict=False.
 
     Raises:
         ValueError: the layers are not found, or not unique; the message names those there are.
@@ -132,7 +136,7 @@ class LayerPooling(nn.Module):
         """Return what `_average` does while Dynamo traces, as part of its graph where the encoder can be one."""
         # not compiling: something in the encoder broke the graph; Dynamo, which cannot let one end within a try
         # statement, gave this frame up and runs it as it is
-        if not torch.compiler.is_dynamo_compiling() or not self._is_traceable():
+        if not torch.compiler.is_dynamo_compiling() or not FORGETS_ATTRIBUTES or not self._is_traceable():
             return torch.compiler.disable(LayerPooling._average)(self, inputs, kwargs, attention_mask, pooling_mask)
         try:
             call = self._prepare(inputs, kwargs, attention_mask, pooling_mask)
