@@ -182,6 +182,7 @@ def test_the_published_package_is_timed_whatever_its_error():
         core.checked("published", candidate, workload)
 
 
+@pytest.mark.slow
 def test_the_suite(tmp_path):
     """Check that a run writes what compare and plot read, names what it skipped, and adds lines of JSON as it goes."""
     results, cases = tmp_path / "results.json", tmp_path / "cases.jsonl"

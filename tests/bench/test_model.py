@@ -224,6 +224,7 @@ def test_streamed_pass():
     assert found.limit == max(estimates.values(), key=lambda one: one.seconds).limit and 0 < found.share < 1
 
 
+@pytest.mark.slow
 def test_steps_of_one_launch():
     """Check that memory reads x once, and L2 again; that units do what those of the steps do; and that a program waits
     for L2 where it reads x again, less than for memory.

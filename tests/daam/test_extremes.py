@@ -7,7 +7,10 @@ from helpers import ALGORITHMS, Case, error, inputs, oracle, run, within
 BACKENDS = ["eager", pytest.param("triton", marks=pytest.mark.kernel)]
 algorithms = pytest.mark.parametrize("algorithm", ALGORITHMS)
 backends = pytest.mark.parametrize("backend", BACKENDS)
-BF16 = pytest.param(torch.bfloat16, marks=pytest.mark.not_interpreted("fp16, which overflows, shows more"))
+BF16, FP32 = (
+    pytest.param(dtype, marks=pytest.mark.not_interpreted("fp16, which overflows, shows more"))
+    for dtype in (torch.bfloat16, torch.float32)
+)
 SHAPES = [(2, 6, 5), (3, 12), (2, 260, 3)]
 
 
@@ -20,7 +23,7 @@ def finite(case, given, backend):
 
 @algorithms
 @backends
-@pytest.mark.parametrize("dtype", [torch.float16, BF16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float16, BF16, FP32, torch.float64], ids=str)
 def test_constant_chunks(dtype, backend, algorithm, device):
     """Check constant chunks, where the published code gives NaN in fp16, since 1e-8 is 0 there."""
     for shape in SHAPES:

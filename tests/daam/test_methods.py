@@ -350,6 +350,7 @@ def test_the_papers_settings_are_said_to_be_that(tmp_path):
     assert "Settings: of the paper; rates 0.0001, at most 35 epochs" in compare.table([results])
 
 
+@pytest.mark.slow
 def test_layers_of_a_comparison(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(compare, "read_cache", lambda path: made_up())
     common = ["cache", "--folds", "2", "--epochs", "1", "--rate", "1e-2", "--output", str(tmp_path)]
