@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from daam import ops
+from daam.batching import Operand, pair, run_samples
 from daam.kernels import algorithms
 from daam.ops import _VERSION, OPERATORS, Operators, _forward_mode, _lib, _or_empty, _transformed
 from daam.reference.layers import differentiate_layers, run_layers
@@ -48,6 +49,9 @@ class BlockOperators:
             runs = (getattr(self, f"_{op}_{where}") for where in ("triton", "cpu", "fake"))
             ops.register(f"{name}_layers_{op}", *runs)
         _lib.impl(f"{name}_layers", self._traced, "CompositeImplicitAutograd")
+        for suffix in ("_forward", "_backward", ""):
+            rule = getattr(self, f"{suffix or '_traced'}_samples")
+            torch.library.register_vmap(f"daam::{name}_layers{suffix}", rule, lib=_lib)
         self.forward_op, self.backward_op, self.op = (
             ops.find_op(f"{name}_layers{suffix}") for suffix in ("_forward", "_backward", "")
         )
@@ -81,6 +85,41 @@ class BlockOperators:
         (heads, _n), *_shapes = (q.shape for q in qs)
         plan = plan_layers(x, (*ps, *qs), axis, heads, mask is not None, recompute, backend)
         return self._attend(x, ps, qs, mask, tuple(how), return_weights, backend, *plan)
+
+    def _run_samples(self, run, info, in_dims, x, ps, qs, mask, axis):
+        """Return `batching.run_samples` of run(x, ps, qs, mask, axis) -> [y, *weights]."""
+        x, *params, mask = pair((x, *ps, *qs, mask), (in_dims[0], *in_dims[1], *in_dims[2], in_dims[3]))
+        n = len(ps)
+
+        def call(like_x, params, mask, axes):
+            return run(*like_x, params[:n], params[n:], mask, axes[0]), ()
+
+        return run_samples(call, info.batch_size, [x], params, mask, (axis, None))[0]
+
+    def _forward_samples(self, info, in_dims, x, ps, qs, mask, axis, *args):
+        def run(*given):
+            y, weights = self.forward_op(*given, *args)
+            return y, *weights
+
+        y, *weights = self._run_samples(run, info, in_dims, x, ps, qs, mask, axis)
+        return (y, weights), (0, [0] * len(weights))
+
+    def _traced_samples(self, info, in_dims, x, ps, qs, mask, axis, *args):
+        found = self._run_samples(lambda *given: self.op(*given, *args), info, in_dims, x, ps, qs, mask, axis)
+        return list(found), [0] * len(found)
+
+    def _backward_samples(self, info, in_dims, grad_y, x, ps, qs, mask, axis, *args):
+        *_how, need_x, need_params = args
+        grad_dim, x_dim, p_dims, q_dims, mask_dim, *_ = in_dims
+        params, n = pair((*ps, *qs), (*p_dims, *q_dims)), len(ps)
+
+        def call(like_x, params, mask, axes):
+            dx, grads = self.backward_op(like_x[1], like_x[0], params[:n], params[n:], mask, axes[0], *args)
+            return [dx] if need_x else [], grads
+
+        like_x, mask = [Operand(x, x_dim), Operand(grad_y, grad_dim)], Operand(mask, mask_dim)
+        dx, grads = run_samples(call, info.batch_size, like_x, params, mask, (axis, None), as_heads=need_params)
+        return (*(dx or [x.new_empty(0)]), list(grads)), (0 if need_x else None, [0] * len(grads))
 
     def run_formula(self, mask, how, x, p, q):
         """Return (y, weights) of a layer by its formula."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -18,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.parameter import Parameter
 
 from daam import ops
+from daam.batching import Operand, pair
 from daam.checks import has_hooks
 from daam.kernels import budgets, tiles
 from daam.kernels.operands import acc_dtype
@@ -120,6 +122,8 @@ class Operators:
         for op in ("forward", "backward"):
             ops.register(f"gated_{op}", *(getattr(self, f"_{op}_{where}") for where in ("triton", "cpu", "fake")))
         _lib.impl("gated", self._traced, "CompositeImplicitAutograd")
+        for suffix in ("_forward", "_backward", ""):
+            _lib.impl(f"gated{suffix}", getattr(self, f"{suffix or '_traced'}_vmapped"), "FuncTorchBatched")
         self.forward_op, self.backward_op, self.op = (
             ops.find_op(f"gated{suffix}") for suffix in ("_forward", "_backward", "")
         )
@@ -138,6 +142,22 @@ class Operators:
     def _traced(self, *args):
         *args, _version = args
         return reference.formula(*args) if _transformed() or _forward_mode() else self._gate(*args)
+
+    def _forward_vmapped(self, *args):
+        if not _any_batched(args[1:6]):
+            return _call_rule(_fold_forward, self.forward_op, *args)
+        y, gate = reference.formula(*args[:-1])
+        empty = gate.new_empty(0, dtype=acc_dtype(args[0]))
+        return y, gate, empty, empty, empty  # unused: parameters of samples are differentiated by the formula
+
+    def _traced_vmapped(self, *args):
+        return reference.formula(*args[:-1]) if _any_batched(args[1:6]) else _call_rule(_fold_forward, self.op, *args)
+
+    def _backward_vmapped(self, *args):
+        _need_x, *need_params = args[12:]
+        if any(need_params) or _any_batched(args[3:8]):
+            return self._differentiate(*args)
+        return _call_rule(_fold_backward, self.backward_op, *args)
 
     @functools.cached_property
     def kernels(self) -> ModuleType:
@@ -162,6 +182,10 @@ class Operators:
     def _backward_cpu(self, grad_y, grad_gate, *args):
         if ops.interpreting():
             return self._backward_triton(grad_y, grad_gate, *args)
+        return self._differentiate(grad_y, grad_gate, *args)
+
+    def _differentiate(self, grad_y, grad_gate, *args):
+        """Return what the backward operator does, by the formula."""
         inputs, axes, needs = args[:7], args[10:12], args[12:]
         grads = reference.gradient(grad_y, grad_gate, *inputs, *axes)
         needs = (*needs, needs[-1])
@@ -183,6 +207,55 @@ class Operators:
         inputs, needs = args[:6], args[12:]
         needs = (*needs, needs[-1])
         return tuple(like.new_empty(like.shape if need else 0) for like, need in zip(inputs, needs, strict=True))
+
+
+# --- Under vmap: samples that share all parameters are rows of the batch, others take the formula ---------
+def _any_batched(tensors: Sequence[Tensor]) -> bool:
+    """Tell whether any of the tensors has samples that vmap runs over."""
+    return any(torch._C._functorch.is_batchedtensor(t) for t in tensors)
+
+
+def _call_rule(rule, op, *args):
+    """Call an operator by a rule for vmap, as those that `torch.library.register_vmap` takes, with op before."""
+    from torch._functorch.autograd_function import custom_function_call_vmap_helper
+    from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
+
+    interpreter = retrieve_current_functorch_interpreter()
+    return custom_function_call_vmap_helper(interpreter, functools.partial(rule, op), op, *args)
+
+
+def _fold(operand: Operand, n_samples: int, batch_axis: int) -> Tensor | None:
+    """Return a tensor with the samples of all rows in its batch."""
+    t = operand.lead(n_samples)
+    return None if t is None else t.movedim(0, batch_axis).flatten(batch_axis, batch_axis + 1)
+
+
+def _unfold(t: Tensor, n_samples: int, batch_axis: int) -> Tensor:
+    return t.unflatten(batch_axis, (n_samples, t.shape[batch_axis] // n_samples))
+
+
+def _fold_forward(op, info, in_dims, x, *args):
+    *params, mask, channel_axis, time_axis, gate_dtype, last = args
+    n_samples, axis, last = info.batch_size, 3 - channel_axis - time_axis, False if last is True else last
+    x, mask = _fold(Operand(x, in_dims[0]), n_samples, axis), _fold(Operand(mask, in_dims[6]), n_samples, 0)
+    y, *others = op(x, *params, mask, channel_axis, time_axis, gate_dtype, last)
+    # a gate, and numbers of positions, have a batch first; what is not kept is empty
+    dims = [None if t.dim() == 1 else 0 for t in others]
+    pairs = zip(others, dims, strict=True)
+    return (_unfold(y, n_samples, axis), *(t if d is None else _unfold(t, n_samples, 0) for t, d in pairs)), (axis, *dims)
+
+
+def _fold_backward(op, info, in_dims, *args):
+    grad_y, grad_gate, x, *params, mask, p, gates, _stats = pair(args[:11], in_dims[:11])
+    (channel_axis, time_axis, *needs), n_samples = args[11:], info.batch_size
+    axis = 3 - channel_axis - time_axis
+    like_x = [_fold(one, n_samples, axis) for one in (grad_y, x)]
+    grad_gate, mask, p = (_fold(one, n_samples, 0) for one in (grad_gate, mask, p))
+    gates = gates.tensor if gates.dim is None else _fold(gates, n_samples, 0)
+    inputs = (like_x[0], grad_gate, like_x[1], *(one.tensor for one in params), mask, p, gates, None)
+    dx, *grads = op(*inputs, channel_axis, time_axis, *needs)
+    dim = axis if needs[0] else None
+    return (dx if dim is None else _unfold(dx, n_samples, axis), *grads), (dim, *[None] * len(grads))
 
 
 def _copy_unless(gates: Tensor, dtype: torch.dtype) -> Tensor:

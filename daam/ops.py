@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from daam.backend import interpreting
+from daam.batching import pair, run_samples
 
 try:
     from daam.kernels import algorithms, tiles
@@ -97,6 +98,9 @@ class Operators:
         for op in ("forward", "backward"):
             register(f"{name}_{op}", *(getattr(self, f"_{op}_{where}") for where in ("triton", "cpu", "fake")))
         _lib.impl(name, self._traced, "CompositeImplicitAutograd")
+        for suffix in ("_forward", "_backward", ""):
+            rule = getattr(self, f"{suffix or '_traced'}_samples")
+            torch.library.register_vmap(f"daam::{name}{suffix}", rule, lib=_lib)
         self.forward_op, self.backward_op, self.op = (
             find_op(name + suffix) for suffix in ("_forward", "_backward", "")
         )
@@ -120,6 +124,56 @@ class Operators:
             return self.eager.formula(x, p, q, mask, *how)
         y, *weights = self._attend(x, p, q, mask, tuple(how), return_weights, backend)
         return y, weights[0] if weights else x.new_empty(0)
+
+    def run_samples(self, call, info, in_dims, x, p, q, mask, axis, settings) -> tuple[tuple[Tensor, ...], tuple]:
+        """Return (outputs, their dimensions of samples) of call(x, p, q, mask, axis, *settings), y or (y, weights)."""
+        x, p, q, mask = pair((x, p, q, mask), in_dims[:4])
+
+        def run(like_x, params, mask, axes):
+            return call(*like_x, *params, mask, axes[0], *self._follow(settings, axes[1])), ()
+
+        axes = axis, self.algorithm.find_setting("feature_axis", settings)
+        outputs, _ = run_samples(run, info.batch_size, [x], [p, q], mask, axes)
+        return tuple(outputs), (0,) * len(outputs)
+
+    def _follow(self, settings, feature_axis):
+        """Return settings with a feature_axis, if the algorithm has one."""
+        names = self.algorithm.settings
+        return [feature_axis if name == "feature_axis" else one for name, one in zip(names, settings, strict=True)]
+
+    def _forward_samples(self, info, in_dims, x, p, q, mask, axis, *args):
+        *settings, residual, return_weights, _save_stats = args  # statistics would be those of other chunks
+
+        def call(*given):
+            return self.forward_op(*given, residual, return_weights, False)[: 1 + return_weights]
+
+        outputs, dims = self.run_samples(call, info, in_dims, x, p, q, mask, axis, settings)
+        y, weights = outputs if return_weights else (*outputs, x.new_empty(0))
+        return (y, weights, x.new_empty(0, dtype=acc_dtype(x))), (0, 0 if return_weights else None, None)
+
+    def _traced_samples(self, info, in_dims, x, p, q, mask, axis, *args):
+        *settings, residual, return_weights, backend, version = args
+
+        def call(*given):
+            return self.op(*given, residual, return_weights, backend, version)[: 1 + return_weights]
+
+        outputs, dims = self.run_samples(call, info, in_dims, x, p, q, mask, axis, settings)
+        return (outputs, dims) if return_weights else ((*outputs, x.new_empty(0)), (*dims, None))
+
+    def _backward_samples(self, info, in_dims, grad_y, grad_weights, x, p, q, mask, _stats, axis, *args):
+        *settings, residual, need_x, need_params = args
+        grad_y, grad_weights, *operands, mask = pair((grad_y, grad_weights, x, p, q, mask), in_dims[:6])
+
+        def run(like_x, params, mask, axes):
+            given = (*like_x[1:], like_x[0], *params, mask, None, axes[0], *self._follow(settings, axes[1]))
+            dx, *grads = self.backward_op(*given, residual, need_x, need_params)
+            return [dx] if need_x else [], grads if need_params else []
+
+        axes = axis, self.algorithm.find_setting("feature_axis", settings)
+        like_x = [operands[0], grad_y, grad_weights]
+        dx, grads = run_samples(run, info.batch_size, like_x, operands[1:], mask, axes, as_heads=need_params)
+        empty, dims = (x.new_empty(0),), (0 if need_x else None, *[0 if need_params else None] * 2)
+        return (*(dx or empty), *(grads or (p.new_empty(0), q.new_empty(0)))), dims
 
     @functools.cached_property
     def kernels(self) -> ModuleType:
@@ -179,8 +233,6 @@ class _Call:
 class Attention(torch.autograd.Function):
     """Return y, then the weights if asked for, then statistics for the backward pass if the backend keeps any."""
 
-    generate_vmap_rule = True
-
     @classmethod
     def apply(cls, *args):
         if _transformed():
@@ -195,9 +247,16 @@ class Attention(torch.autograd.Function):
             y, weights, stats = operators.forward_op(*args, call.return_weights, call.save_stats)
             outputs = (y, weights) if call.return_weights else (y,)
             return (*outputs, stats) if stats.numel() else outputs
-        if _transformed():
-            return operators.eager.formula(*args)[: 1 + call.return_weights]
         return operators.eager.forward(*args, call.return_weights)[: 1 + call.return_weights]
+
+    @staticmethod
+    def vmap(info, in_dims, x, p, q, mask, call):
+        operators, (axis, *settings, residual) = call.operators, call.how
+
+        def attend(x, p, q, mask, *axis_and_settings):
+            return operators._attend(x, p, q, mask, (*axis_and_settings, residual), call.return_weights, call.backend)
+
+        return operators.run_samples(attend, info, in_dims, x, p, q, mask, axis, settings)
 
     @staticmethod
     def setup_context(ctx, inputs, outputs):
