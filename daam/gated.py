@@ -154,7 +154,7 @@ class Operators:
         return reference.formula(*args[:-1]) if _any_batched(args[1:6]) else _call_rule(_fold_forward, self.op, *args)
 
     def _backward_vmapped(self, *args):
-        _need_x, *need_params = args[12:]
+        _need_x, *need_params = args[14:]
         if any(need_params) or _any_batched(args[3:8]):
             return self._differentiate(*args)
         return _call_rule(_fold_backward, self.backward_op, *args)
@@ -246,8 +246,8 @@ def _fold_forward(op, info, in_dims, x, *args):
 
 
 def _fold_backward(op, info, in_dims, *args):
-    grad_y, grad_gate, x, *params, mask, p, gates, _stats = pair(args[:11], in_dims[:11])
-    (channel_axis, time_axis, *needs), n_samples = args[11:], info.batch_size
+    grad_y, grad_gate, x, *params, mask, p, gates, _stats = pair(args[:12], in_dims[:12])
+    (channel_axis, time_axis, *needs), n_samples = args[12:], info.batch_size
     axis = 3 - channel_axis - time_axis
     like_x = [_fold(one, n_samples, axis) for one in (grad_y, x)]
     grad_gate, mask, p = (_fold(one, n_samples, 0) for one in (grad_gate, mask, p))

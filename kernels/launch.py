@@ -55,6 +55,8 @@ class Launch(NamedTuple):
 
 
 _recorder = threading.local()
+# The interpreter keeps a launch's state in one place for all threads: the program, its grid, Triton's patched language.
+_interpreter = threading.Lock()
 
 
 @contextlib.contextmanager
@@ -145,7 +147,9 @@ def _launch_anew(
     if device.type == "meta":
         _recorder.launches.append(Launch(kernel, args, keywords))
         return
-    compiled = kernel[grid](*args, **keywords)
+    # of CPU tensors, which no compiled kernel takes but under emulation
+    with _interpreter if device.type == "cpu" else contextlib.nullcontext():
+        compiled = kernel[grid](*args, **keywords)
     if key is None or not nvidia or not isinstance(compiled, CompiledKernel):
         return  # on AMD GPUs Triton also looks at the size of memory; the interpreter compiles nothing
     if len(kept) >= MOST_KEPT:

@@ -1,10 +1,13 @@
 """Launch configurations: pure functions, tested as such."""
 
 import itertools
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from unittest import mock
 
 import pytest
 import torch
+from helpers import Case, inputs, run
 
 from daam.kernels import budgets, launch, tiles
 from daam.kernels.algorithms import ALGORITHMS
@@ -180,3 +183,23 @@ def test_forward_streams_whatever_the_number_of_parameters(algorithm):
 @pytest.mark.parametrize("args", [(((1,), 1), ((1, 1),)), ((), ((),)), (((1, 1), 1), ((1,), 1, 1))], ids=str)
 def test_arguments_that_differ_have_other_traits(args):
     assert launch.traits(args[0]) != launch.traits(args[1])
+
+
+@pytest.mark.kernel
+def test_threads(device):
+    """Check that launches of several threads, both passes, do what they do one after the other: in the interpreter the
+    program that runs is known to all of them.
+    """
+    cases = [Case((2, 6, 3), 1, heads=2, algorithm=name) for name in ("gate", "density")]
+    given = [inputs(case, torch.float32, seed, device) for seed, case in enumerate(cases)]
+    calls = [(case, one, "triton") for case, one in zip(cases, given, strict=True)]
+    expected, interval = [run(*call) for call in calls], sys.getswitchinterval()
+    try:
+        sys.setswitchinterval(1e-4)
+        with ThreadPoolExecutor(3) as threads:
+            futures = [threads.submit(run, *call) for call in calls * 3]
+            found = [future.result() for future in futures]
+    finally:
+        sys.setswitchinterval(interval)
+    for wanted, results in zip(expected * 3, found, strict=True):
+        assert all(torch.equal(results[name], t) for name, t in wanted.items())
