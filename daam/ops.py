@@ -115,8 +115,16 @@ class Operators:
         if _forward_mode():
             return self.eager.formula(x, p, q, mask, *how)[: 1 + return_weights]
         save_stats = torch.is_grad_enabled() and (x.requires_grad or p.requires_grad or q.requires_grad)
+        if not (save_stats or _transformed()):  # without the Function, which takes longer than a tiny x
+            return self._run(x, p, q, mask, how, return_weights, backend)
         call = _Call(self, how, return_weights, save_stats, backend)
         return Attention.apply(x, p, q, mask, call)[: 1 + return_weights]
+
+    def _run(self, x, p, q, mask, how, return_weights, backend) -> tuple[Tensor, ...]:
+        """Return (y,) or (y, weights), without autograd."""
+        if backend == "triton":
+            return self.forward_op(x, p, q, mask, *how, return_weights, False)[: 1 + return_weights]
+        return self.eager.forward(x, p, q, mask, *how, return_weights)[: 1 + return_weights]
 
     def _traced(self, x, p, q, mask, *args):
         *how, return_weights, backend, _version = args

@@ -14,11 +14,13 @@ from torch.nn.parameter import Parameter
 from daam.kernels.operands import acc_dtype
 
 LOG2_E = 1.4426950408889634
+TINY = 2**13  # elements, up to which calls take longer than what they do: a call more a Gaussian, or a pass less, count
 SLICE = 2**19  # elements, 2 MB in fp32: as measured, with some six temporaries of that size
 
 
 class Chunks:
-    """Cut one call's inputs into heads: x of shape (…, N, …) becomes (…, heads, N // heads, …), in fp32 or fp64.
+    """Cut one call's inputs into heads: x of shape (…, N, …) becomes (…, heads, N // heads, …), in fp32 or fp64. Of a
+    single head it stays (…, N, …): a tiny x takes the time of the calls that are made for it.
 
     `raw` is x as it came, `x` has zeros where the mask is False; `count` is the number of valid positions of a chunk (1
     where there is none, so that it can divide); `dim` is the dimension that runs along a chunk. Where `padding` is
@@ -32,7 +34,8 @@ class Chunks:
     ):  # fmt: skip
         self.dtype, self.x_dtype = acc_dtype(x), x.dtype
         self.axis, self.heads = axis, heads
-        self.length, self.dim, self.rank = x.shape[axis] // heads, axis + 1, x.dim() + 1
+        self.single, self.tiny = heads == 1, can_branch(x) and x.numel() <= TINY
+        self.length, self.dim, self.rank = x.shape[axis] // heads, axis + (heads > 1), x.dim() + (heads > 1)
         self.invalid = None if mask is None else self.split(~mask)
         self.raw = self.split(x)
         self.x = self.valid(self.raw)
@@ -46,13 +49,14 @@ class Chunks:
 
     def split(self, t: Tensor) -> Tensor:
         """Return a tensor like x cut into heads, in the compute dtype unless it is bool."""
-        t = t if t.dtype == torch.bool else t.to(self.dtype)
-        return t.reshape(*t.shape[: self.axis], self.heads, self.length, *t.shape[self.dim :])
+        t = t if t.dtype in (self.dtype, torch.bool) else t.to(self.dtype)
+        return t if self.single else t.reshape(*t.shape[: self.axis], self.heads, self.length, *t.shape[self.dim :])
 
     def merge(self, t: Tensor) -> Tensor:
         """Return a tensor that is cut into heads in x's shape and dtype."""
-        t = t.reshape(*t.shape[: self.axis], self.heads * self.length, *t.shape[self.dim + 1 :])
-        return t.to(self.x_dtype)
+        if not self.single:
+            t = t.reshape(*t.shape[: self.axis], self.heads * self.length, *t.shape[self.dim + 1 :])
+        return t if t.dtype == self.x_dtype else t.to(self.x_dtype)
 
     def outputs(self, weights: Tensor, residual: bool, return_weights: bool) -> tuple[Tensor, Tensor | None]:
         """Return (y, weights) like x from weights cut into heads; those not asked for are None, and overwritten."""
@@ -62,8 +66,9 @@ class Chunks:
         if residual:
             y += self.raw
         outputs = (self.merge(t) for t in ((y, weights) if return_weights else (y,)))
-        # no views to autograd: users change outputs in place
-        y, *weights = (torch.ops.aten._unsafe_view.default(t, t.shape) for t in outputs)
+        if not self.single:  # no views to autograd: users change outputs in place
+            outputs = (torch.ops.aten._unsafe_view.default(t, t.shape) for t in outputs)
+        y, *weights = outputs
         return y, weights[0] if weights else None
 
     def weigh_x(self, weights: Tensor, residual: bool) -> Tensor:
@@ -102,19 +107,38 @@ class Chunks:
     def sum(self, t: Tensor) -> Tensor:
         return t.sum(self.dim, keepdim=True)
 
+    def inverse_sum(self, t: Tensor) -> Tensor:
+        """Return 1 / Σ t over each chunk, 1 where no position is valid and it is 0."""
+        total = self.sum(t)
+        return (total + self.empty if isinstance(self.empty, Tensor) else total).reciprocal()
+
     def mean(self, t: Tensor) -> Tensor:
         return self.sum(t) / self.count
 
+    def less_mean(self, t: Tensor) -> Tensor:
+        """Return t - mean of t."""
+        if isinstance(self.count, Tensor):
+            return t - self.mean(t)
+        return t.sub(self.sum(t), alpha=1 / self.count)  # one call less than a division
+
     def centred(self) -> tuple[Tensor, Tensor]:
         """Return d = x - mean, 0 where x is not valid, and the sum of the squares that var is made of."""
-        d, mean_error, sum_squares = self.nearly_centred()
-        return self.valid(d - mean_error), sum_squares
+        if self.stats_x is not self.x:
+            d, mean_error, sum_squares = self.nearly_centred()
+            return self.valid(d - mean_error), sum_squares
+        # twice: see `nearly_centred`
+        d = self.valid(self.less_mean(self.valid(self.less_mean(self.x))))
+        return d, self.sum(d * d)
 
-    def nearly_centred(self) -> tuple[Tensor, Tensor, Tensor]:
+    def nearly_centred(self) -> tuple[Tensor, Tensor | None, Tensor]:
         """Return (x - mean as computed, what that mean was short of, Σ (x - mean)² over a chunk).
 
-        In fp32 a large mean carries a rounding error of its own size: the mean of x - mean takes it back.
+        In fp32 a large mean carries a rounding error of its own size: the mean of x - mean takes it back. Of a tiny x
+        it is taken back already, and None.
         """
+        if self.tiny and self.stats_x is self.x:
+            d, sum_squares = self.centred()
+            return d, None, sum_squares
         mean = self.mean(self.stats_x)
         d = self.valid(self.stats_x - mean)
         mean_error = self.mean(d)
@@ -133,17 +157,33 @@ class Chunks:
 
     def param(self, p: Tensor, feature_axis: int | None = None) -> Tensor:
         """Return a parameter (heads, P) as it broadcasts against the chunks; P follows feature_axis, if given."""
+        p = p if p.dtype == self.dtype else p.to(self.dtype)
+        if self.single and feature_axis in (None, self.rank - 1):
+            return p  # (1, 1) or (1, P)
         shape = [1] * self.rank
+        if self.single:
+            shape[feature_axis] = p.shape[1]
+            return p.reshape(shape)
         shape[self.axis] = self.heads
         if feature_axis is not None:
             # heads stands before a feature axis that follows the normalised one, behind one that precedes it
             precedes = feature_axis < self.axis
             shape[feature_axis if precedes else feature_axis + 1] = p.shape[1]
             p = p.t() if precedes else p
-        return p.to(self.dtype).reshape(shape)
+        return p.reshape(shape)
+
+    def stack(self, params: Tensor) -> Tensor:
+        """Return parameters (heads, P) in P rows that each broadcast against the chunks."""
+        shape = [params.shape[1], *[1] * self.rank]
+        if not self.single:
+            shape[1 + self.axis] = self.heads
+        return params.t().reshape(shape)
 
     def param_grad(self, g: Tensor, p: Tensor, feature_axis: int | None = None) -> Tensor:
         """Return a gradient for each position, or for each chunk, summed to the shape of the parameter, (heads, P)."""
+        if self.single:
+            features = [] if feature_axis is None else [feature_axis]
+            return g.sum([d for d in range(g.dim()) if d not in features]).reshape(p.shape)
         precedes = feature_axis is not None and feature_axis < self.axis
         g = g.sum([d for d, size in enumerate(self.param(p, feature_axis).shape) if size == 1 and d != self.axis])
         return (g.t() if precedes else g).reshape(p.shape)
@@ -191,9 +231,10 @@ def cut_into_parts(function: Callable) -> Callable:
     @wraps(function)
     def run(*args):
         x, params, axis = args[x_index], args[x_index + 1], args[x_index + 4]
-        pieces = parts(x.shape[axis], params.shape[0])
-        if len(pieces) == 1:
+        size, heads = x.shape[axis], params.shape[0]
+        if heads == 1 or size % heads == 0:
             return function(*args)
+        pieces = parts(size, heads)
         cuts = [(partial(piece.positions_of, axis=axis), partial(piece.heads_of, dim=0)) for piece in pieces]
         results = [function(*_cut(args, x_index, *cut)) for cut in cuts]
         dims = (axis, 0, 0) if x_index else (axis, axis)
@@ -210,9 +251,10 @@ def cut_into_slices(function: Callable) -> Callable:
 
     @wraps(function)
     def run(*args):
-        x, axes = args[x_index], [args[i] for i in (x_index + 4, *feature_axis)]
+        x = args[x_index]
         if torch.compiler.is_compiling() or not x.is_cpu or x.numel() < 2 * SLICE:
             return function(*args)
+        axes = [args[i] for i in (x_index + 4, *feature_axis)]
         dim = next((d for d, size in enumerate(x.shape) if size > 1 and d not in axes), None)
         if dim is None:
             return function(*args)

@@ -19,6 +19,7 @@ from torch.nn.functional import softplus
 from daam.kernels.algorithms import SIGMA_FLOOR, VARIANCE_FLOOR, WIDTH_FLOOR
 from daam.reference.chunks import LOG2_E, Chunks, addend, cut_into_parts, cut_into_slices
 
+MOST_STACKED = 16  # Gaussians of a tiny x that are computed at once
 DENSITY_AT_0 = 0.3989422804014327  # 1/sqrt(2π)
 
 
@@ -79,10 +80,15 @@ def forward(
     chunks = Chunks(x, log_sigma.shape[0], mask, axis)
     d, sum_squares = chunks.centred()
     std = (sum_squares / chunks.count).clamp_(min=VARIANCE_FLOOR).sqrt_()
-    weights = torch.zeros_like(d)
-    for offset, sigma in _gaussians(chunks, mean_offsets, log_sigma):
-        width = std * sigma + addend(WIDTH_FLOOR, std)
-        weights += _density((d - offset).div_(width), sigma, log_sigma.shape[1])
+    n_gaussians, floor = log_sigma.shape[1], addend(WIDTH_FLOOR, std)
+    if chunks.tiny and n_gaussians <= MOST_STACKED:
+        sigmas = chunks.stack(softplus(log_sigma.to(chunks.dtype)).add_(SIGMA_FLOOR))
+        z = (d - chunks.stack(mean_offsets.to(chunks.dtype))).div_(std * sigmas + floor)
+        weights = _density(z, sigmas, n_gaussians).sum(0)
+    else:
+        weights = torch.zeros_like(d)
+        for offset, sigma in _gaussians(chunks, mean_offsets, log_sigma):
+            weights += _density((d - offset).div_(std * sigma + floor), sigma, n_gaussians)
     return chunks.outputs(chunks.valid(weights), residual, return_weights)
 
 

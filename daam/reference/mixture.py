@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from daam.reference.chunks import LOG2_E, Chunks, cut_into_parts, cut_into_slices
-from daam.reference.product import Product
+from daam.reference.product import Product, add_error, constant
 
 HALF_LOG_2PI = 0.9189385332046727
 
@@ -109,8 +109,9 @@ def forward(
     chunks = Chunks(x, c.shape[0], mask, axis, padding)
     d, mean_error, sum_squares = chunks.nearly_centred()
     fit = _Fit(chunks, mean_offsets, c, sum_squares, eps)
-    s = (d - (fit.origin + mean_error)).mul_(d - (fit.mirror + mean_error))
-    return chunks.outputs(fit.weights(s)[0], residual, return_weights)
+    s = (d - add_error(fit.origin, mean_error)).mul_(d - add_error(fit.mirror, mean_error))
+    weights, scale, _ = fit.relative_weights(s)
+    return chunks.outputs(weights.mul_(scale), residual, return_weights)
 
 
 @cut_into_parts
@@ -124,9 +125,10 @@ def backward(
     chunks = Chunks(x, c.shape[0], mask, axis, padding)
     d, mean_error, sum_squares = chunks.nearly_centred()
     fit = _Fit(chunks, mean_offsets, c, sum_squares, eps)
-    f = d - (fit.origin + mean_error)
-    s = (d - (fit.mirror + mean_error)).mul_(f)
-    weights, scale, free = fit.relative_weights(s)
+    f = d - add_error(fit.origin, mean_error)
+    s = (d - add_error(fit.mirror, mean_error)).mul_(f)
+    weights, scale, clamped = fit.relative_weights(s)
+    free = (~clamped).to(s.dtype)
     g, h, raw = chunks.gradients(grad_y, grad_weights)
     k = h * weights
     sum_h = chunks.sum(k).mul_(scale)
@@ -156,28 +158,30 @@ class _Fit(Product):
         offsets, scales = mean_offsets.to(chunks.dtype), c.to(chunks.dtype)
         # relative to the narrowest Gaussian, so that 1/c² overflows nowhere but in its limit: there, with c below
         # 1e-12, all weight is on one position whatever a is
-        min_scale = scales.detach().abs().amin(1, keepdim=True)
+        widths = scales.abs()
+        min_scale = constant(widths).amin(1, keepdim=True)
         precisions = (min_scale / scales).square()
         unit = min_scale.reciprocal().clamp(max=2.0**40).square()
         super().__init__(chunks, offsets, precisions, unit, chunks.var_eps(sum_squares, eps))
         self.offset_cost = self.v + (self.m - self.origin).square()
-        log2 = (scales.abs().log2() + HALF_LOG_2PI * LOG2_E).sum(1, keepdim=True)
-        self.log2_floor = chunks.param(log2) + (math.log2(eps) if eps > 0 else -math.inf)
+        # log2 of sqrt(2π)·|c| is added up over Gaussians
+        log2_floor = c.shape[1] * HALF_LOG_2PI * LOG2_E + (math.log2(eps) if eps > 0 else -math.inf)
+        self.log2_floor = chunks.param(widths.log2().sum(1, keepdim=True) + log2_floor)
 
     def weights(self, s: Tensor) -> tuple[Tensor, Tensor]:
         """Return (weights, free) of s as `relative_weights` takes it: free is 1 where eps does not clamp their sum."""
-        weights, scale, free = self.relative_weights(s)
-        return weights * scale, free
+        weights, scale, clamped = self.relative_weights(s)
+        return weights * scale, (~clamped).to(s.dtype)
 
     def relative_weights(self, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return (weights without their scale, that scale, 1 where their sum is free and 0 where eps clamps it) of
-        s = (x - mean - origin)·(x - mean - mirror).
+        """Return (weights without their scale, that scale, whether eps clamps their sum) of s = (x - mean - origin)·(x - mean -
+        mirror).
         """
         weights, min_s = self.relate(s, self.chunks.invalid)
-        inv_sum = 1 / (self.chunks.sum(weights) + self.chunks.empty)
-        cap = torch.exp2(-(min_s + self.offset_cost) * self.log2_factor - self.log2_floor)
+        inv_sum = self.chunks.inverse_sum(weights)
+        cap = torch.addcmul(self.log2_floor, min_s + self.offset_cost, self.log2_factor).neg().exp2()
         clamped = cap < inv_sum  # not so where eps is 0 and an overflow makes the cap NaN
-        return weights, torch.where(clamped, cap, inv_sum), (~clamped).to(s.dtype)
+        return weights, torch.where(clamped, cap, inv_sum), clamped
 
     def sums(self, sum_kf: Tensor, sum_ks: Tensor, clamped: Tensor) -> tuple[Tensor, Tensor]:
         """Return (Σ k·e, Σ k·e² + clamped·v) from Σ k·(x - mean - origin), Σ k·s and Σ k = clamped."""

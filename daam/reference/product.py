@@ -17,6 +17,16 @@ from torch import Tensor
 from daam.reference.chunks import LOG2_E, Chunks
 
 
+def add_error(t: Tensor, mean_error: Tensor | None) -> Tensor:
+    """Return t + mean_error, as `Chunks.nearly_centred` returns it."""
+    return t if mean_error is None else t + mean_error
+
+
+def constant(t: Tensor) -> Tensor:
+    """Return a tensor that derivatives do without."""
+    return t.detach() if t.requires_grad or torch._C._are_functorch_transforms_active() else t
+
+
 class Product:
     """Hold the one Gaussian that a head's product is, on every chunk: all numbers broadcast against the chunks.
 
@@ -30,9 +40,9 @@ class Product:
         v = ((offsets - m).square() * precisions).sum(1, keepdim=True) / sum_precisions
         self.chunks, self.freedom = chunks, chunks.freedom
         self.a, self.m, self.v = (chunks.param(t) for t in (sum_precisions * unit, m, v))
-        self.inv_var = 1 / var_eps
-        limit = 4 * var_eps.detach().sqrt()
-        self.origin = torch.minimum(torch.maximum(self.m.detach(), -limit), limit)
+        self.inv_var = var_eps.reciprocal()
+        limit = 4 * constant(var_eps).sqrt()
+        self.origin = constant(self.m).clamp(-limit, limit)
         self.mirror = 2 * self.m - self.origin
         self.log2_factor = self.a * self.inv_var * (LOG2_E / 2)
 
@@ -43,7 +53,7 @@ class Product:
         where a mask leaves none.
         """
         chunks = self.chunks
-        distances = s.detach() if hidden is None else s.detach().masked_fill(hidden, torch.inf)
+        distances = constant(s) if hidden is None else constant(s).masked_fill(hidden, torch.inf)
         min_s = distances.amin(chunks.dim, keepdim=True)
         if chunks.invalid is not None:
             min_s = min_s.masked_fill(chunks.empty.bool(), 0)

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from daam.reference.chunks import Chunks, addend, can_branch, cut_into_parts, cut_into_slices
-from daam.reference.product import Product
+from daam.reference.product import Product, add_error
 
 WIDTHS = (0.01, 10.0)  # what c is clamped to
 FARTHEST = 10.0  # what u is clamped to, on either side, in standard deviations
@@ -106,12 +106,12 @@ def forward(
     chunks = Chunks(x, c.shape[0], mask, axis, padding, zero_padding=False)
     d, mean_error, sum_squares = chunks.nearly_centred()
     fit = _Fit(chunks, mean_offsets, c, sum_squares, eps)
-    f = d - (fit.origin + mean_error)
-    s = (d - (fit.mirror + mean_error)).mul_(f)
+    f = d - add_error(fit.origin, mean_error)
+    s = (d - add_error(fit.mirror, mean_error)).mul_(f)
     if (clamped := fit.find_clamped(x, d, mean_error)) is not None:
         s = clamped.put(sum(share * gap for share, _, gap in fit.each(f, clamped)), s)
     weights, scale, _ = fit.weigh(s, clamped is not None)
-    return chunks.outputs(weights * scale, residual, return_weights)
+    return chunks.outputs(weights.mul_(scale), residual, return_weights)
 
 
 @cut_into_parts
@@ -125,8 +125,8 @@ def backward(
     chunks = Chunks(x, c.shape[0], mask, axis, padding, zero_padding=False)
     d, mean_error, sum_squares = chunks.nearly_centred()
     fit = _Fit(chunks, mean_offsets, c, sum_squares, eps)
-    f = d - (fit.origin + mean_error)
-    s = (d - (fit.mirror + mean_error)).mul_(f)
+    f = d - add_error(fit.origin, mean_error)
+    s = (d - add_error(fit.mirror, mean_error)).mul_(f)
     # E/a = slopes + shift and Q/a = squares, the latter but for what is the same in all of a chunk, where Σ k is 0
     slopes, squares, shift = f, s, fit.origin - fit.m
     if (clamped := fit.find_clamped(x, d, mean_error)) is not None:
@@ -150,7 +150,8 @@ def backward(
         d_params = fit.param_gradients(c, k, f, sum_ke, sum_kq, clamped)
     if need_x:
         slope = fit.inv_var * sum_kq / fit.freedom
-        common = (d * slope).add_(sum_ke / chunks.count - slope * mean_error)
+        mean_ke = sum_ke / chunks.count
+        common = (d * slope).add_(mean_ke if mean_error is None else mean_ke - slope * mean_error)
         if padding is not None:
             weights.masked_fill_(chunks.padded, 1)
         dx = common.sub_(kf).sub_(k.mul_(shift)).mul_(fit.a * fit.inv_var)
@@ -212,7 +213,7 @@ class _Clamped:
         if self.index is None:
             return t
         shape = [*self.which.shape]
-        shape[self.dim] = t.shape[self.dim]
+        shape[self.dim] = t.shape[self.dim] if t.dim() == len(shape) else 1  # of a head, it may have fewer
         return t.expand(shape).movedim(self.dim, -1)[self.index]
 
     def put(self, picked: Tensor, t: Tensor) -> Tensor:
@@ -237,13 +238,13 @@ class _Fit(Product):
         super().__init__(chunks, self.offsets, self.precisions, 1, var_eps)
         self.limit = FARTHEST * var_eps.sqrt()
 
-    def find_clamped(self, x: Tensor, d: Tensor, mean_error: Tensor) -> _Clamped | None:
+    def find_clamped(self, x: Tensor, d: Tensor, mean_error: Tensor | None) -> _Clamped | None:
         """Return which chunks hold a position that clamps, or have no finite log w; None where none is known to.
 
         d, mean_error: as `Chunks.nearly_centred` returns them, of x, which says whether it may be known.
         """
         low, high = torch.aminmax(d, dim=self.chunks.dim, keepdim=True)
-        first, last = (self.chunks.param(t) + mean_error for t in torch.aminmax(self.offsets, dim=1, keepdim=True))
+        first, last = (add_error(self.chunks.param(t), mean_error) for t in torch.aminmax(self.offsets, dim=1, keepdim=True))
         free = (high - first <= self.limit) & (low - last >= -self.limit)  # not so of NaN
         free &= (self.limit + self.log2_factor).isfinite()
         if not can_branch(x):
@@ -273,7 +274,7 @@ class _Fit(Product):
         """Return (weights without their scale, that scale, where all are equal and have no gradient or None)."""
         weights, min_s = self.relate(s, _hidden(self.chunks))
         chunks = self.chunks
-        scale = 1 / (chunks.sum(weights) + chunks.empty)
+        scale = chunks.inverse_sum(weights)
         if not clamps and chunks.padded is None:
             return weights, scale, None
         equal = ~(min_s * self.log2_factor + self.limit).isfinite()
