@@ -26,7 +26,9 @@ class Operand(NamedTuple):
         """Return the tensor of all samples, along dimension 0, without memory for those that share it."""
         if self.tensor is None:
             return None
-        return self.tensor.expand(n_samples, *self.tensor.shape) if self.dim is None else self.tensor.movedim(self.dim, 0)
+        return (
+            self.tensor.expand(n_samples, *self.tensor.shape) if self.dim is None else self.tensor.movedim(self.dim, 0)
+        )
 
 
 Axes = tuple[int, int | None]  # the normalised one, and the one that parameters follow

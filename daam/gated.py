@@ -242,7 +242,10 @@ def _fold_forward(op, info, in_dims, x, *args):
     # a gate, and numbers of positions, have a batch first; what is not kept is empty
     dims = [None if t.dim() == 1 else 0 for t in others]
     pairs = zip(others, dims, strict=True)
-    return (_unfold(y, n_samples, axis), *(t if d is None else _unfold(t, n_samples, 0) for t, d in pairs)), (axis, *dims)
+    return (_unfold(y, n_samples, axis), *(t if d is None else _unfold(t, n_samples, 0) for t, d in pairs)), (
+        axis,
+        *dims,
+    )
 
 
 def _fold_backward(op, info, in_dims, *args):

@@ -2,9 +2,19 @@
 
 A backend is a module with a `forward` and a `backward` per algorithm. The eager one is plain PyTorch
 (`daam.reference`), so that torch.compile fuses it; the Triton one (`daam.kernels`) is a pair of operators with fakes.
-In eager mode the Function is called directly. While compiling, a CompositeImplicitAutograd operator whose body is that
-Function stands in for it: Dynamo inlines a bare Function where it sees no input that requires grad, as under func.grad,
-and its gradient would be silently zero.
+In eager mode the Function is called directly, and none where nothing requires grad. While compiling, a
+CompositeImplicitAutograd operator whose body is that Function stands in for it: Dynamo inlines a bare Function where it
+sees no input that requires grad, as under func.grad, and its gradient would be silently zero.
+
+Under vmap the backend runs once for all samples (`batching.py`): operators, the Function and what stands in for it have
+rules that make samples rows, or heads where they have parameters of their own. Gradients under a transform, as of
+vmap(grad(…)), and double backward go by `gradient` of the reference, jvp and, while compiling, all under grad by
+`formula`: differentiable operations, of all samples at once, on either backend.
+
+A policy of selective checkpointing can name `torch.ops.daam.density_forward.default` on the Triton backend. On the
+eager one a call is aten's operations, of which none is its own, and keeps nothing but its inputs for the backward pass:
+leave it out of the region, or name what comes next. torch.jit.trace can save what it traced under torch.no_grad(): with
+gradients an autograd.Function is in the graph, which torch.jit.save refuses.
 """
 
 from __future__ import annotations
@@ -155,7 +165,7 @@ class Operators:
         def call(*given):
             return self.forward_op(*given, residual, return_weights, False)[: 1 + return_weights]
 
-        outputs, dims = self.run_samples(call, info, in_dims, x, p, q, mask, axis, settings)
+        outputs, _dims = self.run_samples(call, info, in_dims, x, p, q, mask, axis, settings)
         y, weights = outputs if return_weights else (*outputs, x.new_empty(0))
         return (y, weights, x.new_empty(0, dtype=acc_dtype(x))), (0, 0 if return_weights else None, None)
 

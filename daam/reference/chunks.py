@@ -66,7 +66,8 @@ class Chunks:
         if residual:
             y += self.raw
         outputs = (self.merge(t) for t in ((y, weights) if return_weights else (y,)))
-        if not self.single:  # no views to autograd: users change outputs in place
+        # no views to autograd: users change outputs in place. torch.jit would take these sizes for constants
+        if not (self.single or torch._C._get_tracing_state()):
             outputs = (torch.ops.aten._unsafe_view.default(t, t.shape) for t in outputs)
         y, *weights = outputs
         return y, weights[0] if weights else None

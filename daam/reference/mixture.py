@@ -174,8 +174,8 @@ class _Fit(Product):
         return weights * scale, (~clamped).to(s.dtype)
 
     def relative_weights(self, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return (weights without their scale, that scale, whether eps clamps their sum) of s = (x - mean - origin)·(x - mean -
-        mirror).
+        """Return (weights without their scale, that scale, whether eps clamps their sum) of
+        s = (x - mean - origin)·(x - mean - mirror).
         """
         weights, min_s = self.relate(s, self.chunks.invalid)
         inv_sum = self.chunks.inverse_sum(weights)

@@ -43,7 +43,7 @@ class Product:
         self.inv_var = var_eps.reciprocal()
         limit = 4 * constant(var_eps).sqrt()
         self.origin = constant(self.m).clamp(-limit, limit)
-        self.mirror = 2 * self.m - self.origin
+        self.mirror = self.m - self.origin + self.m
         self.log2_factor = self.a * self.inv_var * (LOG2_E / 2)
 
     def relate(self, s: Tensor, hidden: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -244,7 +244,9 @@ class _Fit(Product):
         d, mean_error: as `Chunks.nearly_centred` returns them, of x, which says whether it may be known.
         """
         low, high = torch.aminmax(d, dim=self.chunks.dim, keepdim=True)
-        first, last = (add_error(self.chunks.param(t), mean_error) for t in torch.aminmax(self.offsets, dim=1, keepdim=True))
+        first, last = (
+            add_error(self.chunks.param(t), mean_error) for t in torch.aminmax(self.offsets, dim=1, keepdim=True)
+        )
         free = (high - first <= self.limit) & (low - last >= -self.limit)  # not so of NaN
         free &= (self.limit + self.log2_factor).isfinite()
         if not can_branch(x):

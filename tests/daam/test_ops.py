@@ -395,6 +395,22 @@ def test_what_is_traced_computes(algorithm, device):
         assert torch.equal(traced(later.x), call(later.x))
 
 
+@algorithms
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_what_is_traced_without_gradients_is_saved(algorithm, tmp_path):
+    """Check that no autograd.Function is in a graph traced under no_grad, which torch.jit.save would refuse, nor a
+    batch size.
+    """
+    for heads in (1, 3):
+        case, tensors = leaves(heads=heads, dtype=torch.float32, algorithm=algorithm)
+        _, *params = (t.detach() for t in tensors)
+        attend = lambda x, case=case, params=params: case.spec.call(x, *params, norm_axis=1)  # noqa: E731
+        x, more = torch.randn(case.shape), torch.randn(5, *case.shape[1:])
+        with torch.no_grad():
+            torch.jit.trace(attend, x).save(str(tmp_path / "traced.pt"))
+        close(torch.jit.load(tmp_path / "traced.pt")(more), attend(more), "y of another batch")
+
+
 @pytest.mark.kernel
 @algorithms
 def test_a_sign_that_is_not_in_memory(algorithm, device):
