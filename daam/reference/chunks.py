@@ -34,7 +34,7 @@ class Chunks:
     ):  # fmt: skip
         self.dtype, self.x_dtype = acc_dtype(x), x.dtype
         self.axis, self.heads = axis, heads
-        self.single, self.tiny = heads == 1, can_branch(x) and x.numel() <= TINY
+        self.single, self.tiny = heads == 1, mask is None and can_branch(x) and x.numel() <= TINY
         self.length, self.dim, self.rank = x.shape[axis] // heads, axis + (heads > 1), x.dim() + (heads > 1)
         self.invalid = None if mask is None else self.split(~mask)
         self.raw = self.split(x)
@@ -116,19 +116,13 @@ class Chunks:
     def mean(self, t: Tensor) -> Tensor:
         return self.sum(t) / self.count
 
-    def less_mean(self, t: Tensor) -> Tensor:
-        """Return t - mean of t."""
-        if isinstance(self.count, Tensor):
-            return t - self.mean(t)
-        return t.sub(self.sum(t), alpha=1 / self.count)  # one call less than a division
-
     def centred(self) -> tuple[Tensor, Tensor]:
         """Return d = x - mean, 0 where x is not valid, and the sum of the squares that var is made of."""
         if self.stats_x is not self.x:
             d, mean_error, sum_squares = self.nearly_centred()
             return self.valid(d - mean_error), sum_squares
-        # twice: see `nearly_centred`
-        d = self.valid(self.less_mean(self.valid(self.less_mean(self.x))))
+        d = self.valid(self.x - self.mean(self.x))
+        d = self.valid(d - self.mean(d))  # see `nearly_centred`
         return d, self.sum(d * d)
 
     def nearly_centred(self) -> tuple[Tensor, Tensor | None, Tensor]:
