@@ -120,7 +120,9 @@ class _Piece:
         """Return mean, mean_error, Σ (x - mean)² and n of this piece of every chunk, (4, chunks)."""
         chunks = self.chunks
         mean = chunks.mean(chunks.stats_x)
-        _d, mean_error, squares = chunks.nearly_centred()
+        d = chunks.valid(chunks.stats_x - mean)
+        mean_error = chunks.mean(d)
+        squares = (chunks.sum(d * d) - chunks.count * mean_error * mean_error).clamp(min=0)
         n = torch.zeros_like(mean) + (chunks.count - chunks.empty)  # 1 - 1 where there is none
         return torch.stack([t.flatten() for t in (mean, mean_error, squares, n)])
 
