@@ -51,7 +51,7 @@ class BlockOperators:
         _lib.impl(f"{name}_layers", self._traced, "CompositeImplicitAutograd")
         for suffix in ("_forward", "_backward", ""):
             rule = getattr(self, f"{suffix or '_traced'}_samples")
-            torch.library.register_vmap(f"daam::{name}_layers{suffix}", rule, lib=_lib)
+            torch.library.register_vmap(f"{ops.NAMESPACE}::{name}_layers{suffix}", rule, lib=_lib)
         self.forward_op, self.backward_op, self.op = (
             ops.find_op(f"{name}_layers{suffix}") for suffix in ("_forward", "_backward", "")
         )

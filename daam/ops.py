@@ -110,7 +110,7 @@ class Operators:
         _lib.impl(name, self._traced, "CompositeImplicitAutograd")
         for suffix in ("_forward", "_backward", ""):
             rule = getattr(self, f"{suffix or '_traced'}_samples")
-            torch.library.register_vmap(f"daam::{name}{suffix}", rule, lib=_lib)
+            torch.library.register_vmap(f"{NAMESPACE}::{name}{suffix}", rule, lib=_lib)
         self.forward_op, self.backward_op, self.op = (
             find_op(name + suffix) for suffix in ("_forward", "_backward", "")
         )

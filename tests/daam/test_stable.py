@@ -313,11 +313,8 @@ def test_a_wrapper_of_the_users_keeps_its_own_keys(build):
 def test_checkpoints_that_do_not_fit():
     source = drawn(heads)
     for checkpoint, message in (
-        (
-            published(source, "heads") | published(source, "attention_heads"),
-            "attention_heads and mean_offsets are both",
-        ),
-        (published(source, "heads") | published(source, "gaatn.attention_heads"), "attention_heads and mean_offsets"),
+        (published(source, "heads") | published(source, "attention_heads"), "heads and attention_heads are both"),
+        (published(source, "heads") | published(source, "gaatn.attention_heads"), "heads and attention_heads are both"),
         (
             published(source, "heads") | published(source, "gaatn.heads"),
             r"gaatn\.heads\.0\.mean_offsets and heads\.0\.mean_offsets are both in the state dict, expected one",
