@@ -5,8 +5,6 @@ import functools
 import re
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).parents[1]
 SUPPORT = ROOT / "daam/SUPPORT.md"
 
@@ -36,14 +34,9 @@ def find_tests(file):
     return {node.name for tree in trees for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
 
 
-@pytest.mark.xfail(reason="rows that wait for other branches: TODO-test", strict=True)
 def test_every_row_names_tests_that_are_there():
     assert not (found := faults(SUPPORT.read_text())), "\n".join(found)
-
-
-def test_rows_that_wait_are_the_only_fault():
-    waiting = [f"{row[0]}: no test" for row in rows(SUPPORT.read_text()) if row[-1].startswith("TODO-test")]
-    assert faults(SUPPORT.read_text()) == waiting and len(rows(SUPPORT.read_text())) > 50
+    assert len(rows(SUPPORT.read_text())) > 50
 
 
 def test_faults_are_found():
