@@ -237,9 +237,9 @@ class Call:
         if self.plan.whole or self.exchanges:
             self.steps.append(step)
         else:
-            self.launch_step(step, self.plan.encoded)
+            self.run_step(step, self.plan.encoded)
 
-    def launch_step(self, step: Step, extent: Extent) -> None:
+    def run_step(self, step: Step, extent: Extent) -> None:
         """Launch a step by itself. extent: the plan's, encoded, or one of other strips."""
         constants = step.constants | (self.plan.merge_constants if step.merges else self.plan.constants)
         grid = (step.programs, self.heads)

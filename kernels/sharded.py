@@ -16,11 +16,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import passes
 from .algorithms import Algorithm
 from .budgets import Budget
 from .host import Call
 from .operands import encode
+from .passes import (
+    empty_like,
+    launch_backward_streamed,
+    launch_forward_streamed,
+    launch_param_gradients,
+    open_backward_call,
+    open_call,
+)
 from .tiles import STRIP_STRIDED
 
 Exchange = Generator[Tensor, Tensor, Any]
@@ -41,11 +48,11 @@ def forward(
 ) -> Exchange:  # fmt: skip
     """Return y and the weights of a piece, contiguous, None if not asked for, and the statistics of whole chunks."""
     kernels, x = module.KERNELS, _in_rows(algorithm, x, axis, settings)
-    y, weights = passes.empty_like(x), passes.empty_like(x) if return_weights else None
+    y, weights = empty_like(x), empty_like(x) if return_weights else None
     budget = stream(algorithm.forward(q.shape[1]))
-    call = passes.open_call(kernels, budget, (x, mask, y, weights), q, axis, settings)
+    call = open_call(kernels, budget, (x, mask, y, weights), q, axis, settings)
     call.exchanges = True
-    passes.launch_forward_streamed(kernels, call, *kernels.collect(call, p, q, *settings), residual)
+    launch_forward_streamed(kernels, call, *kernels.collect(call, p, q, *settings), residual)
     yield from _launch_steps(call, algorithm.unbiased)
     return y, weights, call.stats
 
@@ -59,17 +66,17 @@ def backward(
     the first piece has all of them.
     """
     kernels, x = module.KERNELS, _in_rows(algorithm, x, axis, settings)
-    dx, grads = passes.empty_like(x), tuple(map(passes.empty_like, (p, q)))
+    dx, grads = empty_like(x), tuple(map(empty_like, (p, q)))
     budget, tensors = stream(algorithm.backward(q.shape[1])), (x, mask, grad_y, grad_weights, dx)
-    call = passes.open_backward_call(kernels, budget, tensors, q, axis, settings, stats, need_params=True)
+    call = open_backward_call(kernels, budget, tensors, q, axis, settings, stats, need_params=True)
     call.exchanges = True
     parameters, given = kernels.collect(call, p, q, *settings)
-    sums, partials = passes.launch_backward_streamed(kernels, call, parameters, given, residual)
+    sums, partials = launch_backward_streamed(kernels, call, parameters, given, residual)
     yield from _launch_steps(call, least=False)
     of_whole = partials is None or kernels.merges_partials
     if partials is None:
         partials = kernels.add_up(call, sums)
-    passes.launch_param_gradients(kernels, call, partials, parameters, grads)
+    launch_param_gradients(kernels, call, partials, parameters, grads)
     return dx, *(grads if first or not of_whole else map(torch.zeros_like, grads))
 
 
@@ -92,7 +99,7 @@ def _launch_steps(call: Call, least: bool) -> Exchange:
     """
     for step in call.steps:
         if not step.merges:
-            call.launch_step(step, call.plan.encoded)
+            call.run_step(step, call.plan.encoded)
             continue
         strips, *others = step.args
         n_strips, shape = call.extent.n_strips, strips.data.shape
@@ -104,4 +111,4 @@ def _launch_steps(call: Call, least: bool) -> Exchange:
             least_s.masked_fill_(total == 0, ABSENT)
         merged = call.of_chunks(found.reshape(-1, *shape[1:]))
         extent = call.plan.encoded._replace(n_strips=encode(found.shape[1]))
-        call.launch_step(step._replace(args=(merged, *others)), extent)
+        call.run_step(step._replace(args=(merged, *others)), extent)
