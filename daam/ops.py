@@ -33,7 +33,6 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from daam.backend import interpreting
-from daam.batching import pair, run_samples
 
 try:
     from daam.kernels import algorithms, tiles
@@ -44,6 +43,7 @@ except ModuleNotFoundError as error:
         "daam/kernels is a symbolic link, which this checkout holds as a file, as git on Windows makes it: install the "
         "package with `pip install .` or `pip install -e .`, or check it out again under `git -c core.symlinks=true`"
     ) from error
+from daam.batching import pair, run_samples
 from daam.kernels.operands import acc_dtype
 
 # Of the operators: "daam", and of a copy of this package under another name, as of `hub.py`, one of its own.
