@@ -40,6 +40,11 @@ class MixtureBlock(Published):
         check_recompute(recompute)
         self.residual, self.recompute = residual, recompute
         self.layers = nn.ModuleList(map(layer, norm_axes, num_heads, num_gaussians))
+        if len(set(norm_axes)) > 1 and any(one.group is not None for one in self.layers):
+            raise ValueError(
+                f"group is given and norm_axes is {list(norm_axes)}, expected one axis for all layers: set the group "
+                "of each layer whose axis is spread out, as in block.layers[0].group = group"
+            )
 
     def reset_parameters(self) -> None:
         reset(self.layers)

@@ -51,7 +51,7 @@ def check_tensor(name: str, t: Any) -> None:
 
 def _check_subclass(name: str, t: Tensor) -> None:
     """Raise TypeError for subclasses that cannot work. Others may: fake tensors do, and tensors in a tracer."""
-    if is_lazy(t):
+    if not hasattr(t, "device_mesh") and is_lazy(t):  # of a DTensor compilers cannot ask it
         raise TypeError(f"{name} is uninitialized, expected a Tensor with sizes: run its lazy module once before")
     if type(t).__name__ == "MaskedTensor":
         raise TypeError(f"{name} is a MaskedTensor, expected a plain Tensor: pass its get_data(), and a mask beside it")

@@ -75,8 +75,10 @@ def density_attention(
         backend: "auto", "triton" or "eager"; see `daam.backend_for`.
         group: processes that x is spread over along norm_axis (context parallel): a ProcessGroup, a DeviceMesh of one
             dimension or `daam.AxisPieces`. x, mask and results are then this process's contiguous piece, which may be
-            of any size; heads cut all of the axis, in rank order. What each process finds of the parameters' gradients
-            is its part of them: they add up. Differentiates once, and is no part of a graph of torch.compile.
+            of any size; heads cut all of the axis, in rank order; results are contiguous. All processes of the group
+            make the same calls, forward and backward. What each finds of the parameters' gradients is its part of a
+            sum: where DDP or FSDP average over the group, losses are to be multiplied by its size. Differentiates once,
+            and is no part of a graph of torch.compile.
 
     Returns:
         y, or (y, weights), in x's shape, dtype and memory order; computed in fp32, fp64 for fp64 x, under autocast too.
@@ -150,8 +152,10 @@ def mixture_attention(
         backend: "auto", "triton" or "eager"; see `daam.backend_for`.
         group: processes that x is spread over along norm_axis (context parallel): a ProcessGroup, a DeviceMesh of one
             dimension or `daam.AxisPieces`. x, mask and results are then this process's contiguous piece, which may be
-            of any size; heads cut all of the axis, in rank order. What each process finds of the parameters' gradients
-            is its part of them: they add up. Differentiates once, and is no part of a graph of torch.compile.
+            of any size; heads cut all of the axis, in rank order; results are contiguous. All processes of the group
+            make the same calls, forward and backward. What each finds of the parameters' gradients is its part of a
+            sum: where DDP or FSDP average over the group, losses are to be multiplied by its size. Differentiates once,
+            and is no part of a graph of torch.compile.
 
     Returns:
         y, or (y, weights), in x's shape, dtype and memory order; computed in fp32, fp64 for fp64 x, under autocast too.
@@ -222,8 +226,10 @@ def stable_mixture_attention(
         backend: "auto", "triton" or "eager"; see `daam.backend_for`.
         group: processes that x is spread over along norm_axis (context parallel): a ProcessGroup, a DeviceMesh of one
             dimension or `daam.AxisPieces`. x, mask and results are then this process's contiguous piece, which may be
-            of any size; heads cut all of the axis, in rank order. What each process finds of the parameters' gradients
-            is its part of them: they add up. Differentiates once, and is no part of a graph of torch.compile.
+            of any size; heads cut all of the axis, in rank order; results are contiguous. All processes of the group
+            make the same calls, forward and backward. What each finds of the parameters' gradients is its part of a
+            sum: where DDP or FSDP average over the group, losses are to be multiplied by its size. Differentiates once,
+            and is no part of a graph of torch.compile.
 
     Returns:
         y, or (y, weights), in x's shape, dtype and memory order; computed in fp32, fp64 for fp64 x, under autocast too.
@@ -285,8 +291,10 @@ def density_gate(
         backend: "auto", "triton" or "eager"; see `daam.backend_for`.
         group: processes that x is spread over along norm_axis (context parallel): a ProcessGroup, a DeviceMesh of one
             dimension or `daam.AxisPieces`. x, mask and results are then this process's contiguous piece, which may be
-            of any size; heads cut all of the axis, in rank order. What each process finds of the parameters' gradients
-            is its part of them: they add up. Differentiates once, and is no part of a graph of torch.compile.
+            of any size; heads cut all of the axis, in rank order; results are contiguous. All processes of the group
+            make the same calls, forward and backward. What each finds of the parameters' gradients is its part of a
+            sum: where DDP or FSDP average over the group, losses are to be multiplied by its size. Differentiates once,
+            and is no part of a graph of torch.compile.
 
     Returns:
         y, or (y, weights), in x's shape, dtype and memory order; computed in fp32, fp64 for fp64 x, under autocast too.

@@ -306,12 +306,13 @@ class DensityGate(Published):
             check_mask(x.select(-2, 0), mask, x.dim() - 2)
         if self.fusion_for(x, mask)[0] == "fused":
             return gated.gate_channels(x, *self._inputs().values(), mask, gated.find_dtype(x))
+        spread = {} if self.group is None else {"group": self.group}  # one that replaces gaa need not know it
         if mask is None:
-            gate = self.gaa(self.to_attn(x), None, self.backend, self.group)
+            gate = self.gaa(self.to_attn(x), backend=self.backend, **spread)
             return x * (1 + self._factor() * gate), gate
         mask = mask.unsqueeze(-2)
         valid = x.masked_fill(~mask, 0)  # what stands elsewhere would reach the gradients of the convolution and alpha
-        gate = self.gaa(self.to_attn(valid), mask, self.backend, self.group)
+        gate = self.gaa(self.to_attn(valid), mask, self.backend, **spread)
         return torch.where(mask, valid * (1 + self._factor() * gate), x), gate
 
     def _factor(self) -> Tensor:

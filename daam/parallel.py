@@ -27,7 +27,7 @@ class HeadParallel(ParallelStyle):
     processes heads, divide norm_axis evenly nothing is exchanged but x and y, as their layouts ask for.
 
     Args:
-        input_layouts: placement of x, where it comes as a plain tensor.
+        input_layouts: placement of x, where it comes as a plain tensor; a plain mask is the whole one.
         output_layouts: placement that y, and the weights, are to have.
         use_local_output: return what this process has of them, as a plain tensor; else DTensors.
 
@@ -63,6 +63,8 @@ def _shard_heads(_name: str, module: nn.Module, mesh: DeviceMesh) -> None:
 
 def _prepare(layout: Placement, module: nn.Module, inputs: tuple[Any, ...], mesh: DeviceMesh) -> tuple[Any, ...]:
     """Return a call's inputs with x sharded along norm_axis."""
+    if not inputs:
+        raise TypeError(f"a {type(module).__name__} with parallel heads was called without x by position: module(x, …)")
     x, *others = inputs
     if not isinstance(x, DTensor):
         x = DTensor.from_local(x, mesh, [layout], run_check=False)

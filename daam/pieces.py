@@ -28,7 +28,7 @@ class AxisPieces:
         one process, nothing is exchanged.
 
     Raises:
-        TypeError: group is none. ValueError: sizes are not as many as processes, or negative.
+        TypeError: group is not one. ValueError: sizes are not as many as processes, or negative.
     """
 
     group: ProcessGroup | DeviceMesh | str
@@ -87,7 +87,7 @@ def rank_in(name: str) -> int:
 
 
 # --- Heads ----------------------------------------------------------------------------------------
-class Part(NamedTuple):
+class Share(NamedTuple):
     """Hold heads of equal length, of which this process has `length` positions from `start` on, of its own piece.
 
     head, heads: the first head, and how many; all of each are here but for a shared one, which is alone.
@@ -109,7 +109,7 @@ class Part(NamedTuple):
 class Cut(NamedTuple):
     """Hold the parts of a process, the most shared heads that a process has, and the largest piece of one."""
 
-    parts: tuple[Part, ...]
+    parts: tuple[Share, ...]
     n_slots: int
     longest: int
 
@@ -129,33 +129,36 @@ def cut_heads(sizes: tuple[int, ...], rank: int, heads: int) -> Cut:
     for process, of_one in enumerate(shared):
         for slot, (head, *_) in enumerate(of_one):
             places.setdefault(head, []).append((process, slot))
-    parts: list[Part] = []
+    parts: list[Share] = []
     for piece in pieces[rank]:
         head, first, last = piece
         start, length = first - edges[rank], last - first
         if piece in shared[rank]:
             offset, slot = first - bounds[head], shared[rank].index(piece)
             parts.append(
-                Part(head, 1, start, length, slot, tuple(places[head]), offset, bounds[head + 1] - bounds[head])
+                Share(head, 1, start, length, slot, tuple(places[head]), offset, bounds[head + 1] - bounds[head])
             )
         elif parts and parts[-1].slot is None and length * parts[-1].heads == parts[-1].length:
             before = parts[-1]
             parts[-1] = before._replace(heads=before.heads + 1, length=before.length + length)
         else:
-            parts.append(Part(head, 1, start, length))
+            parts.append(Share(head, 1, start, length))
     longest = max((last - first for of_one in shared for _, first, last in of_one), default=0)
     return Cut(tuple(parts), max(map(len, shared)), longest)
 
 
 # --- Exchange -------------------------------------------------------------------------------------
-# of each group, as its processes last told; the same in all of them
-_sizes: weakref.WeakKeyDictionary[ProcessGroup, tuple[int, ...]] = weakref.WeakKeyDictionary()
+# of each group and kind of call, as its processes last told; the same in all of them
+_sizes: weakref.WeakKeyDictionary[ProcessGroup, dict[tuple, tuple[int, ...]]] = weakref.WeakKeyDictionary()
+MOST_KINDS = 1024
 _BASE = 4096  # sizes go as two numbers, each exact in fp32
 
 
-def find_sizes(pieces: AxisPieces, x: Tensor, axis: int, check: Callable[[int], None]) -> tuple[int, ...]:
-    """Return the sizes of all pieces as they are said, or were in the last call; ask all processes where that was none,
-    or had a sum that check raises a ValueError of, which all processes then do.
+def find_sizes(
+    pieces: AxisPieces, kind: tuple, x: Tensor, axis: int, check: Callable[[int], None]
+) -> tuple[int, ...]:  # fmt: skip
+    """Return the sizes of all pieces as they are said, or were in the last call of a kind; ask all processes where that
+    was none, or had a sum that check raises a ValueError of, which all processes then do.
 
     Raises:
         ValueError: sizes are said, and x has another, or check raises it.
@@ -166,17 +169,19 @@ def find_sizes(pieces: AxisPieces, x: Tensor, axis: int, check: Callable[[int], 
             raise ValueError(f"x has {size} positions along norm_axis, expected {said}, as group's sizes say")
         check(sum(pieces.sizes))
         return pieces.sizes
-    group = resolve(pieces.group)
-    if group in _sizes:
+    known = _sizes.setdefault(resolve(pieces.group), {})
+    if kind in known:
         try:
-            check(sum(_sizes[group]))
+            check(sum(known[kind]))
         except ValueError:  # of sizes that may be no more
-            del _sizes[group]
-    if group not in _sizes:
+            del known[kind]
+    if kind not in known:
+        if len(known) >= MOST_KINDS:
+            known.clear()
         told = gather(pieces.group, torch.tensor([size], device=x.device))
-        _sizes[group] = tuple(told.flatten().tolist())
-        check(sum(_sizes[group]))
-    return _sizes[group]
+        known[kind] = tuple(told.flatten().tolist())
+        check(sum(known[kind]))
+    return known[kind]
 
 
 def gather(name: str, numbers: Tensor) -> Tensor:
@@ -189,14 +194,14 @@ def gather(name: str, numbers: Tensor) -> Tensor:
     return found
 
 
-def gather_checked(pieces: AxisPieces, numbers: Tensor, size: int) -> Tensor | None:
+def gather_checked(pieces: AxisPieces, kind: tuple, numbers: Tensor, size: int) -> Tensor | None:
     """Return what `gather` does; None where pieces have other sizes than processes told before, which all then know."""
     if pieces.sizes is not None:
         return gather(pieces.group, numbers)
     header = numbers.new_tensor(divmod(size, _BASE))
     found = gather(pieces.group, torch.cat((numbers.flatten(), header)))
     told = tuple(int(high) * _BASE + int(low) for high, low in found[:, -2:].tolist())
-    if told != _sizes[group := resolve(pieces.group)]:
-        _sizes[group] = told
+    if told != (known := _sizes[resolve(pieces.group)])[kind]:
+        known[kind] = told
         return None
     return found[:, :-2].reshape(len(found), *numbers.shape)

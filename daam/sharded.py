@@ -19,7 +19,7 @@ from torch import Tensor
 
 from daam.kernels.operands import acc_dtype
 from daam.ops import OPERATORS, Operators, _forward_mode, _transformed
-from daam.pieces import AxisPieces, Cut, Part, cut_heads, find_sizes, gather, gather_checked, rank_in
+from daam.pieces import AxisPieces, Cut, Share, cut_heads, find_sizes, gather, gather_checked, rank_in
 from daam.reference import sharded as eager
 
 
@@ -41,7 +41,11 @@ def attend(
         return run(algorithm, x, params, mask, axis, settings, residual, return_weights, backend, pieces, check)
     if _transformed() or _forward_mode():
         raise NotImplementedError("group: a sharded axis has no vmap, func.grad or forward-mode differentiation")
-    call = _Call(OPERATORS[algorithm], axis, tuple(settings), residual, return_weights, backend, pieces, check)
+    if not x.shape[:axis].numel() * x.shape[axis + 1 :].numel():
+        backend = "eager"  # nothing to launch a kernel on, here and in all other processes
+    call = _Call(
+        OPERATORS[algorithm], axis, tuple(settings), residual, return_weights, backend, pieces, check, len(params[0])
+    )
     return ShardedAttention.apply(x, *params, mask, call)
 
 
@@ -57,12 +61,18 @@ class _Call:
     backend: str
     pieces: AxisPieces
     check: Callable[[int], None]
+    heads: int
     cut: Cut | None = None
 
     @property
     def how(self) -> tuple[Any, ...]:
         """Return what operators take behind the tensors: axis, settings and residual."""
         return self.axis, *self.settings, self.residual
+
+    def kind(self, x: Tensor) -> tuple[Any, ...]:
+        """Return what tells calls of several layers apart, the same in all processes."""
+        others = (*x.shape[: self.axis], *x.shape[self.axis + 1 :])
+        return self.operators.algorithm.name, self.axis, others, x.dtype, self.settings, self.heads
 
     def arithmetic(self) -> ModuleType:
         """Return what has `counts`, `forward` and `backward` of shared heads on the call's backend."""
@@ -72,11 +82,11 @@ class _Call:
         """Return the algorithm's own module on the call's backend."""
         return self.operators.kernels if self.backend == "triton" else self.operators.eager
 
-    def cut_tensors(self, part: Part, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    def cut_tensors(self, part: Share, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
         """Return a part of tensors like x, or of a mask."""
         return tuple(None if t is None else _narrow(t, self.axis, part.start, part.length) for t in tensors)
 
-    def cut_params(self, part: Part, *params: Tensor) -> list[Tensor]:
+    def cut_params(self, part: Share, *params: Tensor) -> list[Tensor]:
         """Return a part's parameters: its heads, and where they vary along a shared one those of its positions."""
         params = [_narrow(t, 0, part.head, part.heads) for t in params]
         along = self.operators.algorithm.find_setting("feature_axis", self.settings) == self.axis
@@ -84,19 +94,21 @@ class _Call:
             return params
         return [_narrow(t, 1, part.offset, part.length) for t in params]
 
-    def run(self, parts: dict[Part, Iterator], counts: Sequence[int], x: Tensor, checked: bool) -> dict | None:
+    def run(self, parts: dict[Share, Iterator], counts: Sequence[int], x: Tensor, checked: bool) -> dict | None:
         """Return what the generators of shared heads return, by part, after an exchange for each count of numbers; None
         where pieces turn out to have other sizes, if it is checked.
         """
         chunks = x.shape[: self.axis].numel() * x.shape[self.axis + 1 :].numel()
         given = {part: next(generator) for part, generator in parts.items()}
-        results: dict[Part, Any] = {}
+        results: dict[Share, Any] = {}
         for n in counts:
-            numbers = torch.zeros(self.cut.n_slots, n, chunks, dtype=acc_dtype(x), device=x.device)
+            numbers = torch.zeros(
+                self.cut.n_slots, n, chunks, dtype=self.arithmetic().DTYPE or acc_dtype(x), device=x.device
+            )
             for part, found in given.items():
                 numbers[part.slot, : len(found)] = found  # of fewer strips than others have
             if checked:
-                everyone, checked = gather_checked(self.pieces, numbers, x.shape[self.axis]), False
+                everyone, checked = gather_checked(self.pieces, self.kind(x), numbers, x.shape[self.axis]), False
                 if everyone is None:
                     return None
             elif self.cut.n_slots:
@@ -119,8 +131,8 @@ class ShardedAttention(torch.autograd.Function):
     def forward(ctx, x, p, q, mask, call):
         found = None
         while found is None:
-            sizes = find_sizes(call.pieces, x, call.axis, call.check)
-            call.cut = cut_heads(sizes, rank := rank_in(call.pieces.group), len(p))
+            sizes = find_sizes(call.pieces, call.kind(x), x, call.axis, call.check)
+            call.cut = cut_heads(sizes, rank := rank_in(call.pieces.group), call.heads)
             fits = sizes[rank] == x.shape[call.axis]
             found = _attend_shared(call, x, p, q, mask, call.cut.parts if fits else ())
         results = {part: (y, weights) for part, (y, weights, _numbers) in found.items()}
@@ -137,6 +149,10 @@ class ShardedAttention(torch.autograd.Function):
     def backward(ctx, grad_y, grad_weights=None):
         if torch.is_grad_enabled():
             raise RuntimeError("a sharded axis is differentiated once: create_graph=True is not supported with group")
+        if _transformed():
+            raise NotImplementedError(
+                "group: gradients of a sharded axis are taken one by one, not by is_grads_batched"
+            )
         if grad_y is None and grad_weights is None:
             return (None,) * 5
         (x, p, q, mask, *kept), call = ctx.saved_tensors, ctx.call
@@ -155,13 +171,13 @@ class ShardedAttention(torch.autograd.Function):
         return dx, *grads, None, None
 
 
-def _attend_shared(call: _Call, x, p, q, mask, parts: Sequence[Part]) -> dict[Part, tuple] | None:
+def _attend_shared(call: _Call, x, p, q, mask, parts: Sequence[Share]) -> dict[Share, tuple] | None:
     """Return (y, weights, numbers for the backward pass) of each shared head; None where sizes were others."""
     arithmetic, algorithm = call.arithmetic(), call.operators.algorithm
     generators = {
         part: arithmetic.forward(
             algorithm, call.module(), *call.cut_tensors(part, x), *call.cut_params(part, p, q),
-            *call.cut_tensors(part, mask), call.axis, part.total, call.settings, call.residual,
+            *call.cut_tensors(part, mask), call.axis, call.settings, call.residual,
             call.return_weights,
         )
         for part in parts if part.slot is not None
@@ -170,13 +186,13 @@ def _attend_shared(call: _Call, x, p, q, mask, parts: Sequence[Part]) -> dict[Pa
     return call.run(generators, counts, x, checked=call.pieces.sizes is None)
 
 
-def _differentiate_shared(call: _Call, grad_y, grad_weights, x, p, q, mask, numbers: dict[Part, Tensor]) -> dict:
+def _differentiate_shared(call: _Call, grad_y, grad_weights, x, p, q, mask, numbers: dict[Share, Tensor]) -> dict:
     """Return the gradients of x, p and q of each shared head, theirs by way of this process's piece."""
     arithmetic, algorithm = call.arithmetic(), call.operators.algorithm
     generators = {
         part: arithmetic.backward(
             algorithm, call.module(), *call.cut_tensors(part, grad_y, grad_weights, x), *call.cut_params(part, p, q),
-            *call.cut_tensors(part, mask), kept, call.axis, part.total, call.settings, call.residual,
+            *call.cut_tensors(part, mask), kept, call.axis, call.settings, call.residual,
             part.offset == 0,
         )
         for part, kept in numbers.items()
@@ -184,7 +200,7 @@ def _differentiate_shared(call: _Call, grad_y, grad_weights, x, p, q, mask, numb
     return call.run(generators, arithmetic.counts(algorithm, call.cut.longest)[1], x, checked=False)
 
 
-def _attend_whole(call: _Call, part: Part, x, p, q, mask) -> tuple[Tensor, Tensor | None]:
+def _attend_whole(call: _Call, part: Share, x, p, q, mask) -> tuple[Tensor, Tensor | None]:
     """Return (y, weights) of heads that are all here."""
     tensors = (*call.cut_tensors(part, x), *call.cut_params(part, p, q), *call.cut_tensors(part, mask))
     if call.backend == "triton":
@@ -193,7 +209,7 @@ def _attend_whole(call: _Call, part: Part, x, p, q, mask) -> tuple[Tensor, Tenso
 
 
 def _differentiate_whole(
-    call: _Call, part: Part, grad_y, grad_weights, x, p, q, mask, needs: tuple[bool, bool]
+    call: _Call, part: Share, grad_y, grad_weights, x, p, q, mask, needs: tuple[bool, bool]
 ) -> tuple[Tensor | None, ...]:
     """Return the gradients of x, p and q of heads that are all here; any of those not needed."""
     tensors = (*call.cut_tensors(part, grad_y, grad_weights, x), *call.cut_params(part, p, q))
@@ -214,4 +230,5 @@ def _join(call: _Call, x: Tensor, ts: Sequence[Tensor]) -> Tensor:
 
 
 def _narrow(t: Tensor, dim: int, start: int, length: int) -> Tensor:
+    """Return so much of a dimension, the tensor itself where that is all."""
     return t if length == t.shape[dim] else t.narrow(dim, start, length)

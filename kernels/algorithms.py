@@ -32,6 +32,8 @@ class Algorithm:
         reads_again: tensors of x's size that a pass over streamed chunks reads once more, (forward, backward), the
             backward pass with the statistics kept.
         unbiased: whether the variance is of n - 1 positions: a head has two or more.
+        strip_sums: sums of a strip in the backward pass over streamed chunks.
+        zeroes_padding: whether padding counts as zeros in mean and variance, else as it is.
         layers_backward: the budget of the backward pass of so many layers, which are one launch where they can; None
             where layers make no block.
     """
@@ -47,6 +49,8 @@ class Algorithm:
     streamed: tuple[str, ...]
     reads_again: tuple[int, int]
     unbiased: bool = False
+    strip_sums: int = 7
+    zeroes_padding: bool = False
     layers_backward: Callable[[int], budgets.Budget] | None = None
 
     @property
@@ -83,6 +87,7 @@ DENSITY = Algorithm(
         "density_sums", "backward_streamed", "param_gradients",
     ),
     reads_again=(1, 2),
+    strip_sums=3,
 )  # fmt: skip
 MIXTURE = Algorithm(
     name="mixture",
@@ -99,6 +104,7 @@ MIXTURE = Algorithm(
     ),
     reads_again=(2, 2),
     unbiased=True,
+    zeroes_padding=True,
     layers_backward=budgets.layers_backward,
 )  # fmt: skip
 GATE = Algorithm(
@@ -115,6 +121,7 @@ GATE = Algorithm(
         "gate_sums", "backward_streamed", "param_gradients",
     ),
     reads_again=(1, 2),
+    strip_sums=2,
 )  # fmt: skip
 STABLE = Algorithm(
     name="stable",

@@ -147,8 +147,7 @@ def _launch_anew(
     if device.type == "meta":
         _recorder.launches.append(Launch(kernel, args, keywords))
         return
-    # of CPU tensors, which no compiled kernel takes but under emulation
-    with _interpreter if device.type == "cpu" else contextlib.nullcontext():
+    with _interpreter if type(kernel).__name__ == "InterpretedFunction" else contextlib.nullcontext():
         compiled = kernel[grid](*args, **keywords)
     if key is None or not nvidia or not isinstance(compiled, CompiledKernel):
         return  # on AMD GPUs Triton also looks at the size of memory; the interpreter compiles nothing

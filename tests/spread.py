@@ -73,12 +73,11 @@ def check(rank, case, sizes, backend="eager", dtype=torch.float64, bound=1e-11, 
     """Check a case whose axis is spread over processes against float64 of the formula on all of it."""
     given = inputs(case, dtype)
     expected, group = oracle(case, given), group or daam.AxisPieces(dist.group.WORLD, sizes)
+    dtypes = dict(zip(case.gradients[1:], (p.dtype for p in given.params), strict=True))
     for name, result in attend_pieces(rank, case, given, sizes, backend, group).items():
         wanted, scale = expected[name], expected[name].abs().max().item()
-        if name not in case.gradients[1:]:
+        if name not in dtypes:
             wanted = piece(wanted, case.positive_axis, sizes, rank)
-        assert result.shape == wanted.shape and result.dtype == (
-            dtype if name in ("y", "weights", "dx") else result.dtype
-        )
+        assert (result.shape, result.dtype) == (wanted.shape, dtypes.get(name, dtype)), name
         difference = (result.detach().double() - wanted).abs().max().item() if wanted.numel() else 0.0
         within(difference / scale, bound, f"{name} of {case} in {sizes} on {backend}")

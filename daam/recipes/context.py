@@ -3,9 +3,9 @@
 Each of --context processes holds a piece of every sequence, (batch, layers, positions, features), and every such group
 of processes a part of each batch: with torchrun, processes / context parts. Attention along the positions exchanges
 numbers of its heads (`group`), means over positions are summed over a group, and a `DATDecoder` classifies these. All
-of it is under DistributedDataParallel over all processes, losses as ever: torch sends the gradient of a sum back to
-each process of a group, as many times too large as the group has processes, each has a part of it, and what is averaged
-over all processes is the gradient of one process. So the losses are those of one process, but for rounding.
+of it is under DistributedDataParallel, which averages gradients over all processes, where those of an axis that is
+spread out are parts of a sum: `sum_over` makes them as many times larger as a group has processes. So the losses are
+those of one process, but for rounding.
 
     python -m daam.recipes.context
     torchrun --nproc-per-node=4 -m daam.recipes.context --context 2
@@ -29,7 +29,7 @@ from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
 import daam
-from daam.pieces import Group, resolve
+from daam.pieces import AxisPieces, Group, count_processes, resolve
 from daam.recipes import processes
 from daam.recipes.arguments import positive
 from daam.recipes.errors import Parser, UserError, guarded
@@ -54,10 +54,17 @@ class LongTransformer(nn.Module):
         """Return scores, (batch, 2), the same in all processes of a group."""
         sums = self.attention(x).sum(2)
         if self.attention.group is not None:
-            from torch.distributed.nn.functional import all_reduce
-
-            sums = all_reduce(sums, group=resolve(self.attention.group.group))
+            sums = sum_over(sums, self.attention.group)
         return self.decoder(sums / self.n_positions)
+
+
+def sum_over(sums: Tensor, group: AxisPieces) -> Tensor:
+    """Return the sums over a group's processes, whose losses are all the same function of them: so the gradient of each
+    process's share is that of the sum, times the processes that have it.
+    """
+    total = sums.detach().clone()
+    torch.distributed.all_reduce(total, group=resolve(group.group))
+    return total + (sums - sums.detach()) * count_processes(group.group)
 
 
 def make_batch(step: int, n_positions: int) -> tuple[Tensor, Tensor]:
@@ -114,6 +121,8 @@ def main(argv: list[str] | None = None) -> None:
         mesh, n = None, processes.count()
         if n % given.context:
             raise UserError(f"--context is {given.context}, expected a divisor of the {n} processes")
+        if BATCH % (n // given.context):
+            raise UserError(f"{n // given.context} parts do not divide a batch of {BATCH} sequences")
         if n > 1:
             mesh = init_device_mesh("cpu", (n // given.context, given.context), mesh_dim_names=("data", "context"))
         losses = train(mesh, given.positions, given.heads, given.steps, given.rate)

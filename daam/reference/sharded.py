@@ -22,9 +22,11 @@ import torch
 from torch import Tensor
 
 from daam.kernels.algorithms import Algorithm
+from daam.kernels.merges import add_up, merge_moments
 from daam.reference.chunks import Chunks
 
 Exchange = Generator[Tensor, Tensor, Any]
+DTYPE = torch.float64  # of arithmetic, and of what is exchanged: the formula has none of the care of the closed forms
 PIECE = 4  # numbers of the first exchange of a forward pass
 
 
@@ -37,15 +39,16 @@ def counts(algorithm: Algorithm, _longest: int) -> tuple[tuple[int, ...], tuple[
 
 def forward(
     algorithm: Algorithm, module: ModuleType, x: Tensor, p: Tensor, q: Tensor, mask: Tensor | None, axis: int,
-    n_positions: int, settings: Sequence, residual: bool, return_weights: bool,
+    settings: Sequence, residual: bool, return_weights: bool,
 ) -> Exchange:  # fmt: skip
     """Return y and the weights of a piece, None if not asked for, and the numbers of whole chunks that the backward
     pass takes, (n, chunks).
 
-    module: of the algorithm's formula. x, mask: this piece's. p, q: of the head, (1, P). n_positions: of all pieces.
+    module: of the algorithm's formula. x, mask: this piece's. p, q: of the head, (1, P).
     """
-    piece = _Piece(algorithm, x, mask, axis, n_positions, settings)
-    numbers = _merge_moments((yield piece.find_moments()))
+    piece = _Piece(algorithm, x.to(DTYPE), mask, axis, settings, x.dtype)
+    p, q = p.to(DTYPE), q.to(DTYPE)
+    numbers = merge_moments((yield piece.find_moments()))
     d, squares = piece.centre(numbers)
     if algorithm.unbiased:
         log_w = module.log_weights(piece.chunks, d, squares, p, q, *piece.settings)
@@ -54,19 +57,18 @@ def forward(
         weights = module.normalise(piece.chunks, log_w, *map(piece.shape, numbers[PIECE:]), *piece.settings)
     else:
         weights = module.weigh(piece.chunks, d, squares, p, q, *piece.settings)
-    y = piece.chunks.weigh_x(weights, residual)
-    return y, piece.chunks.merge(weights) if return_weights else None, numbers
+    y = piece.chunks.weigh_x(weights, residual).to(x.dtype)
+    return y, piece.chunks.merge(weights).to(x.dtype) if return_weights else None, numbers
 
 
 def backward(
     algorithm: Algorithm, module: ModuleType, grad_y: Tensor | None, grad_weights: Tensor | None, x: Tensor, p: Tensor,
-    q: Tensor, mask: Tensor | None, numbers: Tensor, axis: int, n_positions: int, settings: Sequence, residual: bool,
-    _first: bool,
+    q: Tensor, mask: Tensor | None, numbers: Tensor, axis: int, settings: Sequence, residual: bool, _first: bool,
 ) -> Exchange:  # fmt: skip
     """Return the gradients of a piece's x, and of p and q by way of this piece alone: theirs add up over pieces."""
     with torch.enable_grad():
-        leaves = [t.detach().to(numbers.dtype).requires_grad_() for t in (x, p, q)]
-        piece = _Piece(algorithm, leaves[0], mask, axis, n_positions, settings, x.dtype)
+        leaves = [t.detach().to(DTYPE).requires_grad_() for t in (x, p, q)]
+        piece = _Piece(algorithm, leaves[0], mask, axis, settings, x.dtype)
         shift = numbers[0].new_zeros(numbers[0].shape).requires_grad_()
         squares = numbers[2].clone().requires_grad_()
         d = piece.chunks.valid(piece.centre(numbers)[0] - piece.shape(shift))
@@ -82,33 +84,31 @@ def backward(
             weights = module.weigh(*args, *piece.settings)
         y, weights = piece.chunks.weigh_x(weights, residual), piece.chunks.merge(weights)
         outputs += [t for t, g in ((y, grad_y), (weights, grad_weights)) if g is not None]
-    grads = [g.to(numbers.dtype) for g in (grad_y, grad_weights) if g is not None]
+    grads = [g.to(DTYPE) for g in (grad_y, grad_weights) if g is not None]
     if total is not None:
         (d_total,) = torch.autograd.grad(outputs[1:], total, grads, retain_graph=True)
-        grads = [_add_up((yield d_total.unsqueeze(0)))[0], *grads]
+        grads = [add_up((yield d_total.unsqueeze(0)))[0], *grads]
     *found, d_mean, d_squares = torch.autograd.grad(outputs, (*leaves, shift, squares), grads)
-    d_mean, d_squares = _add_up((yield torch.stack((d_mean, d_squares))))
+    d_mean, d_squares = add_up((yield torch.stack((d_mean, d_squares))))
     dx = found[0] + piece.spread(d.detach(), d_mean, d_squares)
     return dx.to(x.dtype), *found[1:]
 
 
 class _Piece:
-    """Hold a piece of a shared head as `Chunks`, whose n is that of all pieces.
+    """Hold a piece of a shared head as `Chunks`, whose n is that of all pieces once these have been told.
 
     settings: those of the algorithm's own functions, without padding, which is compared as dtype, x's own, rounds it.
     """
 
     def __init__(
-        self, algorithm: Algorithm, x: Tensor, mask: Tensor | None, axis: int, n_positions: int, settings: Sequence,
-        dtype: torch.dtype | None = None,
-    ):  # fmt: skip
+        self, algorithm: Algorithm, x: Tensor, mask: Tensor | None, axis: int, settings: Sequence, dtype: torch.dtype
+    ):
         named = dict(zip(algorithm.settings, settings, strict=True))
         padding = named.pop("padding", None)
         if padding is not None and math.isfinite(padding):
-            padding = torch.tensor(padding, dtype=dtype or x.dtype).item()
+            padding = torch.tensor(padding, dtype=dtype).item()
         self.settings = tuple(named.values())
-        self.chunks = Chunks(x, 1, mask, axis, padding, zero_padding=algorithm.name == "mixture")
-        self.masked, self.n_positions = mask is not None, n_positions
+        self.chunks = Chunks(x, 1, mask, axis, padding, algorithm.zeroes_padding)
 
     def shape(self, numbers: Tensor) -> Tensor:
         """Return a number of each chunk, (chunks,), as it broadcasts against the chunks."""
@@ -130,9 +130,8 @@ class _Piece:
         """Return x - mean, 0 where x is not valid, and Σ (x - mean)², by the numbers of all pieces, which count now."""
         chunks = self.chunks
         mean, mean_error, squares, n = map(self.shape, numbers[:PIECE])
-        chunks.count, chunks.empty = self.n_positions, 0
-        if self.masked:
-            chunks.count, chunks.empty = n.clamp(min=1), (n == 0).to(chunks.dtype)
+        # under no mask here, too: other pieces may have one
+        chunks.count, chunks.empty = n.clamp(min=1), (n == 0).to(chunks.dtype)
         return chunks.valid(chunks.x - mean - mean_error), squares
 
     def spread(self, d: Tensor, d_mean: Tensor, d_squares: Tensor) -> Tensor:
@@ -144,16 +143,6 @@ class _Piece:
         return chunks.merge(chunks.valid(dx)).detach()
 
 
-def _merge_moments(pieces: Tensor) -> Tensor:
-    """Return mean, mean_error, Σ (x - mean)² and n of whole chunks from those of their pieces, (pieces, 4, chunks)."""
-    mean, mean_error, squares, n = pieces.to(torch.float64).unbind(1)
-    mean, count = mean + mean_error, n.sum(0)
-    whole = (n * torch.where(n > 0, mean, 0)).sum(0) / count.clamp(min=1)
-    squares = (squares + n * torch.where(n > 0, mean - whole, 0).square()).sum(0)
-    rounded = whole.to(pieces.dtype)
-    return torch.stack([t.to(pieces.dtype) for t in (rounded, whole - rounded, squares, count)])
-
-
 def _merge_exponentials(pieces: Tensor) -> Tensor:
     """Return the largest log w and Σ exp(log w - largest) of whole chunks, from those of their pieces."""
     largest, total = pieces.to(torch.float64).unbind(1)
@@ -161,8 +150,3 @@ def _merge_exponentials(pieces: Tensor) -> Tensor:
     whole = torch.where(whole.isinf(), largest.amax(0), whole)  # where no piece has any
     total = torch.where(total == 0, 0, total * (largest - whole).exp()).sum(0)
     return torch.stack((whole, total)).to(pieces.dtype)
-
-
-def _add_up(pieces: Tensor) -> Tensor:
-    """Return the sums over pieces, in rank order."""
-    return pieces.to(torch.float64).sum(0).to(pieces.dtype)

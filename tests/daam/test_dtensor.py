@@ -84,8 +84,8 @@ def check_modules(mesh):
     """Check modules on DTensors, whose layers would be fused on a GPU, and with parameters that FSDP2 shards."""
     torch.manual_seed(0)
     x = torch.randn(4, 6, 12)
-    modules = (daam.MultiHeadDAAM(12, 2), daam.DensityBlock([1, 1], [2, 2], [2, 3], 2), daam.DATDecoder(6, 12, 3))
-    for module, placement in itertools.product(modules[:2], (Shard(0), Shard(1))):
+    modules = (daam.MultiHeadDAAM(12, 2), daam.DensityBlock([1, 1], [2, 2], [2, 3], 2))
+    for module, placement in itertools.product(modules, (Shard(0), Shard(1))):
         y = module(distribute_tensor(x, mesh["b"], [placement]))
         close(y.full_tensor(), module(x), type(module).__name__)
     module = copy.deepcopy(modules[0])
@@ -129,6 +129,8 @@ def check_heads(mesh):
     assert local(x).placements == (Shard(1),)
     with pytest.raises(TypeError, match="module is a Linear, expected a MultiHeadDAAM or a mixture with heads"):
         parallelize_module(nn.Linear(2, 2), mesh, HeadParallel())
+    with pytest.raises(TypeError, match="was called without x by position"):
+        local(x=x)
 
 
 def check_errors(mesh):

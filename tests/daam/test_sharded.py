@@ -7,7 +7,7 @@ import pytest
 import spread
 import torch
 import torch.distributed as dist
-from helpers import ALGORITHMS, EPS, Case, attend, close, inputs
+from helpers import ALGORITHMS, EPS, Case, attend, close, inputs, oracle, within
 
 import daam
 from daam.pieces import cut_heads
@@ -34,7 +34,8 @@ CASES += [
 ]
 KERNEL_CASES = [
     *((Case((8, 2), 0, heads=2, algorithm=name), (5, 3)) for name in ("density", "mixture", "gate")),
-    (Case((2, 6), 1, heads=1, mask=True, weights=False), (5, 1)),  # parameters vary along the axis
+    (Case((2, 600), 1, heads=1, mask=True, weights=False), (590, 10)),  # parameters vary along the axis: short strips
+    (Case((8, 2), 0, heads=2, padding=0.0, algorithm="stable"), (5, 3)),
     (Case((520, 1), 0, algorithm="stable", weights=False, clamps=True), (519, 1)),  # two strips, and one
 ]
 MORE_KERNEL_CASES = [
@@ -73,6 +74,8 @@ def test_two_processes(tmp_path):
         check_half_precision,
         check_large_mean,
         check_frozen_inputs,
+        check_mask_of_one,
+        check_extreme_widths,
         check_errors,
         check_modules,
         check_compile,
@@ -103,9 +106,11 @@ def check_other_sizes(rank):
     """Check that processes tell each other the sizes of pieces, and notice where one of them has another."""
     group, case = dist.group.WORLD, Case((3, 24, 5), 1, heads=4)
     counts = []
+    other = torch.randn(2, (3, 4)[rank], 5)
     for sizes in ((12, 12), (12, 12), (13, 11), (13, 11), (24, 0)):
         with spread.counted() as found:
             spread.check(rank, case, sizes, group=group)
+        daam.density_attention(other, torch.ones(1, 5), torch.ones(1, 5), group=group)  # of another length, between
         counts.append(len(found))
     # sizes are asked for once; then they come with the numbers, which are of no use where they are new
     assert counts == [2, 1, 3, 2, 2], counts
@@ -145,6 +150,33 @@ def check_frozen_inputs(rank):
         assert not attend(case, x, p, q, group=group)[0].requires_grad
 
 
+def check_mask_of_one(rank):
+    """Check a mask that the other process does not pass, since all it has is valid; and examples that are none."""
+    sizes, x = (6, 6), torch.randn(2, 12, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
+    mask = (torch.arange(12) < 9).expand(2, 12)
+    group, mine = daam.AxisPieces(dist.group.WORLD, sizes), None if rank == 0 else spread.piece(mask, 1, sizes, rank)
+    for name, spec in ALGORITHMS.items():
+        case = Case((2, 12, 3), 1, algorithm=name)
+        params = inputs(case, torch.float64).params
+        part = spec.call(spread.piece(x, 1, sizes, rank), *params, norm_axis=1, mask=mine, group=group)
+        close(part, spread.piece(spec.call(x, *params, norm_axis=1, mask=mask), 1, sizes, rank), f"y of {name}")
+        assert spec.call(torch.empty(0, 6, 3), *params, norm_axis=1, group=group).shape == (0, 6, 3)
+
+
+def check_extreme_widths(rank):
+    """Check narrow Gaussians far from the mean in fp32: as accurate as in one process."""
+    for name, c in (("mixture", 0.05), ("stable", 0.01), ("density", 0.01)):
+        case, sizes = Case((2, 40, 6), 1, weights=False, offset=1e3, algorithm=name), (25, 15)
+        given = inputs(case, torch.float32)
+        given.params[1].fill_(c)
+        expected = oracle(case, given)
+        found = spread.attend_pieces(rank, case, given, sizes, "eager", daam.AxisPieces(dist.group.WORLD, sizes))
+        for key, result in found.items():
+            wanted, scale = expected[key], expected[key].abs().max().item() or 1.0
+            wanted = wanted if key in case.gradients[1:] else spread.piece(wanted, 1, sizes, rank)
+            within((result.double() - wanted).abs().max().item() / scale, 1e-6, f"{key} of {name}")
+
+
 def check_errors(rank):
     case, sizes = Case((2, 12, 4), 1, weights=False), (5, 7)
     given = inputs(case, torch.float64)
@@ -178,9 +210,9 @@ def check_modules(rank):
     }
     for name, build in modules.items():
         torch.manual_seed(0)
-        plain, spread_out = build(), build(group=group)
-        if name == "block":  # its last layer's axis is here
-            spread_out.layers[2].group = None
+        plain, spread_out = build(), build(group=None if name == "block" else group)
+        if name == "block":  # the axis of its last layer is here
+            spread_out.layers[0].group = spread_out.layers[1].group = daam.AxisPieces(group)
         spread_out.load_state_dict(plain.state_dict())
         spread_out = copy.deepcopy(spread_out)
         assert repr(daam.AxisPieces(group)) in repr(spread_out)
@@ -189,6 +221,8 @@ def check_modules(rank):
     spread_out.load_state_dict(plain.state_dict())
     check_module(rank, "gate", plain, spread_out, x[:, :2].transpose(1, 2).repeat(1, 1, 7)[:, :2, :13], 2, sizes)
     assert spread_out.fusion_for(x[:, :2])[0] == "formula"
+    with pytest.raises(ValueError, match="expected one axis for all layers"):
+        daam.DensityBlock([1, 2], [1, 1], [2, 2], 2, group=group)
 
 
 def check_module(rank, name, plain, spread_out, x, axis, sizes):
