@@ -256,7 +256,7 @@ class Published(nn.Module):
             stacked = {name: getattr(self, name) for name in self._published_parameters}
             stack_heads(state_dict, prefix, stacked, self._published_lists, error_msgs)
         for key in (prefix + name for name in self._published_scalars):
-            if key in state_dict and not state_dict[key].dim():
+            if isinstance(state_dict.get(key), Tensor) and not state_dict[key].dim():
                 state_dict[key] = state_dict[key].reshape(1)
         groups = {prefix: (self, self._published_parameters)}
         groups |= {f"{prefix}{name}.": (getattr(self, name), ("weight", "bias")) for name in self._published_layers}

@@ -76,8 +76,9 @@ def lay_out(folder: str | Path) -> Path:
         FileExistsError: the folder has something else in it.
     """
     folder = Path(folder)
-    if folder.exists() and any(folder.iterdir()) and not (folder / "build.toml").exists():
-        raise FileExistsError(f"{folder} holds no build.toml, expected a kernel package, an empty folder or none")
+    build = folder / "build.toml"
+    if folder.exists() and any(folder.iterdir()) and not (build.exists() and f'"{NAME}"' in build.read_text()):
+        raise FileExistsError(f"{folder} holds no build.toml of {NAME}, expected its package, an empty folder or none")
     files = {"__init__.py": INIT} | {name: port(text, name) for name, text in _collect().items()}
     digest = hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()[:7]
     module = NAME.replace("-", "_")

@@ -47,6 +47,7 @@ class MultiHeadDAAM(Published):
 
     mean_offset: Tensor
     c: Tensor
+    group: AxisPieces | None = None  # of what was pickled before there were groups
     _published_parameters = ("mean_offset", "c")
     _published_lists = ("daams", "gcts")
     _published_keep_dim = True
@@ -123,6 +124,7 @@ class Mixture(Published):
 
     mean_offsets: Tensor
     c: Tensor
+    group: AxisPieces | None = None
     _published_parameters = ("mean_offsets", "c")
     _attend = staticmethod(mixture_attention)
     stable = False
@@ -269,6 +271,7 @@ class DensityGate(Published):
         ValueError: in_ch or num_gaussians is no positive int.
     """
 
+    group: AxisPieces | None = None
     _published_parameters = _published_scalars = ("alpha",)
     _published_layers = ("to_attn",)
 

@@ -387,3 +387,15 @@ def check_golden(name: str, backend: str, device="cpu") -> None:
     )
     for key, result in results.items():
         within(error(result, data[key]), 1e-10 if y.dtype == torch.float64 else 1e-5, key)
+
+
+def tiny_bert(features: int):
+    """Return a BertModel of three layers with weights of chance; skip the test where there is no transformers."""
+    import pytest  # here: a GPU's machine, which needs the rest, may have none
+
+    transformers = pytest.importorskip("transformers")
+    config = transformers.BertConfig(
+        vocab_size=30, hidden_size=features, num_hidden_layers=3, num_attention_heads=2, intermediate_size=32,
+        max_position_embeddings=16,
+    )  # fmt: skip
+    return transformers.BertModel(config)

@@ -4,7 +4,7 @@ import io
 
 import pytest
 import torch
-from helpers import close
+from helpers import close, tiny_bert
 from torch import nn
 from torch.export import Dim
 from torch.utils import _pytree as pytree
@@ -95,12 +95,7 @@ def transformer(encoder, **options):
 
 
 def bert():
-    transformers = pytest.importorskip("transformers")
-    config = transformers.BertConfig(
-        vocab_size=30, hidden_size=FEATURES, num_hidden_layers=3, num_attention_heads=2, intermediate_size=32,
-        max_position_embeddings=16,
-    )  # fmt: skip
-    return transformers.BertModel(config)
+    return tiny_bert(FEATURES)
 
 
 def with_gradients(call, model, **inputs):

@@ -11,6 +11,7 @@ pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 
 import onnxruntime
+from helpers import tiny_bert
 from torch import nn
 
 import daam
@@ -126,12 +127,7 @@ class Encoder(nn.Module):
 
 
 def bert():
-    transformers = pytest.importorskip("transformers")
-    config = transformers.BertConfig(
-        vocab_size=30, hidden_size=FEATURES, num_hidden_layers=3, num_attention_heads=2, intermediate_size=32,
-        max_position_embeddings=16,
-    )  # fmt: skip
-    return transformers.BertModel(config)
+    return tiny_bert(FEATURES)
 
 
 @pytest.mark.parametrize("build", [Encoder, pytest.param(bert, marks=pytest.mark.slow)])

@@ -60,6 +60,13 @@ def precision(case):
     return 1e-11 if case.clamps else 1e-12
 
 
+@pytest.fixture(params=["as it is", "not tiny"], autouse=True)
+def size(request):
+    """Run all on the path of a tiny x, which cases are, and on that of others."""
+    with mock.patch.object(chunks, "TINY", chunks.TINY if request.param == "as it is" else 0):
+        yield
+
+
 @pytest.mark.parametrize("name", GOLDEN)
 def test_published_cases(name):
     check_golden(name, "eager")
