@@ -183,19 +183,12 @@ class _Call:
 
     def run(self, x, p, q, mask, return_weights=False):
         """Return (y, weights or None) of one layer, without autograd."""
-        layer, args = self.operators.layer, (x, p, q, mask, *self.how)
-        if self.backend == "triton":
-            y, weights, _stats = layer.forward_op(*args, return_weights, False)
-            return y, weights if return_weights else None
-        return layer.eager.forward(*args, return_weights)
+        return self.operators.layer.run(x, p, q, mask, self.how, return_weights, self.backend)
 
     def differentiate(self, mask, need_params, grad_y, grad_weights, x, p, q, need_x):
         """Return the gradients of one layer's x, p and q; None where not needed."""
-        layer, args = self.operators.layer, (grad_y, grad_weights, x, p, q, mask)
-        if self.backend != "triton":
-            return layer.eager.backward(*args, *self.how, need_x, need_params)
-        found = layer.backward_op(*args, None, *self.how, need_x, need_params)
-        return tuple(g if need else None for g, need in zip(found, (need_x, need_params, need_params), strict=True))
+        args = (grad_y, grad_weights, x, p, q, mask)
+        return self.operators.layer.differentiate(*args, self.how, need_x, need_params, self.backend)
 
 
 def _batched(*gradients: Tensor | None) -> bool:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import Parameter
 
-from daam.checks import check_floating, check_mask, check_tensor, check_x
+from daam.checks import check_floating, check_mask, check_x
 from daam.pieces import AxisPieces
 
 
@@ -48,9 +48,7 @@ def attend_shards(
     axis = check_x(x, norm_axis)
     check_floating(params)
     if mask is not None:
-        check_tensor("mask", mask)
-        if mask.device != x.device or mask.dtype != torch.bool or mask.shape != x.shape[: axis + 1]:
-            check_mask(x, mask, axis)
+        check_mask(x, mask, axis)
     mesh, placements = x.device_mesh, _keep_shards(x.placements, axis)
     x = x.redistribute(placements=placements)
     along = next((dim for dim, one in enumerate(placements) if one == Shard(axis)), None)

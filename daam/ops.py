@@ -126,15 +126,24 @@ class Operators:
             return self.eager.formula(x, p, q, mask, *how)[: 1 + return_weights]
         save_stats = torch.is_grad_enabled() and (x.requires_grad or p.requires_grad or q.requires_grad)
         if not (save_stats or _transformed()):  # without the Function, which takes longer than a tiny x
-            return self._run(x, p, q, mask, how, return_weights, backend)
+            return self.run(x, p, q, mask, how, return_weights, backend)[: 1 + return_weights]
         call = _Call(self, how, return_weights, save_stats, backend)
         return Attention.apply(x, p, q, mask, call)[: 1 + return_weights]
 
-    def _run(self, x, p, q, mask, how, return_weights, backend) -> tuple[Tensor, ...]:
-        """Return (y,) or (y, weights), without autograd."""
-        if backend == "triton":
-            return self.forward_op(x, p, q, mask, *how, return_weights, False)[: 1 + return_weights]
-        return self.eager.forward(x, p, q, mask, *how, return_weights)[: 1 + return_weights]
+    def run(self, x, p, q, mask, how, return_weights, backend) -> tuple[Tensor, Tensor | None]:
+        """Return y and the weights, None if not asked for, without autograd. how: as `_Call` has it."""
+        if backend != "triton":
+            return self.eager.forward(x, p, q, mask, *how, return_weights)
+        y, weights, _stats = self.forward_op(x, p, q, mask, *how, return_weights, False)
+        return y, weights if return_weights else None
+
+    def differentiate(self, grad_y, grad_weights, x, p, q, mask, how, need_x, need_params, backend):
+        """Return the gradients of x, p and q, None where not needed, without autograd and kept statistics."""
+        args = (grad_y, grad_weights, x, p, q, mask)
+        if backend != "triton":
+            return self.eager.backward(*args, *how, need_x, need_params)
+        found = self.backward_op(*args, None, *how, need_x, need_params)
+        return tuple(g if need else None for g, need in zip(found, (need_x, need_params, need_params), strict=True))
 
     def _traced(self, x, p, q, mask, *args):
         *how, return_weights, backend, _version = args

@@ -41,7 +41,7 @@ def attend(
         return run(algorithm, x, params, mask, axis, settings, residual, return_weights, backend, pieces, check)
     if _transformed() or _forward_mode():
         raise NotImplementedError("group: a sharded axis has no vmap, func.grad or forward-mode differentiation")
-    if not x.shape[:axis].numel() * x.shape[axis + 1 :].numel():
+    if not _count_chunks(x, axis):
         backend = "eager"  # nothing to launch a kernel on, here and in all other processes
     call = _Call(
         OPERATORS[algorithm], axis, tuple(settings), residual, return_weights, backend, pieces, check, len(params[0])
@@ -98,7 +98,7 @@ class _Call:
         """Return what the generators of shared heads return, by part, after an exchange for each count of numbers; None
         where pieces turn out to have other sizes, if it is checked.
         """
-        chunks = x.shape[: self.axis].numel() * x.shape[self.axis + 1 :].numel()
+        chunks = _count_chunks(x, self.axis)
         given = {part: next(generator) for part, generator in parts.items()}
         results: dict[Share, Any] = {}
         for n in counts:
@@ -203,20 +203,16 @@ def _differentiate_shared(call: _Call, grad_y, grad_weights, x, p, q, mask, numb
 def _attend_whole(call: _Call, part: Share, x, p, q, mask) -> tuple[Tensor, Tensor | None]:
     """Return (y, weights) of heads that are all here."""
     tensors = (*call.cut_tensors(part, x), *call.cut_params(part, p, q), *call.cut_tensors(part, mask))
-    if call.backend == "triton":
-        return call.operators.forward_op(*tensors, *call.how, call.return_weights, False)[:2]
-    return call.operators.eager.forward(*tensors, *call.how, call.return_weights)
+    return call.operators.run(*tensors, call.how, call.return_weights, call.backend)
 
 
 def _differentiate_whole(
     call: _Call, part: Share, grad_y, grad_weights, x, p, q, mask, needs: tuple[bool, bool]
 ) -> tuple[Tensor | None, ...]:
-    """Return the gradients of x, p and q of heads that are all here; any of those not needed."""
+    """Return the gradients of x, p and q of heads that are all here; None of those not needed."""
     tensors = (*call.cut_tensors(part, grad_y, grad_weights, x), *call.cut_params(part, p, q))
     tensors += call.cut_tensors(part, mask)
-    if call.backend == "triton":
-        return call.operators.backward_op(*tensors, None, *call.how, *needs)
-    return call.operators.eager.backward(*tensors, *call.how, *needs)
+    return call.operators.differentiate(*tensors, call.how, *needs, call.backend)
 
 
 def _join(call: _Call, x: Tensor, ts: Sequence[Tensor]) -> Tensor:
@@ -232,3 +228,8 @@ def _join(call: _Call, x: Tensor, ts: Sequence[Tensor]) -> Tensor:
 def _narrow(t: Tensor, dim: int, start: int, length: int) -> Tensor:
     """Return so much of a dimension, the tensor itself where that is all."""
     return t if length == t.shape[dim] else t.narrow(dim, start, length)
+
+
+def _count_chunks(x: Tensor, axis: int) -> int:
+    """Return the chunks that a head has, one at each place of all other axes."""
+    return x.shape[:axis].numel() * x.shape[axis + 1 :].numel()

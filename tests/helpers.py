@@ -13,6 +13,7 @@ from unittest import mock
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import daam
 from daam import reference
@@ -399,3 +400,26 @@ def tiny_bert(features: int):
         max_position_embeddings=16,
     )  # fmt: skip
     return transformers.BertModel(config)
+
+
+class Counting(TorchDispatchMode):
+    """Count the operations that run."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += 1
+        return function(*args, **(kwargs or {}))
+
+
+class Wrapper(torch.nn.Module):
+    """Hold a module as DistributedDataParallel does."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, *inputs, **kwargs):
+        return self.module(*inputs, **kwargs)

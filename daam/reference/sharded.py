@@ -145,8 +145,8 @@ class _Piece:
 
 def _merge_exponentials(pieces: Tensor) -> Tensor:
     """Return the largest log w and Σ exp(log w - largest) of whole chunks, from those of their pieces."""
-    largest, total = pieces.to(torch.float64).unbind(1)
+    largest, total = pieces.unbind(1)
     whole = torch.where(total > 0, largest, -math.inf).amax(0)
     whole = torch.where(whole.isinf(), largest.amax(0), whole)  # where no piece has any
     total = torch.where(total == 0, 0, total * (largest - whole).exp()).sum(0)
-    return torch.stack((whole, total)).to(pieces.dtype)
+    return torch.stack((whole, total))

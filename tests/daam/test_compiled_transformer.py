@@ -4,7 +4,7 @@ import io
 
 import pytest
 import torch
-from helpers import close, tiny_bert
+from helpers import Wrapper, close, tiny_bert
 from torch import nn
 from torch.export import Dim
 from torch.utils import _pytree as pytree
@@ -60,17 +60,6 @@ class Frames(Encoder):
         for layer in self.layers:
             x = self.run(layer, x)
         return x
-
-
-class Wrapper(nn.Module):
-    """Hold a module as DistributedDataParallel does."""
-
-    def __init__(self, module):
-        super().__init__()
-        self.module = module
-
-    def forward(self, *inputs, **kwargs):
-        return self.module(*inputs, **kwargs)
 
 
 class Graphs(list):

@@ -6,10 +6,9 @@ import re
 import numpy as np
 import pytest
 import torch
-from helpers import ALGORITHMS, LAYOUTS, Case, attend, close, error, inputs, run, within
+from helpers import ALGORITHMS, LAYOUTS, Case, Counting, attend, close, error, inputs, run, within
 from torch.autograd import forward_ad
 from torch.masked import masked_tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from daam import density_attention, density_gate, mixture_attention, stable_mixture_attention
 
@@ -366,18 +365,6 @@ def test_outputs_can_be_changed_in_place(backend, layout, dtype, algorithm, devi
     y, weights = attend(case, *args, backend=backend)
     assert torch.equal(y.mul_(2).sum() + weights.add_(1).sum(), expected)
     y.sum().backward()
-
-
-class Counting(TorchDispatchMode):
-    """Count the operations of PyTorch within a block: of a tiny x they are what a call costs."""
-
-    def __init__(self):
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.count += 1
-        return func(*args, **(kwargs or {}))
 
 
 # one head, forward; they were 28, 84, 85 and 76

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from helpers import close
+from helpers import Wrapper, close
 from torch import nn
 
 import daam
@@ -464,17 +464,6 @@ def test_one_encoder_in_several_threads():
         found = list(pool.map(lambda i: poolings[i % 2](batches[i]), range(len(batches))))
     for result, wanted in zip(found, expected, strict=True):
         close(result, wanted, "averages")
-
-
-class Wrapper(nn.Module):
-    """Hold a module as DistributedDataParallel does."""
-
-    def __init__(self, module):
-        super().__init__()
-        self.module = module
-
-    def forward(self, *inputs, **kwargs):
-        return self.module(*inputs, **kwargs)
 
 
 def compiled(encoder):

@@ -4,9 +4,8 @@ import itertools
 
 import pytest
 import torch
-from helpers import GRADS, LAYOUTS, Case, Inputs, attend, broadcast, close, error, inputs, run, within
+from helpers import GRADS, LAYOUTS, Case, Counting, Inputs, attend, broadcast, close, error, inputs, run, within
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import daam
 from daam import stable_mixture_attention
@@ -119,18 +118,6 @@ def test_c_has_a_gradient_between_its_limits(c, factor):
         (lean,) = torch.autograd.grad(y.square().sum(), q, retain_graph=True)
         (closed,) = torch.autograd.grad(y.square().sum(), q, create_graph=True)
         assert (lean != 0) == (closed != 0) == bool(factor)
-
-
-class Counting(TorchDispatchMode):
-    """Count the operations that run."""
-
-    def __init__(self):
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.count += 1
-        return function(*args, **(kwargs or {}))
 
 
 def operations(case):
