@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 
+from daam.dtensors import are_dtensors
+
 # modules of torch's around another one, that leave themselves out of a state dict: CheckpointWrapper, FSDP1
 WRAPPERS = re.compile(r"\b(_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")
 
@@ -81,7 +83,7 @@ def value_of(module: nn.Module, name: str) -> Tensor:
     if hasattr(hook, "_tensor_name"):  # pruned, to which a mask that is no DTensor may belong
         original, mask = (getattr(module, f"{name}_{suffix}").detach() for suffix in ("orig", "mask"))
         value = mask.to(original.dtype) * _gather(original)
-        return share_as(original, value) if is_shared(original) else value
+        return share_as(original, value) if are_dtensors(original) else value
     if hook is not None:
         before = value
         # what the attribute holds is of the forward pass before, and the hook's tensors may have learned since
@@ -137,13 +139,8 @@ def share_values(module: nn.Module, names: Sequence[str], state_dict: dict[str, 
     for name in names:
         for entry in _entries_of(state_dict, prefix + name):
             own = _find(module, entry.removeprefix(prefix))
-            if is_shared(own) and state_dict[entry].shape == own.shape:
+            if are_dtensors(own) and state_dict[entry].shape == own.shape:
                 state_dict[entry] = share_as(own, state_dict[entry])
-
-
-def is_shared(t: Tensor | None) -> bool:
-    """Tell whether a tensor is a DTensor, as the parameters of FSDP2 are."""
-    return hasattr(t, "device_mesh")
 
 
 def share_as(like: Tensor, t: Tensor, source: int | None = None) -> Tensor:
@@ -152,19 +149,19 @@ def share_as(like: Tensor, t: Tensor, source: int | None = None) -> Tensor:
     """
     from torch.distributed.tensor import distribute_tensor  # takes long to import
 
-    if is_shared(t):
+    if are_dtensors(t):
         return t.redistribute(like.device_mesh, like.placements)
     return distribute_tensor(t, like.device_mesh, like.placements, src_data_rank=source)
 
 
 def _gather(t: Tensor) -> Tensor:
     """Return all of a DTensor, in every process; of others t."""
-    return t.full_tensor() if is_shared(t) else t
+    return t.full_tensor() if are_dtensors(t) else t
 
 
 def _replicate(t: Tensor) -> Tensor:
     """Return a DTensor that every process has all of; of others t."""
-    if not is_shared(t):
+    if not are_dtensors(t):
         return t
     from torch.distributed.tensor import Replicate
 

@@ -10,8 +10,9 @@ from torch.fx import Proxy
 
 from daam import gated
 from daam.backend import Backend, backend_for
-from daam.checkpoints import Published, is_shared, share_as
+from daam.checkpoints import Published, share_as
 from daam.checks import check_dtype, check_eps, check_mask, check_positive, check_tensor
+from daam.dtensors import are_dtensors
 from daam.functional import density_attention, density_gate, mixture_attention
 from daam.leaf import call_leaf
 from daam.ops import _forward_mode, _transformed
@@ -150,10 +151,10 @@ class Mixture(Published):
         """Fill both parameters with initial values; of DTensors, each process its share of what the first one draws."""
         nn.init.constant_(self.mean_offsets, self.mean_offset_init)
         with torch.no_grad():
-            c = torch.empty(self.c.shape, device=self.c.device, dtype=self.c.dtype) if is_shared(self.c) else self.c
+            c = torch.empty(self.c.shape, device=self.c.device, dtype=self.c.dtype) if are_dtensors(self.c) else self.c
             for head in c.view(-1, self.num_gaussians):  # head by head: the published numbers for a seed
                 self.reset_widths(head)
-            if is_shared(self.c) and not c.is_meta:
+            if are_dtensors(self.c) and not c.is_meta:
                 self.c.copy_(share_as(self.c, c, source=0))
 
     @staticmethod
