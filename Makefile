@@ -9,7 +9,7 @@ SHELL := bash
 AUDITS := audit-sm_80 audit-sm_90 audit-sm_100 audit-gfx942
 
 .PHONY: demo examples test test-daam test-others test-emulated test-emulated-sample margins lint bench audit audit-model \
-	test-slow gpu gpu-dry gpu-prepare hub clean
+	test-long test-slow gpu gpu-dry gpu-prepare hub clean
 
 demo: $(INSTALLED)
 	$(BIN)/python -m daam.recipes.digits $(ARGS)
@@ -19,9 +19,10 @@ demo: $(INSTALLED)
 test: export OMP_WAIT_POLICY := passive
 test: lint
 	$(MAKE) --jobs=2 --output-sync=target test-daam test-others test-emulated-sample \
-		$(addprefix test-interpreted-,0 1 2 3)
+		$(addprefix test-interpreted-,0 1 2 3) && echo "make test: $$SECONDS s"
 
-COMPILED := not kernel and not emulated and not audit and not slow and not gpu
+COMPILED := not kernel and not emulated and not audit and not long and not slow and not gpu
+INTERPRETED := kernel and not long and not slow
 
 test-daam: $(INSTALLED)
 	$(BIN)/python -m pytest -q tests/daam -m "$(COMPILED)"
@@ -30,7 +31,7 @@ test-others: $(INSTALLED)
 	$(BIN)/python -m pytest -q --ignore=tests/daam -m "$(COMPILED)"
 
 test-interpreted-%: $(INSTALLED)
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -m "kernel and not slow" --shard $*/4
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -m "$(INTERPRETED)" --shard $*/4
 
 # Shares of their bounds that errors take, under all that CPUs differ in: hours, or ARGS="--only avx2-1 tests/... -k ...".
 margins: $(INSTALLED)
@@ -45,7 +46,7 @@ test-emulated:
 	$(MAKE) --jobs=2 --output-sync=target $(addprefix test-emulated-,0 1 2 3)
 
 test-emulated-%: $(INSTALLED)
-	$(BIN)/python -m pytest -q -m "kernel and not slow" --device emulated --shard $*/4
+	$(BIN)/python -m pytest -q -m "$(INTERPRETED)" --device emulated --shard $*/4
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -81,6 +82,11 @@ $(AUDITS): audit-%: $(INSTALLED)
 audit-model: $(INSTALLED)
 	$(BIN)/python -m bench.validate --output build/audit/model.json
 	diff bench/history/model.json build/audit/model.json
+
+# What `make test` has a quick part of: more examples, larger memory, more iterations.
+test-long: $(INSTALLED)
+	$(BIN)/python -m pytest -q -m "long and not kernel" && echo "make test-long, compiled: $$SECONDS s"
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -m "long and kernel" && echo "make test-long, interpreted: $$SECONDS s"
 
 # The full product of cases: hours.
 test-slow: $(INSTALLED)

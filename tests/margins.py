@@ -32,7 +32,7 @@ VARIABLES = {
 }
 ABOVE = {"default": ("",), "avx2": ("AVX512", "X86_V4"), "avx512": ()}  # beginnings of its names
 
-COMPILED = "not kernel and not emulated and not audit and not slow and not gpu"
+COMPILED = "not kernel and not emulated and not audit and not long and not slow and not gpu"
 # Those against float64 to 1e-11 take most of the time and none of the bounds: fp32 and less is what can come close.
 CLOSE = (
     "errors_are_those_of_eager",
@@ -78,7 +78,7 @@ def commands(arguments: Sequence[str]) -> list[tuple[dict[str, str], list[str]]]
     files = measuring()
     return [
         ({"TRITON_INTERPRET": "0"}, ["-m", COMPILED, *files]),
-        ({"TRITON_INTERPRET": "1"}, ["-m", "kernel and not slow", "-k", " or ".join(CLOSE), *files]),
+        ({"TRITON_INTERPRET": "1"}, ["-m", "kernel and not long and not slow", "-k", " or ".join(CLOSE), *files]),
     ]
 
 
