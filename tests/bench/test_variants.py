@@ -93,7 +93,7 @@ def test_few_kernels_serve_many_lengths(tensor, heads, algorithm):
 
 
 @pytest.mark.parametrize("algorithm", variants.ALGORITHMS)
-@pytest.mark.parametrize(("tensor", "most"), zip(variants.TENSORS, (20, 20), strict=True))
+@pytest.mark.parametrize(("tensor", "most"), list(zip(variants.TENSORS, (20, 20), strict=True)))
 def test_a_training_loop_compiles_few_kernels(tensor, most, algorithm):
     """Check a hundred random lengths."""
     lengths = random.Random(0).sample(range(1, 2001), 100)
