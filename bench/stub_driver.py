@@ -70,6 +70,8 @@ def stub_driver(hook: Callable[..., None] | None = None) -> Iterator[Any]:
         UnavailableError: as `build` does.
     """
     folder = build()
+    # A torch for GPUs finds this library too, and would count its GPU: it counts once, and autograd could not fork then
+    torch.cuda.is_available()
     with mock.patch.dict(os.environ, TRITON_LIBCUDA_PATH=str(folder)):
         # Triton looks for the library by its name, and finds this one, since it is loaded
         library = ctypes.CDLL(str(folder / "libcuda.so.1"), mode=ctypes.RTLD_GLOBAL)

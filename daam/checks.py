@@ -71,13 +71,19 @@ def lacks_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or any(word in str(error).lower() for word in words)
 
 
+def has_autocast(device: str) -> bool:
+    """Tell whether autocast is on for a type of device."""
+    # meta has none; is_autocast_available would say so, and Dynamo of torch 2.11 cannot call it
+    return device != "meta" and torch.is_autocast_enabled(device)
+
+
 def check_dtype(x: Tensor, weight: Tensor, layer: str) -> None:
     """Raise TypeError where x has another dtype than a convolution's weight, which autocast alone makes one."""
     if x.dtype == weight.dtype:
         return
     check_floating({"x": x})
-    device, castable = x.device.type, torch.float64 not in (x.dtype, weight.dtype)
-    if not (castable and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+    castable = torch.float64 not in (x.dtype, weight.dtype)
+    if not (castable and has_autocast(x.device.type)):
         raise TypeError(
             f"x has dtype {x.dtype}, expected {weight.dtype}, the dtype of {layer}'s weight: cast x or the module, "
             f"x.to({weight.dtype}) or module.to({x.dtype})" + (", or call it under torch.autocast" if castable else "")

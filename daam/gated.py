@@ -20,7 +20,7 @@ from torch.nn.parameter import Parameter
 
 from daam import ops
 from daam.batching import Operand, pair
-from daam.checks import has_hooks
+from daam.checks import has_autocast, has_hooks
 from daam.kernels import budgets, tiles
 from daam.kernels.operands import acc_dtype
 from daam.ops import _VERSION, _forward_mode, _lib, _or_empty, _transformed
@@ -95,9 +95,9 @@ def find_obstacle(x: Tensor, conv: nn.Conv1d, params: dict[str, Tensor | None]) 
 def find_dtype(t: Tensor) -> torch.dtype:
     """Return the dtype that a convolution takes a floating tensor in: autocast's, which leaves fp64 alone."""
     device = t.device.type
-    if t.dtype == torch.float64 or not torch.amp.is_autocast_available(device):
+    if t.dtype == torch.float64 or not has_autocast(device):
         return t.dtype
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else t.dtype
+    return torch.get_autocast_dtype(device)
 
 
 class Operators:

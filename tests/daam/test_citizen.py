@@ -53,7 +53,7 @@ def test_averaged_weights(make):
 
 
 @layers
-@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor:UserWarning")
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor:UserWarning", "ignore:torch.ao:DeprecationWarning")
 @pytest.mark.skipif("x86" not in torch.backends.quantized.supported_engines, reason="torch quantises nothing here")
 def test_quantised_neighbours(make):
     """Check that linear layers around one may be quantised, and that it computes in fp32 between them."""

@@ -75,6 +75,7 @@ def check(rank):
     sharded_parameters.check(rank)
 
 
+@pytest.mark.filterwarnings("ignore:DTensor random operators may not have")  # "complete support on cpu device mesh"
 def test_two_processes(tmp_path):
     """Check all in one pair of processes: each takes seconds to start."""
     spread.run(WORLD, tmp_path, check)

@@ -147,6 +147,7 @@ def check_errors(mesh):
         daam.density_attention(x, p, p, group=mesh)
 
 
+@pytest.mark.filterwarnings("ignore:FSDP2-wrapped module.*returned a view")  # as every DTensor made of a tensor is
 def test_any_placements(tmp_path):
     """Check all in one run of four processes: it takes seconds to start one."""
     spread.run(4, tmp_path, check_placements)

@@ -56,8 +56,6 @@ def test_errors(error, message, args, options):
 
 
 MASK = X[..., 0] > 0
-# which torch uses itself where it differentiates forwards
-no_jit = pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
 
 
 @pytest.mark.parametrize(
@@ -223,7 +221,6 @@ def forward_mode_case(algorithm, heads=2):
     return tensors, tuple(torch.randn_like(t) for t in tensors)
 
 
-@no_jit
 @pytest.mark.parametrize("composite", [False, True])
 @algorithms
 def test_backward_through_a_tangent(algorithm, composite):
@@ -243,7 +240,6 @@ def test_backward_through_a_tangent(algorithm, composite):
         within(error(result, wanted), 1e-12, name)
 
 
-@no_jit
 @algorithms
 def test_backward_through_a_tangent_under_a_mask(algorithm):
     """Check that masked positions count as absent, whatever stands there, and that a chunk of nothing adds nothing."""
@@ -263,7 +259,6 @@ def test_backward_through_a_tangent_under_a_mask(algorithm):
         within(error(result, wanted), 1e-12, str(place))
 
 
-@no_jit
 @algorithms
 def test_forward_and_reverse_mode_in_one_another(algorithm):
     """Check jvp of grad, grad of jvp, hessian, forward twice and reverse over forward."""

@@ -154,7 +154,8 @@ LOADED = """if True:
         with kernels.use_kernel_mapping({name: {"cpu": repository}}, inherit_mapping=False):
             kernelize(model, mode=Mode.TRAINING | Mode.TORCH_COMPILE, device="cpu", use_fallback=False)
         forward = next(m for m in model.modules() if hasattr(type(m), "kernel_layer_name")).forward
-        assert forward.__module__.startswith("_daam_triton_cpu_"), forward.__module__
+        builds = "_daam_triton_cpu_", "_daam_triton_cuda_"  # by what torch was built for
+        assert forward.__module__.startswith(builds), forward.__module__
 
     def values(model, x, *args, **options):
         x = x.clone().requires_grad_()
