@@ -9,7 +9,7 @@ SHELL := bash
 AUDITS := audit-sm_80 audit-sm_90 audit-sm_100 audit-gfx942
 
 .PHONY: demo examples test test-daam test-others test-emulated test-emulated-sample margins lint bench audit audit-model \
-	test-long test-slow gpu gpu-dry gpu-prepare hub clean
+	test-long test-long-compiled test-long-interpreted numerics mutants matrix test-slow gpu gpu-dry gpu-prepare hub clean
 
 demo: $(INSTALLED)
 	$(BIN)/python -m daam.recipes.digits $(ARGS)
@@ -83,10 +83,27 @@ audit-model: $(INSTALLED)
 	$(BIN)/python -m bench.validate --output build/audit/model.json
 	diff bench/history/model.json build/audit/model.json
 
-# What `make test` has a quick part of: more examples, larger memory, more iterations.
-test-long: $(INSTALLED)
-	$(BIN)/python -m pytest -q -m "long and not kernel" && echo "make test-long, compiled: $$SECONDS s"
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -m "long and kernel" && echo "make test-long, interpreted: $$SECONDS s"
+# The rest of what `make test` has a quick part of, one after another: hours, of which each says how many seconds it took.
+test-long: test-long-compiled test-long-interpreted numerics mutants matrix
+
+# More examples, larger memory, more iterations.
+test-long-compiled: $(INSTALLED)
+	$(BIN)/python -m pytest -q -m "long and not kernel" && echo "make $@: $$SECONDS s"
+
+test-long-interpreted: $(INSTALLED)
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -m "long and kernel" && echo "make $@: $$SECONDS s"
+
+# Errors of every provider over means, spreads, lengths, c and Gaussians, and what is claimed of them.
+numerics: $(INSTALLED)
+	$(BIN)/python -m bench.numerics $(ARGS) && echo "make $@: $$SECONDS s"
+
+# Slips in kernels, reference and host code, each of which a test of `make test` must notice.
+mutants: $(INSTALLED)
+	$(BIN)/python tests/mutation.py $(ARGS) && echo "make $@: $$SECONDS s"
+
+# The tests on the oldest pair of torch and Triton, the pinned one and the newest that pip finds.
+matrix:
+	$(PYTHON) tests/matrix.py $(ARGS) && echo "make $@: $$SECONDS s"
 
 # The full product of cases: hours.
 test-slow: $(INSTALLED)

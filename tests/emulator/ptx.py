@@ -164,7 +164,8 @@ def _instruction(text: str, source: str = "") -> Instruction:
     if found is None:
         raise UnsupportedError(f"{text}: no instruction")
     negated, predicate, name, operands = found.groups()
-    opcode, *words = [word for word in name.split(".") if word]
+    # Triton 3.8 writes shared::cta, which shared alone means too
+    opcode, *words = [word.removesuffix("::cta") for word in name.split(".") if word]
     kinds = tuple(word for word in words if KINDS.fullmatch(word))
     modifiers = tuple(word for word in words if word not in kinds)
     return Instruction(
