@@ -27,7 +27,7 @@ def stack_heads(
     heads, features = next(iter(stacked.values())).shape
     found = {}
     for head_list in (prefix + name for name in lists):
-        pattern = re.compile(rf"{re.escape(head_list)}\.(\d+)\.({'|'.join(stacked)})")
+        pattern = re.compile(rf"{re.escape(head_list)}\.(0|[1-9][0-9]*)\.({'|'.join(stacked)})")
         if matches := {match[0]: match for key in state_dict if (match := pattern.fullmatch(key))}:
             found[head_list] = matches
     if len(found) > 1:
@@ -35,7 +35,8 @@ def stack_heads(
         return
     for head_list, matches in found.items():
         numbers = {int(match[1]) for match in matches.values()}
-        misfits = [key for key in matches if tuple(state_dict[key].shape) not in ((features,), (1, features))]
+        found_shapes = {key: _shape_of(state_dict[key]) for key in matches}
+        misfits = [key for key, shape in found_shapes.items() if shape not in ((features,), (1, features))]
         # set_model_state_dict adds the layer's own tensors for all keys that it does not know
         doubles = [prefix + name for name, p in stacked.items() if state_dict.get(prefix + name, p) is not p]
         if numbers != set(range(heads)):
@@ -47,14 +48,20 @@ def stack_heads(
                 f"{head_list} has no {names[0]} for heads {missing}, expected {' and '.join(stacked)} of all"
             )
         elif misfits:
-            shape = tuple(state_dict[misfits[0]].shape)
-            error_msgs.append(f"{misfits[0]} has shape {shape}, expected ({features},) or (1, {features})")
+            key, shape = misfits[0], found_shapes[misfits[0]]
+            came = f"is a {type(state_dict[key]).__name__}" if shape is None else f"has shape {shape}"
+            error_msgs.append(f"{key} {came}, expected a Tensor of shape ({features},) or (1, {features})")
         elif doubles:
             error_msgs.append(f"{head_list} and {doubles[0]} are both in the state dict, expected one of them")
         else:
             for name in stacked:
                 rows = [_gather(state_dict.pop(f"{head_list}.{h}.{name}")).reshape(features) for h in range(heads)]
                 state_dict[prefix + name] = torch.stack(rows)
+
+
+def _shape_of(t: object) -> tuple[int, ...] | None:
+    """Return the shape of a tensor, None of anything else."""
+    return tuple(t.shape) if isinstance(t, Tensor) else None
 
 
 def unwrap(state_dict: dict[str, Tensor], prefix: str, wrapper: str, error_msgs: list[str]) -> None:

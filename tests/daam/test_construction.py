@@ -137,6 +137,18 @@ def test_what_is_missing_of_published_heads_is_named(missing):
         daam.MultiHeadDAAM(6, 3).load_state_dict(state)
 
 
+def test_heads_that_are_no_heads_are_named():
+    """Check that what is no tensor, and a number that nobody writes so, is an error like load_state_dict's own."""
+    module = daam.MultiHeadDAAM(6, 3)
+    state = daam.to_published_state_dict(module)
+    for wrong, came in (([1.0], "is a list"), (None, "is a NoneType"), (torch.ones(5), r"has shape \(5,\)")):
+        with pytest.raises(RuntimeError, match=rf"daams\.1\.c {came}, expected a Tensor of shape \(6,\) or \(1, 6\)"):
+            module.load_state_dict(state | {"daams.1.c": wrong})
+    state["daams.01.c"] = state.pop("daams.1.c")
+    with pytest.raises(RuntimeError, match=r'Unexpected key.*"daams\.01\.c"'):
+        module.load_state_dict(state)
+
+
 def test_a_checkpointed_layer_is_published_under_its_name():
     plain = nn.Sequential(daam.MultiHeadDAAM(6, 3), daam.DensityGate(6, 2))
     expected = daam.to_published_state_dict(plain)
