@@ -1,4 +1,4 @@
-"""The public functions: their errors, what they promise of dtypes and memory order, and forward mode."""
+"""The public functions: tensors that they refuse, what they promise of dtypes and memory order, and forward mode."""
 
 import math
 import re
@@ -10,102 +10,11 @@ from helpers import ALGORITHMS, LAYOUTS, Case, Counting, attend, close, error, i
 from torch.autograd import forward_ad
 from torch.masked import masked_tensor
 
-from daam import density_attention, density_gate, mixture_attention, stable_mixture_attention
+from daam import density_attention, density_gate, mixture_attention
 
 X = torch.randn(2, 6, 4, generator=torch.Generator().manual_seed(0))
 P = torch.ones(3, 4)
 algorithms = pytest.mark.parametrize("algorithm", ALGORITHMS)
-Q = torch.ones(4, 4)
-
-
-@pytest.mark.parametrize(
-    ("error", "message", "args", "options"),
-    [
-        (TypeError, "x is a list, expected a Tensor", ([1.0], P, P), {}),
-        (TypeError, "x has dtype torch.int64, expected one of float16", (X.long(), P, P), {}),
-        (TypeError, "x has dtype torch.complex64", (X.cfloat(), P, P), {}),
-        (ValueError, "x has rank 1 (shape (6,)), expected rank 2 or more", (X[0, :, 0], P, P), {}),
-        (ValueError, "norm_axis is 3, expected -3 to 2 for x of shape (2, 6, 4)", (X, P, P), {"norm_axis": 3}),
-        (ValueError, "norm_axis is -4, expected -3 to 2", (X, P, P), {"norm_axis": -4}),
-        (TypeError, "norm_axis is 1.0, expected an int", (X, P, P), {"norm_axis": 1.0}),
-        (ValueError, "num_heads is 4, expected a divisor of the 6 positions", (X, Q, Q), {}),
-        (ValueError, "num_heads is 3, more heads than the 2 positions of norm_axis 0", (X, P, P), {"norm_axis": 0}),
-        (ValueError, "num_heads is 3, more heads than the 0 positions", (X[:, :0], P, P), {}),
-        (TypeError, "mean_offset is a float, expected a Tensor", (X, 0.0, P), {}),
-        (TypeError, "c has dtype torch.int64", (X, P, P.long()), {}),
-        (ValueError, "mean_offset has shape (4,), expected (num_heads, P) with", (X, P[0], P), {}),
-        (ValueError, "c has shape (2, 4), expected (3, 4), the shape of mean_offset", (X, P, P[:2]), {}),
-        (ValueError, "mean_offset and c have shape (3, 2), expected (3, 4) or (3, 1)", (X, P[:, :2], P[:, :2]), {}),
-        (ValueError, "expected (2, 2) or (2, 1), since norm_axis 2 is the last", (X, P[:2], P[:2]), {"norm_axis": 2}),
-        (ValueError, "mean_offset is on meta, expected x's device cpu", (X, P.to("meta"), P), {}),
-        (ValueError, "c is on meta, expected x's device cpu", (X, P, P.to("meta")), {}),
-        (TypeError, "mask has dtype torch.float32, expected bool", (X, P, P), {"mask": torch.ones(2, 6)}),
-        (TypeError, "mask is a list", (X, P, P), {"mask": [True]}),
-        (ValueError, "mask has shape (2, 6, 4), expected x's shape up to norm_axis", (X, P, P), {"mask": X > 0}),
-        (ValueError, "mask is on meta", (X, P, P), {"mask": (X[..., 0] > 0).to("meta")}),
-        (ValueError, "eps is -1.0, expected a finite number, 0 or more", (X, P, P), {"eps": -1.0}),
-        (ValueError, "eps is nan", (X, P, P), {"eps": float("nan")}),
-        (ValueError, "eps is inf", (X, P, P), {"eps": float("inf")}),
-        (ValueError, "eps is '1e-5'", (X, P, P), {"eps": "1e-5"}),
-        (ValueError, "backend is 'cuda', expected one of 'auto', 'triton', 'eager'", (X, P, P), {"backend": "cuda"}),
-    ],
-)  # fmt: skip
-def test_errors(error, message, args, options):
-    with pytest.raises(error, match=re.escape(message)):
-        density_attention(*args, **options)
-
-
-MASK = X[..., 0] > 0
-
-
-@pytest.mark.parametrize(
-    ("error", "message", "args", "options"),
-    [
-        (TypeError, "x is a list, expected a Tensor", ([1.0], P, P), {}),
-        (TypeError, "x has dtype torch.int64, expected one of float16", (X.long(), P, P), {}),
-        (ValueError, "x has rank 1 (shape (6,)), expected rank 2 or more", (X[0, :, 0], P, P), {}),
-        (ValueError, "norm_axis is 3, expected -3 to 2", (X, P, P), {"norm_axis": 3}),
-        (ValueError, "num_heads is 7, more heads than the 6 positions", (X, torch.ones(7, 2), torch.ones(7, 2)), {}),
-        (ValueError, "num_heads is 3, more heads than the 0 positions", (X[:, :0], P, P), {}),
-        (TypeError, "mean_offsets is a float, expected a Tensor", (X, 0.0, P), {}),
-        (TypeError, "has dtype torch.int64", (X, P, P.long()), {}),
-        (ValueError, "mean_offsets has shape (3, 4, 1), expected (num_heads, num_gaussians)", (X, P[..., None], P), {}),
-        (ValueError, "mean_offsets has shape (3, 0), expected num_gaussians at least 1", (X, P[:, :0], P[:, :0]), {}),
-        (ValueError, "has shape (2, 4), expected (3, 4), the shape of mean_offsets", (X, P, P[:2]), {}),
-        (ValueError, "mean_offsets is on meta, expected x's device cpu", (X, P.to("meta"), P), {}),
-        (TypeError, "mask has dtype torch.float32, expected bool", (X, P, P), {"mask": torch.ones(2, 6)}),
-        (ValueError, "mask has shape (2, 6, 4), expected x's shape up to norm_axis", (X, P, P), {"mask": X > 0}),
-        (ValueError, "backend is 'cuda', expected one of 'auto', 'triton', 'eager'", (X, P, P), {"backend": "cuda"}),
-    ],
-)  # fmt: skip
-@pytest.mark.parametrize("function", [mixture_attention, density_gate, stable_mixture_attention])
-def test_errors_of_the_others(error, message, args, options, function):
-    with pytest.raises(error, match=re.escape(message)):
-        function(*args, **{"norm_axis": 1, **options})
-
-
-@pytest.mark.parametrize(
-    ("error", "message", "args", "options"),
-    [
-        (ValueError, "num_heads is 4, which cuts the 6 positions of norm_axis 1 into chunks of one", (X, Q, Q), {}),
-        (ValueError, "mean_offsets has shape (4,), expected (num_heads, num_gaussians)", (X, P[0], P[0]), {}),
-        (ValueError, "eps is -1.0, expected a finite number, 0 or more", (X, P, P), {"eps": -1.0}),
-        (TypeError, "padding_value is '0', expected a number or None", (X, P, P), {"padding_value": "0"}),
-        (TypeError, "padding_value is True", (X, P, P), {"padding_value": True}),
-        (ValueError, "padding_value is nan, which equals nothing", (X, P, P), {"padding_value": float("nan")}),
-        (ValueError, "padding_value is an int of 1329 bits", (X, P, P), {"padding_value": 10**400}),
-        (ValueError, "mask and padding_value are both given", (X, P, P), {"padding_value": 0, "mask": MASK}),
-    ],
-)  # fmt: skip
-@pytest.mark.parametrize("function", [mixture_attention, stable_mixture_attention])
-def test_errors_of_the_mixtures(error, message, args, options, function):
-    with pytest.raises(error, match=re.escape(message)):
-        function(*args, **{"norm_axis": 1, **options})
-
-
-def test_errors_of_the_gate():
-    with pytest.raises(ValueError, match=re.escape("mean_offsets has shape (4,), expected (num_heads, num_gaussians)")):
-        density_gate(X, P[0], P)
 
 
 def not_dense(t):
