@@ -23,7 +23,8 @@ with extra():
     from safetensors import SafetensorError, safe_open
     from safetensors.torch import save
 
-KEYS = ("examples", "shard", "layers", "features", "names")
+SIZES = ("examples", "shard", "layers", "features")
+KEYS = (*SIZES, "names")
 EXTRA = {"groups": "groups", "parts": "split"}  # tensors of a shard that there are where cache.json has an entry
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}  # of features in shards
 COLUMNS = ("text", "label")  # of a table of texts
@@ -68,13 +69,19 @@ def read_about(folder: str | Path) -> dict:
         raise CacheError(
             f"{path} lacks {', '.join(missing)}, expected a cache's {', '.join(KEYS)}: make the cache anew"
         )
+    for key in SIZES:
+        if type(about[key]) is not int or about[key] < 1:
+            raise CacheError(f"{path}: {key} is {about[key]!r}, expected a positive int: make the cache anew")
     if not isinstance(about["names"], list) or not all(isinstance(name, str) for name in about["names"]):
         raise CacheError(f"{path}: names is {about['names']!r}, expected the classes: make the cache anew")
     for key in EXTRA.values():
         if not isinstance(about.get(key), (str, type(None))):
             raise CacheError(f"{path}: {key} is {about[key]!r}, expected a name or null: make the cache anew")
+    checked = about.get("checked")
+    if checked is not None and not (isinstance(checked, dict) and "batches" in checked):
+        raise CacheError(f"{path}: checked is {checked!r}, expected what was found out, or null: make the cache anew")
     about = add_defaults(about)
-    if about["dtype"] not in DTYPES:
+    if about["dtype"] not in list(DTYPES):  # it may be a list, which no dict can look for
         raise CacheError(f"{path}: dtype is {about['dtype']!r}, expected one of {', '.join(DTYPES)}")
     return about
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import runpy
 import subprocess
 import sys
@@ -264,6 +265,16 @@ def test_no_cache(tmp_path):
     (tmp_path / "cache.json").write_text('{"examples": 3, "shard": 2, "names": []}')
     with pytest.raises(CacheError, match=r"cache.json lacks layers, features, expected"):
         read_about(tmp_path)
+    right = {"examples": 3, "shard": 2, "layers": 4, "features": 5, "names": ["a", "b"]}
+    for key in ("examples", "shard", "layers", "features"):
+        for wrong in (0, -1, 1.5, True, None, "3"):
+            (tmp_path / "cache.json").write_text(json.dumps(right | {key: wrong}))
+            with pytest.raises(CacheError, match=f"cache.json: {key} is {wrong!r}, expected a positive int"):
+                read_about(tmp_path)
+    for key, wrong in (("checked", {}), ("checked", [1]), ("dtype", [])):
+        (tmp_path / "cache.json").write_text(json.dumps(right | {key: wrong}))
+        with pytest.raises(CacheError, match=rf"cache.json: {key} is {re.escape(repr(wrong))}, expected"):
+            read_about(tmp_path)
 
 
 # groups and parts
