@@ -169,8 +169,10 @@ def read_results(folder: Path, splits: list[Split] | None = None) -> dict[str, A
     wrong = wrong or [name for name, right in _details(results).items() if not right]
     if wrong or (splits is not None and len(splits) != len(results["parts"])):
         raise RunError(_broken(path, ", ".join(wrong or ["parts"])))
-    for i, part in enumerate(results["parts"]):
-        read_part(part, None if splits is None else splits[i], path)
+    for i, data in enumerate(results["parts"]):
+        part = read_part(data, None if splits is None else splits[i], path)
+        if max(part.predictions, default=0) >= len(results["names"]):
+            raise RunError(_broken(path, "names"))
     return results
 
 
@@ -185,6 +187,7 @@ def _details(results: dict[str, Any]) -> dict[str, bool]:
         "settings": right and _are_places(layers) and _are_numbers(rates),
         "names": all(isinstance(name, str) for name in results["names"]),
         "parts": bool(results["parts"]),
+        "about": isinstance(results["about"].get("cache"), (dict, type(None))),
     }
 
 
@@ -197,6 +200,7 @@ def read_part(data: Any, split: Split | None, path: Path) -> Part:
         numbers += [tried[name] for tried in part.tried for name in ("rate", "epochs", "seconds")]
         places = [part.train, part.parameters, *part.validation, *part.test, *part.predictions]
         right = _are_numbers(numbers) and _are_places(places) and part.best_epoch < len(part.losses)
+        right = right and _are_predictions(part) and all(isinstance(text, str) for text in part.warnings)
     except (TypeError, KeyError):
         right = False
     if not right:
@@ -204,6 +208,15 @@ def read_part(data: Any, split: Split | None, path: Path) -> Part:
     if split is not None and (part.validation, part.test) != (split.validation.tolist(), split.test.tolist()):
         raise RunError(f"{path} is of other splits of the examples, an earlier version's: choose another folder")
     return part
+
+
+def _are_predictions(part: Part) -> bool:
+    """Tell whether a part has a prediction for every example that tests, and a probability of every class, or none."""
+    found, count = part.probabilities, len(part.test)
+    if len(part.predictions) not in (0, count) or len(found) not in (0, count):
+        return False
+    right = all(isinstance(row, list) and _are_numbers(row) and len(row) == len(found[0]) for row in found)
+    return right and all(prediction < len(row) for prediction, row in zip(part.predictions, found, strict=False))
 
 
 def _are_numbers(values: list[Any]) -> bool:

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from daam.checks import lacks_memory
 from daam.decoder import DATDecoder
 from daam.pooling import LayerPooling
 from daam.recipes.cache import COLUMNS
@@ -70,16 +71,25 @@ def load_model(run: str | Path, part: int, pooling: LayerPooling | None = None) 
     results = read_finished(run)
     settings = _read_settings(Path(run), part, results)
     names, method = settings.pop("names"), settings.pop("method", None)
-    if method in LORA:
-        pooling = load_encoder_of(cache_of(results))[0] if pooling is None else pooling
-        model = LoRAClassifier(pooling, **settings)
-    elif method is None:
-        model = DATDecoder(**settings)
-    else:
-        model = decoder_for(method, **settings)
+    path = _path(Path(run), part)
+    if method in LORA and pooling is None:
+        pooling = load_encoder_of(cache_of(results))[0]
+    try:
+        model = _build(method, settings, pooling)
+    except (TypeError, ValueError, RuntimeError) as error:  # settings of another version, or no settings at all
+        if lacks_memory(error):
+            raise
+        raise RunError(f"{path} cannot be built ({error}): {AGAIN}") from None
     model.names = names
-    _load(model, _path(Path(run), part))
+    _load(model, path)
     return model.eval()
+
+
+def _build(method: str | None, settings: dict[str, Any], pooling: LayerPooling | None) -> nn.Module:
+    """Return the model of a method, None that of density attention, with new parameters."""
+    if method in LORA:
+        return LoRAClassifier(pooling, **settings)
+    return DATDecoder(**settings) if method is None else decoder_for(method, **settings)
 
 
 def load_part(model: nn.Module, run: str | Path, part: int) -> None:

@@ -89,7 +89,7 @@ def _finish_part(job: Job, split: Split, settings: Settings, output: Path, i: in
     stem = output / f"part-{i}"
     path = stem.with_suffix(".json")
     part = runs.read_part(runs.read_json(path), split, path) if path.exists() else None
-    if part is None or _needs_more(part, settings) or not _has_model(stem):
+    if part is None or not part.probabilities or _needs_more(part, settings) or not _has_model(stem):
         part = (fit_logistic if settings.method in LOGISTIC else fit_part)(job, split, settings, stem, i, device)
         runs.write_json(path, asdict(part))
     if not _needs_more(part, replace(settings, epochs=math.inf)):

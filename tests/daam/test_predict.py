@@ -389,6 +389,8 @@ def test_broken_runs(made, tmp_path):
         (lambda: replaced(tensors, names=["a", "b"]), r"of another run: its names are \['a', 'b'\], expected \['food"),
         (lambda: replaced(tensors, layers=3), "of another run: its layers are 3, expected 4"),
         (lambda: replaced(tensors, classes=3), r"cannot be read \(RuntimeError\)"),
+        (lambda: replaced(tensors, classes="2"), r"cannot be built \("),
+        (lambda: replaced(tensors, classes=2.0, depth=1), r"cannot be built \("),
         (lambda: replaced({k: t for k, t in tensors.items() if "bias" not in k}), r"it differs by classify.bias"),
         (lambda: replaced({**tensors, "more": torch.zeros(1)}), r"it differs by more"),
         (lambda: save_file(tensors, path, metadata={"settings": "null"}), "is of an earlier version"),

@@ -324,6 +324,40 @@ def test_files_of_something_else_are_named(content, name, finished, cache, tmp_p
         training.run(cached_job(cache, QUICK), QUICK, tmp_path)
 
 
+PREDICTIONS = [
+    {"probabilities": None}, {"probabilities": [None]}, {"probabilities": "x"}, {"probabilities": [[0.5, 0.5]]},
+    {"predictions": [0]}, {"predictions": None}, {"warnings": [1]},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("change", PREDICTIONS, ids=str)
+def test_predictions_that_do_not_fit_are_named(change, finished, cache, tmp_path):
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "results.json").unlink()
+    path = tmp_path / "part-0.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(RunError, match=r"part-0\.json is broken \(a part\)"):
+        training.run(cached_job(cache, QUICK), QUICK, tmp_path)
+
+
+def test_a_part_without_probabilities_is_trained_again(finished, cache, tmp_path):
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    expected = json.loads((tmp_path / "results.json").read_text())["accuracy"]
+    (tmp_path / "results.json").unlink()
+    path = tmp_path / "part-0.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"probabilities": []}))
+    assert training.run(cached_job(cache, QUICK), QUICK, tmp_path)["accuracy"] == expected
+
+
+@pytest.mark.parametrize("change", [{"names": ["a"]}, {"about": {"cache": 1}}], ids=str)
+def test_results_that_do_not_fit_are_named(change, finished, cache, tmp_path):
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(RunError, match=rf"results\.json is broken \({next(iter(change))}\)"):
+        training.run(cached_job(cache, QUICK), QUICK, tmp_path)
+
+
 @pytest.mark.parametrize("name", ["part-0.json", "results.json"])
 def test_parts_of_other_splits(name, finished, cache, tmp_path):
     """Check that a run with an earlier version's splits is refused: two methods would not be compared on the same
