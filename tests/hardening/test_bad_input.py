@@ -45,10 +45,10 @@ def tensors_of(value) -> list[Tensor]:
     if isinstance(value, nn.Module):
         return [*value.parameters(), *value.buffers()]
     if isinstance(value, dict):
-        value = list(value.values())
-    return [t for one in value for t in tensors_of(one)] if isinstance(value, list | tuple) else (
-        [value] if isinstance(value, Tensor) else []
-    )  # fmt: skip
+        return tensors_of(list(value.values()))
+    if isinstance(value, list | tuple):
+        return [t for one in value for t in tensors_of(one)]
+    return [value] if isinstance(value, Tensor) else []
 
 
 def traits(t: Tensor) -> tuple:
@@ -75,12 +75,11 @@ def state() -> tuple:
 @contextlib.contextmanager
 def untouched(call):
     """Check that arguments, and what is kept between calls, are as they were."""
-    function, args, options = call
-    tensors = tensors_of([function, args, options])
-    before, shown = [*map(traits, tensors), state()], repr([a for a in args if not isinstance(a, Tensor | nn.Module)])
+    _function, args, options = call
+    tensors, others = tensors_of(call), [a for a in (*args, *options.values()) if not isinstance(a, Tensor)]
+    before = repr([*map(traits, tensors), others, state()])
     yield
-    assert repr([*map(traits, tensors), state()]) == repr(before)
-    assert repr([a for a in args if not isinstance(a, Tensor | nn.Module)]) == shown
+    assert repr([*map(traits, tensors), others, state()]) == before
 
 
 def refuse(row, algorithm, backend, device) -> Exception:
@@ -163,10 +162,9 @@ def refuse_compiled(row, algorithm, backend, device, fullgraph):
     compiled = torch.compile(lambda: function(*args, **options), backend="eager", fullgraph=fullgraph)
     with untouched(call), pytest.raises(RuntimeError if fullgraph else row.error) as caught:
         compiled()
-    if row.compiled and fullgraph:
-        words = [row.compiled]
-    else:
-        words = [expected(row, algorithm), f"{row.error.__name__}("] if fullgraph else [expected(row, algorithm)]
+    words = [expected(row, algorithm)]
+    if fullgraph:
+        words = [row.compiled] if row.compiled else [*words, f"{row.error.__name__}("]
     assert all(word in messages(caught.value) for word in words), (str(row), messages(caught.value))
 
 
@@ -180,13 +178,15 @@ def test_errors_of_compiled_calls(rows, backend, graphs, device):
             refuse_compiled(row, algorithm, backend, device, fullgraph)
 
 
-def raises(path: Path) -> dict[tuple[str, int], str]:
-    """Return the constant text of each message that a file raises, by its name and each line of the statement."""
+def raises(path: Path) -> dict[tuple[str, int], tuple[str, int, str]]:
+    """Return what a file raises, by its name and each line of the statement: name, first line, text of the message."""
     found = {}
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Raise) and node.exc is not None:
             text = "".join(c.value for c in ast.walk(node.exc) if isinstance(c, ast.Constant) and type(c.value) is str)
-            found |= {(path.name, line): text for line in range(node.lineno, node.end_lineno + 1)}
+            found |= {
+                (path.name, line): (path.name, node.lineno, text) for line in range(node.lineno, node.end_lineno + 1)
+            }
     return found
 
 
@@ -201,10 +201,10 @@ def origin(error: Exception) -> tuple[str, int]:
 @pytest.mark.skipif(interpreting(), reason="one row is of Triton without a GPU")
 def test_every_error_has_a_row():
     """Check that each `raise` of SOURCES is met by a row, or that ELSEWHERE says why not."""
-    texts = {}
+    statements = {}
     for name in SOURCES:
-        texts |= raises(ROOT / f"{name}.py")
-    met = {texts[origin(refuse(row, row.algorithms[0], "eager", "cpu"))] for row in (*ROWS, NO_TRITON)}
-    missing = set(texts.values()) - met
-    assert {text for text in missing if not text.startswith(tuple(ELSEWHERE))} == set()
+        statements |= raises(ROOT / f"{name}.py")
+    met = {statements[origin(refuse(row, row.algorithms[0], "eager", "cpu"))] for row in (*ROWS, NO_TRITON)}
+    missing = set(statements.values()) - met
+    assert {one for one in missing if not one[2].startswith(tuple(ELSEWHERE))} == set()
     assert len(missing) == len(ELSEWHERE)
