@@ -51,7 +51,7 @@ def damage(draw, path):
 
 
 def change_settings(draw, path):
-    """Change what the file of a model says of how it is built."""
+    """Replace something in what the file of a model says of how it is built."""
     from safetensors.torch import load_file, safe_open, save_file
 
     with safe_open(path, framework="pt") as file:
