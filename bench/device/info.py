@@ -17,7 +17,8 @@ from bench.device.session import Job, Session
 from bench.device.times import copy_jobs
 
 PACKAGES = ("pytest", "pytest_benchmark", "numpy", "matplotlib", "gaussian_adaptive_attention")
-TOOLS = ("gcc", "make", "git", "file", "ncu", "nvidia-smi")  # on `file` depends which launchers Triton finds
+# on `file` depends which launchers Triton finds
+TOOLS = ("gcc", "make", "git", "file", "ncu", "compute-sanitizer", "nvidia-smi")
 QUERY = "clocks.sm,clocks.max.sm,clocks.mem,power.draw,power.limit,temperature.gpu,driver_version"
 
 

@@ -22,6 +22,8 @@ PARTS = {
     "profile": ("counters", "profile_jobs"),
     "sweep": ("sweep", "jobs"),
     "streams": ("streams", "jobs"),
+    "sanitizer": ("sanitizer", "jobs"),
+    "sanitized": ("sanitizer", "sanitized_jobs"),
 }
 
 

@@ -59,6 +59,8 @@ PLAN: dict[str, tuple[tuple[Part, ...], ...]] = {
     "third": ((Part("time", 95, 100, 115),),),
     # what the memory of a GPU gives, whatever the kernels are
     "streams": ((Part("streams", 30, 60, 70),),),
+    # accesses and races of small cases of every kernel, under NVIDIA's tool
+    "sanitizer": ((Part("sanitizer", 150, 240, 270, 8),),),
 }
 # the tests of the part `tests`, which pytest runs
 TESTS = (
@@ -68,7 +70,12 @@ TESTS = (
 )
 CHOSEN = "(kernel or gpu) and not long and not slow"
 PATIENCE = 45  # seconds that a process may be at one job on a GPU while others wait for it
-NAMED = ("time", "sweep", "streams")  # the parts whose jobs --only chooses among; the others are done whole
+NAMED = (
+    "time",
+    "sweep",
+    "streams",
+    "sanitizer",
+)  # the parts whose jobs --only chooses among; the others are done whole
 
 
 def expected_seconds(call: str) -> int:

@@ -23,7 +23,8 @@ from bench.device.cases import correct_cases, representative
 from bench.device.plan import Part, format_plan, run_part
 from bench.device.session import RESULTS, ROOT, Session, read
 
-COMPILED = ("correct", "bits", "time", "host", "counters", "sweep", "streams")  # parts that launch kernels of ours
+# parts that launch kernels of ours
+COMPILED = ("correct", "bits", "time", "host", "counters", "sweep", "streams", "sanitizer")
 PROCESSES = 2
 HOURS = 12 * 3600
 PEER = "gaussian_adaptive_attention"

@@ -16,7 +16,21 @@ import pytest
 import torch
 
 from bench import core, providers, results
-from bench.device import bits, calls, cases, correct, counters, machine, plan, prepare, session, summary, sweep, times
+from bench.device import (
+    bits,
+    calls,
+    cases,
+    correct,
+    counters,
+    machine,
+    plan,
+    prepare,
+    sanitizer,
+    session,
+    summary,
+    sweep,
+    times,
+)
 from bench.device.part import PARTS, jobs
 from bench.device.session import Job, Session, read, run_jobs
 from bench.workloads import Workload
@@ -53,7 +67,7 @@ def test_minutes_add_up():
 
 def test_every_part_is_known():
     parts = {part.name for steps in plan.PLAN.values() for step in steps for part in step}
-    assert parts - {"tests"} == set(PARTS) - {"profile"}
+    assert parts - {"tests"} == set(PARTS) - {"profile", "sanitized"}
     assert set(prepare.COMPILED) < set(PARTS)
 
 
@@ -484,6 +498,71 @@ def test_counters_that_may_not_be_read(cpu_session, monkeypatch):
     run_jobs(cpu_session, "counters", [Job("ncu", lambda: count_with(monkeypatch, cpu_session, reason, 1))])
     said = summary.summarize(cpu_session, "counters", 1, 1)
     assert "0 wrong, 1 skipped" in said and f"skipped 1: {reason}" in said
+
+
+SANITIZER = """#!{python}
+import sys
+print("========= COMPUTE-SANITIZER", *sys.argv[1:], sep="\\n")
+print({said!r})
+sys.exit({status})
+"""
+RACE = "========= Error: Race reported between Write access at density_forward and Read access at density_forward"
+REPORTS = [  # what the tool says, its exit status, and whether that is well
+    ("========= ERROR SUMMARY: 0 errors", 0, True),
+    ("========= ERROR SUMMARY: 1 error", 9, False),
+    ("========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)", 0, True),
+    (f"{RACE}\n========= RACECHECK SUMMARY: 1 hazard displayed (0 errors, 1 warning)", 0, False),
+    ("========= ERROR SUMMARY: 0 errors", 1, False),  # the case itself failed
+    ("========= Error: Target application terminated before first instrumented API call", 0, False),
+]
+
+
+@pytest.mark.parametrize(("said", "status", "well"), REPORTS)
+def test_what_a_sanitizer_says(said, status, well, cpu_session, monkeypatch):
+    """Check a case under a tool in place of NVIDIA's: how it is called, what of its words is kept, and the verdict."""
+    folder = cpu_session.out / "cuda" / "compute-sanitizer"
+    folder.mkdir(parents=True)
+    (folder / "compute-sanitizer").write_text(SANITIZER.format(python=sys.executable, said=said, status=status))
+    (folder / "compute-sanitizer").chmod(0o755)
+    monkeypatch.setenv("CUDA_HOME", str(folder.parent))
+    cpu_session = replace(cpu_session, until=time.time() + 60)
+    run_jobs(cpu_session, "sanitizer", [Job("case", lambda: sanitizer.sanitize(cpu_session, "racecheck", "gate(1)"))])
+    (row,) = read(cpu_session.out)
+    assert (row["ok"], row["status"]) == (well, status)
+    assert (row["summary"] is None) == ("SUMMARY" not in said) and (row["summary"] or "") in said
+    assert well or said.splitlines()[0] in row["error"]
+    given = (cpu_session.out / "racecheck-gate(1).txt").read_text().splitlines()
+    assert given[1:5] == ["--tool", "racecheck", "--target-processes", "all"] and "sanitized" in given
+    assert r"--only=^gate\(1\)$" in given
+
+
+def test_a_machine_without_a_sanitizer(cpu_session, monkeypatch):
+    for name in ("CUDA_HOME", "CUDA_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    with mock.patch("shutil.which", return_value=None):
+        (row,) = sanitizer.sanitize(cpu_session, "memcheck", "case")
+    assert row == {"skipped": "compute-sanitizer is neither on PATH nor beside CUDA"}
+
+
+def test_a_sanitized_case_that_is_ended():
+    row = sanitizer.read_report("", None)
+    assert not row["ok"] and row["status"] == "ended at its limit" and row["error"] == "it printed nothing"
+
+
+def test_sanitized_calls_are_of_every_kernel(cpu_session):
+    """Check that what each launches, of compiled kernels on no GPU, is all that is launched anywhere."""
+    pytest.importorskip("triton")
+    from bench.host import taking_any_tensor
+
+    found = set()
+    with taking_any_tensor(), mock.patch.object(helpers.launch, "launch", lambda *args, **options: None):
+        for call in sanitizer.find_calls().values():
+            with helpers.recorded_launches() as launches:
+                call("cpu")
+            found |= set(launches)
+    known = {kernel for spec in helpers.ALGORITHMS.values() for kernels in spec.kernels for kernel in kernels}
+    assert found >= known | {"take_steps", "forward_layers", "backward_layers", "layer_gradients", "gated_project"}
+    assert found >= {"gated_sums", "gated_forward", "gated_backward"}
 
 
 LAUNCHING = """

@@ -154,7 +154,7 @@ def test_more_kernels_touch_their_tensors_alone(case, dtype, device):
 def test_one_program_that_takes_all_steps_touches_its_tensors_alone(algorithm, device):
     length = 8_300 if algorithm == "gate" else 16_500
     with taking_rows_whole():
-        case = Case((1, length), 1, params="one", weights=False, algorithm=algorithm)
+        case = Case((2, length), 1, params="one", weights=False, algorithm=algorithm)
         assert "take_steps" in check(case, device, torch.float32, bound=1e-5)
 
 
