@@ -1,4 +1,4 @@
-"""Calls of all that has kernels, and their digests, which `python tests/digests.py cpu 2 eager triton` prints."""
+"""Calls of all that has kernels, and digests of their results: `python tests/digests.py cpu 2 5x40 eager triton`."""
 
 from __future__ import annotations
 
@@ -85,16 +85,19 @@ def digest(results: Results) -> str:
     return found.hexdigest()
 
 
-def digests(backends: list[str], device: str) -> dict[str, str]:
-    """Return the digest of every call on some backends."""
-    return {f"{name}, {backend}": digest(call(backend, device)) for backend in backends for name, call in CALLS.items()}
+def digests(backends: list[str], device: str, word: str) -> dict[str, str]:
+    """Return the digest of every call whose name has a word in it, on some backends."""
+    chosen = {name: call for name, call in CALLS.items() if word in name}
+    return {
+        f"{name}, {backend}": digest(call(backend, device)) for backend in backends for name, call in chosen.items()
+    }
 
 
 if __name__ == "__main__":
-    place, threads, *names = sys.argv[1:]
+    place, threads, part, *names = sys.argv[1:]
     torch.set_num_threads(int(threads))
     if os.environ.get("TRITON_INTERPRET") == "1":
         import conftest
 
         conftest.hasten_interpreter()
-    print(json.dumps(digests(names, place)))
+    print(json.dumps(digests(names, place, part)))

@@ -64,11 +64,11 @@ def read_report(text: str, status: int | None) -> dict:
     """Return what a tool found, from what it printed and its exit status, None of one that was ended: every hazard
     counts, and a tool that printed no summary found nothing out.
     """
-    summary = SUMMARY.search(text)
+    summaries = list(SUMMARY.finditer(text))
     row = {
-        "ok": status == 0 and summary is not None and summary[1] == "0",
+        "ok": status == 0 and bool(summaries) and all(summary[1] == "0" for summary in summaries),
         "status": "ended at its limit" if status is None else status,
-        "summary": summary and summary[0],
+        "summary": "; ".join(summary[0] for summary in summaries),
     }
     if not row["ok"]:
         lines = [line for line in text.splitlines() if line.startswith("=========")]
