@@ -62,22 +62,24 @@ QUICK = {name for name in CALLS if "5x40" in name}
 
 
 def permute(name, backend, device):
-    """Yield (name, result, what it should be, whether of a row) where the rows of a batch are in another order."""
+    """Yield (name, result, what it should be, how much it differs) where the rows of a batch are in another order."""
     plain = CALLS[name](backend, device)
     order = torch.randperm(len(plain["y"]), generator=torch.Generator().manual_seed(1))
     assert order.tolist() != sorted(order.tolist())
     permuted = CALLS[name](backend, device, order)
     for key, t in plain.items():
-        yield key, permuted[key], t[order.to(t.device)] if key in ROWS else t, key in ROWS
+        expected = t[order.to(t.device)] if key in ROWS else t
+        scale = max(1.0, expected.abs().max().item())  # of the gate's bias rounding leaves nearly 0
+        yield key, permuted[key], expected, (permuted[key] - expected).abs().max().item() / scale
 
 
 @kernel
 @pytest.mark.parametrize("name", [name if name in QUICK else pytest.param(name, marks=long) for name in CALLS])
 def test_the_order_of_rows_changes_no_bit(name, device):
     """Check y, weights and dx. Gradients of parameters are sums over rows, which are rounded in another order."""
-    for key, found, expected, of_row in permute(name, "triton", device):
-        assert not of_row or torch.equal(found, expected), key
-        within(error(found, expected), 1e-5, key)
+    for key, found, expected, difference in permute(name, "triton", device):
+        assert key not in ROWS or torch.equal(found, expected), key
+        within(difference, 1e-5, key)
 
 
 @pytest.mark.parametrize("name", CALLS)
@@ -85,8 +87,8 @@ def test_the_order_of_rows_changes_the_reference_by_rounding_alone(name):
     """Check the eager backend, whose bits depend on where a row stands: PyTorch computes most elements many at a time,
     and what is left one by one, by other instructions.
     """
-    for key, found, expected, _of_row in permute(name, "eager", "cpu"):
-        within(error(found, expected), 1e-5, key)
+    for key, _found, _expected, difference in permute(name, "eager", "cpu"):
+        within(difference, 1e-5, key)
 
 
 # --- In deterministic mode ------------------------------------------------------------------------------
