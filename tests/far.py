@@ -118,7 +118,7 @@ def calls(name: str, quick: bool) -> Iterator[tuple]:
     """
     full = {"x": (1, 0, 2), "grad_y": (0, 1, 2), "mask": (0, 1)}
     every = full | dict.fromkeys(("grad_weights", "y", "weights", "dx"), (0, 1, 2))
-    every |= dict.fromkeys(("p", "q", "d_p", "d_q"), (0, 1))
+    every |= {"p": (0, 1), "q": (0, 1), "d_p": (0,), "d_q": (0,)}  # kernels take entries of gradients for neighbours
     if name == "layers":
         found = [(attend_layers, (), full | {"p": (0, 1), "q1": (0, 1)} | dict.fromkeys(LAYERS_OUTPUTS, (0, 1, 2)))]
     elif name == "gated":
