@@ -40,6 +40,18 @@ def pytest_configure(config):
         emulate(config)
     if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
         hasten_interpreter()
+    if importlib.util.find_spec("hypothesis"):  # a GPU's machine may have none
+        register_profiles()
+
+
+def register_profiles():
+    """Register how hypothesis draws: "quick" the same examples every time, "long" others, with a line to repeat one."""
+    from hypothesis import HealthCheck, settings
+
+    common = {"deadline": None, "database": None, "suppress_health_check": [HealthCheck.too_slow]}
+    settings.register_profile("quick", derandomize=True, **common)
+    settings.register_profile("long", derandomize=False, print_blob=True, **common)
+    settings.load_profile("quick")
 
 
 def hasten_interpreter():

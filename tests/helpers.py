@@ -45,9 +45,10 @@ ALGORITHMS = {name: Algorithm(record) for name, record in algorithms.ALGORITHMS.
 
 @dataclass(frozen=True)
 class Case:
-    """Hold one call: shape and axis as a user sees them; layout and grads name strides. params is P of density
-    attention, "features" or "one", and num_gaussians of the others. clamps: draw what the stabilised mixture clamps,
-    offsets and positions far from the others, and c past both limits.
+    """Hold one call: shape and axis as a user sees them; layout and grads name strides, weights_grads those of the
+    weights' gradient where they are others. params is P of density attention, "features" or "one", and num_gaussians of
+    the others. clamps: draw what the stabilised mixture clamps, offsets and positions far from the others, and c past
+    both limits.
     """
 
     shape: tuple[int, ...]
@@ -56,6 +57,7 @@ class Case:
     params: str | int = "features"
     layout: str = "contiguous"
     grads: str = "contiguous"
+    weights_grads: str | None = None
     mask: bool = False
     residual: bool = False
     weights: bool = True
@@ -105,10 +107,12 @@ class Case:
 
 LAYOUTS = ("contiguous", "transposed", "sliced", "channels_last")
 GRADS = ("contiguous", "transposed", "expanded", "sliced")
+SHARED = ("expanded", "windows", "diagonals")  # layouts in which elements share memory
+VIEWS = (*LAYOUTS, "offset", *SHARED)  # all that there are
 
 
 def strided(shape, layout, dtype, generator, device="cpu", offset=0.0) -> Tensor:
-    """Draw a random tensor of a shape and dtype, whose memory is laid out in one of LAYOUTS or GRADS."""
+    """Draw a random tensor of a shape and dtype, whose memory is laid out in one of VIEWS."""
 
     def base(sizes) -> Tensor:  # drawn on the CPU in fp32, so that every device and dtype sees the same numbers
         return (torch.randn(sizes, generator=generator) + offset).to(device, dtype)
@@ -117,6 +121,15 @@ def strided(shape, layout, dtype, generator, device="cpu", offset=0.0) -> Tensor
         return base([1 if d % 2 == 0 else size for d, size in enumerate(shape)]).expand(shape)
     if layout == "sliced":
         return base([2 * size + 1 for size in shape])[tuple(slice(1, 1 + 2 * size, 2) for size in shape)]
+    if layout == "offset":  # no load of several elements is aligned
+        return base([3 + math.prod(shape)])[3:].view(shape)
+    if layout in ("windows", "diagonals"):
+        strides = [1] * len(shape)
+        if layout == "windows":  # each begins in the middle of the one before
+            for d in reversed(range(len(shape) - 1)):
+                strides[d] = -(-strides[d + 1] * shape[d + 1] // 2) or 1
+        last = sum((size - 1) * step for size, step in zip(shape, strides, strict=True))
+        return base([last + 1]).as_strided(shape, strides)
     order = list(range(len(shape)))
     if layout == "transposed":
         order = order[::-1]
@@ -130,12 +143,17 @@ class Inputs:
     x: Tensor
     params: tuple[Tensor, Tensor]
     mask: Tensor | None
-    grad_y: Tensor
+    grad_y: Tensor | None
     grad_weights: Tensor | None
 
-    def leaves(self) -> list[Tensor]:
-        """Return x and the parameters, each requiring grad."""
-        return [t.detach().requires_grad_() for t in (self.x, *self.params)]
+    def leaves(self, needs: tuple[bool, ...] = (True, True, True)) -> list[Tensor]:
+        """Return x and the parameters, each requiring grad where it is needed."""
+        return [t.detach().requires_grad_(need) for t, need in zip((self.x, *self.params), needs, strict=True)]
+
+    def pair(self, outputs: dict[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
+        """Return outputs, given by name, with their gradients: those that have any."""
+        grads = {"y": self.grad_y, "weights": self.grad_weights}
+        return [(t, grads[name]) for name, t in outputs.items() if grads[name] is not None]
 
 
 def inputs(case: Case, dtype=torch.float64, seed: int = 0, device="cpu") -> Inputs:
@@ -148,12 +166,14 @@ def inputs(case: Case, dtype=torch.float64, seed: int = 0, device="cpu") -> Inpu
         mask[(0,) * case.positive_axis][: case.shape[case.axis] // case.heads] = False  # a chunk of nothing
         mask = mask.to(device)
     x = strided(case.shape, case.layout, dtype, generator, device, case.offset)
+    # elements that share memory are written there
+    written = x.as_strided((x.untyped_storage().nbytes() // x.itemsize,), (1,), 0) if case.layout in SHARED else x
     if case.padding is not None:
-        x[(torch.rand(case.shape, generator=generator) < 0.2).to(device)] = case.padding
+        written[(torch.rand(written.shape, generator=generator) < 0.2).to(device)] = case.padding
     normal, uniform = torch.randn(shape, generator=generator), torch.rand(shape, generator=generator)
     p, q = case.spec.draw(normal, uniform)
     if case.clamps:
-        x[(torch.rand(case.shape, generator=generator) < 0.02).to(device)] *= 50
+        written[(torch.rand(written.shape, generator=generator) < 0.02).to(device)] *= 50
         p, q[-1, -1] = 30 * p, 20
         if case.heads > 1:  # not of all: it leaves one position all weight
             q[0, 0] = 0.005
@@ -163,7 +183,9 @@ def inputs(case: Case, dtype=torch.float64, seed: int = 0, device="cpu") -> Inpu
         params=(p.to(device, params), q.to(device, params)),
         mask=mask,
         grad_y=strided(case.shape, case.grads, dtype, generator, device),
-        grad_weights=strided(case.shape, case.grads, dtype, generator, device) if case.weights else None,
+        grad_weights=strided(case.shape, case.weights_grads or case.grads, dtype, generator, device)
+        if case.weights
+        else None,
     )
 
 
@@ -177,14 +199,17 @@ def attend(case: Case, x: Tensor, p: Tensor, q: Tensor, mask: Tensor | None = No
     return case.spec.call(x, p, q, **{**arguments, **options})
 
 
-def run(case: Case, given: Inputs, backend: str) -> dict[str, Tensor]:
-    """Return y, weights and the gradients of one backend, by name."""
-    leaves = given.leaves()
-    out = attend(case, *leaves, given.mask, backend=backend)
+def run(
+    case: Case, given: Inputs, backend: str, needs: tuple[bool, ...] = (True, True, True), **options: object
+) -> dict[str, Tensor]:
+    """Return y, weights and the gradients that are needed of one backend, by name; options override arguments."""
+    leaves = given.leaves(needs)
+    out = attend(case, *leaves, given.mask, backend=backend, **options)
     outputs = dict(zip(("y", "weights"), out if case.weights else (out,), strict=False))
-    grads = [given.grad_y, given.grad_weights][: len(outputs)]
-    found = torch.autograd.grad(list(outputs.values()), leaves, grads)
-    return outputs | dict(zip(case.gradients, found, strict=True))
+    names, needed = zip(*((n, t) for n, t in zip(case.gradients, leaves, strict=True) if t.requires_grad), strict=True)
+    pairs = given.pair(outputs)
+    found = torch.autograd.grad([t for t, _ in pairs], needed, [g for _, g in pairs])
+    return outputs | dict(zip(names, found, strict=True))
 
 
 @contextlib.contextmanager
@@ -205,23 +230,23 @@ def broadcast(mask: Tensor | None, case: Case) -> Tensor | None:
     return None if mask is None else mask.reshape(*mask.shape, *[1] * (len(case.shape) - mask.dim()))
 
 
-def oracle(case: Case, given: Inputs, device: torch.device | str = "cpu") -> dict[str, Tensor]:
+def oracle(
+    case: Case, given: Inputs, device: torch.device | str = "cpu", dtype: torch.dtype | None = torch.float64
+) -> dict[str, Tensor]:
     """Return the results and gradients of a case by plain autograd through the formula, in float64 on a device, by
-    name, as tensors on the CPU.
+    name, as tensors on the CPU. dtype: another, None for what the tensors have.
     """
 
     def exact(t: Tensor) -> Tensor:
-        return t.detach().to(device, torch.float64)
+        return t.detach().to(device, dtype or t.dtype)
 
     leaves = [exact(t).requires_grad_() for t in (given.x, *given.params)]
     mask = None if given.mask is None else broadcast(given.mask.to(device), case)
     settings = (case.positive_axis, *case.spec.settings(case), case.residual)
     y, weights = case.spec.reference.formula(*leaves, mask, *settings)
-    loss = (y * exact(given.grad_y)).sum()
-    if case.weights:
-        loss = loss + (weights * exact(given.grad_weights)).sum()
-    grads = torch.autograd.grad(loss, leaves)
     found = {"y": y, "weights": weights} if case.weights else {"y": y}
+    pairs = given.pair(found)
+    grads = torch.autograd.grad([t for t, _ in pairs], leaves, [exact(g) for _, g in pairs])
     found |= dict(zip(case.gradients, grads, strict=True))
     return {name: t.detach().cpu() for name, t in found.items()}
 

@@ -1,0 +1,163 @@
+"""Calls as hypothesis draws them, of any algorithm, shape, layout and flags; small ones that run every regime."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from unittest import mock
+
+import pytest
+from helpers import ALGORITHMS, VIEWS, Case
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+LENGTHS = (2, 3, 5, 8, 13, 16, 24, 33, 1)  # positions of a chunk: few, odd, powers of two, and past one
+LONGER = (*LENGTHS, 70, 131, 300)  # and such as take several blocks, or are streamed
+SIZES = (1, 2, 3, 5, 9, 16, 33)  # of any other axis
+SEEDS = st.integers(0, 31)  # of the numbers of a case
+
+
+def sized(quick: int, long: int):
+    """Parametrise a test by `examine`, which proves a property of so many examples: few that are always the same, or,
+    marked long, many others.
+    """
+
+    def make(profile: str, examples: int) -> Callable:
+        def examine(prove: Callable, *strategies: st.SearchStrategy) -> None:
+            settings(settings.get_profile(profile), max_examples=examples)(given(*strategies)(prove))()
+
+        return pytest.param(examine, id=profile, marks=[pytest.mark.long] if profile == "long" else [])
+
+    return pytest.mark.parametrize("examine", [make("quick", quick), make("long", long)])
+
+
+def on_backends(eager: int, kernels: int):
+    """Parametrise a test by (examine, backend): so many examples of each backend, and twelve times as many, long."""
+    return pytest.mark.parametrize(
+        ("examine", "backend"),
+        [
+            pytest.param(*each.values, backend, id=f"{backend}-{each.id}", marks=(*each.marks, *marks))
+            for backend, examples, marks in (("eager", eager, ()), ("triton", kernels, (pytest.mark.kernel,)))
+            for each in sized(examples, 12 * examples).args[1]
+        ],
+    )
+
+
+@st.composite
+def shapes(draw: Callable, heads: int, spec, lengths: Sequence[int], most: int) -> tuple[tuple[int, ...], int]:
+    """Draw (shape, axis) for heads of an algorithm, of about `most` elements at most."""
+    rank = draw(st.integers(2, 5))
+    axis = draw(st.integers(-rank, rank - 1))
+    chunk = draw(st.sampled_from([n for n in lengths if n * heads <= most and n > spec.record.unbiased]))
+    shape = [1] * rank
+    # heads of density attention divide the axis, of others the last takes the remainder
+    shape[axis] = heads * chunk + (0 if spec.features else draw(st.integers(0, heads - 1)))
+    for d in reversed(range(rank)):
+        if d != axis % rank:
+            shape[d] = draw(st.sampled_from([n for n in SIZES if n * math.prod(shape) <= most or n == 1]))
+    return tuple(shape), axis
+
+
+@st.composite
+def cases(
+    draw: Callable, algorithms: Sequence[str] = tuple(ALGORITHMS), lengths: Sequence[int] = LENGTHS, most: int = 700,
+    **fixed: object,
+) -> Case:  # fmt: skip
+    """Draw a case of one of the algorithms; fixed: what is not drawn."""
+    name = draw(st.sampled_from(tuple(algorithms)))
+    spec, heads = ALGORITHMS[name], fixed.get("heads") or draw(st.sampled_from((1, 2, 3, 8)))
+    shape, axis = draw(shapes(heads, spec, lengths, most))
+
+    def of(field: str, *values: object) -> object:
+        return fixed[field] if field in fixed else draw(st.sampled_from(values))
+
+    mask = of("mask", False, True)
+    padding = None
+    if "padding" in spec.record.settings and not mask:
+        padding = of("padding", None, 0.0, -1.5)
+    layout = of("layout", *VIEWS)
+    # without eps a chunk has to hold two numbers that differ
+    eps = (0.0,) if spec.record.unbiased and not mask and padding is None and layout != "expanded" else ()
+    return Case(
+        shape,
+        axis,
+        heads,
+        params=of("params", "features", "one") if spec.features else draw(st.integers(1, 5)),
+        layout=layout,
+        grads=of("grads", *VIEWS),
+        weights_grads=of("weights_grads", *VIEWS),
+        mask=mask,
+        residual=of("residual", False, True),
+        weights=of("weights", True, False),
+        offset=of("offset", 0.5, 0.0, 30.0),
+        eps=None if spec.eps is None else of("eps", None, 0.15, 1.0, *eps),
+        padding=padding,
+        clamps=name == "stable" and of("clamps", False, True),
+        algorithm=name,
+    )
+
+
+def moves_weights(case: Case) -> bool:
+    """Tell whether a gradient of weights alone says anything of dx. In the mixtures, whose weights add up to 1, dx is
+    what rounding leaves of 0 where that is the same in all of a chunk, and as good as 0 of two positions, whatever they
+    are: weights then only know which is larger.
+    """
+    expanded = (case.weights_grads or case.grads) == "expanded"
+    return case.weights and not expanded and case.shape[case.axis] // case.heads > 2
+
+
+@dataclass(frozen=True)
+class Call:
+    """Hold a case, the seed of its numbers, which of x and both parameters need a gradient, which outputs have one
+    ("both", "y" or "weights"), and the regime of kernels (REGIMES).
+    """
+
+    case: Case
+    seed: int
+    needs: tuple[bool, bool, bool]
+    upstream: str
+    regime: str
+
+
+@st.composite
+def calls(draw: Callable, regimes: Sequence[str] = ("as it is",), **options: object) -> Call:
+    """Draw a call; options: those of `cases`."""
+    case = draw(cases(**options))
+    needs = draw(st.tuples(st.booleans(), st.booleans(), st.booleans()).filter(any))
+    upstream = draw(st.sampled_from(("y", "both", "weights")[: 1 + case.weights + moves_weights(case)]))
+    return Call(case, draw(SEEDS), needs, upstream, draw(st.sampled_from(tuple(regimes))))
+
+
+def streaming(*_args: object, **_options: object) -> bool:
+    """Take any chunk for too long to stay on chip, in place of `tiles.streams`."""
+    return True
+
+
+# What small tensors have to be taken for so that kernels do with them what they do with large ones.
+STREAMED = {"streams": streaming}
+REGIMES = {
+    "as it is": {},
+    "several tiles": {"MAX_PROGRAMS": 3, "FILL": 1},  # of one program
+    "streamed": STREAMED,
+    "strips": {**STREAMED, "STRIP_CONTIGUOUS": 1, "STRIP_STRIDED": 1, "STRIPS": 2},  # of one short tile each
+    "whole": {**STREAMED, "STRIP_CONTIGUOUS": 1, "STRIPS": 2, "AT_WORK": 1},  # with all steps in one program
+}
+
+
+@contextlib.contextmanager
+def regime(name: str) -> Iterator[None]:
+    """Make kernels take small tensors as one of REGIMES says."""
+    from daam.kernels import tiles  # needs Triton
+    from daam.kernels.host import plan
+
+    changes = dict(REGIMES[name])
+    if "STRIPS" in changes:
+        changes["_streamed"] = lambda *args: tiles.Tile(8, 1 if args[-1] else 16, 1, 2)
+    with mock.patch.multiple(tiles, **changes) if changes else contextlib.nullcontext():
+        plan.cache_clear()
+        try:
+            yield
+        finally:
+            plan.cache_clear()
