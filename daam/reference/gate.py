@@ -110,7 +110,7 @@ def backward(
         width = std * sigma + WIDTH_FLOOR
         z = (d - offset).div_(width)
         density = _density(z.clone(), sigma, log_sigma.shape[1])
-        t = chunks.valid(h * density)
+        t = chunks.valid(density * h)  # in x's memory order, which products have of what comes first
         q = (t * z).div_(-width)
         qz = q * z
         weights, mixture_q, mixture_qzs = weights.add_(density), mixture_q + q, mixture_qzs + qz * sigma

@@ -190,6 +190,13 @@ def test_memory_order_is_kept(layout, mask, algorithm):
         assert result[name].stride() == torch.empty_like(given.x).stride(), name
 
 
+@algorithms
+def test_dx_has_the_memory_order_of_x_and_not_of_grad_y(algorithm):
+    case = Case((2, 9, 5, 4), 1, grads="transposed", weights=False, algorithm=algorithm)
+    given = inputs(case)
+    assert run(case, given, "eager")["dx"].stride() == given.x.stride() != given.grad_y.stride()
+
+
 def test_expanded_x_has_dense_outputs():
     x = X[:1].expand(3, 6, 4).requires_grad_()
     y = density_attention(x, P, P)
