@@ -15,7 +15,9 @@ from hypothesis import strategies as st
 
 LENGTHS = (2, 3, 5, 8, 13, 16, 24, 33, 1)  # positions of a chunk: few, odd, powers of two, and past one
 LONGER = (*LENGTHS, 70, 131, 300)  # and such as take several blocks, or are streamed
-SIZES = (1, 2, 3, 5, 9, 16, 33)  # of any other axis
+SIZES = (1, 2, 3, 5, 9, 17, 33)  # of any other axis
+# (elements, chunks) that a case has at most: the interpreter takes milliseconds for a program, of a chunk or several
+LIMITS = {"eager": (2000, 2000), "triton": (250, 18)}
 SEEDS = st.integers(0, 31)  # of the numbers of a case
 
 
@@ -46,8 +48,9 @@ def on_backends(eager: int, kernels: int):
 
 
 @st.composite
-def shapes(draw: Callable, heads: int, spec, lengths: Sequence[int], most: int) -> tuple[tuple[int, ...], int]:
-    """Draw (shape, axis) for heads of an algorithm, of about `most` elements at most."""
+def shapes(draw: Callable, heads: int, spec, lengths: Sequence[int], backend: str) -> tuple[tuple[int, ...], int]:
+    """Draw (shape, axis) for heads of an algorithm, within the LIMITS of a backend or little above."""
+    most, chunks = LIMITS[backend]
     rank = draw(st.integers(2, 5))
     axis = draw(st.integers(-rank, rank - 1))
     chunk = draw(st.sampled_from([n for n in lengths if n * heads <= most and n > spec.record.unbiased]))
@@ -56,19 +59,20 @@ def shapes(draw: Callable, heads: int, spec, lengths: Sequence[int], most: int) 
     shape[axis] = heads * chunk + (0 if spec.features else draw(st.integers(0, heads - 1)))
     for d in reversed(range(rank)):
         if d != axis % rank:
-            shape[d] = draw(st.sampled_from([n for n in SIZES if n * math.prod(shape) <= most or n == 1]))
+            room = min(most // math.prod(shape), chunks // (heads * math.prod(shape) // shape[axis]))
+            shape[d] = draw(st.sampled_from([n for n in SIZES if n <= max(1, room)]))
     return tuple(shape), axis
 
 
 @st.composite
 def cases(
-    draw: Callable, algorithms: Sequence[str] = tuple(ALGORITHMS), lengths: Sequence[int] = LENGTHS, most: int = 700,
+    draw: Callable, backend: str, algorithms: Sequence[str] = tuple(ALGORITHMS), lengths: Sequence[int] = LENGTHS,
     **fixed: object,
 ) -> Case:  # fmt: skip
-    """Draw a case of one of the algorithms; fixed: what is not drawn."""
+    """Draw a case of one of the algorithms, as large as a backend can have them; fixed: what is not drawn."""
     name = draw(st.sampled_from(tuple(algorithms)))
     spec, heads = ALGORITHMS[name], fixed.get("heads") or draw(st.sampled_from((1, 2, 3, 8)))
-    shape, axis = draw(shapes(heads, spec, lengths, most))
+    shape, axis = draw(shapes(heads, spec, lengths, backend))
 
     def of(field: str, *values: object) -> object:
         return fixed[field] if field in fixed else draw(st.sampled_from(values))
@@ -122,9 +126,9 @@ class Call:
 
 
 @st.composite
-def calls(draw: Callable, regimes: Sequence[str] = ("as it is",), **options: object) -> Call:
+def calls(draw: Callable, backend: str, regimes: Sequence[str] = ("as it is",), **options: object) -> Call:
     """Draw a call; options: those of `cases`."""
-    case = draw(cases(**options))
+    case = draw(cases(backend, **options))
     needs = draw(st.tuples(st.booleans(), st.booleans(), st.booleans()).filter(any))
     upstream = draw(st.sampled_from(("y", "both", "weights")[: 1 + case.weights + moves_weights(case)]))
     return Call(case, draw(SEEDS), needs, upstream, draw(st.sampled_from(tuple(regimes))))
