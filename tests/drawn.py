@@ -17,7 +17,7 @@ LENGTHS = (2, 3, 5, 8, 13, 16, 24, 33, 1)  # positions of a chunk: few, odd, pow
 LONGER = (*LENGTHS, 70, 131, 300)  # and such as take several blocks, or are streamed
 SIZES = (1, 2, 3, 5, 9, 17, 33)  # of any other axis
 # (elements, chunks) that a case has at most: the interpreter takes milliseconds for a program, of a chunk or several
-LIMITS = {"eager": (2000, 2000), "triton": (250, 18)}
+LIMITS = {"eager": (2000, 2000), "triton": (200, 9)}
 SEEDS = st.integers(0, 31)  # of the numbers of a case
 
 
