@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from unittest import mock
 
 import pytest
-from helpers import ALGORITHMS, VIEWS, Case
+import torch
+from helpers import ALGORITHMS, VIEWS, Case, Inputs, run, within
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -22,7 +23,7 @@ SEEDS = st.integers(0, 31)  # of the numbers of a case
 
 
 def sized(quick: int, long: int):
-    """Parametrise a test by `examine`, which proves a property of so many examples: few that are always the same, or,
+    """Run a test with `examine`, which proves a property of so many examples: few that are always the same, or,
     marked long, many others.
     """
 
@@ -36,7 +37,7 @@ def sized(quick: int, long: int):
 
 
 def on_backends(eager: int, kernels: int):
-    """Parametrise a test by (examine, backend): so many examples of each backend, and twelve times as many, long."""
+    """Run a test with (examine, backend): so many examples of each backend, and twelve times as many, long."""
     return pytest.mark.parametrize(
         ("examine", "backend"),
         [
@@ -165,3 +166,52 @@ def regime(name: str) -> Iterator[None]:
             yield
         finally:
             plan.cache_clear()
+
+
+# --- Results compared ---------------------------------------------------------------------------------
+LIKE_X = "y", "weights", "dx"
+ALONG_CHUNKS = ("as it is", "several tiles", "strips")
+
+
+def run_in(name: str, case: Case, given: Inputs, backend: str) -> dict[str, torch.Tensor]:
+    """Return the results of a case in a regime of the kernels."""
+    with regime(name if backend == "triton" else "as it is"):
+        return run(case, given, backend)
+
+
+def find_limit(case: Case) -> float:
+    """Return what results in float64 that sum in another order may differ by: see `test_properties.agree`."""
+    return 1e-10 * case.columns if case.clamps else 1e-11
+
+
+def agree(case: Case, found: dict, expected: dict, names=None) -> None:
+    """Check that results differ by rounding alone: relative to the largest, gradients of parameters also to dx."""
+    scale = expected["dx"].abs().max().item() if "dx" in expected else 0.0
+    for name in names or expected:
+        result, wanted = found[name].double(), expected[name].double()
+        assert result.shape == wanted.shape, name
+        if wanted.numel():
+            largest = max(wanted.abs().max().item(), scale if name.startswith("d_") else 0.0) or 1.0
+            within((result - wanted).abs().max().item() / largest, find_limit(case), name)
+
+
+def same_bits(found: dict, expected: dict, names=LIKE_X) -> None:
+    for name in expected.keys() & set(names):
+        assert torch.equal(found[name], expected[name]), name
+
+
+def change(given: Inputs, function) -> Inputs:
+    """Return inputs with a function of x, and of both gradients, in their place."""
+    x, grad_y, grad_weights = (None if t is None else function(t) for t in (given.x, given.grad_y, given.grad_weights))
+    return Inputs(x, given.params, given.mask, grad_y, grad_weights)
+
+
+def in_place(t: torch.Tensor, function) -> torch.Tensor:
+    """Return a function of every element of t, in memory that is laid out as t's."""
+    memory = function(t.as_strided((t.untyped_storage().nbytes() // t.itemsize,), (1,), 0))
+    return memory.as_strided(t.shape, t.stride(), t.storage_offset())
+
+
+def parameters_axis(case: Case) -> int | None:
+    """Return the axis that parameters follow, None for none."""
+    return case.feature_axis if case.spec.features else None
