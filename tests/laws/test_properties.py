@@ -87,7 +87,7 @@ def test_eager_agrees_with_float64(examine):
 
 @pytest.mark.kernel
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-@sized(7, 80)
+@sized(4, 80)
 def test_kernels_agree_with_float64(examine, algorithm, device):
     # of rows in fp64 no program takes all steps
     regimes = [name for name in REGIMES if name != "whole"]
@@ -109,7 +109,7 @@ def agree_as_eager(call: Call, dtype: torch.dtype, device="cpu") -> None:
 
 
 @pytest.mark.kernel
-@sized(4, 60)
+@sized(2, 60)
 def test_kernels_are_as_exact_as_eager(examine, device):
     def prove(call, dtype):
         agree_as_eager(call, dtype, device)
@@ -118,7 +118,7 @@ def test_kernels_are_as_exact_as_eager(examine, device):
 
 
 # --- What fuses several steps -------------------------------------------------------------------------
-@on_backends(30, 3)
+@on_backends(30, 1)
 def test_a_block_equals_its_layers(examine, backend, device):
     """Check `density_block`, which recomputes its layers and on kernels fuses them, against a call a layer."""
 
@@ -148,7 +148,7 @@ def test_a_block_equals_its_layers(examine, backend, device):
     examine(prove, drawn, st.lists(st.integers(1, 5), min_size=1, max_size=5), SEEDS)
 
 
-@on_backends(30, 3)
+@on_backends(30, 2)
 def test_the_gate_equals_its_pieces(examine, backend, device):
     """Check `DensityGate`, fused on kernels, against a convolution, `density_gate`'s weights and a product."""
 
