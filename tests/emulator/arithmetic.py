@@ -337,6 +337,8 @@ def move(instruction: Instruction) -> Step:
         reads = [reader(name, f"b{width}") for name in names]
 
         def pack(threads) -> None:
+            for name in names:  # the compiler fills up with one that nothing writes: NaN, should anything use it
+                threads.registers.setdefault(name, UNSIGNED[width](2**width - 1))
             parts = (np.asarray(read(threads)).astype(whole) << whole(i * width) for i, read in enumerate(reads))
             threads.write(target, functools.reduce(np.bitwise_or, parts))
 

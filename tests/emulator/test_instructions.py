@@ -246,6 +246,18 @@ def test_registers_are_packed_and_unpacked():
     assert out.tolist() == [i << 16 | 14 << 32 for i in range(32)]
 
 
+def test_a_half_that_nobody_writes_is_nan():
+    out = np.zeros(32, U32)
+    code = """
+        mov.b32 {%rs1, %rs2}, %r0;
+        mov.b32 %r5, {%rs1, %rs3};
+        mad.wide.u32 %rd3, %r0, 4, %rd0;
+        st.global.b32 [%rd3], %r5;
+    """
+    execute(code, out)
+    assert out.tolist() == [i | 0xFFFF << 16 for i in range(32)]
+
+
 @pytest.mark.parametrize(
     ("instruction", "message"),
     [
