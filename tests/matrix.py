@@ -1,0 +1,102 @@
+"""Run the tests on several pairs of torch and Triton, each in an environment of its own, and keep what each found.
+
+    python tests/matrix.py                     # all pairs, into bench/history/matrix.json: an hour of two idle cores
+    python tests/matrix.py --only oldest       # this one anew, beside what the file holds of the others
+
+Environments stand in build/matrix, some 6 GB each where a build of torch for GPUs is what pip finds. What is no part of
+a pair is pinned as ever. Code 1: a test failed, or a part of them ran none.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import re
+import subprocess
+import sys
+import time
+import venv
+from collections.abc import Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+KEPT = ROOT / "bench" / "history" / "matrix.json"
+PARTS = ("test-daam", "test-others", "test-emulated-sample", *(f"test-interpreted-{shard}" for shard in range(4)))
+# What pip is asked for. Its newest pair is what torch itself asks for.
+PAIRS = {
+    "oldest": ("torch==2.11.0", "triton==3.6.0", "numpy<2.4"),  # its interpreter needs the older NumPy
+    "pinned": tuple(line.partition(" ")[0] for line in (ROOT / "constraints.txt").read_text().splitlines()[1:3]),
+    "newest": ("torch", "triton"),
+}
+OF_PAIRS = re.compile(r"(torch|triton|numpy)\b")
+VERSIONS = "import json, numpy, torch, triton; print(json.dumps([m.__version__ for m in (torch, triton, numpy)]))"
+
+
+def install(name: str, folder: Path) -> Path:
+    """Make the environment of a pair, and return the file that says so, as the Makefile's INSTALLED does."""
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pins = folder / "constraints.txt"
+    venv.create(folder, with_pip=True, clear=True)
+    pins.write_text("\n".join(line for line in lines if not OF_PAIRS.match(line)))
+    asked = ["--no-compile", "--constraint", str(pins), "--editable", ".[test]", *PAIRS[name]]
+    subprocess.run([folder / "bin" / "python", "-m", "pip", "install", "--quiet", *asked], cwd=ROOT, check=True)
+    installed = folder / "installed"
+    installed.touch()
+    return installed
+
+
+def run_parts(folder: Path, installed: Path, log: Path) -> None:
+    """Run the parts of `make test` in an environment, to the end whatever fails, into a log."""
+    command = ["make", "--keep-going", "--jobs=2", "--output-sync=target"]
+    command += [*PARTS, f"BIN={folder / 'bin'}", f"INSTALLED={installed}"]
+    with log.open("w") as file:
+        subprocess.run(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT)
+
+
+def read_log(text: str) -> dict:
+    """Return how many tests passed, failed and were skipped in a log of pytest, in how many runs, and which failed."""
+    found = {"passed": 0, "failed": 0, "skipped": 0, "runs": 0}
+    for line in re.findall(r"^.* in [\d.]+s(?: \([\d:]+\))?$", text, re.MULTILINE):
+        counts = {word: int(number) for number, word in re.findall(r"(\d+) (passed|failed|skipped|errors?)\b", line)}
+        found["runs"] += bool(counts)
+        for word, number in counts.items():
+            found["failed" if word.startswith("error") else word] += number
+    return found | {"failures": sorted(set(re.findall(r"^(?:FAILED|ERROR) (\S+)", text, re.MULTILINE)))}
+
+
+def measure(name: str, folder: Path) -> dict:
+    """Return what the tests found on a pair: its versions, counts of tests, failures and seconds."""
+    installed = install(name, folder)
+    done = subprocess.run([folder / "bin" / "python", "-c", VERSIONS], capture_output=True, text=True, check=True)
+    began, log = time.time(), folder.with_suffix(".log")
+    run_parts(folder, installed, log)
+    versions = dict(zip(("torch", "triton", "numpy"), json.loads(done.stdout), strict=True))
+    return (
+        versions
+        | {"python": platform.python_version(), "seconds": round(time.time() - began)}
+        | read_log(log.read_text())
+    )
+
+
+def is_green(result: dict) -> bool:
+    """Tell whether no test failed, and every part ran some."""
+    return not result["failed"] and not result["failures"] and result["runs"] == len(PARTS)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", action="append", choices=list(PAIRS), help="a pair; may be repeated")
+    parser.add_argument("--output", type=Path, default=KEPT, help="file of the results")
+    options = parser.parse_args(arguments)
+    results = json.loads(options.output.read_text()) if options.output.exists() else {}
+    names = options.only or list(PAIRS)
+    for name in names:
+        result = results[name] = measure(name, ROOT / "build" / "matrix" / name)
+        options.output.write_text(json.dumps({key: results[key] for key in PAIRS if key in results}, indent=1) + "\n")
+        print(f"{name}: " + ", ".join(f"{key} {value}" for key, value in result.items()), flush=True)
+    return int(not all(is_green(results[name]) for name in names))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
