@@ -10,6 +10,7 @@ ROOT = Path(__file__).parents[1]
 DOCSTRINGS = (
     *("kernels", "daam", "daam/reference", "daam/recipes", "bench", "bench/device", "bench/examples"),
     *("tests", "tests/bench", "tests/daam", "tests/emulator", "tests/kernels"),
+    *("tests/hardening", "tests/laws", "tests/mutants"),
 )
 IMPORTS = ("daam", "daam/recipes", "daam/reference", "daam/kernels", "bench", "bench/device", "bench/examples")
 VERBS = (  # that a docstring may begin with, in the imperative: others may be added, nouns may not

@@ -34,7 +34,7 @@ def test_repeats_are_the_same_bits(call, backend, device):
 
 # --- In another process -------------------------------------------------------------------------------
 def run_apart(seed, device, word):
-    """Start a process that prints the digests of calls with a word in their names, with a seed for Python's hashes."""
+    """Run a process that prints the digests of calls with a word in their names, with a seed for Python's hashes."""
     command = [sys.executable, FOLDER / "digests.py", device, torch.get_num_threads(), word, "eager", "triton"]
     environment = os.environ | {"PYTHONHASHSEED": seed}
     return subprocess.Popen(list(map(str, command)), env=environment, stdout=subprocess.PIPE, text=True)

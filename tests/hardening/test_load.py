@@ -161,7 +161,8 @@ def alive():
 
 
 SPARE_OBJECTS = 20  # of the test and of what Python keeps for later, whatever the number of calls
-SPARE_BYTES = 2**22  # 4 MB: that memory falls into other pages; of 10,000 calls that lose 1 KB each 10 MB are left
+# That memory falls into other pages took 4 MB; of 10,000 calls that lose 1 KB each 10 MB are left.
+SPARE_BYTES = 2**23
 
 
 def check_memory(step, iterations):
