@@ -1,4 +1,4 @@
-"""Two processes over gloo: DistributedDataParallel, FSDP of all kinds, and README's DTensors."""
+"""Two processes over gloo: DistributedDataParallel, FSDP of all kinds, and the DTensors of SUPPORT.md."""
 
 import re
 from pathlib import Path
@@ -16,7 +16,7 @@ import daam
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-README = Path(__file__).parents[2] / "README.md"
+SUPPORT = Path(daam.__file__).with_name("SUPPORT.md")
 WORLD = 2
 TOLERANCES = (1e-5, 1e-6)  # a sum over examples is two sums here
 
@@ -48,9 +48,9 @@ def fsdp(rank):
     return {name: p.grad.full_tensor() for name, p in net.named_parameters()}
 
 
-def readme_s_call():
-    """Check that what README says of DTensors, as it stands there, gives the results and gradients of one process."""
-    (code,) = re.findall(r"```python\n(from torch\.distributed.*?)```", README.read_text(), re.DOTALL)
+def documented_call():
+    """Check that what SUPPORT.md shows of DTensors gives the results and gradients of one process."""
+    (code,) = re.findall(r"```python\n(from torch\.distributed.*?)```", SUPPORT.read_text(), re.DOTALL)
     plain = [data(), *((torch.rand(2, 8, generator=torch.Generator().manual_seed(seed)) + 0.5) for seed in (2, 3))]
     given = [t.clone().requires_grad_() for t in plain]
     names = {"daam": daam, "mesh": init_device_mesh("cpu", (WORLD,))}
@@ -59,13 +59,13 @@ def readme_s_call():
     names["y"].square().sum().backward()
     y = daam.density_attention(*(plain := [t.requires_grad_() for t in plain]))
     y.square().sum().backward()
-    close(names["y"].full_tensor(), y, "y of README", TOLERANCES)
+    close(names["y"].full_tensor(), y, "y as documented", TOLERANCES)
     for name, result, wanted in zip(("mean_offset", "c"), given[1:], plain[1:], strict=True):
-        close(result.grad, wanted.grad, f"d_{name} of README", TOLERANCES)
+        close(result.grad, wanted.grad, f"d_{name} as documented", TOLERANCES)
 
 
 def check(rank):
-    readme_s_call()
+    documented_call()
     wanted = expected()
     for setup in (ddp, fsdp):
         grads = setup(rank)
