@@ -115,6 +115,15 @@ def test_a_block_says_which_way_its_layers_go():
     assert daam.DensityBlock([], [], [], 0).fusion_for(x) == ("layers", "there is no layer")
 
 
+def test_a_kept_plan_is_of_calls_that_are_alike():
+    """Check that which way layers go is planned anew for other strides, and where nothing is differentiated."""
+    x = torch.empty(600, 600)
+    assert [way(t)[0] for t in (x, x.t(), x)] == ["fused", "layers", "fused"]
+    with torch.no_grad():
+        assert way(x, recompute=False)[0] == "fused"
+    assert way(x, recompute=False)[0] == "layers"
+
+
 def test_fused_layers_hold_a_load():
     """Check that even four layers of one launch have loads of their own, and that what is said of budgets holds."""
     for n in range(2, budgets.MOST_LAYERS + 1):
@@ -153,6 +162,18 @@ def test_a_block_is_its_layers(backend, algorithm, device):
     assert list(details) == ["layer_0", "layer_1"] and not any(t.requires_grad for t in details.values())
     for name, found, wanted in (("y", y, expected), *zip(details, details.values(), weights, strict=True)):
         within(error(found, wanted), 1e-11, name)
+
+
+@algorithms
+@pytest.mark.parametrize(("name", "value"), [("eps", 0.5), ("padding_value", 0.0)])
+def test_layers_whose_settings_differ_go_by_themselves(name, value, algorithm):
+    """Check layers that share their axis and heads: each has its own settings, the first and the last one too."""
+    for place in (0, 1):
+        block = build(algorithm, layers=2)
+        setattr(block.layers[place], name, value)
+        x = torch.randn(2, 9, 5, dtype=torch.float64)
+        x[:, ::3] = 0.0
+        close(block(x), one_by_one(block, x)[0], name)
 
 
 @pytest.mark.kernel

@@ -99,6 +99,14 @@ def test_published_checkpoints_load_inside_a_model_and_come_back():
     assert daam.to_published_state_dict(randomised(6, 3)).keys() == published(randomised(6, 3)).keys()
 
 
+def test_published_heads_are_in_the_order_of_their_numbers():
+    """Check more than ten heads, whose keys are in another order as text."""
+    source, target = randomised(6, 12), daam.MultiHeadDAAM(6, 12)
+    target.load_state_dict(dict(sorted(published(source).items())))
+    assert torch.equal(target.c, source.c) and torch.equal(target.mean_offset, source.mean_offset)
+    assert all(torch.equal(t, published(source)[key]) for key, t in daam.to_published_state_dict(target).items())
+
+
 @pytest.mark.parametrize("heads", [2, 4])
 def test_a_checkpoint_of_other_heads_is_an_error_that_names_the_keys(heads):
     with pytest.raises(RuntimeError, match=r"(?s)Missing key.*Unexpected key.*daams\.0.*expected all of 0 to 2"):

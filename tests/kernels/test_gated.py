@@ -18,7 +18,7 @@ import daam
 pytest.importorskip("triton")
 import triton.language as tl
 
-from daam.kernels import gated
+from daam.kernels import gated, launch
 from daam.kernels.gated_tiles import find_call
 
 NAMES = ("y", "gate", "dx", "alpha", "weight", "bias", "mean_offsets", "log_sigma")
@@ -297,6 +297,19 @@ def test_offsets_past_32_bits():
     assert (tl.int32, 4) == (near.INDEX, near.UNIT) and (tl.int64, 1) == (far.INDEX, far.UNIT)
     other = find_call("sums", torch.float32, shape, (120, 40, 1), (2**33, 2**32, 1)).constants["PLAN"]
     assert (tl.int64, 4) == (other.INDEX, other.UNIT)
+
+
+def test_offsets_of_a_gradient_past_32_bits():
+    """Check that kernels know how far apart elements of grad_y are, where those of x are near."""
+    x = torch.empty(2, 3, 40, device="meta")
+    far = torch.empty(1, device="meta").as_strided(x.shape, (2**33, 2**32, 1))
+    weight, number, gaussians, p = (torch.empty(shape, device="meta") for shape in ((1, 3, 1), (1,), (4,), (2, 40)))
+    parameters = weight, number, number, gaussians, gaussians
+    for grad_y, bits in ((x, tl.int32), (far, tl.int64)):
+        with launch.recording() as launches:
+            gated.backward(grad_y, None, x, *parameters, None, p, p, None, 1, 2, *[True] * 5)
+        plans = [one.keywords["PLAN"] for one in launches if one.kernel in (gated.gated_sums, gated.gated_backward)]
+        assert [plan.INDEX.value for plan in plans] == [bits] * 2
 
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="interpreted kernels cannot be compiled")

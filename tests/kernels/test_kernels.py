@@ -182,7 +182,44 @@ def test_agrees_with_float64(case, device):
 def test_agrees_where_programs_take_several_tiles(case, device):
     """Check programs that loop and share partial sums, where small tensors would have a program for every tile."""
     with mock.patch.multiple(tiles, MAX_PROGRAMS=3, FILL=1):
+        plan.cache_clear()  # of plans that other tests made of the same tensors
         check(case, device)
+    plan.cache_clear()
+
+
+def test_more_partial_sums_than_are_added_at_once(device):
+    """Check parameters whose gradients are sums over more programs than `param_gradients` adds at once, 128."""
+    with mock.patch.object(tiles, "FILL", 2**30):
+        plan.cache_clear()
+        check(Case((132, 2, 16), 1, weights=False), device)
+    plan.cache_clear()
+
+
+def transposed(p):
+    return p.t().contiguous().t()
+
+
+@algorithms
+def test_parameters_of_other_strides(algorithm, device):
+    """Check parameters that lie in memory otherwise than each other, or are the same for all heads."""
+    case = Case((2, 12, 5), 1, heads=3, algorithm=algorithm)
+    for change_p, change_q in ((transposed, torch.clone), (lambda p: p[:1].expand(p.shape), transposed)):
+        given = inputs(case, device=device)
+        p, q = given.params
+        given.params = change_p(p), change_q(q)
+        expected, result = oracle(case, given), run(case, given, "triton")
+        for name in expected:
+            within(error(result[name], expected[name]), 1e-11, name)
+
+
+@pytest.mark.parametrize("algorithm", [name for name, spec in ALGORITHMS.items() if "padding" in spec.record.settings])
+def test_the_padding_value_is_rounded_to_x(algorithm, device):
+    case = Case((2, 9), 1, padding=0.1, algorithm=algorithm)
+    given = inputs(case, torch.float16, device=device)
+    assert 0.0 < ((given.x - 0.1).abs() < 1e-3).float().mean() < 1.0
+    found, expected = (run(case, given, backend) for backend in ("triton", "eager"))
+    for name, wanted in expected.items():
+        within(error(found[name], wanted), 1e-2, name)
 
 
 STREAMED = [

@@ -185,6 +185,24 @@ def test_arguments_that_differ_have_other_traits(args):
     assert launch.traits(args[0]) != launch.traits(args[1])
 
 
+def test_each_thread_records_its_own_launches():
+    pytest.importorskip("triton")
+
+    def launch_on_meta():
+        launch.launch(mock.MagicMock(), (1, 1), device=torch.device("meta"), num_warps=1)
+
+    def record():
+        with launch.recording() as found:
+            launch_on_meta()
+        return found
+
+    with launch.recording() as launches, ThreadPoolExecutor(1) as thread:
+        launch_on_meta()
+        assert len(thread.submit(record).result()) == 1
+        launch_on_meta()
+    assert len(launches) == 2
+
+
 @pytest.mark.kernel
 def test_threads(device):
     """Check that launches of several threads, both passes, do what they do one after the other: in the interpreter the

@@ -1,6 +1,7 @@
 """Layers of one launch (`kernels/layers.py`) against the same layers one by one, by the formula in float64."""
 
 from dataclasses import dataclass, replace
+from unittest import mock
 
 import pytest
 import torch
@@ -9,6 +10,8 @@ from helpers import EPS, SEEDS, Case, error, inputs, recorded_launches, within
 pytest.importorskip("triton")
 
 import daam
+from daam.kernels import tiles
+from daam.kernels.host import plan
 
 FUSED = ["forward_layers", "backward_layers", "layer_gradients"]
 
@@ -84,6 +87,20 @@ def test_fused_layers_equal_layers_one_by_one(one, device):
     for name, expected in attend(one, given, ps, qs, "eager", recompute=False).items():
         within(error(found[name].nan_to_num(7.0), expected.nan_to_num(7.0)), 1e-11, name)
         assert found[name].stride() == expected.stride() or not name.startswith(("y", "w")), name
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("algorithm", ["mixture", "stable"])
+def test_programs_that_take_several_tiles(algorithm, device):
+    """Check sums for the parameters of programs that loop, where small tensors would have a program for every tile."""
+    one = layers(algorithm, (80, 6), 1, 1, (2, 3), mask=True)
+    given, ps, qs = draw(one, torch.float64, device=device)
+    with mock.patch.multiple(tiles, MAX_PROGRAMS=2, FILL=1):
+        plan.cache_clear()
+        found = attend(one, given, ps, qs, "triton", recompute=True)
+    plan.cache_clear()
+    for name, expected in attend(one, given, ps, qs, "eager", recompute=False).items():
+        within(error(found[name], expected), 1e-11, name)
 
 
 @pytest.mark.kernel
