@@ -83,7 +83,7 @@ def mutate(text: str, mutant: Mutant) -> str:
 
 @contextlib.contextmanager
 def applied(mutant: Mutant | None, folder: Path) -> Iterator[None]:
-    """Have a mutant in a copy of the tree while the block runs; none of None."""
+    """Put a mutant into a copy of the tree until the block ends."""
     if mutant is None:
         yield
         return
@@ -250,7 +250,7 @@ class Trial:
 
     @contextlib.contextmanager
     def lent(self) -> Iterator[Worker]:
-        """Lend a worker."""
+        """Yield a worker until the block ends."""
         worker = self.free.get()
         try:
             yield worker

@@ -150,6 +150,22 @@ def test_recomputing_changes_no_bit_of_the_eager_backend(algorithm, masked):
         assert torch.equal(plain, recomputed)
 
 
+@algorithms
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_recomputing_differentiates_weights_of_each_layer(place, algorithm):
+    """Check gradients of parameters where x has none, of the weights of one layer and of y."""
+    results, x = [], torch.randn(3, 9, 4, dtype=torch.float64)
+    for recompute in (False, True):
+        torch.manual_seed(0)
+        params = parameters(build(algorithm))
+        options = {"stable": algorithm == "stable", "recompute": recompute, "return_weights": True}
+        y, weights = daam.density_block(x, *params, **options)
+        loss = weights[place].square().sum() + (y.sin().sum() if place == 1 else 0)
+        results.append(torch.autograd.grad(loss, [*params[0], *params[1]], allow_unused=True))
+    for plain, recomputed in zip(*results, strict=True):
+        assert (plain is None) == (recomputed is None) and (plain is None or torch.equal(plain, recomputed))
+
+
 @backends
 @algorithms
 def test_a_block_is_its_layers(backend, algorithm, device):

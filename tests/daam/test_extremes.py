@@ -91,6 +91,21 @@ def test_a_stable_mixture_of_every_c(c, backend, device):
             within(error(result[name], expected[name]), 1e-3 if c < 1 else 1e-5, f"{name} of {case}")
 
 
+@backends
+@pytest.mark.parametrize("limit", [0.01, 10.0])
+def test_gradients_of_a_stable_mixture_at_a_limit_of_c(limit, backend, device):
+    """Check that a c which is a limit is not clamped: it has the gradient of one that is within. Positions are nearly
+    one standard deviation from the mean, all of them, so that a narrow Gaussian has more than one.
+    """
+    case = Case((2, 10, 3), 1, params=1, algorithm="stable")
+    given = inputs(case, device=device)
+    given.x[:, ::2], given.x[:, 1::2] = 1 + 1e-4 * given.x[:, ::2], -1 + 1e-4 * given.x[:, 1::2]
+    given.params = 0 * given.params[0], torch.full_like(given.params[1], limit)
+    result, expected = finite(case, given, backend), oracle(case, given)
+    assert expected["d_c"].abs().min() > 0
+    within(error(result["d_c"], expected["d_c"]), 1e-9, "d_c")
+
+
 @algorithms
 @backends
 def test_a_variance_of_1e_8(backend, algorithm, device):
@@ -102,6 +117,19 @@ def test_a_variance_of_1e_8(backend, algorithm, device):
         result, expected = finite(case, given, backend), oracle(case, given)
         for name in ("y", "weights", "dx"):
             within(error(result[name], expected[name]), 1e-4, f"{name} of {case}")
+
+
+@algorithms
+@backends
+def test_a_spread_far_below_the_mean(backend, algorithm, device):
+    """Check that what a mean of 1e5 is short of, as much as a tenth of the spread, is no part of the variance."""
+    for shape in ((2, 21, 5), (2, 300, 3), (2, 4200)):
+        case = Case(shape, 1, algorithm=algorithm, offset=0.0)
+        given = inputs(case, torch.float32, device=device)
+        given.x, given.params = 1e5 + 0.03 * given.x, (0.03 * given.params[0], given.params[1])
+        result, expected = finite(case, given, backend), oracle(case, given)
+        for name in ("y", "weights", "dx"):
+            within(error(result[name], expected[name]), 1e-5, f"{name} of {case}")
 
 
 @backends

@@ -8,8 +8,9 @@ MIXTURE = f"{FLOAT64} mixture and (4x13x9 or 4x33 or 3x13x9 or 3x33 or 3x200x5 o
 STABLE = f"{FLOAT64} stable and (2x25x33 or 4x33 or 3x13x9 or 3x33 or 200x5 or 201x9 or 2x2200)'"
 STRIPS = f"{KERNELS} 'test_agrees_where_chunks_have_several_strips and (mixture or stable)'"
 PUBLISHED = f"{KERNELS} test_published_cases"
-LARGE_MEAN = f"{KERNELS} 'test_a_large_mean_costs_no_accuracy and (density or gate)'"
+LARGE_MEAN = f"{KERNELS} 'test_a_large_mean_costs_no_accuracy and density'"
 EXTREMES = "interpreted tests/daam/test_extremes.py -k"
+SPREAD = f"{EXTREMES} 'test_a_spread and gate'"
 FAR = f"{EXTREMES} 'far_from_its_chunk or test_offsets_of_1e4 and mixture'"
 RIMS = f"{EXTREMES} 'test_eps_0 and density'"
 FLOORS = f"{EXTREMES} 'gate and (1e_8 or every_width or one_valid)'"
@@ -60,7 +61,7 @@ MUTANTS = [
     ("gate-sum-without-sigma", "kernels/gate.py", "sum_qzs += sum_qz * sigma", "sum_qzs += sum_qz", GATE),
     ("gate-sign-in-the-sigmoid", "kernels/gate.py", "tl.exp(-log_sigma)", "tl.exp(log_sigma)", GATE),
     ("gate-streamed-dx-of-a-large-mean", "kernels/gate.py",
-     "Sums(inv_count * sum_q - slope * mean_error, slope)", "Sums(inv_count * sum_q, slope)", LARGE_MEAN),
+     "Sums(inv_count * sum_q - slope * mean_error, slope)", "Sums(inv_count * sum_q, slope)", SPREAD),
     ("gate-stride-of-the-other-parameter", "kernels/gate.py",
      "log_sigmas.data + head * log_sigmas.strides[0]", "log_sigmas.data + head * mean_offsets.strides[0]", STRIDES),
     # --- the mixture of densities

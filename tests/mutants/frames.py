@@ -14,7 +14,7 @@ MASKED = f"{KERNELS} 'test_what_is_masked_reaches_nothing and density'"
 FAR_APART = "interpreted tests/kernels/test_far_apart.py"
 FAR_BELOW = f"{KERNELS} test_offsets_beyond_32_bits"
 EXTREMES = "interpreted tests/daam/test_extremes.py -k"
-CONSTANTS = f"{EXTREMES} test_constant_chunks"
+SPREAD = f"{EXTREMES} 'test_a_spread and density'"
 RIMS = f"{EXTREMES} 'test_eps_0 and density'"
 WIDTHS = f"{EXTREMES} test_a_gate_of_every_width"
 LAYERS = "interpreted tests/kernels/test_layers.py -k 'test_fused_layers_equal and (3x43 or 2x37x9 or 2x5x66)'"
@@ -62,7 +62,7 @@ MUTANTS = [
      DENSITY),
     ("blocks-variance-with-the-mean-s-error", "kernels/blocks.py",
      "tl.sum(add_products(centred, centred), 0)[None, :] - total * mean_error",
-     "tl.sum(add_products(centred, centred), 0)[None, :]", CONSTANTS),
+     "tl.sum(add_products(centred, centred), 0)[None, :]", SPREAD),
     ("blocks-reciprocal-of-n-as-it-is-divided", "kernels/blocks.py",
      "tl.where(nonempty, tl.fma(inverse, tl.fma(-divisor, inverse, 1.0), inverse), 0.0)",
      "tl.where(nonempty, inverse, 0.0)", CONSTANT),
