@@ -82,11 +82,8 @@ def mutate(text: str, mutant: Mutant) -> str:
 
 
 @contextlib.contextmanager
-def applied(mutant: Mutant | None, folder: Path) -> Iterator[None]:
+def applied(mutant: Mutant, folder: Path) -> Iterator[None]:
     """Put a mutant into a copy of the tree until the block ends."""
-    if mutant is None:
-        yield
-        return
     path = folder / mutant.file
     text = path.read_text()
     path.write_text(mutate(text, mutant))
@@ -109,8 +106,6 @@ def options_of_modes() -> dict[str, list[str]]:
 
 
 PARTS = ("interpreted", "emulated", "compiled tests/daam", "compiled --ignore=tests/daam")  # of `make test`
-
-
 UNWANTED = ("TRITON_INTERPRET", "DAAM_BACKEND", "DAAM_MARGINS")
 
 
@@ -122,7 +117,6 @@ def environment_of(folder: Path, caches: Path) -> dict[str, str]:
         "PYTHONDONTWRITEBYTECODE": "1",
         "TRITON_CACHE_DIR": str(caches / "triton"),
         "TORCHINDUCTOR_CACHE_DIR": str(caches / "inductor"),
-        "OMP_WAIT_POLICY": "passive",
     }
 
 
@@ -148,7 +142,7 @@ class Runner:
 
     def __init__(self, interpreting: bool, imported: Sequence[str] = IMPORTED):
         environment = {name: value for name, value in os.environ.items() if name not in UNWANTED}
-        environment |= {"TRITON_INTERPRET": "1"} if interpreting else {}
+        environment |= {"OMP_WAIT_POLICY": "passive"} | ({"TRITON_INTERPRET": "1"} if interpreting else {})
         self.process = subprocess.Popen(
             [sys.executable, __file__, "--serve", *imported], env=environment, text=True, stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,

@@ -50,7 +50,7 @@ def test_offsets_of_1e4(offset, backend, algorithm, device):
 
 
 @backends
-@pytest.mark.parametrize("ratio", [1.0, 20.0, 300.0])
+@pytest.mark.parametrize("ratio", [1.0, 20.0, 300.0, -300.0])
 def test_a_mixture_far_from_its_chunk_is_accurate(ratio, backend, device):
     """Check that offsets of many standard deviations, without the clamp, give weights as accurate as the positions'
     distances.
@@ -58,10 +58,24 @@ def test_a_mixture_far_from_its_chunk_is_accurate(ratio, backend, device):
     for shape in SHAPES:
         case = Case(shape, 1, eps=0.0, algorithm="mixture")
         given = inputs(case, torch.float32, device=device)
-        given.params = (torch.full_like(given.params[0], ratio), given.params[1] * ratio**0.5)
+        given.params = (torch.full_like(given.params[0], ratio), given.params[1] * abs(ratio) ** 0.5)
         result, expected = finite(case, given, backend), oracle(case, given)
         for name in ("y", "weights", "dx"):
             within(error(result[name], expected[name]), 1e-5, f"{name} of {case}")
+
+
+@backends
+@pytest.mark.parametrize("offset", [7.0, -7.0])
+def test_a_mixture_far_from_its_chunk_under_the_clamp(offset, backend, device):
+    """Check results and gradients of wide Gaussians beyond four standard deviations, whose sum is below eps."""
+    for shape in ((2, 9, 3), (1, 140, 2)):
+        case = Case(shape, 1, eps=0.15, algorithm="mixture")
+        given = inputs(case, device=device)
+        given.params = given.params[0] + offset, 6 + given.params[1].abs()
+        result, expected = finite(case, given, backend), oracle(case, given)
+        assert expected["weights"].sum(1).max() < 0.9
+        for name, t in expected.items():
+            within(error(result[name], t), 1e-11, f"{name} of {case}")
 
 
 @backends

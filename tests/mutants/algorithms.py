@@ -11,6 +11,8 @@ PUBLISHED = f"{KERNELS} test_published_cases"
 LARGE_MEAN = f"{KERNELS} 'test_a_large_mean_costs_no_accuracy and density'"
 EXTREMES = "interpreted tests/daam/test_extremes.py -k"
 SPREAD = f"{EXTREMES} 'test_a_spread and gate'"
+CLAMPED = f"{EXTREMES} test_a_mixture_far_from_its_chunk_under"
+FAR_BELOW = f"{EXTREMES} 'test_a_mixture_far_from_its_chunk_is_accurate'"
 FAR = f"{EXTREMES} 'far_from_its_chunk or test_offsets_of_1e4 and mixture'"
 RIMS = f"{EXTREMES} 'test_eps_0 and density'"
 FLOORS = f"{EXTREMES} 'gate and (1e_8 or every_width or one_valid)'"
@@ -84,10 +86,10 @@ MUTANTS = [
      "return (ke - offset * cr)", "return (ke + offset * cr)", MIXTURE),
     ("mixture-origin-far-away-left-out", "kernels/mixture.py",
      "ke = tl.sum(add_products(k, f), 0)[None, :] + clamped * (frame.origin - gaussian.m)",
-     "ke = tl.sum(add_products(k, f), 0)[None, :]", FAR),
+     "ke = tl.sum(add_products(k, f), 0)[None, :]", CLAMPED),
     ("mixture-streamed-origin-far-away-left-out", "kernels/mixture.py",
      "multiply_rounded(free_h, sum_wf)) + clamped * (frame.origin - gaussian.m)",
-     "multiply_rounded(free_h, sum_wf))", FAR),
+     "multiply_rounded(free_h, sum_wf))", CLAMPED),
     ("mixture-padding-in-the-mean-s-part-of-dx", "kernels/mixture_blocks.py",
      "tl.where(padded, 0.0, common)", "common", MIXTURE),
     ("mixture-padding-in-the-statistics", "kernels/mixture_blocks.py",
@@ -95,7 +97,7 @@ MUTANTS = [
     ("mixture-padding-zeroed-where-weights-see-it", "kernels/mixture_blocks.py",
      "d = d + [tl.where(tile.valid[i], x[i] - chunk.mean, 0.0)]", "d = d + [chunk.blocks[i]]", MIXTURE),
     ("mixture-origin-clamped-on-one-side", "kernels/mixture_blocks.py",
-     "tl.minimum(tl.maximum(gaussian.m, -limit), limit)", "tl.minimum(gaussian.m, limit)", FAR),
+     "tl.minimum(tl.maximum(gaussian.m, -limit), limit)", "tl.minimum(gaussian.m, limit)", FAR_BELOW),
     ("mixture-without-clamp-of-the-sum", "kernels/mixture_blocks.py",
      "return tl.minimum(cap, inverse),", "return inverse,", MIXTURE),
     ("mixture-tiles-of-other-scales", "kernels/mixture_blocks.py",
