@@ -106,6 +106,19 @@ def test_a_stable_mixture_of_every_c(c, backend, device):
 
 
 @backends
+def test_a_position_that_clamps_for_the_offsets_alone(backend, device):
+    """Check one within ten standard deviations of the mean, and further from a Gaussian that is within four."""
+    case = Case((1, 300), 1, params=2, algorithm="stable")
+    given = inputs(case, device=device)
+    given.x[0, 7], given.params = 11.0, (given.params[0] - 3, given.params[1] + 2)
+    result, expected = finite(case, given, backend), oracle(case, given)
+    u = (given.x - given.x.mean()) / given.x.std()
+    assert u.abs().max() < 10 < (u - given.params[0].min() / given.x.std()).abs().max()
+    for name, t in expected.items():
+        within(error(result[name], t), 1e-11, name)
+
+
+@backends
 @pytest.mark.parametrize("limit", [0.01, 10.0])
 def test_gradients_of_a_stable_mixture_at_a_limit_of_c(limit, backend, device):
     """Check that a c which is a limit is not clamped: it has the gradient of one that is within. Positions are nearly

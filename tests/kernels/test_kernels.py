@@ -33,6 +33,9 @@ from daam.kernels.operands import axis_is_fastest, inner_dim, varies
 
 pytestmark = pytest.mark.kernel
 algorithms = pytest.mark.parametrize("algorithm", ALGORITHMS)
+padded = pytest.mark.parametrize(
+    "algorithm", [name for name, spec in ALGORITHMS.items() if "padding" in spec.record.settings]
+)
 # what the host does alike for all algorithms is tested of the last one in `make test-slow`
 alike = pytest.mark.parametrize(
     "algorithm", [*list(ALGORITHMS)[:-1], pytest.param(list(ALGORITHMS)[-1], marks=pytest.mark.slow)]
@@ -212,7 +215,19 @@ def test_parameters_of_other_strides(algorithm, device):
             within(error(result[name], expected[name]), 1e-11, name)
 
 
-@pytest.mark.parametrize("algorithm", [name for name, spec in ALGORITHMS.items() if "padding" in spec.record.settings])
+@padded
+@pytest.mark.parametrize("shape", [(2, 9, 3), (1, 140, 2)], ids=str)
+def test_padding_that_is_not_0(shape, algorithm, device):
+    """Check chunks on chip and streamed, the first of nothing but padding."""
+    case = Case(shape, 1, padding=-1.5, eps=0.1, algorithm=algorithm)
+    given = inputs(case, device=device)
+    given.x[0, :, 0] = -1.5
+    expected, result = oracle(case, given), run(case, given, "triton")
+    for name in expected:
+        within(error(result[name], expected[name]), 1e-11, name)
+
+
+@padded
 def test_the_padding_value_is_rounded_to_x(algorithm, device):
     case = Case((2, 9), 1, padding=0.1, algorithm=algorithm)
     given = inputs(case, torch.float16, device=device)
