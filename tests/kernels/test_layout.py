@@ -73,14 +73,27 @@ def test_what_merges(shape, axis, feature_axis, sizes, inner):
     assert plan.contiguous == (axis == len(shape) - 1 or inner == 1)
 
 
+def check_decoded(x, axis, heads):
+    found = host.plan(budgets.FORWARD, 1, 2, axis, heads, None, False, (x.shape, x.stride(), x.dtype), None)
+    constants = found.constants["PLAN"]
+    assert found.encoded.decode(constants.UNIT, constants.FASTEST) == found.extent
+
+
 @pytest.mark.parametrize("layout", [*LAYOUTS, "expanded"])
 @pytest.mark.parametrize("shape", [(8, 40), (40, 8), (16, 24, 64), (2, 13, 64), (3, 4100), (2, 4101)], ids=str)
 def test_what_kernels_decode_is_what_was_encoded(shape, layout):
     x = strided(shape, layout, torch.float16, GENERATOR)
     for axis, heads in itertools.product(range(x.dim()), (1, 2, 3)):
-        found = host.plan(budgets.FORWARD, 1, 2, axis, heads, None, False, (x.shape, x.stride(), x.dtype), None)
-        constants = found.constants["PLAN"]
-        assert found.encoded.decode(constants.UNIT, constants.FASTEST) == found.extent
+        check_decoded(x, axis, heads)
+
+
+@pytest.mark.parametrize("shape", [(16, 24, 64), (16, 8192)], ids=str)
+@pytest.mark.parametrize("size", [56, 60, 61], ids=str)
+def test_what_no_unit_divides_is_decoded_too(size, shape):
+    """Check views of rows that are longer than the part which they show, and whose strides do not tell."""
+    x = torch.empty(shape, dtype=torch.float16, device="meta")[..., : shape[-1] - 64 + size]
+    for axis, heads in itertools.product(range(x.dim()), (1, 2)):
+        check_decoded(x, axis, heads)
 
 
 def test_what_does_not_merge_in_one_tensor_merges_in_none():
