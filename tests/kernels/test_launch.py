@@ -111,6 +111,9 @@ def test_index_bits():
     plan = find_layout(x, [], 0, 1, 1)
     assert tiles.index_bits(plan, tiles.Tile(4, 16, 1)) == 64
     assert tiles.index_bits(plan, tiles.Tile(2, 16, 1)) == 32
+    plan = find_layout(x, [], 1, 1, None)
+    assert tiles.index_bits(plan, tiles.Tile(16, 4, 1)) == 64
+    assert tiles.index_bits(plan, tiles.Tile(16, 2, 1)) == 32
     assert tiles.index_bits(find_layout(torch.empty(3, 16), [], 0, 1, 1), tiles.Tile(4, 16, 1)) == 32
 
 

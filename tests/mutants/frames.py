@@ -12,7 +12,6 @@ GROUPS = f"{KERNELS} test_more_partial_sums_than_are_added_at_once"
 LARGE_MEAN = f"{KERNELS} 'test_a_large_mean_costs_no_accuracy and density'"
 MASKED = f"{KERNELS} 'test_what_is_masked_reaches_nothing and density'"
 FAR_APART = "interpreted tests/kernels/test_far_apart.py"
-FAR_BELOW = f"{KERNELS} test_offsets_beyond_32_bits"
 EXTREMES = "interpreted tests/daam/test_extremes.py -k"
 SPREAD = f"{EXTREMES} 'test_a_spread and density'"
 RIMS = f"{EXTREMES} 'test_eps_0 and density'"
@@ -32,12 +31,11 @@ MUTANTS = [
     ("walk-last-head-without-remainder", "kernels/walk.py",
      "tl.where(head == tl.num_programs(1) - 1, view.longest, view.chunk)", "view.chunk", GATE),
     ("walk-strip-past-its-chunk", "kernels/walk.py",
-     "tl.minimum(strip_row + view.strip, length)", "strip_row + view.strip", MIXTURE),
+     "tl.minimum(strip_row + view.strip, length)", "strip_row + view.strip", GATE),
     ("walk-outer-places-in-32-bits", "kernels/walk.py",
      "outer, column = tl.cast(index.outer, tl.int64),", "outer, column = tl.cast(index.outer, tl.int32),", FAR_APART),
     ("walk-columns-in-32-bits", "kernels/walk.py",
-     "tl.cast(index.block, tl.int64) * PLAN.BLOCK_C", "tl.cast(index.block, tl.int32) * PLAN.BLOCK_C", FAR_BELOW),
-    ("walk-rows-in-32-bits", "kernels/walk.py", "head = head.to(tl.int64)", "head = head.to(tl.int32)", FAR_BELOW),
+     "tl.cast(index.block, tl.int64) * PLAN.BLOCK_C", "tl.cast(index.block, tl.int32) * PLAN.BLOCK_C", FAR_APART),
     ("walk-outer-place-not-decoded", "kernels/walk.py",
      "base += (outer % view.sizes[i]) * stride", "base += outer * stride", RANKS),
     ("walk-head-forgotten", "kernels/walk.py", "axis_row = head * view.chunk + row", "axis_row = row", DENSITY),
