@@ -11,11 +11,7 @@ pytest.importorskip("triton")
 import daam
 
 pytestmark = pytest.mark.kernel
-STEP, ROWS, SIZE = (
-    2**29,
-    9,
-    4096,
-)  # of fp16, a gigabyte a row: memory that is mapped, and of which few pages are touched
+STEP, ROWS, SIZE = 2**29, 9, 4096  # of fp16: a gigabyte from row to row, which is mapped, and hardly touched
 
 
 @pytest.fixture
@@ -34,8 +30,11 @@ def draw(device):
     return view
 
 
-@pytest.mark.parametrize(("shape", "axis"), [((2, 8), 1), ((SIZE,), 1), ((16,), 0)], ids=["outer", "rows", "columns"])
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize(
+    ("algorithm", "shape", "axis"),
+    [*((name, (2, 8), 1) for name in ALGORITHMS), ("density", (SIZE,), 1), ("density", (16,), 0)],
+    ids=str,
+)
 def test_attention(algorithm, shape, axis, draw, device):
     """Check rows of the outer dimension, a row a tile, and rows that are positions of a chunk."""
     far = draw(*shape)

@@ -64,8 +64,6 @@ MUTANTS = [
     ("blocks-softplus-that-stops-growing", "kernels/blocks.py",
      "tl.where(x > 20, x, tl.where(u == 1, t, tl.log(u) * (t / tl.where(u == 1, 1.0, u - 1.0))))",
      "tl.where(u == 1, t, tl.log(u) * (t / tl.where(u == 1, 1.0, u - 1.0)))", WIDTHS),
-    ("blocks-softplus-that-loses-small-ones", "kernels/blocks.py",
-     "tl.where(u == 1, t, tl.log(u) * (t / tl.where(u == 1, 1.0, u - 1.0)))", "tl.log(u)", WIDTHS),
     ("blocks-gradient-of-weights-ignored", "kernels/blocks.py",
      "[h if len(gradients.weights) == 0 else h + gradients.weights[i]]", "[h]", DENSITY),
     ("blocks-padding-reaches-its-weight", "kernels/blocks.py",
