@@ -85,7 +85,7 @@ def test_operators_run_once(backend, algorithm, device):
         return backward(grad, None, x, p[0], q[0], mask[0], None, *how, True, False)[:1]
 
     with counted_runs(algorithm, backend) as runs:
-        check_samples(run, (2, None, None, 0), (x.movedim(0, 2), p[0], q[0], mask), runs, 1)
+        check_samples(run, (2, None, None, 1), (x.movedim(0, 2), p[0], q[0], mask.movedim(0, 1)), runs, 1)
         check_samples(run, (None, 1, 0, None), (x[0], p.movedim(0, 1), q, mask[0]), runs, pieces)
         check_samples(run_composite, (0, None, None, None), (x, p[0], q[0], mask[0]), runs, 1)
         check_samples(differentiate, (0, None, 0, 3), (x, p[0], mask, grad.movedim(0, 3)), runs, pieces)

@@ -38,6 +38,20 @@ def test_bits_are_those_of_a_launch_a_step(case, dtype, device):
         assert torch.equal(found[name], t), name
 
 
+@pytest.mark.kernel
+@pytest.mark.not_emulated("the interpreter counts barriers")
+def test_a_barrier_follows_each_step(device):
+    """Check that no program begins a step before all its threads have stored what the one before makes."""
+    from triton.runtime import interpreter
+
+    if device.type != "cpu":
+        pytest.skip("only the interpreter counts")
+    case, dtype = CASES[0]
+    with taking_rows_whole(), mock.patch.object(interpreter.interpreter_builder, "create_barrier") as barrier:
+        run(case, inputs(case, dtype), "triton")
+    assert barrier.call_count == case.shape[0] * (3 + 3)  # statistics, their merge, outputs; sums, their merge, dx
+
+
 def record(shape, algorithm="density", dtype=BF16, heads=1, feature_axis=None, mask=False, full=False, gaussians=4):
     """Return the launches of both passes over axis 1 of a tensor of a shape."""
     x, columns = torch.empty(shape, dtype=dtype, device="meta"), gaussians
