@@ -18,6 +18,7 @@ RIMS = f"{EXTREMES} 'test_eps_0 and density'"
 WIDTHS = f"{EXTREMES} test_a_gate_of_every_width"
 LAYERS = "interpreted tests/kernels/test_layers.py -k 'test_fused_layers_equal and (3x43 or 2x37x9 or 2x5x66)'"
 LAYERS_OF_TILES = "interpreted tests/kernels/test_layers.py -k test_programs_that_take_several_tiles"
+GATED_STRIPS = "interpreted tests/kernels/test_gated.py -k test_a_gate_that_is_streamed"
 GATED = "interpreted tests/kernels/test_gated.py -k test_results_and_gradients"
 REACH = "compiled tests/kernels/test_gated.py -k test_offsets_of_a_gradient"
 WHOLE = "interpreted tests/kernels/test_whole.py -k 'density or stable'"
@@ -127,7 +128,7 @@ MUTANTS = [
      "rows = add_lists(rows, load_rows(grad_gate, tile, sizes, PLAN))", "rows = rows + []", GATED),
     ("gated-sums-of-another-batch", "kernels/gated.py",
      "program // (sizes.n_strips * sizes.n_groups) * sizes.n_strips + program % sizes.n_strips",
-     "program // sizes.n_groups * sizes.n_strips + program % sizes.n_strips", GATED),
+     "program // sizes.n_groups * sizes.n_strips + program % sizes.n_strips", GATED_STRIPS),
     ("gated-first-times-for-all", "kernels/gated.py",
      "blocks[k * len(totals) + i] * dp[k]", "blocks[i] * dp[k]", GATED),
     ("gated-dx-without-projection-s-weight", "kernels/gated.py",

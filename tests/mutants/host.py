@@ -77,9 +77,6 @@ MUTANTS = [
      "flags = (*needs[:4], needs[4] or needs[5])", "flags = (*needs[:4], needs[4] and needs[5])", GATED),
     ("gated-autocast-ignored", "daam/gated.py",
      "torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else t.dtype", "t.dtype", DTYPES),
-    ("gated-rounded-gate-kept", "daam/gated.py",
-     "gate if gate.dtype == p.dtype else gates, p, stats)", "gate.to(p.dtype), p, stats)",
-     "interpreted tests/kernels/test_gated.py -k test_precision"),
     # --- functions, modules and checkpoints
     ("functional-axis-of-another-order", "daam/functional.py",
      "None if axis is None else order.index(axis)", "None if axis is None else order[axis]", ORDER),

@@ -84,8 +84,6 @@ MUTANTS = [
      "(high - first <= self.limit) & (low - last >= -self.limit)", "(high - first <= self.limit)", STABLE),
     ("reference-stable-padding-without-its-gradient", "daam/reference/stable.py",
      "weights.masked_fill_(chunks.padded, 1)", "weights.masked_fill_(chunks.padded, 0)", STABLE),
-    ("reference-gated-dx-of-masked-x", "daam/reference/gated.py",
-     "dx = dx if valid is None else torch.where(valid, dx, raw)", "dx = dx + 0", GATED),
     ("reference-gated-d-alpha-of-y", "daam/reference/gated.py",
      "h, d_alpha, dx = factor * s, (s * weights).sum(),", "h, d_alpha, dx = factor * s, s.sum(),", GATED),
     ("reference-gated-y-of-masked-x", "daam/reference/gated.py",
