@@ -116,8 +116,6 @@ MUTANTS = [
      "        known[kind] = told\n        return None", "        known[kind] = told", PIECES),
     ("sharded-parameters-from-the-piece-s-start", "daam/sharded.py",
      "_narrow(t, 1, part.offset, part.length)", "_narrow(t, 1, part.start, part.length)", PIECES),
-    ("sharded-place-of-a-piece", "daam/sharded.py",
-     "everyone[place] for place in part.places", "everyone[place] for place in part.places[::-1]", PIECES),
     ("dtensors-pieces-of-equal-size", "daam/dtensors.py",
      "max(0, min(each, size - each * rank))", "size // n + (size % n if rank == n - 1 else 0)", PLACEMENTS),
     ("dtensors-gradients-of-one-process", "daam/dtensors.py",
