@@ -230,15 +230,13 @@ def broadcast(mask: Tensor | None, case: Case) -> Tensor | None:
     return None if mask is None else mask.reshape(*mask.shape, *[1] * (len(case.shape) - mask.dim()))
 
 
-def oracle(
-    case: Case, given: Inputs, device: torch.device | str = "cpu", dtype: torch.dtype | None = torch.float64
-) -> dict[str, Tensor]:
+def oracle(case: Case, given: Inputs, device: torch.device | str = "cpu") -> dict[str, Tensor]:
     """Return the results and gradients of a case by plain autograd through the formula, in float64 on a device, by
-    name, as tensors on the CPU. dtype: another, None for what the tensors have.
+    name, as tensors on the CPU.
     """
 
     def exact(t: Tensor) -> Tensor:
-        return t.detach().to(device, dtype or t.dtype)
+        return t.detach().to(device, torch.float64)
 
     leaves = [exact(t).requires_grad_() for t in (given.x, *given.params)]
     mask = None if given.mask is None else broadcast(given.mask.to(device), case)

@@ -1,6 +1,7 @@
 """Run the tests on several pairs of torch and Triton, each in an environment of its own, and keep what each found.
 
-    python tests/matrix.py                     # all pairs, into bench/history/matrix.json: an hour of two idle cores
+    python tests/matrix.py                     # all pairs, into bench/history/matrix.json: an hour of two idle cores;
+                                               README has the table that it prints at last
     python tests/matrix.py --only oldest       # this one anew, beside what the file holds of the others
 
 Environments stand in build/matrix, some 6 GB each where a build of torch for GPUs is what pip finds. What is no part of
@@ -66,17 +67,25 @@ def read_log(text: str) -> dict:
 
 
 def measure(name: str, folder: Path) -> dict:
-    """Return what the tests found on a pair: its versions, counts of tests, failures and seconds."""
+    """Return what the tests found on a pair: versions, the commit, seconds, counts of tests, failures."""
     installed = install(name, folder)
     done = subprocess.run([folder / "bin" / "python", "-c", VERSIONS], capture_output=True, text=True, check=True)
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
     began, log = time.time(), folder.with_suffix(".log")
     run_parts(folder, installed, log)
-    versions = dict(zip(("torch", "triton", "numpy"), json.loads(done.stdout), strict=True))
-    return (
-        versions
-        | {"python": platform.python_version(), "seconds": round(time.time() - began)}
-        | read_log(log.read_text())
-    )
+    about = dict(zip(("torch", "triton", "numpy"), json.loads(done.stdout), strict=True))
+    about |= {"python": platform.python_version(), "commit": commit, "seconds": round(time.time() - began)}
+    return about | read_log(log.read_text())
+
+
+def write_table(results: dict[str, dict]) -> str:
+    """Return README's table of results, by pair."""
+    lines = ["| torch | Triton | NumPy | tests passed | failed |", "|---|---|---|---|---|"]
+    for result in results.values():
+        versions = [result[package].partition("+")[0] for package in ("torch", "triton", "numpy")]
+        lines.append("| " + " | ".join([*versions, f"{result['passed']:,}", str(result["failed"])]) + " |")
+    return "\n".join(lines)
 
 
 def is_green(result: dict) -> bool:
@@ -93,8 +102,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     names = options.only or list(PAIRS)
     for name in names:
         result = results[name] = measure(name, ROOT / "build" / "matrix" / name)
-        options.output.write_text(json.dumps({key: results[key] for key in PAIRS if key in results}, indent=1) + "\n")
         print(f"{name}: " + ", ".join(f"{key} {value}" for key, value in result.items()), flush=True)
+    # at last: a test holds README against the file, on every pair
+    results = {key: results[key] for key in PAIRS if key in results}
+    options.output.write_text(json.dumps(results, indent=1) + "\n")
+    print(write_table(results))
     return int(not all(is_green(results[name]) for name in names))
 
 
