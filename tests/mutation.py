@@ -164,6 +164,7 @@ class Runner:
         """End the process."""
         self.process.stdin.close()
         self.process.wait()
+        self.process.stdout.close()
 
 
 def serve(imported: Sequence[str]) -> None:

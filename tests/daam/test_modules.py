@@ -114,7 +114,9 @@ def test_a_checkpoint_of_other_heads_is_an_error_that_names_the_keys(heads):
 
 
 def test_a_checkpoint_of_other_features_is_an_error():
-    with pytest.raises(RuntimeError, match=r"daams\.0\.mean_offset has shape \(1, 5\), expected \(6,\) or \(1, 6\)"):
+    with pytest.raises(
+        RuntimeError, match=r"daams\.0\.mean_offset has shape \(1, 5\), expected a Tensor of shape \(6,\) or \(1, 6\)"
+    ):
         daam.MultiHeadDAAM(6, 3).load_state_dict(published(randomised(5, 3)), strict=False)
 
 
@@ -124,7 +126,7 @@ def test_ragged_reshaped_and_doubled_checkpoints_are_errors():
     doubled = published(randomised(6, 3)) | published(randomised(6, 3), "gcts")
     for checkpoint, message in (
         (ragged, r"daams\.1\.c has shape \(1, 5\)"),
-        (reshaped, r"has shape \(2, 3\), expected \(6,\) or \(1, 6\)"),
+        (reshaped, r"has shape \(2, 3\), expected a Tensor of shape \(6,\) or \(1, 6\)"),
         (doubled, "daams and gcts are both"),
     ):
         with pytest.raises(RuntimeError, match=message):
@@ -323,7 +325,7 @@ def test_mixture_checkpoints_that_do_not_fit():
     }
     with pytest.raises(RuntimeError, match=r"attention_heads has entries for heads \[0\], expected all of 0 to 1"):
         layer.load_state_dict({key: t for key, t in state.items() if ".0." in key})
-    with pytest.raises(RuntimeError, match=r"has shape \(3,\), expected \(4,\) or \(1, 4\)"):
+    with pytest.raises(RuntimeError, match=r"has shape \(3,\), expected a Tensor of shape \(4,\) or \(1, 4\)"):
         daam.MultiHeadDensityAdaptiveAttention(1, 2, 4).load_state_dict(state)
 
 

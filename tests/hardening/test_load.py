@@ -53,6 +53,7 @@ def check_threads(modules, rounds, device="cpu"):
     together = threading.Barrier(N_THREADS)
 
     def work(i):
+        torch.set_num_threads(1)  # as the fixture did for the first thread, whose bits they are compared with
         together.wait(60)
         for _ in range(rounds):
             for k in range(len(modules)):
@@ -92,6 +93,7 @@ def test_threads_share_a_compiled_module(one_thread):
     both_passes(compiled, draw(0))
 
     def work(i):
+        torch.set_num_threads(1)
         together.wait(60)
         return both_passes(compiled, draw(i))
 
@@ -104,10 +106,12 @@ def test_threads_share_a_compiled_module(one_thread):
 # --- Processes that compile into one cache --------------------------------------------------------
 def compile_kernels(names, cache, together, results):
     """Compile the kernels of algorithms into a cache, and send the SHA-256 of each binary by the kernel's name."""
+    from triton import knobs
+
     from bench.aot import compile_for
     from bench.modelled import record_passes
 
-    os.environ["TRITON_CACHE_DIR"] = str(cache)
+    knobs.cache.dir = str(cache)  # the variable would not tell where something set it before
     x, found = torch.empty(3, 12, 32, device="meta", dtype=torch.bfloat16), {}
     together.wait(60)
     for name in names:
@@ -174,8 +178,10 @@ def check_memory(step, iterations):
     for _ in range(iterations):
         step()
     after, tensors_after = alive()
-    assert tensors_after == tensors and after - objects < SPARE_OBJECTS, (tensors_after - tensors, after - objects)
-    assert resident() - before < SPARE_BYTES
+    # fewer: other tests' may go meanwhile
+    assert tensors_after <= tensors and after - objects < SPARE_OBJECTS, (tensors_after - tensors, after - objects)
+    lost = resident() - before
+    assert lost < SPARE_BYTES, lost
 
 
 ITERATIONS = [150, pytest.param(10_000, marks=pytest.mark.long)]

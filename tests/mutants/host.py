@@ -73,7 +73,7 @@ MUTANTS = [
     ("gated-parameters-needed-together", "daam/gated.py",
      "flags = (*needs[:4], needs[4] or needs[5])", "flags = (*needs[:4], needs[4] and needs[5])", GATED),
     ("gated-autocast-ignored", "daam/gated.py",
-     "torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else t.dtype", "t.dtype", DTYPES),
+     "return torch.get_autocast_dtype(device)", "return t.dtype", DTYPES),
     # --- functions, modules and checkpoints
     ("functional-axis-of-another-order", "daam/functional.py",
      "None if axis is None else order.index(axis)", "None if axis is None else order[axis]", ORDER),
