@@ -38,6 +38,9 @@ def pytest_configure(config):
         raise pytest.UsageError("--device cuda: torch finds no GPU")
     if device == "emulated":
         emulate(config)
+    if device == "cuda":  # `poisoned_memory` asks for deterministic algorithms, which not all of torch's have
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        config.addinivalue_line("filterwarnings", "ignore:.*deterministic:UserWarning")
     if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
         hasten_interpreter()
     if importlib.util.find_spec("hypothesis"):  # a GPU's machine may have none

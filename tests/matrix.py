@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import re
 import subprocess
@@ -27,19 +28,19 @@ PARTS = ("test-daam", "test-others", "test-emulated-sample", *(f"test-interprete
 # What pip is asked for. Its newest pair is what torch itself asks for.
 PAIRS = {
     "oldest": ("torch==2.11.0", "triton==3.6.0", "numpy<2.4"),  # its interpreter needs the older NumPy
-    "pinned": tuple(line.partition(" ")[0] for line in (ROOT / "constraints.txt").read_text().splitlines()[1:3]),
+    "pinned": (),
     "newest": ("torch", "triton"),
 }
-OF_PAIRS = re.compile(r"(torch|triton|numpy)\b")
 VERSIONS = "import json, numpy, torch, triton; print(json.dumps([m.__version__ for m in (torch, triton, numpy)]))"
 
 
 def install(name: str, folder: Path) -> Path:
     """Make the environment of a pair, and return the file that says so, as the Makefile's INSTALLED does."""
     lines = (ROOT / "constraints.txt").read_text().splitlines()
+    of_pair = {re.match(r"\w+", requirement)[0] for requirement in PAIRS[name]}
     pins = folder / "constraints.txt"
     venv.create(folder, with_pip=True, clear=True)
-    pins.write_text("\n".join(line for line in lines if not OF_PAIRS.match(line)))
+    pins.write_text("\n".join(line for line in lines if re.match(r"#?[\w-]*", line)[0] not in of_pair))
     asked = ["--no-compile", "--constraint", str(pins), "--editable", ".[test]", *PAIRS[name]]
     subprocess.run([folder / "bin" / "python", "-m", "pip", "install", "--quiet", *asked], cwd=ROOT, check=True)
     installed = folder / "installed"
@@ -51,8 +52,9 @@ def run_parts(folder: Path, installed: Path, log: Path) -> None:
     """Run the parts of `make test` in an environment, to the end whatever fails, into a log."""
     command = ["make", "--keep-going", "--jobs=2", "--output-sync=target"]
     command += [*PARTS, f"BIN={folder / 'bin'}", f"INSTALLED={installed}"]
+    environment = {**os.environ, "OMP_WAIT_POLICY": "passive"}  # as of `make test`
     with log.open("w") as file:
-        subprocess.run(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT)
+        subprocess.run(command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT)
 
 
 def read_log(text: str) -> dict:
@@ -76,7 +78,9 @@ def measure(name: str, folder: Path) -> dict:
     run_parts(folder, installed, log)
     about = dict(zip(("torch", "triton", "numpy"), json.loads(done.stdout), strict=True))
     about |= {"python": platform.python_version(), "commit": commit, "seconds": round(time.time() - began)}
-    return about | read_log(log.read_text())
+    counts = read_log(log.read_text())
+    counts["failed"] += len(PARTS) - counts["runs"]  # a part that ran nothing
+    return about | counts
 
 
 def write_table(results: dict[str, dict]) -> str:

@@ -122,6 +122,8 @@ def environment_of(folder: Path, caches: Path) -> dict[str, str]:
 
 def judge(code: int | None, output: str) -> tuple[str, str]:
     """Return the verdict on a run of pytest and its reason; code: None where it took too long."""
+    if code == -signal.SIGKILL:
+        return "error", "SIGKILL, as of a machine without memory"
     if code is None or code < 0:
         return "killed", "took too long" if code is None else signal.Signals(-code).name
     failed = re.search(r"^FAILED (.+?)(?: - |$)", output, re.MULTILINE)
@@ -265,8 +267,11 @@ class Trial:
         if clean.verdict != "survived":
             return Outcome("error", f"without a mutant its look is {clean.verdict}: {clean.reason}")
         with self.lent() as worker:
-            with applied(mutant, worker.folder):
-                outcome = worker.run_tests(mutant.look, SECONDS_MORE + TIMES_SLOWER * clean.seconds)
+            try:
+                with applied(mutant, worker.folder):
+                    outcome = worker.run_tests(mutant.look, SECONDS_MORE + TIMES_SLOWER * clean.seconds)
+            except ValueError as error:  # its old text does not stand in the file once
+                return Outcome("error", str(error))
             if outcome.verdict == "survived":
                 outcome = self.try_parts(mutant, worker)
         return outcome

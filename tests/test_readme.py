@@ -6,6 +6,7 @@ import warnings
 from pathlib import Path
 
 import matrix
+import mutation
 import pytest
 import torch
 
@@ -98,6 +99,10 @@ def test_it_is_short(document, most):
 
 def test_versions_are_those_of_the_last_matrix():
     assert matrix.write_table(json.loads(matrix.KEPT.read_text())) in README.read_text()
+
+
+def test_slips_are_counted():
+    assert f"Of {len(mutation.load_all())} plausible slips" in README.read_text()
 
 
 def test_faults_are_found(tmp_path):

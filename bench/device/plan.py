@@ -65,17 +65,14 @@ PLAN: dict[str, tuple[tuple[Part, ...], ...]] = {
 # the tests of the part `tests`, which pytest runs
 TESTS = (
     "tests/kernels",
-    "tests/hardening",
+    "tests/hardening/test_determinism.py",
+    "tests/hardening/test_memory.py",
     *(f"tests/daam/test_{name}.py" for name in ("extremes", "gpu", "train", "functional", "ops", "published")),
 )
 CHOSEN = "(kernel or gpu) and not long and not slow"
 PATIENCE = 45  # seconds that a process may be at one job on a GPU while others wait for it
-NAMED = (
-    "time",
-    "sweep",
-    "streams",
-    "sanitizer",
-)  # the parts whose jobs --only chooses among; the others are done whole
+# the parts whose jobs --only chooses among; the others are done whole
+NAMED = ("time", "sweep", "streams", "sanitizer")
 
 
 def expected_seconds(call: str) -> int:

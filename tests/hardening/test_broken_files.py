@@ -8,7 +8,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from hardening.fuzzing import examples, fuzz
+from drawn import sized
 from hypothesis import strategies as st
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -94,8 +94,8 @@ CUT_UNSEEN = {"mp3": "frames have no checksum that tells of the last one"}
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's own
-@examples(30, 3000)
-def test_media(count, tmp_path):
+@sized(30, 3000)
+def test_media(examine, tmp_path):
     """Check that a broken picture or sound is read or refused by name, and a shortened one refused or whole."""
     from daam.recipes.media import read_image, read_sound
 
@@ -118,7 +118,7 @@ def test_media(count, tmp_path):
         if line is None and found.dtype == np.float32:
             assert np.isfinite(found).all()
 
-    fuzz(check, count, data=st.data())
+    examine(check, data=st.data())
 
 
 TABLES = {
@@ -128,8 +128,8 @@ TABLES = {
 }
 
 
-@examples(60, 3000)
-def test_tables(count, tmp_path):
+@sized(60, 3000)
+def test_tables(examine, tmp_path):
     """Check that a broken table gives whole examples, or an error."""
     from daam.recipes.data import read_examples
     from daam.recipes.examples import Example
@@ -145,7 +145,7 @@ def test_tables(count, tmp_path):
             assert modality == "text" and len({row.label for row in rows}) > 1
             assert all(type(row) is Example and row.source.strip() and row.label.strip() for row in rows)
 
-    fuzz(check, count, data=st.data())
+    examine(check, data=st.data())
 
 
 @pytest.fixture(scope="module")
@@ -177,8 +177,8 @@ def train(folder):
     train.main([str(folder / "cache"), "--output", str(folder / "run"), *options])
 
 
-@examples(80, 4000)
-def test_caches(count, run_folder, tmp_path):
+@sized(80, 4000)
+def test_caches(examine, run_folder, tmp_path):
     """Check that a cache with a broken file is refused, or is what it was but for what cache.json says in words."""
     from daam.recipes.cache import read_cache
 
@@ -194,7 +194,7 @@ def test_caches(count, run_folder, tmp_path):
             assert found.features.equal(whole.features) and found.labels.equal(whole.labels)
             assert found.about == whole.about or (path.name == "cache.json" and not cut)
 
-    fuzz(check, count, data=st.data())
+    examine(check, data=st.data())
 
 
 @pytest.fixture(scope="module")
@@ -204,8 +204,8 @@ def finished(run_folder):
     return run_folder
 
 
-@examples(25, 2000)
-def test_models(count, finished, tmp_path):
+@sized(25, 2000)
+def test_models(examine, finished, tmp_path):
     """Check that a model with a broken file is refused, whatever was cut off, or is one of the run's sizes."""
     from daam.recipes.saved import load_model
 
@@ -218,11 +218,11 @@ def test_models(count, finished, tmp_path):
             assert not cut or path.read_bytes() == (finished / "run" / path.name).read_bytes().rstrip()
             assert model(torch.zeros(1, 3, 8)).shape == (1, 2)
 
-    fuzz(check, count, data=st.data())
+    examine(check, data=st.data())
 
 
-@examples(25, 600)
-def test_runs(count, finished, tmp_path):
+@sized(25, 600)
+def test_runs(examine, finished, tmp_path):
     """Check that training is refused, or goes on to the same numbers, where a file of its run was cut off or is
     another's.
     """
@@ -239,4 +239,4 @@ def test_runs(count, finished, tmp_path):
         if line is None and cut:
             assert json.loads((tmp_path / "run/results.json").read_text())["accuracy"] == score
 
-    fuzz(check, count, data=st.data())
+    examine(check, data=st.data())

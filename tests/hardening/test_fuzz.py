@@ -8,7 +8,7 @@ from functools import partial
 
 import pytest
 import torch
-from hardening.fuzzing import examples, fuzz
+from drawn import sized
 from hypothesis import strategies as st
 from torch import nn
 
@@ -159,9 +159,9 @@ def check_refused(name, model, state, before, changed, error):
         assert torch.equal(t, before[key]) or (key in told and same(t, told[key])), key
 
 
-@examples(25, 1500)
+@sized(25, 1500)
 @pytest.mark.parametrize("name", MODULES)
-def test_state_dicts(name, count):
+def test_state_dicts(name, examine):
     """Load state dicts, own and published, with changes: what has none loads, and all else loads exactly, or is an
     error.
     """
@@ -185,4 +185,4 @@ def test_state_dicts(name, count):
             check_loaded(name, model, state, before, found, strict)
         assert list(state) == keys and all(state[key] is given[key] for key in keys)
 
-    fuzz(check, count, data=st.data())
+    examine(check, data=st.data())

@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 import random
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -164,6 +165,7 @@ def alive():
     return len(objects), sum(issubclass(type(one), torch.Tensor) for one in objects)
 
 
+SPARE_BLOCKS = 0.5  # a call, beside a few hundred at first: what each call leaves takes one at least
 SPARE_OBJECTS = 20  # of the test and of what Python keeps for later, whatever the number of calls
 # That memory falls into other pages took 4 MB; of 10,000 calls that lose 1 KB each 10 MB are left.
 SPARE_BYTES = 2**23
@@ -174,12 +176,14 @@ def check_memory(step, iterations):
     for _ in range(50):
         step()
     objects, tensors = alive()
-    before = resident()
+    blocks, before = sys.getallocatedblocks(), resident()
     for _ in range(iterations):
         step()
     after, tensors_after = alive()
     # fewer: other tests' may go meanwhile
     assert tensors_after <= tensors and after - objects < SPARE_OBJECTS, (tensors_after - tensors, after - objects)
+    more = sys.getallocatedblocks() - blocks  # what the collector does not know, too
+    assert more < 500 + SPARE_BLOCKS * iterations, more
     lost = resident() - before
     assert lost < SPARE_BYTES, lost
 

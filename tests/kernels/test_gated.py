@@ -135,6 +135,23 @@ def test_a_gate_that_is_streamed(device):
 
 
 @pytest.mark.kernel
+def test_alpha_under_autocast(device):
+    """Check that the gradient of alpha is that of the gate before it is rounded to x's dtype. The convolution takes one
+    channel as it is, which no dtype rounds.
+    """
+    case = Case((2, 9, 60))
+    given = inputs(case, torch.bfloat16, device=device)
+    module, exact = (module_of(case, torch.float32, device=device, backend=name) for name in ("triton", "eager"))
+    for one in (module, exact):
+        one.to_attn.weight.data = torch.eye(9, device=device)[:1, :, None]
+        one.to_attn.bias.data.zero_()
+    with torch.autocast(device.type, torch.bfloat16):
+        found = run(module, *given)["alpha"]
+    expected = run(exact.double(), *(t if t is None else t.double() for t in given))["alpha"]
+    within(error(found, expected), 1e-4, "alpha")  # a sum that cancels; of the rounded gate it is 5e-2 off
+
+
+@pytest.mark.kernel
 @pytest.mark.parametrize(
     "dtype", [torch.float32, torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)], ids=str
 )

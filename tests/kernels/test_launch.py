@@ -11,7 +11,7 @@ from helpers import Case, inputs, run
 
 from daam.kernels import budgets, launch, tiles
 from daam.kernels.algorithms import ALGORITHMS
-from daam.kernels.operands import find_layout, split_float, varies
+from daam.kernels.operands import Strided, find_layout, split_float, varies
 
 GATE = [find(k) for find in (budgets.gate_forward, budgets.gate_backward) for k in (1, 4, 8, 40)]
 PASSES = (budgets.FORWARD, budgets.FORWARD_MIXTURE, budgets.BACKWARD, budgets.BACKWARD_MIXTURE, *GATE)
@@ -186,6 +186,11 @@ def test_forward_streams_whatever_the_number_of_parameters(algorithm):
 @pytest.mark.parametrize("args", [(((1,), 1), ((1, 1),)), ((), ((),)), (((1, 1), 1), ((1,), 1, 1))], ids=str)
 def test_arguments_that_differ_have_other_traits(args):
     assert launch.traits(args[0]) != launch.traits(args[1])
+
+
+def test_strides_are_traits():
+    t = torch.empty(4)
+    assert launch.traits((Strided(t, (1,)),)) != launch.traits((Strided(t, (2,)),))
 
 
 def test_each_thread_records_its_own_launches():

@@ -72,6 +72,13 @@ MUTANTS = [
      "_join(outputs, axis + 1)", "_join(outputs, axis)", SAMPLES),
     ("gated-parameters-needed-together", "daam/gated.py",
      "flags = (*needs[:4], needs[4] or needs[5])", "flags = (*needs[:4], needs[4] and needs[5])", GATED),
+    ("launch-kept-for-any-strides", "kernels/launch.py",
+     "found += (data.dtype, data.data_ptr() % 16 == 0, strides)",
+     "found += (data.dtype, data.data_ptr() % 16 == 0, len(strides))",
+     "compiled tests/kernels/test_launch.py -k traits"),
+    ("gated-rounded-gate-kept", "daam/gated.py",
+     "gate if gate.dtype == p.dtype else gates, p, stats)", "gate.to(p.dtype), p, stats)",
+     "interpreted tests/kernels/test_gated.py -k test_alpha"),
     ("gated-autocast-ignored", "daam/gated.py",
      "return torch.get_autocast_dtype(device)", "return t.dtype", DTYPES),
     # --- functions, modules and checkpoints
