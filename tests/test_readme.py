@@ -1,11 +1,9 @@
 """The documents: what they tell a reader to run does run, what they link to is there, and they stay short."""
 
-import json
 import re
 import warnings
 from pathlib import Path
 
-import matrix
 import mutation
 import pytest
 import torch
@@ -95,10 +93,6 @@ def test_it_is_short(document, most):
     lines = document.read_text().splitlines()
     assert len(lines) <= most
     assert not [f"line {i}: {len(line)} characters" for i, line in enumerate(lines, 1) if len(line) > 120]
-
-
-def test_versions_are_those_of_the_last_matrix():
-    assert matrix.write_table(json.loads(matrix.KEPT.read_text())) in README.read_text()
 
 
 def test_slips_are_counted():
