@@ -92,6 +92,18 @@ def test_a_stable_mixture_far_from_its_chunk_is_accurate(ratio, backend, device)
 
 
 @backends
+def test_a_variance_below_the_floor_of_the_gate(backend, device):
+    """Check chunks of a standard deviation of 1e-4, which the floor of 1e-3 stands in for: it has no gradient."""
+    for shape in SHAPES:
+        case = Case(shape, 1, heads=2, algorithm="gate", offset=0.0)
+        given = inputs(case, device=device)
+        given.x *= 1e-4
+        result, expected = finite(case, given, backend), oracle(case, given)
+        for name, wanted in expected.items():
+            within(error(result[name], wanted), 1e-10, f"{name} of {case}")
+
+
+@backends
 @pytest.mark.parametrize("c", [-1e30, -1.0, 0.0, 0.01, 10.0, 1e30])
 def test_a_stable_mixture_of_every_c(c, backend, device):
     """Check c past both of its limits, and at them, and a position that clamps beside others that do not."""

@@ -18,7 +18,7 @@ import daam
 pytest.importorskip("triton")
 import triton.language as tl
 
-from daam.kernels import gated, launch
+from daam.kernels import gated, gated_tiles, launch
 from daam.kernels.gated_tiles import find_call
 
 NAMES = ("y", "gate", "dx", "alpha", "weight", "bias", "mean_offsets", "log_sigma")
@@ -135,6 +135,18 @@ def test_a_gate_that_is_streamed(device):
 
 
 @pytest.mark.kernel
+def test_several_strips_of_several_rows(device):
+    """Check strips of one tile, which are as long as they are large: sums of each have a row of their own."""
+    case = Case((3, 2, 300))
+    find_call.cache_clear()
+    with mock.patch.multiple(gated_tiles, STRIP=1, STRIP_TIMES=1):
+        call = find_call("gradients", torch.float64, torch.Size(case.shape), (600, 300, 1))
+        assert call.sizes.n_strips > 1
+        agree(case, device)
+    find_call.cache_clear()
+
+
+@pytest.mark.kernel
 def test_alpha_under_autocast(device):
     """Check that the gradient of alpha is that of the gate before it is rounded to x's dtype. The convolution takes one
     channel as it is, which no dtype rounds.
@@ -200,6 +212,8 @@ NEEDS = [  # which inputs require grad, whether there are gradients of y and the
     (("alpha",), (True, False), ["gated_sums"]),
     (("weight",), (False, True), ["gate_backward", "gated_backward"]),
     (("bias", "log_sigma"), (True, False), ["gated_sums", "gate_backward", "param_gradients"]),
+    (("mean_offsets", "log_sigma"), (True, False), ["gated_sums", "gate_backward", "param_gradients"]),
+    (("log_sigma",), (False, True), ["gate_backward", "param_gradients"]),
 ]
 
 

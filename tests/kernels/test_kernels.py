@@ -78,6 +78,7 @@ DENSITY = [
     Case((8, 8, 8), 1, layout="transposed"),
     Case((2, 24, 40), 1, heads=2),
     Case((5, 72), -1, params="one"),
+    Case((5, 72), -1, heads=2, eps=0.0),
     Case((32, 512), -1, params="one"),
     Case((2, 128, 64), 1),
     Case((2, 131, 9), 1),
