@@ -52,9 +52,9 @@ def find_resolved(point: Point, given: Inputs, exact: dict[str, Tensor]) -> set[
     if exact["weights"].max() < torch.finfo(torch.float32).tiny:
         return set()
     like_x = {"x": given.x, "grad_y": given.grad_y, "grad_weights": given.grad_weights}
-    again = helpers.oracle(point.case, replace(given, **{name: reverse(t) for name, t in like_x.items()}))
-    again = {name: reverse(t) if t.shape == given.x.shape else t for name, t in again.items()}
-    return {name for name, t in exact.items() if helpers.error(again[name], t) < helpers.EPS[torch.float32]}
+    reversed_back = helpers.oracle(point.case, replace(given, **{name: reverse(t) for name, t in like_x.items()}))
+    reversed_back = {name: reverse(t) if t.shape == given.x.shape else t for name, t in reversed_back.items()}
+    return {name for name, t in exact.items() if helpers.error(reversed_back[name], t) < helpers.EPS[torch.float32]}
 
 
 def compare(result: Tensor, exact: Tensor) -> tuple[float, float] | None:
@@ -206,8 +206,8 @@ def study(providers: Sequence[str], chosen: Sequence[Point]) -> list[dict]:
 def draw_again(providers: Sequence[str], records: Sequence[dict]) -> list[dict]:
     """Return records with the worst of several draws where one draw has a fault: which error it has is chance."""
     doubtful = [point_of(record) for record in records if find_faults([record], known={})]
-    again = study(providers, [replace(point, draws=helpers.SEEDS) for point in doubtful])
-    found = dict(zip(doubtful, again, strict=True))
+    repeated = study(providers, [replace(point, draws=helpers.SEEDS) for point in doubtful])
+    found = dict(zip(doubtful, repeated, strict=True))
     return [found.get(point_of(record), record) for record in records]
 
 

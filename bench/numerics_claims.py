@@ -20,7 +20,7 @@ from bench.device.cases import helpers
 from bench.numerics_points import DTYPES, FACTORS, Point
 
 RULES = {"interpreted": 1.0, "emulated": 2.0}  # kernels, and how many times the bound they may take
-OURS = ("eager", "compile", *RULES)
+FINITE = ("eager", "compile", *RULES)
 # What does not hold: algorithm, c, and the largest error of a kernel there. Why stands in bench/history/README.md.
 KNOWN = {("gate", 1e-3): 3e-5, ("gate", 1e3): 8e-7, ("stable", 1e-3): 3e-5}
 COLOURS = {
@@ -63,7 +63,7 @@ def find_faults(records: Iterable[dict], known: dict[tuple[str, float], float] =
     found = []
     for record in records:
         point = point_of(record)
-        for provider in OURS:
+        for provider in FINITE:
             missing = [name for name, error in record["errors"].get(provider, {}).items() if error is None]
             found += [f"{provider}: {name} is not finite at {point}" for name in missing]
         for provider, name, error, eager, share in compared(record):

@@ -80,31 +80,31 @@ def cases(
     spec, heads = ALGORITHMS[name], fixed.get("heads") or draw(st.sampled_from((2, 1, 3, 8)))
     shape, axis = draw(shapes(heads, spec, lengths, backend))
 
-    def of(field: str, *values: object) -> object:
+    def choose(field: str, *values: object) -> object:
         return fixed[field] if field in fixed else draw(st.sampled_from(values))
 
-    mask = of("mask", True, False)
+    mask = choose("mask", True, False)
     padding = None
     if "padding" in spec.record.settings and not mask:
-        padding = of("padding", None, 0.0, -1.5)
-    layout = of("layout", *VIEWS)
+        padding = choose("padding", None, 0.0, -1.5)
+    layout = choose("layout", *VIEWS)
     # without eps a chunk has to hold two numbers that differ
     eps = (0.0,) if spec.record.unbiased and not mask and padding is None and layout != "expanded" else ()
     return Case(
         shape,
         axis,
         heads,
-        params=of("params", "features", "one") if spec.features else draw(GAUSSIANS),
+        params=choose("params", "features", "one") if spec.features else draw(GAUSSIANS),
         layout=layout,
-        grads=of("grads", *VIEWS),
-        weights_grads=of("weights_grads", *VIEWS),
+        grads=choose("grads", *VIEWS),
+        weights_grads=choose("weights_grads", *VIEWS),
         mask=mask,
-        residual=of("residual", False, True),
-        weights=of("weights", True, False),
-        offset=of("offset", 0.5, 0.0, 30.0),
-        eps=None if spec.eps is None else of("eps", None, 0.15, 1.0, *eps),
+        residual=choose("residual", False, True),
+        weights=choose("weights", True, False),
+        offset=choose("offset", 0.5, 0.0, 30.0),
+        eps=None if spec.eps is None else choose("eps", None, 0.15, 1.0, *eps),
         padding=padding,
-        clamps=name == "stable" and of("clamps", False, True),
+        clamps=name == "stable" and choose("clamps", False, True),
         algorithm=name,
     )
 

@@ -103,8 +103,8 @@ def guarding() -> Iterator[list[str]]:
         fences = {pointer: Fence(tensors) for pointer, tensors in storages.items()}
 
         def fence(t):
-            mine = fences[t.untyped_storage().data_ptr()]
-            return mine.view(t, mine.memory)
+            found = fences[t.untyped_storage().data_ptr()]
+            return found.view(t, found.memory)
 
         original(kernel, grid, *replace_tensors(args, fence), **options)
         place = IN_PLACE.get(name)
