@@ -193,6 +193,12 @@ def test_strides_are_traits():
     assert launch.traits((Strided(t, (1,)),)) != launch.traits((Strided(t, (2,)),))
 
 
+def test_where_a_tensor_begins_is_a_trait():
+    """Check one that begins at a multiple of 8 bytes and not of 16: neither serves the other's loads of 16."""
+    t = torch.empty(8)
+    assert launch.traits((Strided(t, (1,)),)) != launch.traits((Strided(t[2:], (1,)),))
+
+
 def test_each_thread_records_its_own_launches():
     pytest.importorskip("triton")
 
