@@ -127,16 +127,12 @@ def means_table(records: Sequence[dict]) -> str:
 
 def plot(records: Sequence[dict]):
     """Return a picture of the largest error in fp32 of y, weights and dx: a row an algorithm, a column a factor."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     algorithms = list(dict.fromkeys(record["algorithm"] for record in records))
     size = 2.6 * len(FACTORS), 2.0 * len(algorithms)
-    figure, grid = plt.subplots(
-        len(algorithms), len(FACTORS), figsize=size, squeeze=False, sharey=True, layout="constrained"
-    )
+    figure = Figure(figsize=size, layout="constrained")
+    grid = figure.subplots(len(algorithms), len(FACTORS), squeeze=False, sharey=True)
     for algorithm, row in zip(algorithms, grid, strict=True):
         for factor, axes in zip(FACTORS, row, strict=True):
             of_panel = {"algorithm": algorithm, "factor": factor, "dtype": "float32"}

@@ -32,14 +32,14 @@ LAYERS_OUTPUTS = ("y", "weights0", "weights1", "dx")
 BOUND = 2e-3
 
 
-def spread_out(t: Tensor, dim: int) -> Tensor:
-    """Return a copy of a tensor whose neighbours along a dimension stand STEP elements apart. On a CPU its memory is
+def spread_out(t: Tensor, dim: int, step: int = STEP) -> Tensor:
+    """Return a copy of a tensor whose neighbours along a dimension stand so many elements apart. On a CPU its memory is
     mapped, and most of it never exists.
     """
     others = [size for d, size in enumerate(t.shape) if d != dim]
     strides = [math.prod(others[d:]) for d in range(1, len(others) + 1)]
-    strides.insert(dim, STEP)
-    count = (t.shape[dim] - 1) * STEP + math.prod(others)
+    strides.insert(dim, step)
+    count = (t.shape[dim] - 1) * step + math.prod(others)
     if t.device.type == "cpu":
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000  # MAP_NORESERVE, which mmap names from Python 3.13 on
         memory = torch.frombuffer(mmap.mmap(-1, count * t.element_size(), flags=flags), dtype=t.dtype)

@@ -1,12 +1,12 @@
 """Places of a tensor so far apart that a product in 32 bits would be wrong, though no stride is that long."""
 
-import mmap
-
 import pytest
 import torch
 from helpers import ALGORITHMS, Case, attend
 
 pytest.importorskip("triton")
+
+from far import spread_out
 
 import daam
 
@@ -14,20 +14,10 @@ pytestmark = pytest.mark.kernel
 STEP, ROWS, SIZE = 2**29, 9, 4096  # of fp16: a gigabyte from row to row, which is mapped, and hardly touched
 
 
-@pytest.fixture
-def draw(device):
-    """Yield what draws a tensor of a shape, whose rows are STEP elements apart."""
-    size = (ROWS - 1) * STEP + SIZE
-    if device.type == "cpu":
-        memory = torch.frombuffer(mmap.mmap(-1, 2 * size), dtype=torch.float16)
-    else:
-        memory = torch.empty(size, dtype=torch.float16, device=device)
-
-    def view(*shape):
-        x = memory.as_strided((ROWS, *shape), (STEP, *torch.empty(shape, device="meta").stride()))
-        return x.copy_(torch.randn(x.shape, generator=torch.Generator().manual_seed(0)))
-
-    return view
+def draw(device, *shape):
+    """Return a random tensor of ROWS times a shape, whose rows are STEP elements apart."""
+    x = torch.randn((ROWS, *shape), generator=torch.Generator().manual_seed(0))
+    return spread_out(x.to(device, torch.float16), 0, STEP)
 
 
 @pytest.mark.parametrize(
@@ -35,9 +25,9 @@ def draw(device):
     [*((name, (2, 8), 1) for name in ALGORITHMS), ("density", (SIZE,), 1), ("density", (16,), 0)],
     ids=str,
 )
-def test_attention(algorithm, shape, axis, draw, device):
+def test_attention(algorithm, shape, axis, device):
     """Check rows of the outer dimension, a row a tile, and rows that are positions of a chunk."""
-    far = draw(*shape)
+    far = draw(device, *shape)
     case = Case(far.shape, axis, params="one", weights=False, algorithm=algorithm)
     p, found = torch.ones(1, case.columns, device=device), []
     for x, backend in ((far, "triton"), (far.contiguous(), "eager")):
@@ -48,8 +38,8 @@ def test_attention(algorithm, shape, axis, draw, device):
         assert (result - wanted).abs().max() < 4e-3
 
 
-def test_batches_of_the_fused_gate(draw, device):
-    far, module, found = draw(2, 8), daam.DensityGate(2).to(device, torch.float16), []
+def test_batches_of_the_fused_gate(device):
+    far, module, found = draw(device, 2, 8), daam.DensityGate(2).to(device, torch.float16), []
     for x, backend in ((far, "triton"), (far.contiguous(), "eager")):
         module.backend = backend
         leaf = x.detach().requires_grad_()
