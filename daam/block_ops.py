@@ -19,7 +19,7 @@ from torch import Tensor
 from daam import ops
 from daam.batching import Operand, pair, run_samples
 from daam.kernels import algorithms
-from daam.ops import _VERSION, OPERATORS, Operators, _forward_mode, _lib, _or_empty, _transformed
+from daam.ops import _VERSION, OPERATORS, Operators, _batched, _forward_mode, _lib, _or_empty, _transformed
 from daam.reference.layers import differentiate_layers, run_layers
 from daam.ways import Plan, enters_plainly, is_plain, plan_layers
 
@@ -189,11 +189,6 @@ class _Call:
         """Return the gradients of one layer's x, p and q; None where not needed."""
         args = (grad_y, grad_weights, x, p, q, mask)
         return self.operators.layer.differentiate(*args, self.how, need_x, need_params, self.backend)
-
-
-def _batched(*gradients: Tensor | None) -> bool:
-    """Tell whether there are many gradients in one, of is_grads_batched, which no operator with lists takes."""
-    return any(type(t) is Tensor and not torch._C._has_storage(t) for t in gradients)
 
 
 class Layers(torch.autograd.Function):

@@ -62,6 +62,11 @@ def _transformed() -> bool:
     return torch._C._are_functorch_transforms_active()
 
 
+def _batched(*gradients: Tensor | None) -> bool:
+    """Tell whether there are many gradients in one, of is_grads_batched: no operator with lists takes them."""
+    return any(type(t) is Tensor and not torch._C._has_storage(t) for t in gradients)
+
+
 def _forward_mode() -> bool:
     """Tell whether forward-mode differentiation is active, which autograd.Function does not know."""
     return forward_ad._current_level >= 0

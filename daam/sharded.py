@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from daam.kernels.operands import acc_dtype
-from daam.ops import OPERATORS, Operators, _forward_mode, _transformed
+from daam.ops import OPERATORS, Operators, _batched, _forward_mode, _transformed
 from daam.pieces import AxisPieces, Cut, Share, cut_heads, find_sizes, gather, gather_checked, rank_in
 from daam.reference import sharded as eager
 
@@ -149,7 +149,7 @@ class ShardedAttention(torch.autograd.Function):
     def backward(ctx, grad_y, grad_weights=None):
         if torch.is_grad_enabled():
             raise RuntimeError("a sharded axis is differentiated once: create_graph=True is not supported with group")
-        if _transformed():
+        if _transformed() or _batched(grad_y, grad_weights):
             raise NotImplementedError(
                 "group: gradients of a sharded axis are taken one by one, not by is_grads_batched"
             )

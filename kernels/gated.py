@@ -40,6 +40,7 @@ from .gated_blocks import (
 from .gated_tiles import Call, find_call, new_numbers, strided_like, strided_rows
 from .operands import Strided, strided_of
 from .params import add_lists, zero_blocks
+from .passes import empty_like
 
 
 # --- One tile -------------------------------------------------------------------------------------
@@ -210,7 +211,7 @@ def forward(
     and the gate promote to; the gate (batch, 1, times); for the backward pass p and, where the gate is rounded, its
     weights in the dtype of arithmetic, (batch, times), and statistics of streamed chunks where worth keeping.
     """
-    y = torch.empty_like(x, dtype=torch.promote_types(x.dtype, gate_dtype), memory_format=torch.contiguous_format)
+    y = empty_like(x, torch.promote_types(x.dtype, gate_dtype))
     x, y_view = (_order(t, channel_axis, time_axis) for t in (x, y))
     batch, channels, times = x.shape
     p = new_numbers(x, batch, times)
@@ -242,7 +243,7 @@ def backward(
     """Return the gradients of x, contiguous, weight, bias, alpha, mean_offsets and log_sigma; None where not needed.
     gates: the weights in the dtype of arithmetic, (batch, times), as p. Of both gradients one may be None.
     """
-    dx = torch.empty_like(x, memory_format=torch.contiguous_format) if need_x else None
+    dx = empty_like(x) if need_x else None
     x, dx_view, grad_y = (_order(t, channel_axis, time_axis) for t in (x, dx, grad_y))
     if not x.numel():
         needs = zip((weight, bias, alpha), (need_weight, need_bias, need_alpha), strict=True)

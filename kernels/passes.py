@@ -195,6 +195,6 @@ def launch_param_gradients(
     )  # fmt: skip
 
 
-def empty_like(t: Tensor) -> Tensor:
-    """Return room for as much, contiguous."""
-    return torch.empty_like(t, memory_format=torch.contiguous_format)
+def empty_like(t: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Return room for as much, contiguous, in the same dtype or another."""
+    return torch.empty_like(t, dtype=dtype, memory_format=torch.contiguous_format)

@@ -21,13 +21,14 @@ from helpers import Case, error, inputs, run
 from torch import Tensor
 
 import daam
-from daam.kernels import layers, passes
+from daam.kernels import gated, layers, passes
 
 # Elements from one to the next; a multiple of 16, as strides of aligned rows are. It passes 2**32: between that and
 # 2**31 the interpreter of Triton 3.9 takes integers for unsigned ones of 32 bits, and fails.
 STEP = 2**32 + 16
 OUTPUTS = ("y", "weights", "dx", "d_p", "d_q")  # in the order in which passes make them
 LAYERS_OUTPUTS = ("y", "weights0", "weights1", "dx")
+GATED_OUTPUTS = ("y", "weighed", "weights", "dx", "dp")
 # in fp16, which takes the least memory where it is real: two roundings of results near their largest value
 BOUND = 2e-3
 
@@ -53,11 +54,13 @@ def output_spread_out(name: str, dim: int, order: tuple[str, ...] = OUTPUTS) -> 
     """Let one of the tensors that passes make for their results be spread out, by its name in their order."""
     original, names = passes.empty_like, itertools.chain(order, itertools.repeat(""))
 
-    def make(t: Tensor) -> Tensor:
-        empty = original(t)
+    def make(t: Tensor, *dtype: torch.dtype) -> Tensor:
+        empty = original(t, *dtype)
         return spread_out(empty, dim) if next(names) == name else empty
 
-    with mock.patch.object(passes, "empty_like", make), mock.patch.object(layers, "empty_like", make):
+    with contextlib.ExitStack() as stack:
+        for module in (passes, layers, gated):
+            stack.enter_context(mock.patch.object(module, "empty_like", make))
         yield
 
 
@@ -101,13 +104,14 @@ def gate(device: str, operand: str | None = None, dim: int = 0) -> dict[str, Ten
     tensors = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
     tensors = {name: t.to(device, torch.float16) for name, t in tensors.items()}
     tensors["mask"] = (torch.rand(3, 10, generator=generator) > 0.3).to(device)
-    if operand:
+    if operand in tensors:
         tensors[operand] = spread_out(tensors[operand], dim)
     module.to(device, torch.float16)
     module.gaa.float()
-    y, found = module(tensors["x"].requires_grad_(), mask=tensors["mask"])
-    leaves = [tensors["x"], *(p for name, p in module.named_parameters() if name != "to_attn.bias")]  # 0 of that
-    grads = torch.autograd.grad([y, found], leaves, [tensors["grad_y"], tensors["grad_gate"]])
+    with output_spread_out(operand, dim, GATED_OUTPUTS):
+        y, found = module(tensors["x"].requires_grad_(), mask=tensors["mask"])
+        leaves = [tensors["x"], *(p for name, p in module.named_parameters() if name != "to_attn.bias")]  # 0 of that
+        grads = torch.autograd.grad([y, found], leaves, [tensors["grad_y"], tensors["grad_gate"]])
     return {str(i): t for i, t in enumerate((y, found, *grads))}
 
 
@@ -122,7 +126,7 @@ def calls(name: str, quick: bool) -> Iterator[tuple]:
     if name == "layers":
         found = [(attend_layers, (), full | {"p": (0, 1), "q1": (0, 1)} | dict.fromkeys(LAYERS_OUTPUTS, (0, 1, 2)))]
     elif name == "gated":
-        found = [(gate, (), full | {"grad_gate": (0, 1, 2)})]
+        found = [(gate, (), full | dict.fromkeys(("grad_gate", *GATED_OUTPUTS), (0, 1, 2)))]
     else:
         on_chip = Case((3, 6, 10), 1, 2, params="features", mask=True, residual=True, algorithm=name)
         streamed = Case((2, 600, 2), 1, params="features", mask=True, algorithm=name)

@@ -228,9 +228,11 @@ def test_kernel_with_a_loop():
 
 
 def test_more_warps_meet_at_barriers():
-    """Check that a sum over four warps takes the barriers that a sum in one warp does not."""
+    """Check that a sum over four warps takes the barriers that a sum in one warp does not, which other code of theirs
+    hides no more than half of.
+    """
     alone, together = (compiled(add_where_positive, num_warps=num_warps) for num_warps in (1, 4))
     barriers = [sum(step.operation == "BAR" for step in code) for code in (alone, together)]
     assert barriers[0] == 0 < barriers[1]
     without = [step if step.operation != "BAR" else dataclasses.replace(step, name="MOV") for step in together]
-    assert timeline(together, 4).turn > timeline(without, 4).turn + 29 * barriers[1]
+    assert timeline(together, 4).turn > timeline(without, 4).turn + 29 / 2 * barriers[1]

@@ -449,33 +449,6 @@ def test_host_time_of_a_block():
 
 
 # --- Errors ---------------------------------------------------------------------------------------
-@pytest.mark.parametrize(
-    ("change", "error_type", "message"),
-    [
-        ({"c": []}, ValueError, "mean_offsets has 2 layers and c has 0, expected as many, 1 or more"),
-        ({"c": torch.ones(2, 2, 3)}, TypeError, "c is a Tensor, expected a list of tensors, one a layer"),
-        ({"mean_offsets": list("ab")}, TypeError, r"mean_offsets\[0\] is a str, expected a Tensor"),
-        ({"c": [torch.ones(2, 3), torch.ones(2, 4)]}, ValueError, r"c\[1\] has shape \(2, 4\), expected \(2, 3\)"),
-        (
-            {"mean_offsets": [torch.ones(2, 3), torch.ones(4, 3)], "c": [torch.ones(2, 3), torch.ones(4, 3)]},
-            ValueError, r"c\[1\] has 4 heads, expected 2, as c\[0\] has",
-        ),
-        ({"mask": torch.ones(2, 8, dtype=torch.bool), "padding_value": 0.0}, ValueError, "are both given"),
-        ({"mask": torch.ones(2, 7, dtype=torch.bool)}, ValueError, r"mask has shape \(2, 7\)"),
-        ({"mask": [1]}, TypeError, "mask is a list, expected a Tensor"),
-        ({"mean_offsets": 3}, TypeError, "mean_offsets is a int, expected a list of tensors, one a layer"),
-        ({"recompute": 0}, TypeError, "recompute is 0, expected True, False or None"),
-        ({"eps": -1.0}, ValueError, "eps is -1.0"),
-        ({"norm_axis": 2}, ValueError, "norm_axis is 2"),
-        ({"backend": "gpu"}, ValueError, "backend is 'gpu'"),
-    ],
-)  # fmt: skip
-def test_errors(change, error_type, message):
-    p = [torch.ones(2, 3)] * 2
-    with pytest.raises(error_type, match=message):
-        daam.density_block(torch.randn(2, 8), **{"mean_offsets": p, "c": p, **change})
-
-
 def test_errors_of_a_block():
     for wrong in ("yes", 0, 1, []):
         with pytest.raises(TypeError, match=r"recompute is .*, expected True, False or None"):

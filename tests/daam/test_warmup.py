@@ -249,36 +249,7 @@ def test_text():
     assert str(MODULE.WarmedUp(1, 0, 0.04, 1)) == "1 kernel, 0 compiled in 0.0 s with 1 worker"
 
 
-LAYER, SHAPES = daam.MultiHeadDAAM(8, 4), [(2, 8, 8)]
-ERRORS = [
-    (TypeError, r"module_or_function is a str, expected a module or a function", ("x", SHAPES), {}),
-    (TypeError, r"shapes is 5, expected a list of shapes", (LAYER, 5), {}),
-    (TypeError, r"shapes\[0\] is 2, expected the sizes of x, ints", (LAYER, (2, 8, 8)), {}),
-    (TypeError, r"shapes\[1\] is \(2, True\), expected", (LAYER, [*SHAPES, (2, True)]), {}),
-    (ValueError, r"shapes is empty, expected one or more", (LAYER, []), {}),
-    (ValueError, r"shapes\[0\] is \(2, -8\), expected no negative size", (LAYER, [(2, -8)]), {}),
-    (TypeError, r"dtypes is torch.bfloat16, expected a list of dtypes", (LAYER, SHAPES, torch.bfloat16), {}),
-    (TypeError, r"dtypes\[0\] is 'bf16', expected a torch.dtype", (LAYER, SHAPES, ["bf16"]), {}),
-    (
-        TypeError,
-        r"x of dtypes\[0\] has dtype torch.int8, expected one of float16, bfloat16, float32, float64",
-        (LAYER, SHAPES, [torch.int8]),
-        {},
-    ),
-    (ValueError, r"workers is 0, expected 1 or more", (LAYER, SHAPES), {"workers": 0}),
-    (TypeError, r"workers is 1.0, expected an int or None", (LAYER, SHAPES), {"workers": 1.0}),
-    (ValueError, r"device is meta, expected the device that calls will run on", (LAYER, SHAPES), {"device": "meta"}),
-    (ValueError, r"device is None and no tensor tells it, expected", (DENSITY, SHAPES), {"eps": 1e-5}),
-]
-
-
-@pytest.mark.parametrize(("kind", "message", "args", "options"), ERRORS)
-def test_errors_say_what_came(kind, message, args, options):
-    with pytest.raises(kind, match=message):
-        daam.warmup(*args, **options)
-
-
 @compiled
 def test_errors_of_a_call_are_its_own(triton):
     with pytest.raises(ValueError, match="x has 7 features"):
-        daam.warmup(LAYER, [(2, 8, 7)])
+        daam.warmup(daam.MultiHeadDAAM(8, 4), [(2, 8, 7)])

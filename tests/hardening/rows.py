@@ -8,10 +8,15 @@ from typing import Any
 import torch
 from helpers import ALGORITHMS
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Replicate, distribute_tensor
+from torch.distributed.tensor.parallel import parallelize_module
 from torch.masked import masked_tensor
+from torch.utils._pytree import tree_map_only
 
 import daam
 from daam.masks import as_valid, find_mask
+from daam.parallel import HeadParallel
 
 MIXTURES = tuple(name for name, one in ALGORITHMS.items() if one.record.unbiased)
 BY_GAUSSIANS = tuple(name for name, one in ALGORITHMS.items() if not one.features)
@@ -157,6 +162,11 @@ def gives(what, module, arguments, error, words, **options):
     return Row(f"{module('eager').__class__.__name__}: {what}", call, error, words)
 
 
+def calls(what, function, error, words, *args, compiled=None, **options):
+    """Return the row of a function that is called with arguments of the CPU."""
+    return Row(f"{function.__name__}: {what}", lambda *_: (function, args, options), error, words, compiled=compiled)
+
+
 def densities(backend):
     return daam.MultiHeadDAAM(4, 3, backend=backend)
 
@@ -209,7 +219,7 @@ class Frames(nn.Module):
 
 
 def masks(what, words, function, *args):
-    return Row(f"{function.__name__}: {what}", lambda *_: (function, args, {}), ValueError, words, compiled=None)
+    return calls(what, function, V, words, *args)
 
 
 TOKENS, HIDDEN = ones(2, 8), ones(2, 2, 3)
@@ -228,6 +238,154 @@ MASKS = [
     masks("valid behind", "mask has valid samples behind others, expected padding on the right", as_valid,
           ("mask", TOKENS * (torch.arange(8) > 3)), {}, Frames(), HIDDEN),
 ]  # fmt: skip
+
+
+# --- Blocks of layers -----------------------------------------------------------------------------
+def block(what, error, words, **change):
+    """Return the row of a block of two layers of two heads, of which something is changed."""
+
+    def call(_algorithm, backend, device):
+        given = {"mean_offsets": [ones(2, 3)] * 2, "c": [ones(2, 3)] * 2, "backend": backend, **change}
+        return daam.density_block, (), tree_map_only(Tensor, lambda t: t.to(device), {"x": ones(2, 8), **given})
+
+    return Row(f"density_block: {what}", call, error, words)
+
+
+def fusion_while_compiling(x):
+    layer = daam.DensityBlock([1], [2], [3], 1)
+    return torch.compile(lambda x: layer.fusion_for(x), backend="eager")(x)
+
+
+TWO_AND_FOUR = [ones(2, 3), ones(4, 3)]
+BLOCKS = [
+    block("x", T, "x is a list, expected a Tensor", x=[1.0]),
+    block("no c", V, "mean_offsets has 2 layers and c has 0, expected as many, 1 or more", c=[]),
+    block("c a tensor", T, "c is a Tensor, expected a list of tensors, one a layer", c=ones(2, 2, 3)),
+    block("mean_offsets an int", T, "mean_offsets is a int, expected a list of tensors", mean_offsets=3),
+    block("mean_offsets of str", T, "mean_offsets[0] is a str, expected a Tensor", mean_offsets=["a", "b"]),
+    block("another shape", V, "c[1] has shape (2, 4), expected (2, 3)", c=[ones(2, 3), ones(2, 4)]),
+    block("other heads", V, "c[1] has 4 heads, expected 2, as c[0] has", mean_offsets=TWO_AND_FOUR, c=TWO_AND_FOUR),
+    block("mask and padding_value", V, "are both given", mask=ones(2, 8, dtype=torch.bool), padding_value=0.0),
+    block("mask", V, "mask has shape (2, 7), expected x's shape", mask=ones(2, 7, dtype=torch.bool)),
+    block("mask a list", T, "mask is a list, expected a Tensor", mask=[1]),
+    block("recompute", T, "recompute is 0, expected True, False or None", recompute=0),
+    block("eps", V, "eps is -1.0, expected a finite number", eps=-1.0),
+    block("axis", V, "norm_axis is 2, expected -2 to 1", norm_axis=2),
+    block("backend", V, "backend is 'gpu', expected one of", backend="gpu"),
+    calls("fusion_for", fusion_while_compiling, RuntimeError, "fusion_for is called while compiling", ones(2, 8, 4)),
+]
+
+
+# --- What is spread over processes ----------------------------------------------------------------
+def density_of_pieces(x):
+    return daam.density_attention(x, ones(2, 4), ones(2, 4), group=SPREAD)
+
+
+def differentiate_twice(x):
+    return torch.autograd.grad(density_of_pieces(x).sum(), x, create_graph=True)
+
+
+def differentiate_by_batches(x):
+    y = density_of_pieces(x)
+    return torch.autograd.grad(y, x, torch.stack([torch.ones_like(y)] * 2), is_grads_batched=True)
+
+
+def differentiate_by_func(x):
+    return torch.func.grad(lambda t: density_of_pieces(t).sum())(x)
+
+
+def mesh(*shape):
+    """Return a mesh of this process alone."""
+    return init_device_mesh("cpu", shape, mesh_dim_names=tuple("ab"[: len(shape)]))
+
+
+def with_dtensors(x=False, c=False, **options):
+    """Call density attention, x or c of which is a DTensor."""
+    given = [(ones(2, 6, 4), x), (ones(1, 4), False), (ones(1, 4), c)]
+    given = [distribute_tensor(t, mesh(1), [Replicate()]) if spread else t for t, spread in given]
+    return daam.density_attention(*given, **options)
+
+
+def with_a_mesh(*shape):
+    return daam.density_attention(ones(2, 6, 4), ones(1, 4), ones(1, 4), group=mesh(*shape))
+
+
+def parallel(kind, *sizes, **given):
+    return parallelize_module(kind(*sizes), mesh(1), HeadParallel())(**given)
+
+
+SPREAD_OUT = [
+    calls("twice", differentiate_twice, RuntimeError, "a sharded axis is differentiated once",
+          ones(2, 6, 4, requires_grad=True)),
+    calls("batches", differentiate_by_batches, NotImplementedError, "taken one by one, not by is_grads_batched",
+          ones(2, 6, 4, requires_grad=True)),
+    calls("func", differentiate_by_func, NotImplementedError, "a sharded axis has no vmap", ones(2, 6, 4)),
+    calls("c alone", with_dtensors, T, "x is a plain Tensor and c a DTensor, expected both to be one", c=True),
+    calls("group", with_dtensors, V, "group is given beside a DTensor, expected None", x=True, group=SPREAD),
+    calls("mask", with_dtensors, V, "mask has shape (2, 5), expected x's shape", x=True, mask=ones(2, 5) > 0),
+    calls("two dimensions", with_a_mesh, V, "group is a DeviceMesh of 2 dimensions, expected one", 1, 1),
+    calls("no heads", parallel, T, "module is a Linear, expected a MultiHeadDAAM or a mixture with heads",
+          nn.Linear, 2, 2),
+    calls("x by name", parallel, T, "was called without x by position", daam.MultiHeadDAAM, 4, 2, x=ones(2, 6, 4)),
+]  # fmt: skip
+
+# --- Decoders, warmup, importance -----------------------------------------------------------------
+SIZES = {"num_layers": 24, "num_features": 32, "num_classes": 4}
+
+
+def decoder(what, words, **changes):
+    return built(what, words, daam.DATDecoder, **SIZES | changes)
+
+
+def decode(backend, **options):
+    return daam.DATDecoder(6, 16, 3, num_heads=2, conv_channels=2, **options, backend=backend)
+
+
+def warm(what, error, words, *args, layer=None, **options):
+    return calls(what, daam.warmup, error, words, layer or daam.MultiHeadDAAM(8, 4), *args, **options)
+
+
+def mean_of(*shapes):
+    """Return the mean of maps of shapes."""
+    found = daam.WeightMap()
+    for shape in shapes:
+        found.update(ones(*shape))
+    return found.mean()
+
+
+SHAPES = [(2, 8, 8)]
+OTHERS = [
+    decoder("heads", "num_heads is 5, expected a divisor of num_layers, 24", num_heads=5),
+    decoder("heads of mixture", "num_heads is 5, expected a divisor of num_layers", num_heads=5, attention="mixture"),
+    decoder("chunks of one", "expected 2 or more of the 24 layers for each", num_heads=24, attention="mixture"),
+    decoder("attention", "attention is 'daamv2', expected one of 'daam', 'mixture'", attention="daamv2"),
+    decoder("no classes", "num_classes is 0, expected 1 or more", num_classes=0),
+    decoder("query heads", "num_features is 30, expected a multiple of 8 for 'mha'", attention="mha", num_features=30),
+    gives("shape", decode, lambda: (ones(2, 5, 16),), V, "x has shape (2, 5, 16), expected (batch, 6, 16)"),
+    gives("a list", decode, lambda: ([1.0],), T, "x is a list, expected a Tensor"),
+    gives("sparse", decode, lambda: (ones(2, 6, 16).to_sparse(),), T, "x is a sparse_coo tensor, expected a dense one"),
+    gives("weights", lambda backend: decode(backend, attention="mha"), lambda: (ones(2, 6, 16),), V,
+          "return_weights: attention 'mha' has no densities", return_weights=True),
+    calls("sparse", daam.focal_loss, T, "scores is a sparse_coo tensor", ones(2, 3).to_sparse(), torch.zeros(2).long()),
+    warm("layer", T, "module_or_function is a str, expected a module or a function", SHAPES, layer="x"),
+    warm("shapes an int", T, "shapes is 5, expected a list of shapes", 5),
+    warm("shapes a shape", T, "shapes[0] is 2, expected the sizes of x, ints", (2, 8, 8)),
+    warm("shapes of bools", T, "shapes[1] is (2, True), expected", [*SHAPES, (2, True)]),
+    warm("no shapes", V, "shapes is empty, expected one or more", []),
+    warm("a negative size", V, "shapes[0] is (2, -8), expected no negative size", [(2, -8)]),
+    warm("dtypes a dtype", T, "dtypes is torch.bfloat16, expected a list of dtypes", SHAPES, torch.bfloat16),
+    warm("dtypes of str", T, "dtypes[0] is 'bf16', expected a torch.dtype", SHAPES, ["bf16"]),
+    warm("dtypes of ints", T, f"x of dtypes[0] has dtype torch.int8, {DTYPES}", SHAPES, [torch.int8]),
+    warm("no workers", V, "workers is 0, expected 1 or more", SHAPES, workers=0),
+    warm("workers a float", T, "workers is 1.0, expected an int or None", SHAPES, workers=1.0),
+    warm("meta", V, "device is meta, expected the device that calls will run on", SHAPES, device="meta"),
+    warm("no device", V, "device is None and no tensor tells it, expected", SHAPES, layer=daam.density_attention),
+    calls("rank", daam.layer_contribution, V, "weights has shape (3,), expected (layers, features)", ones(3)),
+    calls("empty", daam.importance_factor, V, "weights of shape (0, 3) are empty or not finite", ones(0, 3)),
+    calls("nan", daam.importance_factor, V, "are empty or not finite", torch.tensor([1.0, float("nan")])),
+    calls("maps", mean_of, V, "weights has maps of shape (2, 5), expected (3, 5)", (4, 3, 5), (4, 2, 5)),
+    calls("nothing", mean_of, V, "no weights were added, expected one batch or more"),
+]  # fmt: skip
 NO_TRITON = wrong("triton without a GPU", plain(backend="triton"), RuntimeError, 'backend "triton", requested by the '
                   "argument backend, cannot run: x is on cpu")  # fmt: skip
-ROWS = [*FUNCTIONS, *MODULES, *MASKS]
+ROWS = [*FUNCTIONS, *MODULES, *MASKS, *BLOCKS, *SPREAD_OUT, *OTHERS]
