@@ -31,6 +31,8 @@ def pytest_configure(config):
     cache = tempfile.TemporaryDirectory(prefix="daam-inductor-", ignore_cleanup_errors=True)
     config.add_cleanup(cache.cleanup)
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache.name
+    # Autograd counts GPUs once: later, where tensors pretend to be on one, it would start threads, and forbid to fork.
+    torch.ones(1, requires_grad=True).sum().backward()
     device = config.getoption("--device")
     if device != "cpu" and os.environ.get("TRITON_INTERPRET"):
         raise pytest.UsageError(f"--device {device}: unset TRITON_INTERPRET")
