@@ -61,12 +61,14 @@ def register_profiles():
 
 
 def mend_interpreter():
-    """Let tl.minimum and tl.maximum of Triton 3.6's interpreter drop NaN, as a GPU's and those of later Tritons do."""
+    """Give Triton 3.6's interpreter what later ones have: minima that drop NaN, as GPUs do, maxima too, and bf16."""
     import numpy as np
-    from triton.runtime.interpreter import InterpreterBuilder
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpreterBuilder as Builder
 
-    for name, function in (("create_minnumf", np.fmin), ("create_maxnumf", np.fmax)):
-        setattr(InterpreterBuilder, name, lambda self, a, b, function=function: self.binary_op(a, b, function))
+    Builder.create_minnumf = lambda self, a, b: self.binary_op(a, b, np.fmin)
+    Builder.create_maxnumf = lambda self, a, b: self.binary_op(a, b, np.fmax)
+    Builder.get_bf16 = lambda self, value: self.create_fp_trunc(self.get_fp32(value), tl.bfloat16)
 
 
 def hasten_interpreter():
