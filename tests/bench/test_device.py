@@ -182,7 +182,7 @@ def running(script):
 def test_a_process_that_dies_is_followed_by_another(cpu_session):
     """Check that it goes on after the case it died of, by a signal or a lost context, and that each is written once."""
     with running(DYING):
-        plan.run_part(cpu_session, plan.Part("correct", 0, 60, 60, 2))
+        plan.run_part(cpu_session, plan.Part("correct", 0, 300, 300, 2))
     rows = sorted((row["i"], row.get("ok")) for row in read(cpu_session.out) if "begun" not in row)
     assert rows == [(0, True), (1, True), (2, False), (3, True), (4, False), (5, True), (6, True)]
     errors = {row["case"]: row["error"] for row in read(cpu_session.out) if row.get("ok") is False}
@@ -241,7 +241,7 @@ def test_a_full_memory_is_no_wrong_result(cpu_session):
 def test_progress_that_cannot_be_read(text, cpu_session):
     script = f"import os, sys; open(sys.argv[1], 'w').write({text!r}); os.abort()"
     with mock.patch.object(plan, "command", lambda shard, part: [sys.executable, "-c", script, str(shard.progress)]):
-        plan.run_part(cpu_session, plan.Part("time", 0, 60, 60))
+        plan.run_part(cpu_session, plan.Part("time", 0, 300, 300))
     (row,) = read(cpu_session.out)
     assert row["case"] is None and "exit status -6" in row["error"]
 
@@ -279,7 +279,7 @@ def test_a_call_that_runs_nothing_is_not_well(cpu_session):
 
 def test_a_process_that_cannot_start_is_not_tried_again(cpu_session):
     with mock.patch.object(plan, "command", lambda shard, part: [sys.executable, "-c", "import nothing_of_that_name"]):
-        plan.run_part(cpu_session, plan.Part("correct", 0, 60, 60))
+        plan.run_part(cpu_session, plan.Part("correct", 0, 300, 300))
     (row,) = read(cpu_session.out)
     assert row["ok"] is False and "exit status 1" in row["error"]
     assert "nothing_of_that_name" in (cpu_session.out / "log.txt").read_text()
@@ -700,7 +700,7 @@ def test_the_projects_tests_go_on_after_one_that_a_process_dies_of(cpu_session):
     (cpu_session.out / "test_some.py").write_text(FATAL)
     tests = (f"--rootdir={cpu_session.out}", "-c", os.devnull, str(cpu_session.out))
     with mock.patch.multiple(plan, TESTS=tests, CHOSEN=""):
-        plan.run_part(cpu_session, plan.Part("tests", 0, 60, 60))
+        plan.run_part(cpu_session, plan.Part("tests", 0, 300, 300))
     rows = {row["case"].partition("::")[2]: row for row in read(cpu_session.out)}
     assert len(read(cpu_session.out)) == 6, read(cpu_session.out)
     assert [rows[f"test_{i}"]["ok"] for i in range(6)] == [True, False, True, False, True, False]
