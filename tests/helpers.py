@@ -108,7 +108,7 @@ class Case:
 LAYOUTS = ("contiguous", "transposed", "sliced", "channels_last")
 GRADS = ("contiguous", "transposed", "expanded", "sliced")
 SHARED = ("expanded", "windows", "diagonals")  # layouts in which elements share memory
-VIEWS = (*LAYOUTS, "offset", *SHARED)  # all that there are
+VIEWS = (*LAYOUTS, "offset", "apart", *SHARED)  # all that there are
 
 
 def strided(shape, layout, dtype, generator, device="cpu", offset=0.0) -> Tensor:
@@ -123,6 +123,8 @@ def strided(shape, layout, dtype, generator, device="cpu", offset=0.0) -> Tensor
         return base([2 * size + 1 for size in shape])[tuple(slice(1, 1 + 2 * size, 2) for size in shape)]
     if layout == "offset":  # no load of several elements is aligned
         return base([3 + math.prod(shape)])[3:].view(shape)
+    if layout == "apart":  # nor of the second outermost place
+        return base([shape[0], 1 + math.prod(shape[1:])])[:, :-1].unflatten(1, shape[1:])
     if layout in ("windows", "diagonals"):
         strides = [1] * len(shape)
         if layout == "windows":  # each begins in the middle of the one before

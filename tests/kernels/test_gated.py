@@ -105,6 +105,7 @@ CASES = [
     Case((2, 64, 96), mask=True, grads="transposed"),
     Case((3, 7, 50), "transposed", "contiguous"),
     Case((2, 5, 30), "sliced", "transposed", mask=True),
+    Case((3, 4, 16), "apart", "apart"),  # loads of two elements, but for what is from batch to batch
     Case((2, 1, 50), grads="sliced"),
     Case((2, 5, 1), "transposed", gaussians=1),
 ]

@@ -111,6 +111,7 @@ OTHERS = [
     Case((1, 2500), 1, mask=True),
     Case((1, 3071), 1, heads=3, layout="sliced", residual=True),
     Case((1025, 3), 0, heads=2, mask=True),  # all heads but the last have an empty strip
+    Case((2043, 3), 0, heads=4),  # which would begin behind their end
     Case((8, 40), 1, heads=3, layout="expanded"),  # strides 0 and 1, in units of 8 neither way
     Case((64, 13), 0, layout="expanded"),
     Case((2, 3, 2200), 2, grads="expanded"),
@@ -241,6 +242,7 @@ def test_the_padding_value_is_rounded_to_x(algorithm, device):
 STREAMED = [
     Case((2, 300, 9), 1, heads=2, mask=True, residual=True),
     Case((2, 300, 5), 1, params="features", grads="expanded", weights=False),
+    Case((2, 2200, 3), 1, heads=2, params="features", layout="transposed"),
     Case((1, 5000), 1, heads=2, params="one", layout="sliced", residual=True),
     Case((1, 2500), 1, params="features", mask=True),
     *(
@@ -495,6 +497,18 @@ def test_x_that_is_expanded(shape, dim, algorithm, device):
     expected, result = oracle(case, given), run(case, given, "triton")
     for name in expected:
         within(error(result[name], expected[name]), 1e-11, name)
+
+
+@pytest.mark.parametrize("shape", [(3, 9, 5), (3, 300, 5)], ids=str)
+@pytest.mark.parametrize("padded", [{"mask": True}, {"padding": 0.0}], ids=["mask", "padding"])
+def test_a_nan_beside_padding_leaves_equal_weights(shape, padded, device):
+    """Check that in the stabilised mixture what is padding has as much as the rest, as published."""
+    case = Case(shape, 1, algorithm="stable", **padded)
+    given = inputs(case, torch.float32, device=device)
+    given.x[1, 2] = float("nan")
+    found, expected = (run(case, given, backend)["weights"] for backend in ("triton", "eager"))
+    within(error(found, expected), 1e-6, "weights")
+    assert case.mask or (found[1] - 1 / shape[1]).abs().max() < 1e-6
 
 
 @algorithms
