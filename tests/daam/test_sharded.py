@@ -53,10 +53,19 @@ def test_pieces_of_three_processes(tmp_path):
     spread.run(3, tmp_path, check_all, "eager", CASES)
 
 
+def check_on_kernels(rank):
+    """Check pieces, and a Gaussian so narrow that it is 0 at every position, where weights are its ratios."""
+    check_all(rank, "triton", KERNEL_CASES)
+    case = Case((520, 1), 0, params=1, eps=0.0, algorithm="mixture")
+    given = inputs(case)
+    given.params = tuple(torch.full_like(p, value) for p, value in zip(given.params, (3.7, 0.002), strict=True))
+    spread.check(rank, case, (519, 1), "triton", bound=1e-8, given=given)
+
+
 @pytest.mark.kernel
 @pytest.mark.not_emulated("processes are forked")
 def test_pieces_on_kernels(tmp_path, device):
-    spread.run(2, tmp_path, check_all, "triton", KERNEL_CASES)
+    spread.run(2, tmp_path, check_on_kernels)
 
 
 @pytest.mark.slow
@@ -256,7 +265,7 @@ def check_compile(rank):
 
 
 def test_cuts_hold_every_position_once():
-    for sizes in ((7, 0, 17), (1, 1, 1), (0, 0, 5), (10, 2, 13), (24,)):
+    for sizes in ((7, 0, 17), (1, 1, 1), (0, 0, 5), (10, 2, 13), (10, 13), (24,)):
         for heads in range(1, min(sum(sizes), 6) + 1):
             cuts = [cut_heads(sizes, rank, heads) for rank in range(len(sizes))]
             for size, cut in zip(sizes, cuts, strict=True):
@@ -273,3 +282,8 @@ def test_cuts_hold_every_position_once():
                 head for cut in cuts for p in cut.parts if p.slot is None for head in range(p.head, p.head + p.heads)
             ]
             assert sorted([*whole, *shared]) == list(range(heads))
+            lengths = [sum(sizes) // heads] * (heads - 1) + [sum(sizes) - sum(sizes) // heads * (heads - 1)]
+            for part in (p for cut in cuts for p in cut.parts if p.slot is None):  # cut by an algorithm as the whole is
+                of_heads = [part.length // part.heads] * (part.heads - 1)
+                of_heads.append(part.length - sum(of_heads))
+                assert of_heads == lengths[part.head : part.head + part.heads]
