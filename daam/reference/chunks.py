@@ -184,6 +184,11 @@ class Chunks:
         return (g.t() if precedes else g).reshape(p.shape)
 
 
+def clip(t: Tensor, low: float, high: float) -> Tensor:
+    """Return a tensor clamped to limits, where its gradient is 1, as of torch.clamp before torch 2.15; since then 0."""
+    return torch.where(t < low, low, torch.where(t > high, high, t))
+
+
 def addend(eps: float, t: Tensor) -> float | Tensor:
     """Return a small number that is added to a tensor, as the exporter to ONNX leaves it: of one dimension there."""
     # its optimiser drops a scalar of up to 1e-8, as if it were 0

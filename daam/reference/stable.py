@@ -26,7 +26,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from daam.reference.chunks import Chunks, addend, can_branch, cut_into_parts, cut_into_slices
+from daam.reference.chunks import Chunks, addend, can_branch, clip, cut_into_parts, cut_into_slices
 from daam.reference.product import Product, add_error
 
 WIDTHS = (0.01, 10.0)  # what c is clamped to
@@ -53,7 +53,7 @@ def log_weights(
     inv_std = torch.rsqrt(chunks.var_eps(sum_squares, eps))
     log_w = torch.zeros_like(d)
     for offset, width in _gaussians(chunks, mean_offsets, c):
-        u = ((d - offset) * inv_std).clamp(-FARTHEST, FARTHEST)
+        u = clip((d - offset) * inv_std, -FARTHEST, FARTHEST)
         variance = width * width + addend(eps, width)
         log_w = log_w - u * u / (2 * variance) - (2 * math.pi * variance).log() / 2
     return _hide(chunks, log_w)
@@ -73,7 +73,7 @@ def gradient(
     for offset, width in _gaussians(chunks, mean_offsets, c):
         e, precision = d - offset, 1 / (width * width + eps)
         inside = ((e * inv_std).abs() <= FARTHEST).to(d.dtype)
-        u = (e * inv_std).clamp(-FARTHEST, FARTHEST)
+        u = clip(e * inv_std, -FARTHEST, FARTHEST)
         log_w = log_w - u * u * precision / 2
         sum_e, sum_q = sum_e + precision * e * inside, sum_q + precision * e * e * inside
         terms.append((precision * inv_var * e * inside, width * precision * precision * u * u))
@@ -161,7 +161,7 @@ def backward(
 
 def _gaussians(chunks: Chunks, mean_offsets: Tensor, c: Tensor) -> list[tuple[Tensor, Tensor]]:
     """Return (mean_offset, c') of every Gaussian, in the shape that broadcasts against the chunks."""
-    widths = c.to(chunks.dtype).clamp(*WIDTHS)
+    widths = clip(c.to(chunks.dtype), *WIDTHS)
     pairs = zip(mean_offsets.split(1, 1), widths.split(1, 1), strict=True)
     return [(chunks.param(offset), chunks.param(width)) for offset, width in pairs]
 

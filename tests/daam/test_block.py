@@ -286,7 +286,6 @@ def test_functorch(device):
     close(rows.sum(0), torch.autograd.grad(block(leaf[0]).sum(), leaf)[0], "batched gradients")
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # compiled autograd looks
 @pytest.mark.kernel
 def test_what_only_a_dispatcher_sees(device):
     """Check compiled autograd, a profile, a negated view and a zero tensor: kernels are not called past them."""

@@ -379,7 +379,7 @@ def test_compile_with_padding_values(dynamic):
 
 @pytest.mark.kernel
 @algorithms
-@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 def test_what_is_traced_computes(algorithm, device):
     """Check torch.jit.trace, which makes tensors of sizes: plans of launches cannot be made of those, so that it sees
     operators.
@@ -396,7 +396,7 @@ def test_what_is_traced_computes(algorithm, device):
 
 
 @algorithms
-@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 def test_what_is_traced_without_gradients_is_saved(algorithm, tmp_path):
     """Check that no autograd.Function is in a graph traced under no_grad, which torch.jit.save would refuse, nor a
     batch size.

@@ -168,7 +168,6 @@ def refuse_compiled(row, algorithm, backend, device, fullgraph):
 
 
 @pytest.mark.parametrize(("rows", "backend", "graphs"), SHARES)
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # Dynamo looks at it
 def test_errors_of_compiled_calls(rows, backend, graphs, device):
     """Check that under fullgraph, where Dynamo raises an error of its own, this has the type and the message of ours;
     and that without it the error is ours.
