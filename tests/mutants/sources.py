@@ -1,0 +1,106 @@
+"""Slips that somebody made who read the sources alone, not the tests and not the other slips."""
+
+KERNELS = "interpreted tests/kernels/test_kernels.py -k"
+STRIPS = f"{KERNELS} 'test_agrees_where_chunks_have_several_strips and"
+STRIPS_DENSITY, STRIPS_MIXTURE, STRIPS_STABLE = f"{STRIPS} density'", f"{STRIPS} mixture'", f"{STRIPS} stable'"
+MIXTURE = f"{KERNELS} 'test_agrees_with_float64 and mixture-2x201x9'"
+SHORTER = f"{KERNELS} 'test_agrees_with_float64 and mixture-2043x3'"
+BESIDE = f"{KERNELS} test_a_nan_beside_padding"
+STRIDES = f"{KERNELS} 'test_parameters_of_other_strides and gate'"
+ROUNDED = f"{KERNELS} test_the_padding_value_is_rounded"
+EXTREMES = "interpreted tests/daam/test_extremes.py -k"
+RIMS = f"{EXTREMES} 'test_eps_0 and density'"
+CLAMPED = f"{EXTREMES} test_a_mixture_far_from_its_chunk_under"
+FAR_BELOW = f"{EXTREMES} 'test_a_mixture_far_from_its_chunk_is_accurate'"
+LIMITS = f"{EXTREMES} at_a_limit"
+FLOOR = f"{EXTREMES} test_a_variance_below_the_floor"
+GATED = "interpreted tests/kernels/test_gated.py -k test_results_and_gradients"
+GATED_STRIPS = "interpreted tests/kernels/test_gated.py -k test_several_strips_of_several_rows"
+LAYERS = "interpreted tests/kernels/test_layers.py -k 'test_fused_layers_equal and stable'"
+WEIGHTS = "interpreted tests/kernels/test_layers.py -k test_gradients_of_weights"
+ALONE = "interpreted tests/hardening/test_memory.py -k 'test_kernels_touch_their_tensors_alone and (mixture or gate)'"
+BARRIER = "interpreted tests/kernels/test_whole.py -k test_a_barrier_follows"
+PIECES = "interpreted tests/daam/test_sharded.py"
+PLANS = "compiled tests/daam/test_block.py -k kept_plan"
+SAMPLES = "compiled tests/daam/test_vmap.py -k test_operators_run_once"
+CUTS = "compiled tests/daam/test_sharded.py -k test_cuts"
+NUMBERS = "compiled tests/daam/test_modules.py -k order_of_their_numbers"
+LEAN = "compiled tests/daam/test_reference.py -k 'test_lean_functions and density'"
+MASKS = "compiled tests/daam/test_modules.py -k test_gate_masks"
+
+MUTANTS = [
+    ("density-streamed-totals-reshaped", "kernels/density.py",
+     "totals = totals.transpose(1, 2)", "totals = totals.reshape(2, totals.shape[2], totals.shape[1])", STRIPS_DENSITY),
+    ("density-infinite-precision-outside", "kernels/density.py",
+     "inv_var = tl.where(columns_inside(tile.position, view), inv_var, 0.0)",
+     "inv_var = tl.where(centred.inv_count > 0, inv_var, 0.0)", RIMS),
+    ("mixture-c-gradient-without-v", "kernels/mixture.py",
+     "(kee - 2.0 * offset * ke + (offset * offset - v) * cr) / c / c / c - cl / c",
+     "(kee - 2.0 * offset * ke + offset * offset * cr) / c / c / c - cl / c", CLAMPED),
+    ("mixture-streamed-slope-biased", "kernels/mixture.py",
+     "slope = kee * inv_var * inverse_count_less_one(inv_count)", "slope = kee * inv_var * inv_count", MIXTURE),
+    ("strips-merged-without-rescale", "kernels/mixture_blocks.py",
+     "total = total * tl.exp2((min_s - before) * log2_factor) + more", "total = total + more", STRIPS_MIXTURE),
+    ("mixture-origin-clamped-on-one-side", "kernels/mixture_blocks.py",
+     "origin = tl.minimum(tl.maximum(gaussian.m, -limit), limit)", "origin = tl.minimum(gaussian.m, limit)", FAR_BELOW),
+    ("stable-widest-c-has-no-gradient", "kernels/stable.py",
+     "free = (c >= narrowest) & (c <= WIDEST)", "free = (c >= narrowest) & (c < WIDEST)", LIMITS),
+    ("stable-reach-without-offsets", "kernels/stable_blocks.py",
+     "clamps = ~((reach + tl.abs(mean_error) + product.most_offset < limit) & near)",
+     "clamps = ~((reach + tl.abs(mean_error) < limit) & near)", STRIPS_STABLE),
+    ("stable-streamed-nan-beside-padding", "kernels/stable_blocks.py",
+     "return tl.where((total == 0) | (log2_factor == 0), -inv_count, scale) if PADDED else scale",
+     "return tl.where(total == 0, -inv_count, scale) if PADDED else scale", BESIDE),
+    ("gate-sigma-by-strides-of-offsets", "kernels/gate.py",
+     "tl.load(log_sigmas.data + head * log_sigmas.strides[0] + place * log_sigmas.strides[1])",
+     "tl.load(log_sigmas.data + head * mean_offsets.strides[0] + place * mean_offsets.strides[1])", STRIDES),
+    ("gate-gradient-below-the-floor", "kernels/gate.py",
+     "return floored * inverse, tl.where(variance >= floor, inverse, 0.0)",
+     "return floored * inverse, tl.where(variance > 0, inverse, 0.0)", FLOOR),
+    ("gated-partials-of-batches-collide", "kernels/gated.py",
+     "row = program // (sizes.n_strips * sizes.n_groups) * sizes.n_strips + program % sizes.n_strips",
+     "row = program // (sizes.n_strips * sizes.n_groups) + program % sizes.n_strips", GATED_STRIPS),
+    ("gated-unit-without-stride-of-batch", "kernels/gated_tiles.py",
+     "steps = (strides[0], strides[other] if shape[other] > 1 else 0, shape[fastest])",
+     "steps = (strides[other] if shape[other] > 1 else 0, shape[fastest])", GATED),
+    ("layer-gradients-a-layer-too-near", "kernels/layers.py",
+     "(layer * N_SUMS + entries[None, :] * EACH) * distance",
+     "(layer * N + entries[None, :] * EACH) * distance", LAYERS),
+    ("layers-room-for-the-first-alone", "kernels/layers.py",
+     "n_sums = self.kernels.n_sums(max(q.shape[1] for q in qs))",
+     "n_sums = self.kernels.n_sums(qs[0].shape[1])", LAYERS),
+    ("stats-of-many-strips-without-their-means", "kernels/streamed.py",
+     "squares += squares_part + distance * distance * n_before * n_part * inverse_count(n)",
+     "squares += squares_part", STRIPS_DENSITY),
+    ("strip-that-a-shorter-head-lacks", "kernels/walk.py",
+     "strip_end = tl.maximum(strip_row, tl.minimum(strip_row + view.strip, length))",
+     "strip_end = tl.minimum(strip_row + view.strip, length)", SHORTER),
+    ("whole-barrier-after-merges-alone", "kernels/whole.py",
+     "tl.debug_barrier()", "if MERGES[i]:\n            tl.debug_barrier()", BARRIER),
+    ("streamed-remainder-never-ragged", "kernels/host.py",
+     "ragged = 0 if layout.chunk == layout.longest and layout.chunk % tile.length == 0 else tile.n_blocks",
+     "ragged = 0 if layout.chunk % tile.length == 0 else tile.n_blocks", ALONE),
+    ("padding-not-rounded-to-the-dtype", "kernels/operands.py",
+     'struct.pack("<d", torch.tensor(value, dtype=dtype).item())', 'struct.pack("<d", value)', ROUNDED),
+    ("sharded-absent-strips-are-likeliest", "kernels/sharded.py",
+     "least.masked_fill_(total == 0, FAR.value)  # of absent strips",
+     "total.masked_fill_(least == FAR.value, 0)  # of absent strips", PIECES),
+    ("block-plan-of-other-strides", "daam/block.py",
+     "key = (x.shape, x.stride(), x.dtype, x.device, *how,", "key = (x.shape, x.dtype, x.device, *how,", PLANS),
+    ("vmap-uneven-heads-joined-elsewhere", "daam/batching.py",
+     "return _join(outputs, axis + 1), _join(gradients, 1)",
+     "return _join(outputs, axis), _join(gradients, 1)", SAMPLES),
+    ("pieces-last-head-among-equal-ones", "daam/pieces.py",
+     "elif parts and parts[-1].slot is None and length * parts[-1].heads == parts[-1].length:",
+     "elif parts and parts[-1].slot is None:", CUTS),
+    ("checkpoint-heads-by-their-names", "daam/checkpoints.py",
+     ".reshape(features) for h in range(heads)]", ".reshape(features) for h in sorted(map(str, numbers))]", NUMBERS),
+    ("block-gradient-of-weights-ignored", "daam/block_ops.py",
+     'elif call.backend == "triton" and call.fused_backward and not given:',
+     'elif call.backend == "triton" and call.fused_backward:', WEIGHTS),
+    ("slices-along-the-features", "daam/reference/chunks.py",
+     "axes = [args[i] for i in (x_index + 4, *feature_axis)]", "axes = [args[x_index + 4]]", LEAN),
+    ("gate-projects-what-is-masked", "daam/modules.py",
+     "gate = self.gaa(self.to_attn(valid), mask, self.backend, **spread)",
+     "gate = self.gaa(self.to_attn(x), mask, self.backend, **spread)", MASKS),
+]  # fmt: skip
