@@ -9,6 +9,7 @@ import torch
 from helpers import close, error, recorded_launches, within
 from torch._dynamo import compiled_autograd
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
 
 import daam
 from bench import host
@@ -265,6 +266,16 @@ def test_compile_fullgraph(algorithm, backend, recompute, device):
             (y, *grads), (expected, *torch.autograd.grad(expected.square().sum(), leaves)), strict=True
         ):
             within(error(found, wanted), 1e-5, "compiled")
+
+
+@algorithms
+@pytest.mark.parametrize("recompute", [None, True])
+def test_forward_mode(recompute, algorithm):
+    block = build(algorithm, layers=2, recompute=recompute)
+    x = torch.randn(2, 8, dtype=torch.float64)
+    with forward_ad.dual_level():
+        tangent = forward_ad.unpack_dual(block(forward_ad.make_dual(x, torch.ones_like(x)))).tangent
+    close(tangent, (block(x + 1e-6) - block(x - 1e-6)) / 2e-6, "tangent", (1e-5, 1e-6))
 
 
 @pytest.mark.kernel

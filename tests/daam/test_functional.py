@@ -253,6 +253,21 @@ def test_the_padding_value_is_rounded_to_x(dtype):
     assert torch.equal(y[:, 0], x[:, 0]) and y.isfinite()[:, 1:].all()
 
 
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("mask", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_arithmetic_of_half_precision_parameters_is_fp32(dtype, mask, algorithm):
+    case = Case((3, 12, 5), 1, heads=2, mask=mask, algorithm=algorithm)
+    given, results = inputs(case, torch.float32), []
+    for convert in (torch.Tensor.clone, torch.Tensor.float):
+        leaves = [given.x.clone(), *(convert(p.to(dtype)) for p in given.params)]
+        leaves = [t.requires_grad_() for t in leaves]
+        found = attend(case, *leaves, given.mask)
+        results.append((*found, *torch.autograd.grad(found, leaves, [given.grad_y, given.grad_weights])))
+    for i, (half, full) in enumerate(zip(*results, strict=True)):
+        assert torch.equal(half, full.to(half.dtype)), i
+
+
 @pytest.mark.parametrize(("shape", "features"), [((0, 6, 4), 1), ((0, 6, 4), 4), ((2, 0, 6), 1), ((2, 6, 0), 0)])
 def test_empty(shape, features):
     x = torch.empty(shape, requires_grad=True)

@@ -100,6 +100,12 @@ def test_a_mask_is_found_wherever_it_stands():
     close(pooling(IDS, MASK, pooling_mask="all"), pooling(IDS), "all positions")
 
 
+def test_what_is_not_finite_where_nothing_is_valid_does_not_count():
+    encoder = Encoder()
+    encoder.embed.weight.data[0] = float("nan")  # of padding
+    close(daam.LayerPooling(encoder)(IDS, attention_mask=MASK), average_alone(encoder), "averages")
+
+
 def test_an_encoder_without_a_mask_is_pooled_with_one():
     encoder = MasklessEncoder()
     close(daam.LayerPooling(encoder)(input_ids=IDS, attention_mask=MASK), average_alone(encoder), "averages")

@@ -54,8 +54,10 @@ def test_pieces_of_three_processes(tmp_path):
 
 
 def check_on_kernels(rank):
-    """Check pieces, and a Gaussian so narrow that it is 0 at every position, where weights are its ratios."""
+    """Check pieces, a large mean, and a Gaussian so narrow that it is 0 everywhere, where weights are its ratios."""
     check_all(rank, "triton", KERNEL_CASES)
+    large = Case((40, 2), 0, offset=1e5, weights=False)
+    spread.check(rank, large, (25, 15), "triton", dtype=torch.float32, bound=1e-5)
     case = Case((520, 1), 0, params=1, eps=0.0, algorithm="mixture")
     given = inputs(case)
     given.params = tuple(torch.full_like(p, value) for p, value in zip(given.params, (3.7, 0.002), strict=True))

@@ -425,6 +425,17 @@ def test_frozen_inputs(shape, needs, algorithm, device):
 
 
 @algorithms
+@pytest.mark.parametrize("shape", [(2, 300, 5), (1, 4200)], ids=str)
+def test_parameters_alone_of_streamed_chunks(shape, algorithm, device):
+    case = Case(shape, 1, heads=2, params="features" if len(shape) == 2 else "one", weights=False, algorithm=algorithm)
+    given = inputs(case, device=device)
+    expected, leaves = oracle(case, given), [p.detach().requires_grad_() for p in given.params]
+    found = torch.autograd.grad(attend(case, given.x, *leaves, backend="triton"), leaves, given.grad_y)
+    for name, t in zip(case.gradients[1:], found, strict=True):
+        within(error(t, expected[name]), 1e-11, name)
+
+
+@algorithms
 def test_gradcheck(algorithm, device):
     """Compare gradients of the kernels themselves, and of their double backward, with numerical derivatives."""
     case = Case((2, 5, 2), 1, heads=1 if ALGORITHMS[algorithm].features else 2, residual=True, algorithm=algorithm)

@@ -25,6 +25,26 @@ CUTS = "compiled tests/daam/test_sharded.py -k test_cuts"
 NUMBERS = "compiled tests/daam/test_modules.py -k order_of_their_numbers"
 LEAN = "compiled tests/daam/test_reference.py -k 'test_lean_functions and density'"
 MASKS = "compiled tests/daam/test_modules.py -k test_gate_masks"
+INNER = f"{KERNELS} 'test_agrees_with_float64 and (density-2x13x328 or density-2x40x21 or density-13x3x21)'"
+LARGE_MEAN = f"{KERNELS} 'test_a_large_mean and mixture'"
+MASKED_GATE = f"{KERNELS} 'test_agrees_with_float64 and gate-3x75'"
+REMAINDER = f"{KERNELS} 'test_agrees_with_float64 and mixture-1025x3'"
+ALONE_PARAMS = f"{KERNELS} test_parameters_alone"
+GATE_EXTREMES = f"{EXTREMES} gate"
+MASKED_LAYERS = "interpreted tests/kernels/test_layers.py -k 'test_fused_layers_equal and 2x37x9'"
+DTYPES = "interpreted tests/daam/test_gated.py -k test_dtypes"
+BITS = "compiled tests/kernels/test_launch.py -k test_index_bits"
+GRID = "compiled tests/kernels/test_kept.py -k test_a_kept_launch_has_its_own_grid"
+EAGER_PIECES = "compiled tests/daam/test_sharded.py -k test_pieces_of_three"
+PLACEMENTS = "compiled tests/daam/test_dtensor.py"
+HALF = "compiled tests/daam/test_functional.py -k half_precision_parameters"
+ROUNDED_EAGER = "compiled tests/daam/test_functional.py -k test_the_padding_value_is_rounded"
+REFERENCE = "compiled tests/daam/test_reference.py"
+AUTHORS = "compiled tests/daam/test_stable.py"
+RECOMPUTED = "compiled tests/daam/test_block.py -k recomputing"
+FORWARD_MODE = "compiled tests/daam/test_block.py -k test_forward_mode"
+NEEDS = "compiled tests/laws/test_properties.py -k test_eager"
+POOLING = "compiled tests/daam/test_pooling.py -k test_what_is_not_finite"
 
 MUTANTS = [
     ("density-streamed-totals-reshaped", "kernels/density.py",
@@ -97,4 +117,63 @@ MUTANTS = [
     ("gate-projects-what-is-masked", "daam/modules.py",
      "gate = self.gaa(self.to_attn(valid), mask, self.backend, **spread)",
      "gate = self.gaa(self.to_attn(x), mask, self.backend, **spread)", MASKS),
+    ("inner-totals-past-the-features", "kernels/params.py",
+     "inside = columns_inside(position, view)", "inside = tl.full([1, PLAN.BLOCK_C], True, tl.int1)", INNER),
+    ("layers-lose-what-is-masked", "kernels/layers.py",
+     "raw, x = load_blocks(inputs.x, inputs.mask, tile, view, RESIDUAL, PLAN)",
+     "raw, x = load_blocks(inputs.x, inputs.mask, tile, view, False, PLAN)", MASKED_LAYERS),
+    ("split-mean-loses-its-rest", "kernels/streamed.py",
+     "return rounded, (mean - rounded).to(ACC)", "return rounded, mean.to(ACC) - rounded", LARGE_MEAN),
+    ("gradient-of-masked-weights", "kernels/tile.py",
+     "load_blocks(inputs.grad_weights, inputs.mask, tile, view, False, PLAN)",
+     "load_blocks(inputs.grad_weights, None, tile, view, False, PLAN)", MASKED_GATE),
+    ("tile-offsets-without-columns", "kernels/tiles.py",
+     "max((tile.length - 1) * along + (tile.columns - 1) * across for along, across in strides)",
+     "max((tile.length - 1) * along for along, _across in strides)", BITS),
+    ("kept-launch-of-another-grid", "kernels/launch.py",
+     "key = (kernel.fn, grid, device, knobs.runtime.debug,", "key = (kernel.fn, device, knobs.runtime.debug,", GRID),
+    ("strips-without-the-remainder", "kernels/host.py",
+     "strip and -(-layout.longest // (strip * tile.length)), strip, layout.chunk,",
+     "strip and -(-layout.chunk // (strip * tile.length)), strip, layout.chunk,", REMAINDER),
+    ("streamed-totals-with-dx-alone", "kernels/passes.py",
+     "if dx is not None or row_partials is not None:", "if dx is not None:", ALONE_PARAMS),
+    ("merged-mean-error-of-other-sign", "kernels/merges.py",
+     "for t in (rounded, whole - rounded, squares, count)])",
+     "for t in (rounded, rounded - whole, squares, count)])", PIECES),
+    ("moved-tile-keeps-its-channel-masks", "kernels/gated_blocks.py",
+     "return Tile(place, mask_channels(place, sizes, PLAN), tile.time_masks, tile.valid)",
+     "return Tile(place, tile.channel_masks, tile.time_masks, tile.valid)", GATED),
+    ("gate-width-without-its-floor", "kernels/gate.py",
+     "tl.rsqrt(std * gaussians.sigma[k] + MIN_WIDTH)", "tl.rsqrt(std * gaussians.sigma[k])", GATE_EXTREMES),
+    ("sharded-mixture-counts-padding-as-it-is", "kernels/algorithms.py",
+     "    zeroes_padding=True,\n", "", EAGER_PIECES),
+    ("reference-softplus-in-the-parameters-dtype", "daam/reference/gate.py",
+     "sigmas = softplus(log_sigma.to(chunks.dtype)) + SIGMA_FLOOR",
+     "sigmas = softplus(log_sigma).to(chunks.dtype) + SIGMA_FLOOR", HALF),
+    ("closed-form-has-statistics-of-padding", "daam/reference/mixture.py",
+     "        common = common.masked_fill(chunks.padded, 0)\n", "", REFERENCE),
+    ("lowest-position-by-the-first-offset", "daam/reference/stable.py",
+     "& (low - last >= -self.limit)", "& (low - first >= -self.limit)", AUTHORS),
+    ("layers-before-the-last-without-gradient", "daam/reference/layers.py",
+     "needed = need_x or layer > 0", "needed = need_x", RECOMPUTED),
+    ("sharded-masked-piece-counts-one", "daam/reference/sharded.py",
+     "torch.zeros_like(mean) + (chunks.count - chunks.empty)", "torch.zeros_like(mean) + chunks.count", EAGER_PIECES),
+    ("padding-compared-after-conversion", "daam/reference/chunks.py",
+     "None if padding is None else self.split(x == padding)",
+     "None if padding is None else self.raw == padding", ROUNDED_EAGER),
+    ("gradient-of-the-widths-alone", "daam/ops.py",
+     "(x.requires_grad or p.requires_grad or q.requires_grad)", "(x.requires_grad or p.requires_grad)", NEEDS),
+    ("gate-rounds-fp64-under-autocast", "daam/gated.py",
+     "if t.dtype == torch.float64 or not has_autocast(device):", "if not has_autocast(device):", DTYPES),
+    ("sharded-parameters-by-place-in-the-piece", "daam/sharded.py",
+     "return [_narrow(t, 1, part.offset, part.length) for t in params]",
+     "return [_narrow(t, 1, part.start, part.length) for t in params]", EAGER_PIECES),
+    ("dtensor-gradients-of-replicas-added", "daam/dtensors.py",
+     "Partial() if one == Replicate() and of_x != Replicate() else one for one, of_x in pairs]",
+     "Partial() if one == Replicate() else one for one, _of_x in pairs]", PLACEMENTS),
+    ("averages-multiply-by-the-mask", "daam/pooling.py",
+     "return torch.where(valid.unsqueeze(-1), hidden, 0).sum(1) / count.unsqueeze(-1), count",
+     "return (hidden * valid.unsqueeze(-1)).sum(1) / count.unsqueeze(-1), count", POOLING),
+    ("layers-together-in-forward-mode", "daam/ways.py",
+     "if _transformed() or _forward_mode():", "if _transformed():", FORWARD_MODE),
 ]  # fmt: skip
