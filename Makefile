@@ -23,6 +23,7 @@ test: lint
 
 COMPILED := not kernel and not emulated and not audit and not long and not slow and not gpu
 INTERPRETED := kernel and not long and not slow
+EMULATED := emulated and not slow
 
 test-daam: $(INSTALLED)
 	$(BIN)/python -m pytest -q tests/daam -m "$(COMPILED)"
@@ -39,7 +40,7 @@ margins: $(INSTALLED)
 
 # Kernels as they are compiled for sm_90, emulated: a few small cases of every one, and wrong ones; needs gcc.
 test-emulated-sample: $(INSTALLED)
-	$(BIN)/python -m pytest -q -m emulated --device emulated
+	$(BIN)/python -m pytest -q -m "$(EMULATED)" --device emulated
 
 # The interpreter's cases, all of them, on both cores: most of an hour, since Triton compiles a thousand kernels.
 test-emulated:
@@ -109,6 +110,7 @@ matrix:
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -q -m "audit or slow"
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -m slow
+	$(BIN)/python -m pytest -q -m "emulated and slow" --device emulated
 
 # All that needs a GPU, in twelve minutes of one (11.8 expected, 13.0 at most, machine starts included), with whatever
 # torch and Triton PYTHON has; what it finds goes into OUT as it is found. `$(PYTHON) -m bench.device first` and `second`

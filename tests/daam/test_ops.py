@@ -99,27 +99,24 @@ def agree(compiled, batch, algorithm, backend, device):
         within(error(result, wanted), 1e-5, name)
 
 
+CALLS = [
+    ("aot_eager", "eager"),
+    pytest.param("aot_eager", "triton", marks=pytest.mark.kernel),
+    pytest.param("inductor", "eager", marks=pytest.mark.slow),
+    pytest.param("inductor", "triton", marks=[pytest.mark.kernel, not_interpreted]),
+]
+
+
 @algorithms
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("compiler", COMPILERS)
-def test_compile_fullgraph(backend, compiler, algorithm, device):
+@pytest.mark.parametrize(("compiler", "backend"), CALLS)
+def test_compile_fullgraph(compiler, backend, algorithm, device):
     """Check forward and backward in one graph, with mask and differentiable weights."""
-    if (compiler, backend) == ("inductor", "eager") and algorithm != "density":
-        pytest.skip("a quarter of a minute, for what the other combinations show")
     compiled = torch.compile(with_everything(algorithm, backend), fullgraph=True, backend=compiler)
     agree(compiled, 2, algorithm, backend, device)
 
 
 @algorithms
-@pytest.mark.parametrize(
-    ("compiler", "backend"),
-    [
-        ("aot_eager", "eager"),
-        pytest.param("aot_eager", "triton", marks=pytest.mark.kernel),
-        pytest.param("inductor", "eager", marks=pytest.mark.slow),
-        pytest.param("inductor", "triton", marks=[pytest.mark.kernel, not_interpreted]),
-    ],
-)
+@pytest.mark.parametrize(("compiler", "backend"), CALLS)
 def test_dynamic_shapes_do_not_recompile(compiler, backend, algorithm, device):
     if algorithm != "density" and (compiler == "inductor" or backend == "eager"):
         pytest.skip("half a minute each, for what the other combinations show")

@@ -151,7 +151,10 @@ def test_a_constant_chunk_of_many_strips():
 
 
 @pytest.mark.emulated
-@algorithms
+@pytest.mark.parametrize(
+    "algorithm",
+    [name if name in ("density", "stable") else pytest.param(name, marks=pytest.mark.slow) for name in ALGORITHMS],
+)
 def test_one_program_takes_all_steps_to_the_bit(algorithm, emulated):
     """Check rows whose steps are one launch, of whole tiles and a short one: compiled together they are rounded as they
     are apart.
