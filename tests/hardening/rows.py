@@ -152,14 +152,14 @@ def built(what, words, kind, *args, error=ValueError, **options):
     return Row(f"{kind.__name__}: {what}", lambda *_: (kind, args, options), error, words, compiled=None)
 
 
-def gives(what, module, arguments, error, words, **options):
+def gives(what, module, arguments, error, words, compiled="", **options):
     """Return the row of a module's call. module: makes it on a backend; arguments: makes what it is called with."""
 
     def call(_algorithm, backend, device):
         made = module(backend).to(device)
         return made, tuple(t.to(device) if isinstance(t, Tensor) else t for t in arguments()), options
 
-    return Row(f"{module('eager').__class__.__name__}: {what}", call, error, words)
+    return Row(f"{module('eager').__class__.__name__}: {what}", call, error, words, compiled=compiled)
 
 
 def calls(what, function, error, words, *args, compiled=None, **options):
@@ -363,7 +363,8 @@ OTHERS = [
     decoder("query heads", "num_features is 30, expected a multiple of 8 for 'mha'", attention="mha", num_features=30),
     gives("shape", decode, lambda: (ones(2, 5, 16),), V, "x has shape (2, 5, 16), expected (batch, 6, 16)"),
     gives("a list", decode, lambda: ([1.0],), T, "x is a list, expected a Tensor"),
-    gives("sparse", decode, lambda: (ones(2, 6, 16).to_sparse(),), T, "x is a sparse_coo tensor, expected a dense one"),
+    gives("sparse", decode, lambda: (ones(2, 6, 16).to_sparse(),), T, "x is a sparse_coo tensor, expected a dense one",
+          compiled="does not support sparse"),
     gives("weights", lambda backend: decode(backend, attention="mha"), lambda: (ones(2, 6, 16),), V,
           "return_weights: attention 'mha' has no densities", return_weights=True),
     calls("sparse", daam.focal_loss, T, "scores is a sparse_coo tensor", ones(2, 3).to_sparse(), torch.zeros(2).long()),
