@@ -291,10 +291,12 @@ def test_kernels_of_any_shape_are_few(steps, most, algorithm):
     "name", ["density", *(pytest.param(n, marks=pytest.mark.long) for n in MODULES if n != "density")]
 )
 def test_compiled_modules_recompile_once(name):
-    """Check that torch.compile, left to find out which sizes change, compiles twice, and for no third batch again."""
+    """Check that torch.compile, left to find out which sizes change, compiles twice, and for no third batch again; but
+    for one of 16 or more, where it takes torch's own convolutions otherwise.
+    """
     torch._dynamo.reset()
     counter = CompileCounter()
     compiled = torch.compile(MODULES[name](backend="eager"), backend=counter, fullgraph=True)
     for batch in (3, 5, 7, 8, 11, 13, 17):
         both_passes(compiled, draw(0, batch))
-    assert counter.frame_count == 2
+    assert counter.frame_count == (3 if name in ("gate", "decoder") else 2)
