@@ -1,9 +1,11 @@
 """The documents: what they tell a reader to run does run, what they link to is there, and they stay short."""
 
+import json
 import re
 import warnings
 from pathlib import Path
 
+import matrix
 import mutation
 import pytest
 import torch
@@ -96,7 +98,11 @@ def test_it_is_short(document, most):
 
 
 def test_slips_are_counted():
-    assert f"Of {len(mutation.load_all())} plausible slips" in README.read_text()
+    assert f"each of {len(mutation.load_all())} plausible slips" in README.read_text()
+
+
+def test_versions_are_those_of_the_last_run():
+    assert matrix.write_table(json.loads(matrix.KEPT.read_text())) in README.read_text()
 
 
 def test_faults_are_found(tmp_path):
