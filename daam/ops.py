@@ -63,8 +63,9 @@ def _transformed() -> bool:
 
 
 def _batched(*gradients: Tensor | None) -> bool:
-    """Tell whether there are many gradients in one, of is_grads_batched: no operator with lists takes them."""
-    return any(type(t) is Tensor and not torch._C._has_storage(t) for t in gradients)
+    """Tell whether there are many gradients in one, of is_grads_batched."""
+    plain = [t for t in gradients if type(t) is Tensor and t.layout is torch.strided]
+    return not all(map(torch._C._has_storage, plain))
 
 
 def _forward_mode() -> bool:

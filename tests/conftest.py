@@ -66,6 +66,8 @@ def mend_interpreter():
     import triton.language as tl
     from triton.runtime.interpreter import InterpreterBuilder as Builder
 
+    if hasattr(Builder, "get_bf16"):
+        return
     Builder.create_minnumf = lambda self, a, b: self.binary_op(a, b, np.fmin)
     Builder.create_maxnumf = lambda self, a, b: self.binary_op(a, b, np.fmax)
     Builder.get_bf16 = lambda self, value: self.create_fp_trunc(self.get_fp32(value), tl.bfloat16)

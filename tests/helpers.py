@@ -123,7 +123,7 @@ def strided(shape, layout, dtype, generator, device="cpu", offset=0.0) -> Tensor
         return base([2 * size + 1 for size in shape])[tuple(slice(1, 1 + 2 * size, 2) for size in shape)]
     if layout == "offset":  # no load of several elements is aligned
         return base([3 + math.prod(shape)])[3:].view(shape)
-    if layout == "apart":  # nor of the second outermost place
+    if layout == "apart":  # an element more from one outer place to the next: nor is one behind the first
         return base([shape[0], 1 + math.prod(shape[1:])])[:, :-1].unflatten(1, shape[1:])
     if layout in ("windows", "diagonals"):
         strides = [1] * len(shape)

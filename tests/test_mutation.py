@@ -17,8 +17,10 @@ LOOKS = sorted({mutant.look for mutant in ALL})
 
 def test_every_mutant_is_one_change_of_a_file():
     assert not [name for name, count in Counter(mutant.name for mutant in ALL).items() if count > 1]
+    made = {}
     for mutant in ALL:
-        assert mutation.mutate((ROOT / mutant.file).read_text(), mutant)
+        text = mutation.mutate((ROOT / mutant.file).read_text(), mutant)
+        assert made.setdefault((mutant.file, text), mutant.name) == mutant.name, "two names of one slip"
 
 
 def test_mutants_are_of_all_algorithms_and_regimes():

@@ -185,7 +185,7 @@ class Chunks:
 
 
 def clip(t: Tensor, low: float, high: float) -> Tensor:
-    """Return a tensor clamped to limits, where its gradient is 1, as of torch.clamp before torch 2.15; since then 0."""
+    """Return a tensor clamped to limits; at them its gradient is 1, while that of torch.clamp is 0 since torch 2.15."""
     return torch.where(t < low, low, torch.where(t > high, high, t))
 
 

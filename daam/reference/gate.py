@@ -12,12 +12,14 @@ sigma_k = softplus(log_sigma_k) + 1e-3, width_k = std·sigma_k + 1e-8 and z_k = 
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
 from daam.kernels.algorithms import SIGMA_FLOOR, VARIANCE_FLOOR, WIDTH_FLOOR
-from daam.reference.chunks import LOG2_E, Chunks, addend, cut_into_parts, cut_into_slices
+from daam.reference.chunks import LOG2_E, Chunks, addend, clip, cut_into_parts, cut_into_slices
 
 MOST_STACKED = 16  # Gaussians of a tiny x that are computed at once
 DENSITY_AT_0 = 0.3989422804014327  # 1/sqrt(2π)
@@ -35,7 +37,7 @@ def formula(
 
 def weigh(chunks: Chunks, d: Tensor, sum_squares: Tensor, mean_offsets: Tensor, log_sigma: Tensor) -> Tensor:
     """Return the weights, cut into heads, of x - mean and Σ (x - mean)²."""
-    std = (sum_squares / chunks.count).clamp(min=VARIANCE_FLOOR).sqrt()
+    std = clip(sum_squares / chunks.count, VARIANCE_FLOOR, math.inf).sqrt()
     weights = 0
     for offset, sigma in _gaussians(chunks, mean_offsets, log_sigma):
         z = (d - offset) / (std * sigma + addend(WIDTH_FLOOR, std))
@@ -52,7 +54,7 @@ def gradient(
     chunks = Chunks(x, log_sigma.shape[0], mask, axis)
     d, sum_squares = chunks.centred()
     variance = sum_squares / chunks.count
-    std = variance.clamp(min=VARIANCE_FLOOR).sqrt()
+    std = clip(variance, VARIANCE_FLOOR, math.inf).sqrt()
     g, h, raw = chunks.gradients(grad_y, grad_weights)
     weights, mixture_q, mixture_qzs, d_offsets, d_sigmas = 0, 0, 0, [], []
     for offset, sigma in _gaussians(chunks, mean_offsets, log_sigma):

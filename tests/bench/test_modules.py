@@ -58,6 +58,7 @@ def test_what_is_timed_is_right(workload):
         name: providers.Candidate(call, task.leaves, task.grad_y, task.expected, name) for name, call in calls.items()
     }
     for name, candidate in candidates.items():
+        # the published code adds up what ours does not: 1.2e-5 under torch 2.11
         within(core.error(candidate), 1e-4 if name == "published" else 1e-5, name)
     changed = [1.01 * one for one in task.expected]
     for i in range(len(changed)):

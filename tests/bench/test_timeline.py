@@ -228,8 +228,8 @@ def test_kernel_with_a_loop():
 
 
 def test_more_warps_meet_at_barriers():
-    """Check that a sum over four warps takes the barriers that a sum in one warp does not, which other code of theirs
-    hides no more than half of.
+    """Check that a sum over four warps takes the barriers that a sum in one warp does not: other instructions
+    may fill half of each one's 29 cycles, as they do with Triton 3.6.
     """
     alone, together = (compiled(add_where_positive, num_warps=num_warps) for num_warps in (1, 4))
     barriers = [sum(step.operation == "BAR" for step in code) for code in (alone, together)]

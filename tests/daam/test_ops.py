@@ -115,6 +115,13 @@ def test_compile_fullgraph(compiler, backend, algorithm, device):
     agree(compiled, 2, algorithm, backend, device)
 
 
+@not_interpreted
+def test_inductor_compiles_the_formula(device):
+    """Check one algorithm: a quarter of a minute each, the others are slow tests."""
+    compiled = torch.compile(with_everything("density", "eager"), fullgraph=True)
+    agree(compiled, 2, "density", "eager", device)
+
+
 @algorithms
 @pytest.mark.parametrize(("compiler", "backend"), CALLS)
 def test_dynamic_shapes_do_not_recompile(compiler, backend, algorithm, device):

@@ -389,4 +389,5 @@ OTHERS = [
 ]  # fmt: skip
 NO_TRITON = wrong("triton without a GPU", plain(backend="triton"), RuntimeError, 'backend "triton", requested by the '
                   "argument backend, cannot run: x is on cpu")  # fmt: skip
-ROWS = [*FUNCTIONS, *MODULES, *MASKS, *BLOCKS, *SPREAD_OUT, *OTHERS]
+ON_BACKENDS = [*FUNCTIONS, *MODULES, *BLOCKS, *OTHERS]  # what takes a backend, and what comes before it matters
+ROWS = [*ON_BACKENDS, *MASKS, *SPREAD_OUT]

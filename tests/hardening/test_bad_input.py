@@ -1,6 +1,7 @@
 """Bad input, by the table of `rows.py`.
 
-Each row is called on both backends and compiled, and leaves its arguments and this package as they were. A `raise` of
+Each row is called on the eager backend, those of ON_BACKENDS on Triton's too, and what can be compiled is; each leaves
+its arguments and this package as they were. A `raise` of
 SOURCES that no row meets fails a test.
 """
 
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hardening.rows import FUNCTIONS, MODULES, NO_TRITON, ROWS, arguments
+from hardening.rows import NO_TRITON, ON_BACKENDS, ROWS, arguments
 from helpers import ALGORITHMS
 from torch import Tensor, nn
 
@@ -122,7 +123,7 @@ def test_errors(row):
 def test_errors_of_kernels(algorithm, each, device):
     """Check the Triton backend, with a right call after all wrong ones; each: after each of them."""
     before = right(algorithm, "triton", device)
-    for row in (row for row in (*FUNCTIONS, *MODULES) if algorithm in row.algorithms):
+    for row in (row for row in ON_BACKENDS if algorithm in row.algorithms):
         refuse(row, algorithm, "triton", device)
         assert not each or right(algorithm, "triton", device) == before, str(row)
     assert right(algorithm, "triton", device) == before
@@ -177,24 +178,22 @@ def test_errors_of_compiled_calls(rows, backend, graphs, device):
             refuse_compiled(row, algorithm, backend, device, fullgraph)
 
 
-def raises(path: Path) -> dict[tuple[str, int], tuple[str, int, str]]:
-    """Return what a file raises, by its name and each line of the statement: name, first line, text of the message."""
+def raises(path: Path) -> dict[tuple[Path, int], tuple[str, int, str]]:
+    """Return what a file raises, by its path and each line of the statement: name, first line, text of the message."""
     found = {}
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Raise) and node.exc is not None:
             text = "".join(c.value for c in ast.walk(node.exc) if isinstance(c, ast.Constant) and type(c.value) is str)
-            found |= {
-                (path.name, line): (path.name, node.lineno, text) for line in range(node.lineno, node.end_lineno + 1)
-            }
+            found |= {(path, line): (path.name, node.lineno, text) for line in range(node.lineno, node.end_lineno + 1)}
     return found
 
 
-def origin(error: Exception) -> tuple[str, int]:
-    """Return the name of the file and the line that an error was raised at."""
+def origin(error: Exception) -> tuple[Path, int]:
+    """Return the file and the line that an error was raised at."""
     last = error.__traceback__
     while last.tb_next is not None:
         last = last.tb_next
-    return Path(last.tb_frame.f_code.co_filename).name, last.tb_lineno
+    return Path(last.tb_frame.f_code.co_filename), last.tb_lineno
 
 
 @pytest.mark.skipif(interpreting(), reason="one row is of Triton without a GPU")

@@ -141,7 +141,11 @@ def test_kernels_are_as_exact_as_eager(examine, algorithm, device):
         agree_as_eager(call, dtype, device)
 
     k = list(ALGORITHMS).index(algorithm) % len(DTYPES)  # the first example's
-    examine(prove, calls("triton", tuple(REGIMES), algorithms=[algorithm]), st.sampled_from(DTYPES[k:] + DTYPES[:k]))
+    # not of two positions, which whatever x are as far from their mean: gradients are what rounding leaves (stable
+    # mixture, (4, 2), fp16: up to 2.5e-5 of the largest where eager has 3.4e-6)
+    lengths = [n for n in LENGTHS if n > 2]
+    drawn = calls("triton", tuple(REGIMES), algorithms=[algorithm], lengths=lengths)
+    examine(prove, drawn, st.sampled_from(DTYPES[k:] + DTYPES[:k]))
 
 
 # --- What fuses several steps -------------------------------------------------------------------------
