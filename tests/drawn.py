@@ -10,7 +10,7 @@ from unittest import mock
 
 import pytest
 import torch
-from helpers import ALGORITHMS, VIEWS, Case, Inputs, run, within
+from helpers import ALGORITHMS, VIEWS, Case, Inputs, find_scales, run, within
 
 pytest.importorskip("hypothesis")  # a GPU's machine may have none
 
@@ -196,14 +196,13 @@ def find_limit(case: Case) -> float:
 
 
 def agree(case: Case, found: dict, expected: dict, names=None) -> None:
-    """Check that results differ by rounding alone: relative to the largest, gradients of parameters also to dx."""
-    scale = expected["dx"].abs().max().item() if "dx" in expected else 0.0
+    """Check that results differ by rounding alone."""
+    scales = find_scales(expected)
     for name in names or expected:
         result, wanted = found[name].double(), expected[name].double()
         assert result.shape == wanted.shape, name
         if wanted.numel():
-            largest = max(wanted.abs().max().item(), scale if name.startswith("d_") else 0.0) or 1.0
-            within((result - wanted).abs().max().item() / largest, find_limit(case), name)
+            within((result - wanted).abs().max().item() / scales[name], find_limit(case), name)
 
 
 def same_bits(found: dict, expected: dict, names=LIKE_X) -> None:

@@ -305,6 +305,15 @@ def close(result: Tensor, expected: Tensor, name: str, tolerances: tuple[float, 
 SEEDS = 8
 
 
+def find_scales(expected: dict[str, Tensor]) -> dict[str, float]:
+    """Return what errors of results are relative to, by name: their largest expected value. A gradient of a parameter
+    is a sum over all places of what is as large as dx, and may be what rounding leaves of 0.
+    """
+    scales = {name: t.abs().max().item() if t.numel() else 0.0 for name, t in expected.items()}
+    dx = scales.get("dx", 0.0)
+    return {name: (max(n, dx) if name.startswith("d_") else n) or 1.0 for name, n in scales.items()}
+
+
 def worst_errors(case: Case, dtype: torch.dtype, device: torch.device) -> dict[str, tuple[float, float]]:
     """Return the worst errors of SEEDS draws, by name: of the kernels, and of the eager backend. NaN wins.
 

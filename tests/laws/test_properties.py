@@ -19,7 +19,20 @@ from drawn import (
     regime,
     sized,
 )
-from helpers import ALGORITHMS, SHARED, VIEWS, attend, bound, inputs, oracle, recorded_launches, run, strided, within
+from helpers import (
+    ALGORITHMS,
+    SHARED,
+    VIEWS,
+    attend,
+    bound,
+    find_scales,
+    inputs,
+    oracle,
+    recorded_launches,
+    run,
+    strided,
+    within,
+)
 from hypothesis import strategies as st
 
 import daam
@@ -47,14 +60,6 @@ def draw_inputs(call: Call, dtype: torch.dtype, seed: int, device):
     if call.upstream == "weights":
         given.grad_y = None
     return given
-
-
-def find_scales(expected: dict) -> dict[str, float]:
-    """Return what errors of results are relative to, by name: their largest expected value. A gradient of a parameter
-    is a sum over all places of what is as large as dx, and may be what rounding leaves of 0.
-    """
-    scales = {name: t.abs().max().item() for name, t in expected.items()}
-    return {name: (max(n, scales["dx"]) if name.startswith("d_") else n) or 1.0 for name, n in scales.items()}
 
 
 def difference(result: torch.Tensor, expected: torch.Tensor) -> float:
