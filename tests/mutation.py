@@ -98,9 +98,7 @@ def applied(mutant: Mutant, folder: Path) -> Iterator[None]:
 @functools.cache
 def options_of_modes() -> dict[str, list[str]]:
     """Return pytest's options of each mode, with the markers that Makefile has."""
-    markers = dict(
-        re.findall(r"^(COMPILED|INTERPRETED|EMULATED) := (.+)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
-    )
+    markers = dict(re.findall(r"^(\w+) := (.+)$", (ROOT / "Makefile").read_text(), re.MULTILINE))
     return {
         "compiled": ["-m", markers["COMPILED"]],
         "interpreted": ["-m", markers["INTERPRETED"]],

@@ -260,8 +260,7 @@ def test_arithmetic_of_half_precision_parameters_is_fp32(dtype, mask, algorithm)
     case = Case((3, 12, 5), 1, heads=2, mask=mask, algorithm=algorithm)
     given, results = inputs(case, torch.float32), []
     for convert in (torch.Tensor.clone, torch.Tensor.float):
-        leaves = [given.x.clone(), *(convert(p.to(dtype)) for p in given.params)]
-        leaves = [t.requires_grad_() for t in leaves]
+        leaves = [t.requires_grad_() for t in (given.x.clone(), *(convert(p.to(dtype)) for p in given.params))]
         found = attend(case, *leaves, given.mask)
         results.append((*found, *torch.autograd.grad(found, leaves, [given.grad_y, given.grad_weights])))
     for i, (half, full) in enumerate(zip(*results, strict=True)):

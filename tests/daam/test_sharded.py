@@ -284,8 +284,11 @@ def test_cuts_hold_every_position_once():
                 head for cut in cuts for p in cut.parts if p.slot is None for head in range(p.head, p.head + p.heads)
             ]
             assert sorted([*whole, *shared]) == list(range(heads))
-            lengths = [sum(sizes) // heads] * (heads - 1) + [sum(sizes) - sum(sizes) // heads * (heads - 1)]
             for part in (p for cut in cuts for p in cut.parts if p.slot is None):  # cut by an algorithm as the whole is
-                of_heads = [part.length // part.heads] * (part.heads - 1)
-                of_heads.append(part.length - sum(of_heads))
-                assert of_heads == lengths[part.head : part.head + part.heads]
+                wanted = lengths_of_heads(sum(sizes), heads)[part.head : part.head + part.heads]
+                assert lengths_of_heads(part.length, part.heads) == wanted
+
+
+def lengths_of_heads(size, heads):
+    """Return how many positions of an axis each head has: as many, and the last one the remainder too."""
+    return [size // heads] * (heads - 1) + [size // heads + size % heads]

@@ -218,24 +218,22 @@ class Frames(nn.Module):
         return lengths // 4
 
 
-def masks(what, words, function, *args):
-    return calls(what, function, V, words, *args)
-
-
 TOKENS, HIDDEN = ones(2, 8), ones(2, 2, 3)
 CLEAR = "valid is not clear"
 MASKS = [
-    masks("two masks", f"attention_mask and pixel_attention_mask: which positions of layers.0 are {CLEAR}", find_mask,
+    calls("two masks", find_mask, V,
+          f"attention_mask and pixel_attention_mask: which positions of layers.0 are {CLEAR}",
           {"pixel_attention_mask": TOKENS}, TOKENS, None, "layers.0"),
-    masks("another's", f"src_mask goes to the encoder, and which positions it leaves {CLEAR}", find_mask,
+    calls("another's", find_mask, V, f"src_mask goes to the encoder, and which positions it leaves {CLEAR}",
           {"src_mask": TOKENS}, None, None, "layers.0"),
-    masks("no tensor", "pooling_mask has a list, expected a tensor (batch, positions)", find_mask, {}, None, [1], ""),
-    masks("negative", "attention_mask has negative values, expected 1", find_mask, {}, TOKENS - 2, None, ""),
-    masks("nothing valid", "attention_mask has no valid position in example 0", find_mask, {}, TOKENS * 0, None, ""),
-    masks("shape", "mask has shape (2, 8), expected (2, 2)", as_valid, ("mask", TOKENS), {}, nn.Identity(), HIDDEN),
-    masks("frames", "mask of 16 entries makes 4 frames, and layers have 2 positions", as_valid, ("mask", ones(2, 16)),
-          {}, Frames(), HIDDEN),
-    masks("valid behind", "mask has valid samples behind others, expected padding on the right", as_valid,
+    calls("no tensor", find_mask, V, "pooling_mask has a list, expected a tensor (batch, positions)",
+          {}, None, [1], ""),
+    calls("negative", find_mask, V, "attention_mask has negative values, expected 1", {}, TOKENS - 2, None, ""),
+    calls("nothing valid", find_mask, V, "attention_mask has no valid position in example 0", {}, TOKENS * 0, None, ""),
+    calls("shape", as_valid, V, "mask has shape (2, 8), expected (2, 2)", ("mask", TOKENS), {}, nn.Identity(), HIDDEN),
+    calls("frames", as_valid, V, "mask of 16 entries makes 4 frames, and layers have 2 positions",
+          ("mask", ones(2, 16)), {}, Frames(), HIDDEN),
+    calls("valid behind", as_valid, V, "mask has valid samples behind others, expected padding on the right",
           ("mask", TOKENS * (torch.arange(8) > 3)), {}, Frames(), HIDDEN),
 ]  # fmt: skip
 
